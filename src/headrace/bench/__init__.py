@@ -1,0 +1,1 @@
+"""Load generator and its reports, for any OpenAI server."""

@@ -1,0 +1,1 @@
+"""Fused operations behind one small interface, with a plain torch reference."""

@@ -1,0 +1,87 @@
+"""The two seams of the engine room, and what crosses them.
+
+`Engine`: requests in, one StepBatch per step out (native, simulated; later vllm, remote). Driven by
+`engine.process`, one step at a time, in one thread.
+`ModelRunner`: one step's flat batch in, logits out. Owned by the native engine; the only one with torch.
+Must not know: sockets, text, HTTP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.api.messages import EngineLoad, EngineReady, GenerationRequest, StepBatch
+
+Int32Array = NDArray[np.int32]
+
+
+class Engine(Protocol):
+    """A batch of generations that advances step by step."""
+
+    def describe(self) -> EngineReady:
+        """What it serves and with which limits."""
+        ...
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Take a request. Raises InvalidRequest if it can never run (too long, unsupported field)."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free its blocks before the next step. Unknown ids are ignored."""
+        ...
+
+    def has_work(self) -> bool:
+        """Whether a step would compute anything."""
+        ...
+
+    def step(self) -> StepBatch:
+        """Advance every scheduled request; a finished request's last output carries its finish_reason.
+        A request that was aborted gets no output."""
+        ...
+
+    def load(self) -> EngineLoad:
+        """The state after the last step."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One step as flat arrays, request after request. T: tokens computed, R: requests, S: rows sampled.
+
+    There is no prefill or decode: each request brings num_new_tokens >= 1 tokens that follow its context.
+    """
+
+    token_ids_T: Int32Array
+    positions_T: Int32Array
+    slots_T: Int32Array
+    """Where each token's keys and values go: block_id * block_size + offset."""
+    query_starts: Int32Array
+    """[R + 1]: request r computes tokens [query_starts[r], query_starts[r + 1])."""
+    context_lengths_R: Int32Array
+    """Tokens that each request has after this step, its new ones included."""
+    block_tables: list[list[int]]
+    """R block tables; entry i holds the tokens [i * block_size, (i + 1) * block_size)."""
+    sampled_rows_S: Int32Array
+    """Rows of T whose logits are wanted, rising."""
+
+
+class ModelRunner(Protocol):
+    """Weights and KV memory of one model."""
+
+    vocab_size: int
+    max_context_tokens: int
+    block_size: int
+    num_blocks: int
+    eos_token_ids: frozenset[int]
+    architecture: str
+    path: str
+    """Which arithmetic runs, for people: `bfloat16 mkldnn, 2 threads`."""
+
+    def execute(self, batch: StepInput) -> Any:
+        """Compute one step, writing keys and values into their slots.
+        Returns a float32 torch tensor [S, vocab_size] of logits, valid until the next call."""
+        ...

@@ -1,0 +1,1 @@
+"""From model files to tensors: GGUF and safetensors; never pickle."""
