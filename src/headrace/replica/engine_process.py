@@ -119,7 +119,7 @@ class EngineProcess(asyncio.Protocol):
             return
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
-        if self._transport is not None and not self._is_lost:
+        if not self._is_lost:
             # What it said last, perhaps why it ends, is still in the socket; its end of file follows.
             asyncio.get_running_loop().call_later(0.05, self._lose, "the engine process ended")
         asyncio.get_running_loop().call_later(0.06, self._owner.on_exit, _describe_exit(status))
