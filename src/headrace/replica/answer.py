@@ -53,7 +53,14 @@ class AnswerServices:
     ledger: Ledger
     metrics: FrontMetrics
     loss_policy: EngineLossPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class TextRules:
+    """How an answer's tokens become text."""
+
     token_bytes: TokenBytes
+    stops: Sequence[str] = ()
 
 
 class Choice:
@@ -76,7 +83,7 @@ class Choice:
         "token_ids",
     )
 
-    def __init__(self, answer: Answer, index: int, request: GenerationRequest, stops: Sequence[str]) -> None:
+    def __init__(self, answer: Answer, index: int, request: GenerationRequest, rules: TextRules) -> None:
         self._answer = answer
         self.index = index
         self.request = request
@@ -84,9 +91,9 @@ class Choice:
         """All tokens so far: with the prompt, what it takes to continue elsewhere."""
         self.finish_reason = ""
         self.num_cached_tokens = 0
-        token_bytes = answer.services.token_bytes
+        token_bytes = rules.token_bytes
         self._decoder = TextDecoder(token_bytes)
-        self._stops = StopStrings(stops) if stops else None
+        self._stops = StopStrings(rules.stops) if rules.stops else None
         self._texts: list[str] = []
         self._last_token_s = 0.0
         num_top = request.sampling.num_logprobs
@@ -110,7 +117,9 @@ class Choice:
             return
         token_ids, reason = output.token_ids, output.finish_reason
         if reason == "error" or reason == "aborted":
-            answer.fail(GenerationFailed(f"the engine could not go on with this request: {output.error or reason}"))
+            answer.fail(
+                GenerationFailed(f"the engine could not go on with this request: {output.error or reason}")
+            )
             return
         text = ""
         if token_ids:
@@ -227,9 +236,9 @@ class Answer:
         state = "ended" if self.has_ended else f"{self._num_unfinished} running"
         return f"Answer({self._record.request_id}, {len(self.choices)} choices, {state})"
 
-    def submit(self, requests: Sequence[GenerationRequest], stops: Sequence[str]) -> None:
+    def submit(self, requests: Sequence[GenerationRequest], rules: TextRules) -> None:
         """Hand all choices to the engine. Raises Overloaded; then nothing was handed over."""
-        self.choices = [Choice(self, index, request, stops) for index, request in enumerate(requests)]
+        self.choices = [Choice(self, index, request, rules) for index, request in enumerate(requests)]
         self._num_unfinished = len(self.choices)
         self._responder.on_gone = self._on_client_gone
         for choice in self.choices:

@@ -57,7 +57,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 class ChatTemplate:
     """A model's chat template. Raises ModelError if its source is not a template."""
 
-    def __init__(self, source: str, bos_token: str = "", eos_token: str = "") -> None:  # noqa: S107
+    def __init__(self, source: str, bos_token: str = "", eos_token: str = "") -> None:
         environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], autoescape=False
         )
@@ -79,7 +79,9 @@ class ChatTemplate:
             with _cpu_limit(MAX_CPU_S):
                 return self._collect(messages)
         except _TemplateRaised as error:
-            raise InvalidRequest(f"the model's chat template refuses these messages: {error}", param="messages") from None
+            raise InvalidRequest(
+                f"the model's chat template refuses these messages: {error}", param="messages"
+            ) from None
         except _TemplateRanAway as error:
             raise InvalidRequest(
                 f"the model's chat template did not come to an end with these messages ({error}); "

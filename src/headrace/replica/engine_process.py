@@ -62,7 +62,8 @@ class EngineProcess(asyncio.Protocol):
             for end in (ours, theirs):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
             ours.setblocking(False)
-            self._process = subprocess.Popen(
+            # Takes a millisecond (vfork), and asyncio's own subprocesses cannot be given a process group.
+            self._process = subprocess.Popen(  # noqa: ASYNC220
                 [
                     *(sys.executable, "-m", "headrace.engine", "--fd", str(theirs.fileno())),
                     *("--spec", msgspec.json.encode(spec).decode(), "--title", title),

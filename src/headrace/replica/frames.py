@@ -26,12 +26,15 @@ class StreamFrames:
     ) -> None:
         kind = "chat.completion.chunk" if is_chat else "text_completion"
         self._is_chat = is_chat
-        self._chunk_start = b'data: {"id":%b,"object":"%b","created":%d,"model":%b,"system_fingerprint":%b,' % (
-            _encode(answer_id),
-            kind.encode(),
-            created,
-            _encode(model),
-            _encode(fingerprint),
+        self._chunk_start = (
+            b'data: {"id":%b,"object":"%b","created":%d,"model":%b,"system_fingerprint":%b,'
+            % (
+                _encode(answer_id),
+                kind.encode(),
+                created,
+                _encode(model),
+                _encode(fingerprint),
+            )
         )
         # With include_usage every chunk but the last says that its usage is null.
         self._usage_null = b',"usage":null' if has_usage else b""

@@ -64,7 +64,9 @@ def _split_merge(merge: str) -> tuple[str, str]:
     # A piece may itself begin with a space's stand-in, never with a space.
     left, separator, right = merge.partition(" ")
     if not (left and separator and right):
-        raise ModelError(f"the tokenizer has the merge {merge[:40]!r}; a merge is two pieces with a space between")
+        raise ModelError(
+            f"the tokenizer has the merge {merge[:40]!r}; a merge is two pieces with a space between"
+        )
     return left, right
 
 

@@ -43,7 +43,9 @@ def load_text_model(spec: EngineSpec) -> TextModel:
     elif metadata.tokenizer_json is not None:
         tokenizer = load_tokenizer_json(metadata.tokenizer_json)
     else:
-        raise ModelError(f"model {metadata.name!r} has no tokenizer; it needs tokenizer.json beside its weights")
+        raise ModelError(
+            f"model {metadata.name!r} has no tokenizer; it needs tokenizer.json beside its weights"
+        )
     source = metadata.chat_template
     template = ChatTemplate(source, metadata.bos_token, metadata.eos_token) if source else None
     return TextModel(ModelTokenizer(tokenizer), template)

@@ -162,7 +162,9 @@ def _check_top_k(top_k: int | None) -> int:
     if top_k is None or top_k == -1:
         return 0
     if top_k < 0:
-        raise InvalidRequest(f"top_k is {top_k}; it must be at least 1, or 0 or -1 for all tokens", param="top_k")
+        raise InvalidRequest(
+            f"top_k is {top_k}; it must be at least 1, or 0 or -1 for all tokens", param="top_k"
+        )
     return top_k
 
 
