@@ -1,4 +1,4 @@
-"""Wrong requests and rude clients get a clear answer, and harm nobody else: a stream runs beside each test."""
+"""Wrong requests and rude clients get a clear answer and harm nobody else: a stream runs beside each test."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.integration.front_process import RunningFront, check_conservation, running_front
 
 from headrace.api.messages import EngineSpec, TerminalState
-from tests.integration.front_process import RunningFront, check_conservation, running_front
 
 pytestmark = pytest.mark.slow
 CONTEXT = 4000

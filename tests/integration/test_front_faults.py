@@ -18,8 +18,6 @@ import httpx
 import msgspec
 import psutil
 import pytest
-
-from headrace.api.messages import EngineSpec, ReplicaSpec, TerminalState
 from tests.integration.front_process import (
     SIMULATED,
     SOURCE,
@@ -27,6 +25,8 @@ from tests.integration.front_process import (
     check_conservation,
     running_front,
 )
+
+from headrace.api.messages import EngineSpec, ReplicaSpec, TerminalState
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from tests.integration.front_process import RunningFront, check_conservation, running_front
 
 from headrace.api.messages import EngineSpec, TerminalState
-from tests.integration.front_process import RunningFront, check_conservation, running_front
 
 pytestmark = pytest.mark.slow
 CHAT = {"model": "chat", "messages": [{"role": "user", "content": "What is the capital of Italy?"}]}
