@@ -54,7 +54,11 @@ class TinyServer:
         self._script.heads.append(head)
         if head.startswith("GET"):
             data = [{"id": name, "object": "model"} for name in self._script.models]
-            _plain(writer, "401 Unauthorized" if self._script.behaviour == "http_401" else "200 OK", {"data": data})
+            _plain(
+                writer,
+                "401 Unauthorized" if self._script.behaviour == "http_401" else "200 OK",
+                {"data": data},
+            )
             return True
         headers = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if line)
         body = json.loads(await reader.readexactly(int(headers["content-length"])))
@@ -77,7 +81,11 @@ class TinyServer:
         if behaviour == "drop":
             return True
         if behaviour == "http_500":
-            _plain(writer, "500 Internal Server Error", {"error": {"message": "it broke", "type": "server_error"}})
+            _plain(
+                writer,
+                "500 Internal Server Error",
+                {"error": {"message": "it broke", "type": "server_error"}},
+            )
             return False
         if behaviour == "json":
             _plain(writer, "200 OK", {"choices": [{"message": {"content": "no stream"}}]})
