@@ -1,4 +1,4 @@
-"""The engine loop's answers to an engine that refuses and one that breaks. Integration tests run processes."""
+"""The engine loop: its answers to an engine that refuses and one that breaks. Whole processes: integration."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_a_preempted_request_comes_back_before_later_ones_and_finds_its_blocks_c
     assert victim.num_computed_tokens == 0
     world.scheduler.remove("a")
     decision = world.step()
-    assert parts(decision)[0] == ("b", 26 - 16), "a took the last of its three full blocks"
+    assert parts(decision)[0] == ("b", 25 - 16), "a took the last of its three full blocks"
 
 
 def test_admission_leaves_room_for_what_running_requests_still_need() -> None:
