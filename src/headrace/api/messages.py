@@ -462,6 +462,8 @@ class EndpointStatus(msgspec.Struct, frozen=True):
     failed_requests: int
     reason: str
     """Why `desired` is what it is."""
+    arrived: int = 0
+    """Requests that the gateway accepted: arrived = held + in flight + the four terminal states."""
 
 
 class ProcessStatus(msgspec.Struct, frozen=True):
@@ -482,6 +484,7 @@ class SystemStatus(msgspec.Struct, frozen=True):
     endpoints: list[EndpointStatus]
     replicas: list[ReplicaStatus]
     processes: list[ProcessStatus]
+    run_dir: str = ""
 
 
 class AdminReply(Message, frozen=True):

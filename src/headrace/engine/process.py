@@ -1,0 +1,274 @@
+"""The engine process: starts an engine, then reads commands, steps, and sends one batch per step.
+
+Owns the process's life: it dies with its front, drains on SIGTERM, and says why it failed.
+One thread. Must not know text, HTTP, or what a step computes; imports torch only for a native engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+import msgspec
+
+from headrace.api.messages import (
+    Abort,
+    Drain,
+    EngineCommand,
+    EngineFailed,
+    EngineSpec,
+    EngineStarting,
+    StepBatch,
+    StepOutput,
+    Submit,
+)
+from headrace.clock import Clock, SystemClock
+from headrace.engine.channel import FrontChannel, FrontGone
+from headrace.engine.protocol import Engine
+from headrace.engine.simulated import SimulatedEngine
+from headrace.errors import ConfigError, ModelError, ProtocolError, RequestError
+
+HEARTBEAT_S = 1.0
+_PR_SET_PDEATHSIG = 1
+
+OnPhase = Callable[[str], None]
+
+
+class DrainSignal:
+    """SIGTERM means: finish what runs, take no more, exit. While the engine still starts: exit at once."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self.is_starting = True
+        self.wakeup_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def install(self) -> None:
+        """Handle SIGTERM, and ignore SIGINT: Ctrl-C reaches the whole group, and the front decides."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
+
+    def clear_wakeup(self) -> None:
+        """Take what the signals wrote, so that the next wait blocks again."""
+        try:
+            os.read(self.wakeup_fd, 4096)
+        except BlockingIOError:
+            pass
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.is_set = True
+        if self.is_starting:
+            raise SystemExit(0)
+
+
+class StartPhases:
+    """Tells the front each start phase as it begins, and measures it."""
+
+    def __init__(self, channel: FrontChannel, clock: Clock) -> None:
+        self._channel = channel
+        self._clock = clock
+        self._start_s = self._phase_start_s = clock.now_s()
+        self._phase = ""
+        self._seconds: dict[str, float] = {}
+
+    def begin(self, phase: str) -> None:
+        """End the running phase and begin `phase`. Raises FrontGone."""
+        now_s = self._end_phase()
+        self._phase = phase
+        self._channel.send(EngineStarting(phase, now_s - self._start_s))
+
+    def finish(self) -> dict[str, float]:
+        """End the last phase; return seconds per phase."""
+        self._end_phase()
+        return self._seconds
+
+    def _end_phase(self) -> float:
+        now_s = self._clock.now_s()
+        if self._phase:
+            spent_s = now_s - self._phase_start_s
+            self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + spent_s
+        self._phase_start_s = now_s
+        return now_s
+
+
+class EngineLoop:
+    """Reads what came, advances the engine one step, sends what it gave; in turn, until drained."""
+
+    def __init__(self, engine: Engine, channel: FrontChannel, drain: DrainSignal, clock: Clock) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._drain = drain
+        self._clock = clock
+        self._refusals: list[StepOutput] = []
+        self._next_heartbeat_s = clock.now_s()
+
+    def run(self) -> None:
+        """Return when a drain is complete. Raises FrontGone, ProtocolError, and what a step raises."""
+        while True:
+            self._read_commands()
+            if self._engine.has_work():
+                batch = self._engine.step()
+                if self._refusals:
+                    batch = StepBatch(self._take_refusals() + batch.outputs, batch.load)
+                self._send(batch)
+            elif self._refusals or self._clock.now_s() >= self._next_heartbeat_s:
+                self._send(StepBatch(self._take_refusals(), self._engine.load()))
+            elif self._drain.is_set:
+                return
+
+    def _read_commands(self) -> None:
+        is_idle = not self._engine.has_work() and not self._drain.is_set
+        wait_s = max(0.0, self._next_heartbeat_s - self._clock.now_s()) if is_idle else 0.0
+        for command in self._channel.receive(wait_s):
+            self._apply(command)
+        if self._drain.is_set:
+            self._drain.clear_wakeup()
+
+    def _apply(self, command: EngineCommand) -> None:
+        match command:
+            case Submit(request):
+                try:
+                    if self._drain.is_set:
+                        raise RequestError("the engine is draining and takes no more requests")
+                    self._engine.submit(request)
+                except RequestError as error:
+                    # The id must end exactly once: if it is a double, the first one ends here too.
+                    self._engine.abort(request.request_id)
+                    self._refusals.append(
+                        StepOutput(request.request_id, finish_reason="error", error=error.message)
+                    )
+            case Abort(request_id):
+                self._engine.abort(request_id)
+            case Drain():
+                self._drain.is_set = True
+
+    def _take_refusals(self) -> list[StepOutput]:
+        refusals, self._refusals = self._refusals, []
+        return refusals
+
+    def _send(self, batch: StepBatch) -> None:
+        self._channel.send(batch)
+        self._next_heartbeat_s = self._clock.now_s() + HEARTBEAT_S
+
+
+def check_spec(spec: EngineSpec) -> None:
+    """Raise ConfigError that lists every setting an engine cannot start with."""
+    problems = []
+    if spec.block_size < 8 or spec.block_size & (spec.block_size - 1):
+        problems.append(f"block_size is {spec.block_size}; it must be a power of two >= 8")
+    for name, least in (("max_running", 1), ("token_budget", 1)):
+        if getattr(spec, name) < least:
+            problems.append(f"{name} is {getattr(spec, name)}; it must be >= {least}")
+    at_least_zero = (
+        "kv_cache_bytes",
+        "max_context_tokens",
+        "num_threads",
+        "simulated_step_s",
+        "simulated_start_s",
+    )
+    for name in at_least_zero:
+        # Written so that NaN is refused too.
+        if not getattr(spec, name) >= 0:
+            problems.append(f"{name} is {getattr(spec, name)}; it must be >= 0")
+    if problems:
+        raise ConfigError(problems)
+
+
+def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
+    """Build the engine that `spec` names. Raises ConfigError, ModelError, MemoryError, OSError."""
+    check_spec(spec)
+    if spec.kind == "simulated":
+        on_phase("start")
+        time.sleep(spec.simulated_start_s)
+        return SimulatedEngine(spec, clock, time.sleep)
+    from headrace.engine.model_files.resolve import resolve_model
+
+    on_phase("find")
+    files = resolve_model(spec.model)
+    on_phase("import")
+    from headrace.engine.native import NativeEngine
+    from headrace.engine.runner import load_runner
+
+    return NativeEngine(spec, load_runner(spec, files, on_phase), clock)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends (prctl(2), PR_SET_PDEATHSIG).
+
+    A parent that ended before this call is noticed by its closed socket.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl(PR_SET_PDEATHSIG): {os.strerror(code)}")
+
+
+def is_retryable(error: BaseException) -> bool:
+    """Whether starting the same engine again can help."""
+    return not isinstance(error, ModelError | ConfigError | ImportError | msgspec.DecodeError)
+
+
+def serve(spec_json: str, channel: FrontChannel, drain: DrainSignal, clock: Clock) -> int:
+    """Start the engine and run it to its end; return the exit status."""
+    try:
+        phases = StartPhases(channel, clock)
+        engine = build_engine(msgspec.json.decode(spec_json, type=EngineSpec), phases.begin, clock)
+        ready = msgspec.structs.replace(engine.describe(), phases=phases.finish())
+        drain.is_starting = False
+        channel.send(ready)
+        EngineLoop(engine, channel, drain, clock).run()
+    except FrontGone as gone:
+        print(f"engine: {gone}", file=sys.stderr)
+        return 0
+    except Exception as error:  # whatever it is, the front must be told before this process ends
+        report_failure(channel, error)
+        return 1
+    return 0
+
+
+def report_failure(channel: FrontChannel, error: Exception) -> None:
+    """Say why the engine ends: to the front, and in full to the log."""
+    is_explained = isinstance(error, ModelError | ConfigError | ProtocolError | msgspec.DecodeError)
+    if is_explained:
+        print(f"engine: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    text = str(error) if is_explained else f"{type(error).__name__}: {error}"
+    try:
+        channel.send(EngineFailed(text, is_retryable(error)))
+    except FrontGone as gone:
+        print(f"engine: {gone}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run an engine process; return its exit status: 0 drained or front gone, 1 failed, 2 wrong use."""
+    parser = argparse.ArgumentParser(prog="python -m headrace.engine", description="Started by a front.")
+    parser.add_argument("--fd", type=int, required=True, help="inherited UNIX stream socket to the front")
+    parser.add_argument("--spec", required=True, help="EngineSpec as JSON")
+    parser.add_argument("--title", default="", help="process title")
+    arguments = parser.parse_args(argv)
+    if arguments.title:
+        from setproctitle import setproctitle
+
+        setproctitle(arguments.title)
+    drain = DrainSignal()
+    drain.install()
+    die_with_parent()
+    try:
+        connection = socket.socket(fileno=arguments.fd)
+    except OSError as error:
+        print(f"engine: --fd {arguments.fd} is not a socket: {error}", file=sys.stderr)
+        return 2
+    channel = FrontChannel(connection, drain.wakeup_fd)
+    if channel.is_front_gone():
+        print("engine: the front is gone already", file=sys.stderr)
+        return 0
+    return serve(arguments.spec, channel, drain, SystemClock())

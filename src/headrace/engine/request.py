@@ -1,0 +1,76 @@
+"""What the engine keeps of one request, and which requests it refuses.
+
+Pure. Must not know blocks' contents, torch, or other requests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from headrace.api.messages import GenerationRequest, SamplingParams
+from headrace.errors import InvalidRequest
+
+MAX_LOGPROBS = 64
+"""Most alternatives reported per token."""
+
+
+def check_request(request: GenerationRequest, vocab_size: int, max_context_tokens: int) -> None:
+    """Raise InvalidRequest, saying what was got and what is allowed, if `request` can never run."""
+    prompt = request.prompt_token_ids
+    if request.lora:
+        raise InvalidRequest(f"LoRA {request.lora!r} was asked for; this engine serves none", param="lora")
+    if request.grammar:
+        raise InvalidRequest("a grammar was given; this engine does not support grammars", param="grammar")
+    if not prompt:
+        raise InvalidRequest("the prompt has no tokens; send at least one", param="prompt")
+    _check_ids("prompt", prompt, vocab_size)
+    _check_ids("resume_from", request.resume_from, vocab_size)
+    num_context = len(prompt) + len(request.resume_from)
+    if num_context >= max_context_tokens:
+        raise InvalidRequest(
+            f"the prompt has {num_context} tokens and the context holds {max_context_tokens}, "
+            "which must leave room for at least one new token; shorten the prompt",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    check_sampling(request.sampling, vocab_size)
+    if len(request.resume_from) >= request.sampling.max_tokens:
+        raise InvalidRequest(
+            f"resume_from has {len(request.resume_from)} tokens and max_tokens is "
+            f"{request.sampling.max_tokens}; nothing is left to generate",
+            param="max_tokens",
+        )
+
+
+def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
+    """Raise InvalidRequest naming the first parameter that is out of its range."""
+    s = sampling
+    checks = (
+        ("max_tokens", s.max_tokens, s.max_tokens >= 1, ">= 1"),
+        ("min_tokens", s.min_tokens, s.min_tokens >= 0, ">= 0"),
+        ("temperature", s.temperature, 0 <= s.temperature < math.inf, ">= 0 and finite"),
+        ("top_p", s.top_p, 0 < s.top_p <= 1, "> 0 and <= 1"),
+        ("top_k", s.top_k, s.top_k >= 0, ">= 0 (0: all tokens)"),
+        ("min_p", s.min_p, 0 <= s.min_p <= 1, ">= 0 and <= 1"),
+        ("presence_penalty", s.presence_penalty, math.isfinite(s.presence_penalty), "finite"),
+        ("frequency_penalty", s.frequency_penalty, math.isfinite(s.frequency_penalty), "finite"),
+        ("repetition_penalty", s.repetition_penalty, 0 < s.repetition_penalty < math.inf, "> 0 and finite"),
+        ("num_logprobs", s.num_logprobs, -1 <= s.num_logprobs <= MAX_LOGPROBS, f"-1 to {MAX_LOGPROBS}"),
+    )
+    for name, value, is_allowed, allowed in checks:
+        if not is_allowed:
+            raise InvalidRequest(f"{name} is {value}; it must be {allowed}", param=name)
+    _check_ids("logit_bias", s.logit_bias, vocab_size)
+    for token_id, bias in s.logit_bias.items():
+        if not math.isfinite(bias):
+            raise InvalidRequest(
+                f"logit_bias of token {token_id} is {bias}; it must be finite", param="logit_bias"
+            )
+    _check_ids("stop_token_ids", s.stop_token_ids, vocab_size)
+
+
+def _check_ids(name: str, token_ids: Collection[int], vocab_size: int) -> None:
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        wrong = min(token_ids) if min(token_ids) < 0 else max(token_ids)
+        raise InvalidRequest(f"{name} has token id {wrong}; ids are 0 to {vocab_size - 1}", param=name)

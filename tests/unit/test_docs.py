@@ -1,0 +1,64 @@
+"""The documents hold together: links lead somewhere, examples load, invariants name their tests."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from headrace.api.config_loader import load_config, parse_config
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_that_exist(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert missing == []
+
+
+def test_the_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("example", sorted(ROOT.glob("examples/*.yaml")), ids=lambda path: path.name)
+def test_every_example_config_loads(example: Path) -> None:
+    assert load_config(example).endpoints
+
+
+def test_config_snippets_of_the_guides_load() -> None:
+    import yaml
+
+    for page in ROOT.glob("docs/guides/*.md"):
+        for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), flags=re.DOTALL):
+            assert parse_config(yaml.safe_load(block)).endpoints
+
+
+def test_every_test_that_the_invariants_name_exists() -> None:
+    names = re.findall(r"`(tests/[\w/.]+)(?:::(\w+))?`", (ROOT / "INVARIANTS.md").read_text())
+    assert names
+    for path, function in names:
+        assert (ROOT / path).is_file(), path
+        assert not function or f"def {function}(" in (ROOT / path).read_text(), f"{path}::{function}"
+
+
+def test_decisions_are_numbered_one_page_and_complete() -> None:
+    decisions = sorted((ROOT / "docs/adr").glob("*.md"))
+    assert [int(path.name[:4]) for path in decisions] == list(range(1, len(decisions) + 1))
+    for path in decisions:
+        text = path.read_text()
+        assert len(text.splitlines()) <= 60, path
+        assert "**Rejected.**" in text, path
+
+
+def test_no_source_file_grew_beyond_the_house_rule() -> None:
+    too_long = {
+        str(path.relative_to(ROOT)): length
+        for path in ROOT.glob("src/**/*.py")
+        if (length := len(path.read_text().splitlines())) > 400
+    }
+    too_long.pop("src/headrace/api/messages.py", None)  # one thing: all messages, read as one page
+    assert too_long == {}
