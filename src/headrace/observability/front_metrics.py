@@ -1,0 +1,143 @@
+"""The front's metrics, each defined once, and their Prometheus text.
+
+Owns names, meanings and buckets. Plain numbers inside: a token must not cost a metrics library call.
+Must not know HTTP, text or engines.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+
+from headrace.api.messages import EngineLoad, TerminalState
+
+_LATENCY_BOUNDS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_ITL_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+
+
+class Histogram:
+    """Counts of observations per bucket; a bound belongs to its bucket."""
+
+    __slots__ = ("_bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = tuple(bounds)
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self._bounds, value)] += 1
+        self.total += value
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """Return (upper bound, observations up to it), the last one for +Inf."""
+        rows: list[tuple[str, float]] = []
+        seen = 0
+        for bound, count in zip((*(str(b) for b in self._bounds), "+Inf"), self.counts, strict=True):
+            seen += count
+            rows.append((bound, seen))
+        return rows
+
+
+class FrontMetrics:
+    """All counters of one front. Counters only grow; gauges are set when the text is asked for."""
+
+    def __init__(self, endpoint: str, replica_id: str) -> None:
+        self._labels = {"endpoint": endpoint, "replica": replica_id}
+        self.num_accepted = 0
+        """Requests that arrived at a generation route; each ends in exactly one terminal state."""
+        self.num_ended = {state: 0 for state in TerminalState}
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_output_tokens = 0
+        self.num_http_errors: dict[int, int] = {}
+        """Error answers outside of generation, by status."""
+        self.num_open = 0
+        self.num_engine_restarts = 0
+        self.is_ready = False
+        self.engine_load = EngineLoad()
+        self.time_to_first_token = Histogram(_LATENCY_BOUNDS_S)
+        self.inter_token_latency = Histogram(_ITL_BOUNDS_S)
+        self.e2e_latency = Histogram(_LATENCY_BOUNDS_S)
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+
+    def text(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def count_http_error(self, status: int) -> None:
+        self.num_http_errors[status] = self.num_http_errors.get(status, 0) + 1
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by prometheus_client."""
+        yield from self._counters()
+        yield from self._histograms()
+        load = self.engine_load
+        used = load.num_total_blocks - load.num_free_blocks
+        gauges: tuple[tuple[str, str, float], ...] = (
+            ("requests_open", "Requests open in the front", self.num_open),
+            ("ready", "1 while requests are taken", self.is_ready),
+            ("engine_requests_running", "Requests in the engine's batch", load.num_running),
+            ("engine_requests_waiting", "Requests that wait in the engine", load.num_waiting),
+            ("engine_kv_blocks_free", "KV blocks that can be allocated at once", load.num_free_blocks),
+            ("engine_kv_blocks_total", "KV blocks", load.num_total_blocks),
+            (
+                "engine_kv_used_ratio",
+                "KV blocks that requests hold, 0 to 1",
+                used / max(1, load.num_total_blocks),
+            ),
+            ("engine_step_seconds", "Duration of the last step", load.step_s),
+        )
+        for name, help_text, value in gauges:
+            gauge = GaugeMetricFamily(f"headrace_{name}", help_text, labels=list(self._labels))
+            gauge.add_metric(list(self._labels.values()), float(value))
+            yield gauge
+
+    def _counters(self) -> Iterator[Metric]:
+        names, values = list(self._labels), list(self._labels.values())
+        ended = CounterMetricFamily(
+            "headrace_requests", "Requests by terminal state", labels=[*names, "state"]
+        )
+        for state, count in self.num_ended.items():
+            ended.add_metric([*values, state.value], count)
+        yield ended
+        errors = CounterMetricFamily(
+            "headrace_http_errors", "Error answers outside of generation", labels=[*names, "status"]
+        )
+        for status, count in self.num_http_errors.items():
+            errors.add_metric([*values, str(status)], count)
+        yield errors
+        load = self.engine_load
+        counters = (
+            ("requests_accepted", "Requests that arrived", self.num_accepted),
+            ("prompt_tokens", "Prompt tokens of ended requests", self.num_prompt_tokens),
+            ("cached_tokens", "Prompt tokens that the prefix cache spared", self.num_cached_tokens),
+            ("generation_tokens", "Generated tokens", self.num_output_tokens),
+            ("engine_restarts", "Engine processes started after a death", self.num_engine_restarts),
+            ("engine_preemptions", "Preemptions in this engine process", load.num_preemptions),
+            ("engine_steps", "Steps of this engine process", load.steps),
+        )
+        for name, help_text, value in counters:
+            counter = CounterMetricFamily(f"headrace_{name}", help_text, labels=names)
+            counter.add_metric(values, value)
+            yield counter
+
+    def _histograms(self) -> Iterator[Metric]:
+        histograms = (
+            ("time_to_first_token_seconds", "Arrival to the first token", self.time_to_first_token),
+            ("inter_token_latency_seconds", "Gap between two tokens", self.inter_token_latency),
+            ("e2e_request_latency_seconds", "Arrival to the end", self.e2e_latency),
+        )
+        for name, help_text, histogram in histograms:
+            family = HistogramMetricFamily(f"headrace_{name}", help_text, labels=list(self._labels))
+            family.add_metric(list(self._labels.values()), histogram.cumulative(), histogram.total)
+            yield family

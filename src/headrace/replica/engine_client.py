@@ -1,0 +1,285 @@
+"""The front's engine: submits requests, hands out each step's outputs, and keeps an engine process alive.
+
+Owns which requests are in the engine, its state, and restarts. What becomes of a request whose engine is
+lost is the stream's own business (`on_engine_lost`). Must not know text or HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from headrace.api.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Drain,
+    EngineEvent,
+    EngineFailed,
+    EngineLoad,
+    EngineReady,
+    EngineSpec,
+    EngineStarting,
+    GenerationRequest,
+    StepBatch,
+    StepOutput,
+    Submit,
+)
+from headrace.clock import Clock
+from headrace.errors import Overloaded
+from headrace.replica.engine_process import EngineProcess
+from headrace.replica.restart import EngineEnd, RestartPolicy
+
+_log = logging.getLogger(__name__)
+EngineState = Literal["starting", "ready", "failed", "stopped"]
+
+
+class EngineStream(Protocol):
+    """One request inside the engine, as its owner sees it."""
+
+    def on_output(self, output: StepOutput, now_s: float) -> None:
+        """Take what one step gave. After an output with a finish_reason nothing comes any more."""
+        ...
+
+    def flush(self) -> None:
+        """The step's outputs are complete: write what is to be written, once."""
+        ...
+
+    def on_engine_lost(self, reason: str) -> None:
+        """The engine is gone and with it this request; nothing comes any more."""
+        ...
+
+    def on_broken(self) -> None:
+        """`on_output` raised: a bug of ours. End this request without harming others."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTimeLimits:
+    """How long an engine may say nothing before it is killed and started again."""
+
+    silence_s: float = 60.0
+    """While it serves: it sends one batch per step, and one per second while idle."""
+    start_phase_s: float = 900.0
+    """Within one phase of its start: a large model may take minutes to read."""
+    check_s: float = 1.0
+
+
+class EngineClient:
+    """Talks to the one engine process of this replica. `on_change` is called after each change of state."""
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        title: str,
+        clock: Clock,
+        on_change: Callable[[], None],
+        time_limits: EngineTimeLimits | None = None,
+        restart_policy: RestartPolicy | None = None,
+    ) -> None:
+        self._spec = spec
+        self._title = title
+        self._clock = clock
+        self._on_change = on_change
+        self._time_limits = time_limits or EngineTimeLimits()
+        self._restart_policy = restart_policy or RestartPolicy()
+        self._streams: dict[str, EngineStream] = {}
+        self._process: EngineProcess | None = None
+        self._timers: list[asyncio.TimerHandle] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ended = asyncio.Event()
+        self._ready_at_s: float | None = None
+        self._last_event_s = clock.now_s()
+        self._error = ""
+        self._is_retryable_end = True
+        self.state: EngineState = "starting"
+        self.phase = "starting the engine"
+        self.info: EngineReady | None = None
+        self.load: EngineLoad | None = None
+        self.num_restarts = 0
+        self.last_error = ""
+        self.is_retryable = True
+
+    def __repr__(self) -> str:
+        return f"EngineClient({self.state}, pid {self.pid}, {len(self._streams)} requests)"
+
+    @property
+    def pid(self) -> int:
+        return 0 if self._process is None else self._process.pid
+
+    @property
+    def num_requests(self) -> int:
+        """Requests inside the engine."""
+        return len(self._streams)
+
+    # ---- requests
+
+    def submit(self, request: GenerationRequest, stream: EngineStream) -> None:
+        """Hand `request` to the engine. Raises Overloaded while the engine is not ready."""
+        if self.state != "ready" or self._process is None:
+            raise Overloaded(self.why_not_ready(), retry_after_s=1.0)
+        assert request.request_id not in self._streams, f"request id {request.request_id!r} is in use"
+        self._streams[request.request_id] = stream
+        self._process.send(Submit(request))
+
+    def abort(self, request_id: str) -> None:
+        """Take a request back. Its stream hears nothing more; unknown ids are ignored."""
+        if self._streams.pop(request_id, None) is not None and self._process is not None:
+            self._process.send(Abort(request_id))
+
+    def has_request(self, request_id: str) -> bool:
+        return request_id in self._streams
+
+    def why_not_ready(self) -> str:
+        """Say in a sentence why no request can be taken."""
+        if self.state == "failed":
+            return f"the engine failed and is not started again: {self.last_error}"
+        return f"the engine is not ready ({self.phase or self.state}); try again shortly"
+
+    # ---- life
+
+    def start(self) -> None:
+        """Start the engine and keep it alive until `stop`."""
+        self._start_process()
+        self._schedule(self._time_limits.check_s, self._check_silence)
+
+    async def stop(self, grace_s: float) -> None:
+        """Let the engine finish for `grace_s`, then kill it. Returns when it is gone."""
+        self.state = "stopped"
+        for timer in self._timers:
+            timer.cancel()
+        for task in list(self._tasks):
+            await asyncio.wait([task], timeout=grace_s)
+        if self._process is None:
+            return
+        self._process.send(Drain())
+        self._process.terminate()
+        for _attempt in range(2):
+            try:
+                await asyncio.wait_for(self._ended.wait(), grace_s)
+                return
+            except TimeoutError:
+                self._process.kill("it did not end in time")
+
+    def fail(self, error: str) -> None:
+        """Give up for good: another part of the replica cannot work (its tokenizer, say)."""
+        self._set_state("failed", "", error=error, is_retryable=False)
+        if self._process is not None:
+            self._process.kill(error)
+
+    def _start_process(self) -> None:
+        self._ready_at_s = None
+        self._error, self._is_retryable_end = "", True
+        self._last_event_s = self._clock.now_s()
+        self._process = process = EngineProcess(self)
+        task = asyncio.get_running_loop().create_task(self._run_start(process))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run_start(self, process: EngineProcess) -> None:
+        try:
+            await process.start(self._spec, self._title)
+        except OSError as error:
+            if process.pid:
+                process.kill(f"the engine's socket could not be opened: {error}")
+            else:
+                self.on_lost(f"the engine process could not be started: {error}")
+                self.on_exit("it never ran")
+        self._on_change()
+
+    def _schedule(self, delay_s: float, callback: Callable[[], None]) -> None:
+        now_s = asyncio.get_running_loop().time()
+        self._timers = [t for t in self._timers if not t.cancelled() and t.when() > now_s]
+        self._timers.append(asyncio.get_running_loop().call_later(delay_s, callback))
+
+    def _check_silence(self) -> None:
+        self._schedule(self._time_limits.check_s, self._check_silence)
+        limits, process = self._time_limits, self._process
+        limit_s = limits.start_phase_s if self._ready_at_s is None else limits.silence_s
+        if process is not None and self._clock.now_s() - self._last_event_s > limit_s:
+            self._last_event_s = self._clock.now_s()
+            process.kill(f"the engine said nothing for {limit_s:g} s")
+
+    def _set_state(
+        self, state: EngineState, phase: str, error: str | None = None, is_retryable: bool = True
+    ) -> None:
+        if self.state == "stopped":
+            return
+        self.state, self.phase = state, phase
+        if error is not None:
+            self.last_error, self.is_retryable = error, is_retryable
+        self._on_change()
+
+    # ---- what the process tells
+
+    def on_event(self, event: EngineEvent) -> None:
+        now_s = self._last_event_s = self._clock.now_s()
+        if isinstance(event, StepBatch):
+            self._hand_out(event, now_s)
+        elif isinstance(event, EngineStarting):
+            self._set_state("starting", event.phase)
+        elif isinstance(event, EngineReady):
+            self._on_ready(event, now_s)
+        elif isinstance(event, EngineFailed):
+            self._error, self._is_retryable_end = event.error, event.retryable
+
+    def _on_ready(self, event: EngineReady, now_s: float) -> None:
+        assert self._process is not None
+        if event.version != PROTOCOL_VERSION:
+            self._error = f"the engine speaks protocol {event.version}, this front {PROTOCOL_VERSION}"
+            self._is_retryable_end = False
+            self._process.kill(self._error)
+            return
+        self.info = event
+        self._ready_at_s = now_s
+        self._set_state("ready", "")
+
+    def _hand_out(self, batch: StepBatch, now_s: float) -> None:
+        self.load = batch.load
+        streams = self._streams
+        touched: list[EngineStream] = []
+        for output in batch.outputs:
+            stream = streams.get(output.request_id)
+            if stream is None:
+                continue  # aborted while this step ran
+            if output.finish_reason is not None:
+                del streams[output.request_id]
+            try:
+                stream.on_output(output, now_s)
+            except Exception:
+                _log.exception("request %s: handling a step's output failed", output.request_id)
+                self.abort(output.request_id)
+                stream.on_broken()
+            touched.append(stream)
+        for stream in touched:
+            stream.flush()
+
+    def on_lost(self, reason: str) -> None:
+        error = self._error or reason
+        self._error = error
+        if self.state == "ready":
+            self._set_state("starting", "restarting the engine", error)
+        self.load = None
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.on_engine_lost(error)
+
+    def on_exit(self, description: str) -> None:
+        self._process = None
+        self._ended.set()
+        if self.state in ("stopped", "failed"):
+            return
+        self._ended.clear()
+        generic = not self._error or self._error == "the engine process ended"
+        error = description if generic else self._error
+        end = EngineEnd(self._clock.now_s(), self._ready_at_s, error, self._is_retryable_end)
+        decision = self._restart_policy.decide(end)
+        _log.warning("engine: %s", decision.reason)
+        if decision.delay_s is None:
+            self._set_state("failed", "", error=error, is_retryable=self._is_retryable_end)
+            return
+        self.num_restarts += 1
+        self._set_state("starting", "restarting the engine", error=error)
+        self._schedule(decision.delay_s, self._start_process)

@@ -1,0 +1,99 @@
+"""The HTTP server: a listening socket, its connections, and the clock that enforces their limits.
+
+Must not know what the handler answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+
+from headrace.clock import Clock
+from headrace.errors import RequestError
+from headrace.replica.http_connection import HttpConnection, Responder
+from headrace.replica.http_messages import AnswerHeads, HttpLimits, HttpRequest
+
+Handler = Callable[[HttpRequest, Responder], None]
+_log = logging.getLogger(__name__)
+
+
+class _InternalError(RequestError):
+    """A bug of ours, met while answering."""
+
+    code = "internal_error"
+
+
+class HttpServer:
+    """Serves `handler` on one address until closed."""
+
+    def __init__(self, handler: Handler, limits: HttpLimits, heads: AnswerHeads, clock: Clock) -> None:
+        self._handler = handler
+        self.limits = limits
+        self.heads = heads
+        self.clock = clock
+        self._connections: set[HttpConnection] = set()
+        self._server: asyncio.Server | None = None
+        self._sweep: asyncio.TimerHandle | None = None
+
+    def __repr__(self) -> str:
+        return f"HttpServer({len(self._connections)} connections)"
+
+    async def listen(self, host: str, port: int) -> str:
+        """Start to serve; return host:port with the real port. Raises OSError if the address is taken."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: HttpConnection(self), host, port, backlog=1024)
+        name = self._server.sockets[0].getsockname()
+        self._schedule_sweep()
+        is_ipv6 = self._server.sockets[0].family == socket.AF_INET6
+        return f"[{name[0]}]:{name[1]}" if is_ipv6 else f"{name[0]}:{name[1]}"
+
+    def _schedule_sweep(self) -> None:
+        self._sweep = asyncio.get_running_loop().call_later(self.limits.sweep_s, self._run_sweep)
+
+    def _run_sweep(self) -> None:
+        now_s = self.clock.now_s()
+        for connection in list(self._connections):
+            connection.check_time_limits(now_s)
+        self._schedule_sweep()
+
+    # ---- what connections ask
+
+    def joined(self, connection: HttpConnection) -> bool:
+        has_room = len(self._connections) < self.limits.max_connections
+        self._connections.add(connection)
+        return has_room
+
+    def left(self, connection: HttpConnection) -> None:
+        self._connections.discard(connection)
+
+    def handle(self, request: HttpRequest, responder: Responder) -> None:
+        try:
+            self._handler(request, responder)
+        except Exception:
+            # One request must not take the connection loop down; the traceback is the bug report.
+            _log.exception("answering %s %s failed", request.method, request.path)
+            responder.send_error(_InternalError("the server failed at this request; see its log"))
+
+    # ---- the end
+
+    def close_idle(self) -> None:
+        """Stop listening, and close connections that wait for nothing."""
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._connections):
+            connection.close_if_idle()
+
+    async def close(self, grace_s: float = 1.0) -> None:
+        """Stop listening, let unsent bytes go for `grace_s`, then drop all connections."""
+        self.close_idle()
+        deadline_s = self.clock.now_s() + grace_s
+        while self._connections and self.clock.now_s() < deadline_s:
+            for connection in list(self._connections):
+                connection.close_if_idle()
+            await asyncio.sleep(0.01)
+        for connection in list(self._connections):
+            connection.abort()
+        if self._sweep is not None:
+            self._sweep.cancel()

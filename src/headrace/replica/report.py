@@ -1,0 +1,147 @@
+"""Load reports to every router and controller that wants them.
+
+Owns one connection per socket path, each with its own pace: a dead or hung listener delays no other.
+Of the load only the newest report counts; finished requests are kept, up to a bound, until each listener
+got them. Must not know what is reported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from headrace.api.framing import FrameDecoder, encode_frame
+from headrace.api.messages import FinishedRequest, LoadReport, ReportAck
+from headrace.errors import ProtocolError
+
+MIN_RETRY_S = 0.05
+MAX_RETRY_S = 1.0
+BUSY_INTERVAL_S = 0.05
+_IO_LIMIT_S = 2.0
+_MAX_KEPT = 4096
+_MAX_PER_REPORT = 512
+_CONTROLLER_SOCKET = "controller.sock"
+_log = logging.getLogger(__name__)
+
+MakeReport = Callable[[list[FinishedRequest]], LoadReport]
+
+
+class ReportSink:
+    """One listener: connects, reports, reads acknowledgements, and starts over when the connection ends."""
+
+    def __init__(self, path: str, make_report: MakeReport, interval_s: Callable[[], float]) -> None:
+        self._path = path
+        self._make_report = make_report
+        self._interval_s = interval_s
+        self._finished: deque[FinishedRequest] = deque(maxlen=_MAX_KEPT)
+        self._news = asyncio.Event()
+        self.is_router = Path(path).name != _CONTROLLER_SOCKET
+        """Routers send requests, so a drain waits for their release; controllers do not."""
+        self.is_connected = False
+        self.is_released = False
+
+    def __repr__(self) -> str:
+        state = "connected" if self.is_connected else "disconnected"
+        return f"ReportSink({self._path}, {state}, {len(self._finished)} finished requests to tell)"
+
+    def tell(self, finished: FinishedRequest) -> None:
+        self._finished.append(finished)
+        self._news.set()
+
+    def notify(self) -> None:
+        self._news.set()
+
+    async def run(self) -> None:
+        """Report until cancelled."""
+        retry_s = MIN_RETRY_S
+        while True:
+            try:
+                async with asyncio.timeout(_IO_LIMIT_S):
+                    reader, writer = await asyncio.open_unix_connection(self._path)
+            except (OSError, TimeoutError):
+                await asyncio.sleep(retry_s)
+                retry_s = min(MAX_RETRY_S, 2 * retry_s)
+                continue
+            try:
+                await self._serve(reader, writer)
+                retry_s = MIN_RETRY_S
+            except (OSError, TimeoutError, ProtocolError) as error:
+                _log.info("reports to %s: %s", self._path, error or type(error).__name__)
+            finally:
+                self.is_connected = self.is_released = False
+                writer.transport.abort()
+            await asyncio.sleep(retry_s)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Return when the listener closed the connection. Raises OSError, TimeoutError, ProtocolError."""
+        self.is_connected = True
+        reading = asyncio.create_task(self._read(reader))
+        try:
+            while not reading.done():
+                self._news.clear()
+                finished = [self._finished[i] for i in range(min(len(self._finished), _MAX_PER_REPORT))]
+                writer.write(encode_frame(self._make_report(finished)))
+                async with asyncio.timeout(_IO_LIMIT_S):
+                    await writer.drain()
+                self._forget(finished)
+                if self._finished:
+                    continue
+                await self._wait(reading)
+            await reading
+        finally:
+            reading.cancel()
+
+    def _forget(self, told: list[FinishedRequest]) -> None:
+        # At the bound, older entries may have fallen out meanwhile.
+        for entry in told:
+            if self._finished and self._finished[0] is entry:
+                self._finished.popleft()
+
+    async def _wait(self, reading: asyncio.Task[None]) -> None:
+        news = asyncio.ensure_future(self._news.wait())
+        try:
+            await asyncio.wait(
+                {news, reading}, timeout=self._interval_s(), return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            news.cancel()
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        decoder: FrameDecoder[ReportAck] = FrameDecoder(ReportAck)
+        while data := await reader.read(65536):
+            for ack in decoder.feed(data):
+                self.is_released = ack.is_released
+
+
+class Reporter:
+    """All listeners of one front."""
+
+    def __init__(self, paths: list[str], make_report: MakeReport, interval_s: Callable[[], float]) -> None:
+        self.sinks = [ReportSink(path, make_report, interval_s) for path in paths]
+
+    def tell(self, finished: FinishedRequest) -> None:
+        """Report a request's end, at once."""
+        for sink in self.sinks:
+            sink.tell(finished)
+
+    def notify(self) -> None:
+        """Report at once: the state changed."""
+        for sink in self.sinks:
+            sink.notify()
+
+    def has_router(self) -> bool:
+        """Whether a router is connected."""
+        return any(sink.is_router and sink.is_connected for sink in self.sinks)
+
+    def is_released(self) -> bool:
+        """Whether every connected router will send no more requests."""
+        return all(sink.is_released for sink in self.sinks if sink.is_router and sink.is_connected)
+
+    async def run(self) -> None:
+        """Report until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for sink in self.sinks:
+                group.create_task(sink.run())
