@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME …]`: run benchmarks and write benchmarks/reports/YYYY-MM-DD-NAME.md and .json."""
+"""`python -m benchmarks [NAME …]`: run benchmarks, write benchmarks/reports/YYYY-MM-DD-NAME.md and .json."""
 
 from __future__ import annotations
 

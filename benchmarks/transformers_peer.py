@@ -33,18 +33,46 @@ def main() -> int:
 
 
 def load_model() -> tuple[Any, Any]:
-    """Return torch and the model in bfloat16."""
+    """Return torch and transformers' Llama in bfloat16, with the weights that headrace's reader takes out of
+    the same file (transformers' own GGUF loading needs one package more)."""
     warnings.simplefilter("ignore")
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from benchmarks.system import MODEL
+    from headrace.engine.model_files.metadata import read_metadata
     from headrace.engine.model_files.resolve import resolve_model
+    from headrace.engine.weights.names import expected_shapes, huggingface_name
+    from headrace.engine.weights.source import open_weights
 
     torch.set_num_threads(NUM_THREADS)
-    path = resolve_model(MODEL).path
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
-    return torch, model.eval()
+    files = resolve_model(MODEL)
+    metadata = read_metadata(files)
+    h = metadata.hyperparameters
+    config = LlamaConfig(
+        vocab_size=h.vocab_size,
+        hidden_size=h.hidden_size,
+        intermediate_size=h.intermediate_size,
+        num_hidden_layers=h.num_layers,
+        num_attention_heads=h.num_heads,
+        num_key_value_heads=h.num_kv_heads,
+        head_dim=h.head_dim,
+        rms_norm_eps=h.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": h.rope_theta},
+        max_position_embeddings=h.context_length,
+        tie_word_embeddings=h.is_tied,
+        bos_token_id=metadata.bos_token_id,
+        eos_token_id=sorted(metadata.eos_token_ids),
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    source = open_weights(files, h)
+    state = {huggingface_name(name, has_post_norms=False): source.read(name) for name in expected_shapes(h)}
+    found = model.load_state_dict(state, strict=False)
+    assert not found.unexpected_keys, found.unexpected_keys
+    assert set(found.missing_keys) <= {"lm_head.weight"}, found.missing_keys
+    model.tie_weights()
+    model.train(False)
+    return torch, model
 
 
 def measure(torch: Any, model: Any, batch: int, num_output: int) -> dict[str, float]:
