@@ -1,0 +1,127 @@
+"""The run directory: where one running system keeps its sockets, files and logs. Mode 0700, gone at the end.
+
+Owns its place, its lock (one system per name) and its removal.
+Must not know: who puts what into it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+from headrace.errors import HeadraceError
+
+SYSTEM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}")
+MAX_RUN_DIRECTORY_BYTES = 70
+"""A UNIX socket's path has at most 107 bytes; our longest file name, with HAProxy's suffix, takes 37."""
+_CREATE_ATTEMPTS = 20
+
+
+class RunDirectoryError(HeadraceError):
+    """The run directory cannot be used: another system has it, or its place is not safe."""
+
+
+def default_run_directory(name: str) -> Path:
+    """Return where the system called `name` keeps its run directory. Creates nothing."""
+    if not SYSTEM_NAME.fullmatch(name):
+        raise RunDirectoryError(
+            f"name {name!r}: use 1 to 41 letters, digits, _ or -, and begin with a letter or digit"
+        )
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if runtime and os.path.isdir(runtime):
+        parent = Path(runtime) / "headrace"
+    else:
+        parent = Path(tempfile.gettempdir()) / f"headrace-{os.getuid()}"
+    return parent / name
+
+
+class RunDirectory:
+    """A locked run directory. The lock is on the directory itself, so that no lock file outlives it."""
+
+    def __init__(self, path: Path, lock_fd: int) -> None:
+        self.path = path
+        self._lock_fd = lock_fd
+
+    def __repr__(self) -> str:
+        return f"RunDirectory({self.path})"
+
+    @classmethod
+    def create(cls, path: Path) -> RunDirectory:
+        """Make and lock `path`; what a dead system left in it is removed.
+
+        Raises RunDirectoryError if a live system has it, or if others could write to it.
+        """
+        num_bytes = len(os.fsencode(path))
+        if num_bytes > MAX_RUN_DIRECTORY_BYTES:
+            raise RunDirectoryError(
+                f"run directory {path} has {num_bytes} bytes; UNIX sockets in it allow at most "
+                f"{MAX_RUN_DIRECTORY_BYTES}. Use a shorter --name, or set XDG_RUNTIME_DIR or TMPDIR "
+                "to a shorter directory."
+            )
+        for _ in range(_CREATE_ATTEMPTS):
+            # A system that ends between our steps removes what we just made: then simply begin again.
+            with contextlib.suppress(FileNotFoundError):
+                _make_private_directory(path.parent)
+                _make_private_directory(path)
+                lock_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                if _lock(lock_fd, path):
+                    _empty(path)
+                    (path / "logs").mkdir(mode=0o700)
+                    return cls(path, lock_fd)
+        raise RunDirectoryError(f"{path}: other systems keep removing it; try again")
+
+    def remove(self) -> None:
+        """Remove the directory with everything in it, and its parent if nothing else is there."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.path.parent.rmdir()
+        os.close(self._lock_fd)
+
+
+def _make_private_directory(path: Path) -> None:
+    if path.parent != path and not path.parent.exists():
+        raise RunDirectoryError(f"{path.parent}: no such directory; set TMPDIR or XDG_RUNTIME_DIR to one")
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        status = path.lstat()
+    except FileExistsError:
+        raise RunDirectoryError(f"{path} is not a directory; remove it") from None
+    except PermissionError as error:
+        raise RunDirectoryError(f"{path} cannot be used: {error.strerror}") from None
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise RunDirectoryError(
+            f"{path} must be a directory that is yours alone (mode 0700); it has mode "
+            f"{stat.S_IMODE(status.st_mode):04o} and owner {status.st_uid}. Remove it or set TMPDIR."
+        )
+
+
+def _lock(lock_fd: int, path: Path) -> bool:
+    """Whether we now hold `path`. False: it was removed meanwhile. Raises if a live system holds it."""
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        same = os.fstat(lock_fd).st_ino == path.stat().st_ino
+    except BlockingIOError:
+        os.close(lock_fd)
+        raise RunDirectoryError(
+            f"a system called {path.name!r} already runs (its run directory is {path}). "
+            "Stop it, or give this one another --name."
+        ) from None
+    except FileNotFoundError:
+        same = False
+    if not same:
+        os.close(lock_fd)
+    return same
+
+
+def _empty(path: Path) -> None:
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()

@@ -1,0 +1,239 @@
+"""The supervisor: holds all processes of one machine, so that they end with it, and answers the controller.
+
+Owns child processes and the controller's restarts; nothing else is ever restarted here.
+Must not know: what the processes do, or why the controller wants them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import select
+from collections.abc import Callable
+from pathlib import Path
+
+from headrace.api.messages import (
+    LauncherCommand,
+    LauncherError,
+    ListProcesses,
+    Processes,
+    ProcessEnded,
+    ProcessSpec,
+    ProcessStarted,
+    StartProcess,
+    StopProcess,
+)
+from headrace.clock import Clock, SystemClock
+from headrace.fabric.channel import Channel, listen
+from headrace.fabric.child import Child
+
+SUPERVISOR_SOCKET = "supervisor.sock"
+CONTROLLER_NAME = "controller"
+CONTROLLER_SILENCE_S = 5.0
+"""While stopping, the controller says something every second; after this long it is taken for hung."""
+STOP_GRACE_S = 5.0
+"""How long processes may take to end when the supervisor stops them itself."""
+FIRST_RESTART_DELAY_S = 0.2
+MAX_RESTART_DELAY_S = 10.0
+HEALTHY_AFTER_S = 60.0
+"""A controller that ran this long starts again without an increased delay."""
+_REAP_LIMIT_S = 5.0
+_WATCH_INTERVAL_S = 0.25
+
+
+class Supervisor:
+    """Runs the controller and whatever it asks for. `run` returns when no process is left."""
+
+    def __init__(
+        self,
+        run_directory: Path,
+        controller: ProcessSpec,
+        on_notice: Callable[[str], None],
+        clock: Clock | None = None,
+    ) -> None:
+        self._run_directory = run_directory
+        self._controller = controller
+        self._on_notice = on_notice
+        self._clock = clock or SystemClock()
+        self._children: dict[str, Child] = {}
+        self._kills: dict[str, asyncio.TimerHandle] = {}
+        self._channels: set[Channel] = set()
+        self._stop_began_s: float | None = None
+        self._is_stopping_all = False
+        self._last_word_s = 0.0
+        self._controller_started_s = 0.0
+        self._finished = asyncio.Event()
+        self.controller_failures = 0
+        """Ends of the controller in a row, each before it was healthy for a while."""
+        self.controller_last_output = ""
+
+    def __repr__(self) -> str:
+        state = "running" if self._stop_began_s is None else "stopping"
+        return f"Supervisor({state}, {len(self._children)} processes)"
+
+    async def run(self) -> None:
+        """Serve until stopped. Raises OSError if the socket or the controller cannot be had at all."""
+        path = str(self._run_directory / SUPERVISOR_SOCKET)
+        server = await listen(path, lambda: Channel(LauncherCommand, self._on_command, self._on_close))
+        try:
+            self._start_controller()
+            await self._finished.wait()
+        finally:
+            server.close()
+            for channel in list(self._channels):
+                channel.close()
+            self._kill_all_and_reap()
+
+    def stop(self, reason: str) -> None:
+        """First call: let the controller drain everything and end. Second call: kill everything."""
+        if self._stop_began_s is not None:
+            self._on_notice("stopping at once")
+            self._stop_all(grace_s=0.0)
+            return
+        self._on_notice(reason)
+        self._stop_began_s = self._last_word_s = self._clock.now_s()
+        controller = self._children.get(CONTROLLER_NAME)
+        if controller is None:
+            self._stop_all(STOP_GRACE_S)
+            return
+        controller.signal(self._controller.stop_signal)
+        self._watch_controller()
+
+    # ---- the controller ----------------
+
+    def _start_controller(self) -> None:
+        if self._stop_began_s is None:
+            self._controller_started_s = self._clock.now_s()
+            self._start(self._controller)
+
+    def _watch_controller(self) -> None:
+        """While stopping: a controller that says nothing for a while is killed, and we stop the rest."""
+        if self._finished.is_set() or self._is_stopping_all:
+            return
+        silence_s = self._clock.now_s() - self._last_word_s
+        if silence_s > CONTROLLER_SILENCE_S:
+            self._on_notice(f"the controller has said nothing for {silence_s:.0f} s: stopping without it")
+            self._stop_all(STOP_GRACE_S)
+        else:
+            asyncio.get_running_loop().call_later(_WATCH_INTERVAL_S, self._watch_controller)
+
+    def _on_controller_end(self, exit_code: int | None, last_output: str) -> None:
+        if self._stop_began_s is not None or exit_code == 0:
+            if self._stop_began_s is None:
+                self._stop_began_s = self._clock.now_s()
+            self._stop_all(STOP_GRACE_S)
+            return
+        now_s = self._clock.now_s()
+        healthy = now_s - self._controller_started_s >= HEALTHY_AFTER_S
+        self.controller_failures = 1 if healthy else self.controller_failures + 1
+        self.controller_last_output = last_output
+        delay_s = min(FIRST_RESTART_DELAY_S * 2 ** (self.controller_failures - 1), MAX_RESTART_DELAY_S)
+        self._on_notice(f"the controller ended with {exit_code}; starting it again in {delay_s:.1f} s")
+        asyncio.get_running_loop().call_later(delay_s, self._restart_controller)
+
+    def _restart_controller(self) -> None:
+        try:
+            self._start_controller()
+        except OSError as error:
+            self._on_controller_end(None, str(error))
+
+    # ---- commands ----------------
+
+    def _on_command(self, channel: Channel, command: LauncherCommand) -> None:
+        self._channels.add(channel)
+        self._last_word_s = self._clock.now_s()
+        match command:
+            case StartProcess(spec):
+                self._on_start(channel, spec)
+            case StopProcess(name, grace_s):
+                if name == CONTROLLER_NAME or not self._stop_child(name, grace_s):
+                    channel.send(LauncherError(name, "no such process"))
+            case ListProcesses():
+                channel.send(Processes([child.state() for child in self._children.values()]))
+
+    def _on_start(self, channel: Channel, spec: ProcessSpec) -> None:
+        if self._stop_began_s is not None:
+            channel.send(LauncherError(spec.name, "the system is stopping"))
+        elif spec.name in self._children:
+            channel.send(LauncherError(spec.name, "a process of this name is running"))
+        else:
+            try:
+                child = self._start(spec)
+            except OSError as error:
+                channel.send(LauncherError(spec.name, f"{spec.argv[0]} cannot be started: {error}"))
+            else:
+                channel.send(ProcessStarted(child.state()))
+
+    def _on_close(self, channel: Channel, reason: str) -> None:
+        self._channels.discard(channel)
+
+    # ---- children ----------------
+
+    def _start(self, spec: ProcessSpec) -> Child:
+        child = Child(spec)
+        self._children[spec.name] = child
+        asyncio.get_running_loop().add_reader(child.pidfd, self._on_exit, child)
+        return child
+
+    def _stop_child(self, name: str, grace_s: float) -> bool:
+        """Signal a child and set its deadline; again: only an earlier deadline counts."""
+        child = self._children.get(name)
+        if child is None:
+            return False
+        loop = asyncio.get_running_loop()
+        pending = self._kills.get(name)
+        if pending is None:
+            child.signal(child.spec.stop_signal)
+        elif pending.when() <= loop.time() + grace_s:
+            return True
+        else:
+            pending.cancel()
+        if grace_s <= 0:
+            child.kill_group()
+        self._kills[name] = loop.call_later(max(grace_s, 0), child.kill_group)
+        return True
+
+    def _on_exit(self, child: Child) -> None:
+        asyncio.get_running_loop().remove_reader(child.pidfd)
+        name = child.spec.name
+        pending = self._kills.pop(name, None)
+        if pending is not None:
+            pending.cancel()
+        del self._children[name]
+        ended = child.reap()
+        for channel in self._channels:
+            channel.send(ProcessEnded(ended))
+        if name == CONTROLLER_NAME:
+            self._on_controller_end(ended.exit_code, ended.last_output)
+        if self._stop_began_s is not None and not self._children:
+            self._finished.set()
+
+    def _stop_all(self, grace_s: float) -> None:
+        """Stop everything without the controller."""
+        self._is_stopping_all = True
+        controller = self._children.get(CONTROLLER_NAME)
+        if controller is not None:
+            controller.kill_group()
+        for name in list(self._children):
+            self._stop_child(name, grace_s)
+        if not self._children:
+            self._finished.set()
+
+    def _kill_all_and_reap(self) -> None:
+        """The last resort when `run` is left early: nothing may outlive it."""
+        loop = asyncio.get_running_loop()
+        for child in self._children.values():
+            loop.remove_reader(child.pidfd)
+            child.kill_group()
+        deadline_s = self._clock.now_s() + _REAP_LIMIT_S
+        while self._children and self._clock.now_s() < deadline_s:
+            by_fd = {child.pidfd: name for name, child in self._children.items()}
+            poll = select.poll()
+            for fd in by_fd:
+                poll.register(fd, select.POLLIN)
+            for fd, _ in poll.poll(100):
+                self._children.pop(by_fd[fd]).reap()
+        for handle in self._kills.values():
+            handle.cancel()
+        with contextlib.suppress(OSError):
+            (self._run_directory / SUPERVISOR_SOCKET).unlink()

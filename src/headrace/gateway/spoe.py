@@ -1,0 +1,185 @@
+"""The SPOE agent: HAProxy's connections, one Protocol object each, over `headrace.gateway.spop`.
+
+Owns connections, frames in flight and their bounds. An answer may come at once or much later (the request is
+held); answers go back in any order. Must not know endpoints or replicas: `on_notify` decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from headrace.errors import ProtocolError
+from headrace.gateway import spop
+
+MAX_FRAMES_IN_FLIGHT = 4096
+"""Unanswered frames per connection. HAProxy sends about 20 (its max-waiting-frames)."""
+MAX_UNSENT_BYTES = 4 * 1024 * 1024
+"""A HAProxy that stops reading its answers is disconnected at this many."""
+
+Arguments = Mapping[bytes, spop.SpopValue]
+NotifyHandler = Callable[["SpoeCall", bytes, Arguments], None]
+
+
+class SpoeCall:
+    """One NOTIFY frame that waits for its answer. Answer it once; after the connection's end it is a no-op."""
+
+    __slots__ = ("_frame_id", "_stream_id", "connection")
+
+    def __init__(self, connection: SpoeConnection, stream_id: int, frame_id: int) -> None:
+        self.connection = connection
+        self._stream_id = stream_id
+        self._frame_id = frame_id
+
+    def answer(self, variables: Mapping[bytes, bytes]) -> None:
+        """Set these variables for the request, and let it go on."""
+        self.connection.send_ack(self._stream_id, self._frame_id, variables)
+
+
+class SpoeConnection(asyncio.Protocol):
+    """One connection from one HAProxy process."""
+
+    def __init__(
+        self,
+        on_notify: NotifyHandler,
+        on_lost: Callable[[SpoeConnection], None],
+        on_error: Callable[[str], None],
+    ) -> None:
+        self._on_notify = on_notify
+        self._on_lost = on_lost
+        self._on_error = on_error
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._has_greeted = False
+        self._open_frames: set[tuple[int, int]] = set()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._transport is None else "open"
+        return f"<SpoeConnection {state} unanswered={len(self._open_frames)}>"
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's own class, of the same shape
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._buffer.clear()
+        self._open_frames.clear()
+        self._on_lost(self)
+
+    def data_received(self, data: bytes) -> None:
+        buffer = self._buffer
+        buffer += data
+        start = 0
+        try:
+            while len(buffer) - start >= 4 and self._transport is not None:
+                length = int.from_bytes(buffer[start : start + 4], "big")
+                if length > spop.MAX_FRAME_BYTES:
+                    raise ProtocolError(
+                        f"a SPOP frame announces {length} bytes; at most {spop.MAX_FRAME_BYTES} are allowed"
+                    )
+                end = start + 4 + length
+                if end > len(buffer):
+                    break
+                frame = bytes(buffer[start + 4 : end])
+                start = end
+                self._handle(spop.decode_frame(frame))
+        except ProtocolError as error:
+            self._on_error(str(error))
+            self._close(spop.encode_disconnect(4, b"invalid frame"))
+        del buffer[:start]
+
+    def send_ack(self, stream_id: int, frame_id: int, variables: Mapping[bytes, bytes]) -> None:
+        """Answer one frame; nothing happens if it was answered or the connection is gone."""
+        transport = self._transport
+        key = (stream_id, frame_id)
+        if transport is None or key not in self._open_frames:
+            return
+        self._open_frames.discard(key)
+        transport.write(spop.encode_ack(stream_id, frame_id, variables))
+        if transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            self._on_error("HAProxy does not read its answers; disconnected")
+            transport.abort()
+
+    def close(self) -> None:
+        """Say goodbye and close."""
+        self._close(spop.encode_disconnect(0, b"shutting down"))
+
+    def _handle(self, frame: spop.Frame) -> None:
+        if frame.kind == spop.NOTIFY:
+            self._handle_notify(frame)
+        elif frame.kind == spop.HAPROXY_HELLO:
+            hello = spop.decode_hello(frame.payload)
+            self._has_greeted = True
+            self._write(spop.encode_hello(hello.max_frame_bytes))
+            if hello.is_healthcheck:
+                self._close(b"")
+        elif frame.kind == spop.HAPROXY_DISCONNECT:
+            self._close(spop.encode_disconnect(0, b"normal"))
+        else:
+            raise ProtocolError(f"SPOP frame kind {frame.kind} is not known")
+
+    def _handle_notify(self, frame: spop.Frame) -> None:
+        if not self._has_greeted:
+            raise ProtocolError("a NOTIFY frame came before HELLO")
+        key = (frame.stream_id, frame.frame_id)
+        if key in self._open_frames:
+            raise ProtocolError(f"SPOP frame {key} was sent twice")
+        if len(self._open_frames) >= MAX_FRAMES_IN_FLIGHT:
+            raise ProtocolError(f"more than {MAX_FRAMES_IN_FLIGHT} SPOP frames wait for an answer")
+        messages = spop.decode_messages(frame.payload)
+        if len(messages) != 1:
+            raise ProtocolError(f"a SPOP frame carries {len(messages)} messages; one is expected")
+        self._open_frames.add(key)
+        name, arguments = messages[0]
+        self._on_notify(SpoeCall(self, frame.stream_id, frame.frame_id), name, arguments)
+
+    def _write(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(data)
+
+    def _close(self, last_words: bytes) -> None:
+        if self._transport is None:
+            return
+        if last_words:
+            self._transport.write(last_words)
+        self._transport.close()
+
+
+class SpoeAgent:
+    """Listens on a UNIX socket for HAProxy's SPOE connections."""
+
+    def __init__(self, on_notify: NotifyHandler, on_lost: Callable[[SpoeConnection], None]) -> None:
+        self._on_notify = on_notify
+        self._on_lost = on_lost
+        self._connections: set[SpoeConnection] = set()
+        self.num_protocol_errors = 0
+        self.last_error = ""
+
+    def make_connection(self) -> SpoeConnection:
+        """The protocol factory for the event loop's server."""
+        connection = SpoeConnection(self._on_notify, self._forget, self._count_error)
+        self._connections.add(connection)
+        return connection
+
+    def close(self) -> None:
+        """Close all connections; HAProxy then balances by itself."""
+        for connection in list(self._connections):
+            connection.close()
+
+    def _forget(self, connection: SpoeConnection) -> None:
+        self._connections.discard(connection)
+        self._on_lost(connection)
+
+    def _count_error(self, message: str) -> None:
+        self.num_protocol_errors += 1
+        self.last_error = message
+
+    def __repr__(self) -> str:
+        return f"<SpoeAgent connections={len(self._connections)} errors={self.num_protocol_errors}>"
+
+
+def text_argument(arguments: Arguments, name: bytes) -> str:
+    """Return a string argument, empty if it is absent or of another type."""
+    value: Any = arguments.get(name)
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else ""

@@ -1,0 +1,75 @@
+"""Placement: which replica gets a request. Pure: observation in; decision, reason and scores out.
+
+Least loaded for now; a later policy adds cached prefixes to the score.
+Must not know addresses, servers or sockets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+PlacementReason = Literal["least_loaded", "no_replica", "no_room"]
+
+
+class ReplicaObservation(Protocol):
+    """What placement sees of a replica. The router's own record has this shape, so nothing is copied."""
+
+    @property
+    def replica_id(self) -> str: ...
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that this router bound to it and that have not ended."""
+        ...
+
+    @property
+    def num_open(self) -> int:
+        """Open requests by its own last report: includes what other routers or HAProxy sent."""
+        ...
+
+    @property
+    def max_open(self) -> int:
+        """Most open requests that it takes."""
+        ...
+
+    @property
+    def num_assigned(self) -> int:
+        """Requests ever bound to it; breaks ties, so that idle replicas take turns."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a request goes. `replica_id` is None when it must wait; `scores` are loads, lower is better."""
+
+    replica_id: str | None
+    reason: PlacementReason
+    scores: dict[str, int]
+
+
+def load_of(replica: ReplicaObservation) -> int:
+    """Requests that count against max_open: the larger of what we sent and what it reports.
+
+    The report is up to one period old and our own count misses what others sent; neither alone is safe.
+    """
+    return max(replica.num_in_flight, replica.num_open)
+
+
+def place(replicas: Iterable[ReplicaObservation]) -> Placement:
+    """Choose among replicas that may be chosen (ready, serving): the least loaded one with room."""
+    scores: dict[str, int] = {}
+    best: ReplicaObservation | None = None
+    best_key = (0, 0)
+    for replica in replicas:
+        load = load_of(replica)
+        scores[replica.replica_id] = load
+        if load >= replica.max_open:
+            continue
+        key = (load, replica.num_assigned)
+        if best is None or key < best_key:
+            best, best_key = replica, key
+    if best is not None:
+        return Placement(best.replica_id, "least_loaded", scores)
+    return Placement(None, "no_room" if scores else "no_replica", scores)
