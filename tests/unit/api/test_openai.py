@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -69,10 +70,8 @@ def test_a_wrong_type_names_the_field_and_what_is_allowed(
 @given(st.binary(max_size=100))
 def test_any_bytes_are_decoded_or_refused(body: bytes) -> None:
     for decoder in (CHAT, COMPLETION):
-        try:
+        with contextlib.suppress(InvalidRequest):
             decoder.decode(body)
-        except InvalidRequest as error:
-            assert error.message
 
 
 @pytest.mark.parametrize("body", [b'{"model":"m","prompt":' + b"[" * 100_000, b"[" * 100_000])
