@@ -6,6 +6,7 @@ Owns requests until they are answers, and the set of open answers. Must not know
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from headrace.replica.validate import (
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
+_log = logging.getLogger(__name__)
 _HEADER_VALUE = re.compile(r"[\x21-\x7e]{1,256}")
 
 
@@ -119,8 +121,8 @@ class Generator:
             record.status, record.finish_reason = 500, "error"
             record.error = f"{type(error).__name__} while the request was prepared"
             ledger.close(record, TerminalState.FAILED)
+            _log.exception("request %s could not be prepared", record.request_id)
             responder.send_error(GenerationFailed("the server failed at this request; see its log"), headers)
-            raise
         else:
             self._answers.add(answer)
 
