@@ -28,6 +28,7 @@ from headrace.errors import InvalidRequest, NotFound, Overloaded, RequestError
 from headrace.replica.answer import Answer, AnswerServices, GenerationFailed, TextRules
 from headrace.replica.answer_shape import AnswerShape
 from headrace.replica.chat import flatten_messages
+from headrace.replica.engine_client import EngineClient
 from headrace.replica.http_connection import Responder
 from headrace.replica.http_messages import HttpRequest
 from headrace.replica.ledger import RequestRecord
@@ -65,12 +66,19 @@ class Generator:
     """Takes generation requests for one endpoint."""
 
     def __init__(
-        self, endpoint: str, max_open: int, fingerprint: str, services: AnswerServices, clock: Clock
+        self,
+        endpoint: str,
+        max_open: int,
+        fingerprint: str,
+        services: AnswerServices,
+        engine: EngineClient,
+        clock: Clock,
     ) -> None:
         self._endpoint = endpoint
         self._max_open = max_open
         self._fingerprint = fingerprint
         self._services = services
+        self._engine = engine
         self._clock = clock
         self._chat_decoder = RequestDecoder(ChatCompletionRequest)
         self._completion_decoder = RequestDecoder(CompletionRequest)
@@ -168,7 +176,7 @@ class Generator:
         return answer
 
     def _limits(self) -> ModelLimits:
-        engine = self._services.engine
+        engine = self._engine
         if engine.state != "ready" or engine.info is None:
             raise Overloaded(engine.why_not_ready(), retry_after_s=1.0)
         if self._model is None:
@@ -240,7 +248,7 @@ class Generator:
         base, sampling, n = record.request_id, prompt.sampling, prompt.choices_per_prompt
         total = n * len(prompt.token_ids)
         attempt = 1
-        while any(self._services.engine.has_request(_choice_id(base, k, total)) for k in range(total)):
+        while any(self._engine.has_request(_choice_id(base, k, total)) for k in range(total)):
             # The same request came again while its first try is open, after a broken connection for example.
             attempt += 1
             base = f"{record.request_id}~{attempt}"
