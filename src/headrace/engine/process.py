@@ -186,18 +186,21 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
     """Build the engine that `spec` names. Raises ConfigError, ModelError, MemoryError, OSError."""
     check_spec(spec)
     if spec.kind == "simulated":
-        on_phase("start")
+        on_phase("waiting for simulated_start_s")
         time.sleep(spec.simulated_start_s)
         return SimulatedEngine(spec, clock, time.sleep)
     from headrace.engine.model_files.resolve import resolve_model
 
-    on_phase("find")
+    on_phase("finding the model")
     files = resolve_model(spec.model)
-    on_phase("import")
+    on_phase("importing torch")
     from headrace.engine.native import NativeEngine
     from headrace.engine.runner import load_runner
 
-    return NativeEngine(spec, load_runner(spec, files, on_phase), clock)
+    engine = NativeEngine(spec, load_runner(spec, files, on_phase), clock)
+    on_phase("computing the first step")
+    engine.compute_first_step()
+    return engine
 
 
 def die_with_parent() -> None:
