@@ -81,8 +81,8 @@ class NativeEngine:
         )
         if not bool(logits_SV.isfinite().all()):
             raise ModelError(
-                "the model's first step gave logits that are not finite; its file is damaged, or its numbers do "
-                "not fit into this dtype: set dtype to float32"
+                "the model's first step gave logits that are not finite; its file is damaged, or its numbers "
+                "do not fit into this dtype: set dtype to float32"
             )
 
     def submit(self, request: GenerationRequest) -> None:

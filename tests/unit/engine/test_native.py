@@ -175,7 +175,7 @@ def drive(engine: NativeEngine, arrivals: list[Arrival]) -> tuple[Outcomes, set[
     raise AssertionError("the engine does not come to an end")
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 @given(
     arrivals=workloads(),
     num_blocks=st.sampled_from([4, 7, 10, 16, 64]),

@@ -1,4 +1,4 @@
-"""The engine loop: its answers to an engine that refuses and one that breaks. Whole processes: integration."""
+"""The engine loop: its answers to an engine that refuses and one that breaks. Processes: integration."""
 
 from __future__ import annotations
 
