@@ -102,6 +102,7 @@ class NativeEngine:
     def step(self) -> StepBatch:
         begin_s = self._clock.now_s()
         decision = self._scheduler.schedule()
+        assert decision.scheduled, f"a step without work: {self!r}"
         logits_SV = self._runner.execute(self._builder.build(decision.scheduled))
         requests = [item.request for item in decision.scheduled if item.is_sampled]
         sampled = self._sampler.sample(logits_SV, requests)
