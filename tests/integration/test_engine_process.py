@@ -315,3 +315,12 @@ def test_a_descriptor_that_is_no_socket_is_refused() -> None:
         )
     assert done.returncode == 2
     assert b"is not a socket" in done.stderr
+
+
+def test_the_process_module_and_the_simulated_engine_do_without_torch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, headrace.engine.process; sys.exit('torch' in sys.modules)"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == 0
