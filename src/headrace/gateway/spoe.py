@@ -41,7 +41,10 @@ class SpoeConnection(asyncio.Protocol):
     """One connection from one HAProxy process."""
 
     def __init__(
-        self, on_notify: NotifyHandler, on_lost: Callable[[SpoeConnection], None], on_error: Callable[[str], None]
+        self,
+        on_notify: NotifyHandler,
+        on_lost: Callable[[SpoeConnection], None],
+        on_error: Callable[[str], None],
     ) -> None:
         self._on_notify = on_notify
         self._on_lost = on_lost
