@@ -1,4 +1,4 @@
-"""Weights: every quantisation against gguf's own, and files whose tensors are missing, extra or mis-shaped."""
+"""Weights: every quantisation against gguf's own; files with missing, extra and mis-shaped tensors."""
 
 from __future__ import annotations
 
