@@ -102,7 +102,9 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
 
 @pytest.mark.slow
 async def test_a_started_process_is_listed_and_its_end_is_pushed_with_its_last_lines(rig: Rig) -> None:
-    pid = await rig.start("worker", "print('first'); print('last words'); import sys; sys.stdin.read(); sys.exit(3)")
+    pid = await rig.start(
+        "worker", "print('first'); print('last words'); import sys; sys.stdin.read(); sys.exit(3)"
+    )
     event = await rig.event()
     assert isinstance(event, ProcessEnded)
     assert event.process.pid == pid

@@ -65,9 +65,7 @@ class Fleet:
 
     # ---- what happened ----------------
 
-    def adopt(
-        self, processes: Sequence[ProcessState], generations: Mapping[str, str], now_s: float
-    ) -> None:
+    def adopt(self, processes: Sequence[ProcessState], generations: Mapping[str, str], now_s: float) -> None:
         """Take over replicas that were running before this controller. Until they report they count as
         what is wanted, so that nothing healthy is touched."""
         by_prefix = {slot_prefix(name): name for name in generations}
