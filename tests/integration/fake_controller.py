@@ -37,7 +37,7 @@ def prepare_replica(config: Config, endpoint: str, replica_id: str, run_director
 
 async def run(run_directory: Path) -> None:
     launcher = await LocalLauncher.connect(run_directory)
-    sources = ProcessSources(prepare_gateway, prepare_replica)
+    sources = ProcessSources(prepare_gateway, prepare_gateway, prepare_replica)
     controller = Controller(run_directory, read_config(run_directory), launcher, sources, SystemClock())
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, controller.stop)
     await controller.run()

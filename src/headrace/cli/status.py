@@ -89,18 +89,19 @@ def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         name, is_number = column.lstrip(">"), column.startswith(">")
-        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+        is_last = column == columns[-1]  # free text: the only one that may take several lines
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=not is_last)
     return table
 
 
 def _endpoints(system: SystemStatus) -> Table:
     table = _table(
-        "endpoint", "model", ">ready", ">held", ">in flight", ">finished", ">failed", ">refused", "why"
+        "endpoint", "model", ">ready", ">held", ">open", ">finished", ">failed", ">refused", "why"
     )
     for endpoint in system.endpoints:
         table.add_row(
             endpoint.name,
-            endpoint.model if endpoint.engine == "native" else f"{endpoint.model} ({endpoint.engine})",
+            _short(endpoint.model),
             f"{endpoint.ready}/{endpoint.desired}",
             str(endpoint.num_held),
             str(endpoint.num_in_flight),
@@ -116,7 +117,7 @@ def _replicas(system: SystemStatus) -> Table:
     from headrace.units import format_seconds
 
     table = _table(
-        "replica", "state", ">for", ">open", ">running", ">waiting", ">KV", ">restarts", "address", "note"
+        "replica", "state", ">for", ">running", ">waiting", ">KV", ">restarts", "address", "note"
     )
     colours = {"ready": "green", "failed": "red", "lost": "red"}
     for replica in system.replicas:
@@ -126,7 +127,6 @@ def _replicas(system: SystemStatus) -> Table:
             replica.replica_id,
             f"[{colour}]{replica.state}[/{colour}]",
             format_seconds(replica.since_s),
-            str(replica.num_open),
             str(replica.num_running),
             str(replica.num_waiting),
             f"{replica.kv_used_ratio:.0%}",
@@ -145,6 +145,11 @@ def _processes(system: SystemStatus) -> Table:
         memory = format_bytes(process.resident_bytes)
         table.add_row(process.name, str(process.pid or "-"), process.state, str(process.restarts), memory)
     return table
+
+
+def _short(model: str) -> str:
+    """A model's path would push everything else off the line."""
+    return model.rsplit("/", 1)[-1] if model.startswith("/") else model
 
 
 def _plain(text: str) -> str:

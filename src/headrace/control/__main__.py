@@ -17,13 +17,13 @@ from headrace.clock import SystemClock
 from headrace.control.app import Controller, ProcessSources, read_config
 from headrace.errors import HeadraceError
 from headrace.fabric.local import LocalLauncher
-from headrace.gateway.process import prepare
+from headrace.gateway.process import prepare, process_specs
 
 
 async def _run(run_directory: Path) -> None:
     config = read_config(run_directory)
     launcher = await LocalLauncher.connect(run_directory)
-    controller = Controller(run_directory, config, launcher, ProcessSources(prepare), SystemClock())
+    controller = Controller(run_directory, config, launcher, ProcessSources(prepare, process_specs), SystemClock())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, controller.stop)

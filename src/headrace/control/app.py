@@ -55,7 +55,7 @@ from headrace.fabric.channel import Channel, listen
 from headrace.fabric.launcher import Launcher
 
 TICK_S = 0.2
-STOP_MARGIN_S = 5.0
+STOP_MARGIN_S = 15.0
 """A front ends itself when its drain grace is over; only one that does not is killed, this much later."""
 _log = logging.getLogger(__name__)
 
@@ -65,7 +65,9 @@ class ProcessSources:
     """Where specs of processes come from; tests put programs of their own in their place."""
 
     prepare_gateway: Callable[[GatewaySpec], list[ProcessSpec]]
-    """Writes the gateway's files and returns the specs of `haproxy` and `router`."""
+    """For a fresh start: writes the gateway's files and returns the specs of `haproxy` and `router`."""
+    gateway_processes: Callable[[GatewaySpec], list[ProcessSpec]]
+    """The same specs without touching the files, which hold the running replicas."""
     prepare_replica: Callable[[Config, str, str, Path], ProcessSpec] = replica_process
     """Config, endpoint, replica id, run directory."""
 
@@ -188,8 +190,10 @@ class Controller:
         due = [essential for essential in processes if essential.is_due(now_s)]
         if not due:
             return
+        is_fresh = not any(essential.num_starts for essential in processes)
+        get_specs = self._sources.prepare_gateway if is_fresh else self._sources.gateway_processes
         try:
-            specs = {spec.name: spec for spec in self._sources.prepare_gateway(self._gateway_spec())}
+            specs = {spec.name: spec for spec in get_specs(self._gateway_spec())}
         except (HeadraceError, OSError) as error:
             for essential in due:
                 self._state.gateway.on_ended(essential.name, str(error), now_s)
