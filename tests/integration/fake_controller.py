@@ -14,6 +14,7 @@ from setproctitle import setproctitle
 from headrace.api.config import Config
 from headrace.api.messages import GatewaySpec, ProcessSpec
 from headrace.clock import SystemClock
+from headrace.control import reconciler
 from headrace.control.app import Controller, ProcessSources, read_config
 from headrace.control.specs import replica_process
 from headrace.fabric.local import LocalLauncher
@@ -45,5 +46,8 @@ async def run(run_directory: Path) -> None:
 
 if __name__ == "__main__":
     setproctitle("headrace: controller")
+    # The same decisions at a faster pace: the real pace is checked on a virtual clock.
+    reconciler.FIRST_RESTART_DELAY_S = 0.05
+    reconciler.LOST_AFTER_S = 1.0
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d %(message)s")
     asyncio.run(run(Path(sys.argv[1])))

@@ -24,10 +24,8 @@ def check(config: ConfigPath = None, settings: Settings = None) -> None:
 
     checked = check_models(load(config, settings))
     for name, endpoint in checked.endpoints.items():
-        replicas = endpoint.replicas
-        typer.echo(
-            f"{name}: {endpoint.model} on the {endpoint.engine} engine, {replicas.min} to {replicas.max} replicas"
-        )
+        count = f"{endpoint.replicas.min} to {endpoint.replicas.max} replicas"
+        typer.echo(f"{name}: {endpoint.model} on the {endpoint.engine} engine, {count}")
     typer.echo(f"ok: would serve at {checked.gateway.bind}")
 
 

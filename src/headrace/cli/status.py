@@ -95,9 +95,7 @@ def _table(*columns: str) -> Table:
 
 
 def _endpoints(system: SystemStatus) -> Table:
-    table = _table(
-        "endpoint", "model", ">ready", ">held", ">open", ">finished", ">failed", ">refused", "why"
-    )
+    table = _table("endpoint", "model", ">ready", ">held", ">open", ">finished", ">failed", ">refused", "why")
     for endpoint in system.endpoints:
         table.add_row(
             endpoint.name,
@@ -116,9 +114,7 @@ def _endpoints(system: SystemStatus) -> Table:
 def _replicas(system: SystemStatus) -> Table:
     from headrace.units import format_seconds
 
-    table = _table(
-        "replica", "state", ">for", ">running", ">waiting", ">KV", ">restarts", "address", "note"
-    )
+    table = _table("replica", "state", ">for", ">running", ">waiting", ">KV", ">restarts", "address", "note")
     colours = {"ready": "green", "failed": "red", "lost": "red"}
     for replica in system.replicas:
         colour = colours.get(replica.state, "yellow")

@@ -23,7 +23,9 @@ from headrace.gateway.process import prepare, process_specs
 async def _run(run_directory: Path) -> None:
     config = read_config(run_directory)
     launcher = await LocalLauncher.connect(run_directory)
-    controller = Controller(run_directory, config, launcher, ProcessSources(prepare, process_specs), SystemClock())
+    controller = Controller(
+        run_directory, config, launcher, ProcessSources(prepare, process_specs), SystemClock()
+    )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, controller.stop)

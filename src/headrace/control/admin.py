@@ -76,5 +76,5 @@ def _not_running(run_directory: Path, error: OSError) -> NotRunning:
             f"no system called {run_directory.name!r} is running. Start it with: headrace up CONFIG.yaml"
         )
     return NotRunning(
-        f"the controller of {run_directory} is not there at the moment ({error.strerror}); try again in a second"
+        f"the controller of {run_directory} is not there right now ({error.strerror}); try again in a second"
     )

@@ -1,4 +1,4 @@
-"""Holds one running system in this process: run directory, supervisor, signals. `headrace up` and `serve` share it.
+"""Holds one running system in this process: run directory, supervisor, signals. For `headrace up` and serve.
 
 Owns the order of begin and end. Must not know: what is shown to the user meanwhile.
 """

@@ -100,7 +100,7 @@ class System:
         return gateway_url(self.config.gateway.bind)
 
     def client(self, endpoint: str = "") -> openai.OpenAI:
-        """Return the official client for this system. endpoint: checked to exist; requests name it as `model`."""
+        """Return the official client. endpoint: checked to exist; requests name it as their `model`."""
         if endpoint and endpoint not in self.config.endpoints:
             known = ", ".join(sorted(self.config.endpoints))
             raise ConfigError(f"endpoint {endpoint!r} does not exist; there are: {known}")
@@ -211,7 +211,7 @@ def describe_unready(status: SystemStatus | None) -> str:
     if status is None:
         return "its controller never answered"
     lines = [
-        f"replica {replica.replica_id} is {replica.state}: {replica.last_error or replica.phase or 'no word yet'}"
+        f"replica {replica.replica_id} is {replica.state}: {replica.last_error or replica.phase or 'no word'}"
         for replica in status.replicas
         if replica.state != "ready"
     ]

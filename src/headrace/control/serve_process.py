@@ -1,6 +1,6 @@
-"""`python -m headrace.control.serve_process`: the supervisor behind `headrace.serve`, in a process of its own.
+"""`python -m headrace.control.serve_process`: the supervisor behind `headrace.serve`, in its own process.
 
-stdin: one JSON line (ServeSpec), then open for as long as the caller lives. stdout: one JSON line (ServeAnswer).
+stdin: one JSON line (ServeSpec), then open for as long as the caller lives. stdout: one line, ServeAnswer.
 Must not know: the caller.
 """
 

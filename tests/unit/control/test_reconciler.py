@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -325,7 +326,7 @@ def test_any_fleet_converges_to_what_is_wanted_and_then_nothing_is_done(
     for _ in range(400):
         world.apply(reconcile([desired(count)], list(world.replicas.values()), world.now_s), "new")
         world.advance(1.0)
-    live = [replica for replica in world.replicas.values()]
+    live = list(world.replicas.values())
     assert len(live) == count
     assert all(replica.generation == "new" and replica.endpoint == "chat" for replica in live)
     assert world.num_ready() == count
@@ -360,7 +361,7 @@ def test_restarts_of_a_crashing_replica_are_bounded_in_rate(lives: list[int]) ->
     world = World({})
     start_times: list[float] = []
     life = 0
-    for tick in range(3000):
+    for _ in range(3000):
         actions = reconcile([desired(1)], list(world.replicas.values()), world.now_s)
         start_times += [world.now_s] * len(starts(actions))
         world.apply(actions, "new")
@@ -371,7 +372,7 @@ def test_restarts_of_a_crashing_replica_are_bounded_in_rate(lives: list[int]) ->
         world.now_s += 0.2
     elapsed_s = 3000 * 0.2
     assert len(start_times) <= MAX_FAST_FAILURES + elapsed_s / FAILED_RETRY_S + 1
-    gaps = [later - earlier for earlier, later in zip(start_times, start_times[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(start_times)]
     assert all(
         gap >= restart_delay_s(min(index + 1, MAX_FAST_FAILURES)) - 0.01 for index, gap in enumerate(gaps)
     )
