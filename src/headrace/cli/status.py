@@ -114,7 +114,7 @@ def _endpoints(system: SystemStatus) -> Table:
 def _replicas(system: SystemStatus) -> Table:
     from headrace.units import format_seconds
 
-    table = _table("replica", "state", ">for", ">running", ">waiting", ">KV", ">restarts", "address", "note")
+    table = _table("replica", "state", ">for", ">run", ">wait", ">KV", ">ends", "address", "note")
     colours = {"ready": "green", "failed": "red", "lost": "red"}
     for replica in system.replicas:
         colour = colours.get(replica.state, "yellow")
