@@ -196,7 +196,7 @@ spoe-agent route
 spoe-group decide
   messages decide
 spoe-message decide
-  args id=unique-id endpoint=var(txn.backend) path=path
+  args id=unique-id endpoint=var(txn.backend) path=path client=src client_port=src_port
 """
 
 

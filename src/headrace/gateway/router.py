@@ -10,14 +10,17 @@ import asyncio
 import logging
 import os
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
+from headrace.api.config import split_address
 from headrace.api.messages import Demand, GatewaySpec, LoadReport, ReplicaView, ReportAck
 from headrace.clock import Clock
 from headrace.errors import ConfigError, ProtocolError
 from headrace.gateway.channels import CompletionConnection, ControllerLink, ReportConnection
+from headrace.gateway.closed_peers import ClosedPeers
 from headrace.gateway.completions import Completion, CompletionDecoder, classify
-from headrace.gateway.dispatcher import Bound, Dispatcher, Refused
+from headrace.gateway.dispatcher import Arrival, Bound, Dispatcher, Refused
 from headrace.gateway.haproxy_answers import error_body
 from headrace.gateway.haproxy_config import GatewayPaths
 from headrace.gateway.haproxy_runtime import HaproxyRuntime
@@ -30,7 +33,7 @@ from headrace.observability.router_metrics import RouterMetrics, RouterSnapshot
 
 logger = logging.getLogger(__name__)
 
-TICK_S = 0.05
+TICK_S = 0.1
 DEMAND_PERIOD_S = 0.2
 BACKLOG = 4096
 """Connections waiting to be accepted. A UNIX socket refuses at once when it is full, unlike TCP."""
@@ -52,6 +55,7 @@ class Router:
         self._controller = ControllerLink(
             self._paths.controller_socket, DEMAND_PERIOD_S, self.demand, self._on_spec
         )
+        self._closed_peers = ClosedPeers(split_address(spec.bind)[1])
         self.metrics = RouterMetrics(self.snapshot)
 
     def __repr__(self) -> str:
@@ -78,8 +82,8 @@ class Router:
         finally:
             for server in servers:
                 server.close()
-            for path in self._sockets():
-                Path(path).unlink(missing_ok=True)
+            self._closed_peers.close()
+            _unlink(self._sockets())
 
     def demand(self) -> Demand:
         """Return what the controller must know."""
@@ -139,9 +143,9 @@ class Router:
                 body = error_body(decision.message, "server_error", decision.code)
                 call.answer({b"refusal": body.encode(), b"retry_after": b"%d" % decision.retry_after_s})
 
-        now_s = self._clock.now_s()
-        is_held = self.dispatcher.arrive(request_id, endpoint, answer, call.connection, now_s)
-        if is_held:
+        client = (arguments.get(b"client"), arguments.get(b"client_port"))
+        arrival = Arrival(request_id, endpoint, answer, call.connection, client)
+        if self.dispatcher.arrive(arrival, self._clock.now_s()):
             self._controller.send_soon()
 
     def _on_spoe_lost(self, connection: SpoeConnection) -> None:
@@ -204,6 +208,8 @@ class Router:
             if self.replicas.expire(now_s):
                 self._on_replicas_changed()
             self.dispatcher.tick(now_s)
+            if self.dispatcher.num_held:
+                self.dispatcher.clients_left(self._closed_peers.find())
             await asyncio.sleep(TICK_S)
 
     def _on_spec(self, spec: GatewaySpec) -> None:
@@ -219,6 +225,11 @@ class Router:
             return
         self._spec = spec
         self.dispatcher.set_rules(spec.endpoints)
+
+
+def _unlink(paths: Iterable[str]) -> None:
+    for path in paths:
+        Path(path).unlink(missing_ok=True)
 
 
 def _bind_socket(path: str) -> socket.socket:
