@@ -6,7 +6,7 @@ Must not know where the numbers come from.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -71,7 +71,7 @@ def _watch(name: str) -> None:
 
 
 def render(system: SystemStatus) -> RenderableType:
-    """Return three tables and a head line."""
+    """Return a head line, three tables, and a line for everything that needs words."""
     from rich.console import Group
     from rich.text import Text
 
@@ -79,23 +79,24 @@ def render(system: SystemStatus) -> RenderableType:
 
     state = "ready" if system.is_ready else "not ready"
     head = f"{system.url}  {state}, up {format_seconds(system.uptime_s)}, {system.run_dir}"
-    return Group(Text(head, style="bold"), _endpoints(system), _replicas(system), _processes(system))
+    notes = Text("\n".join(_notes(system)))
+    return Group(Text(head, style="bold"), _endpoints(system), _replicas(system), _processes(system), notes)
 
 
 def _table(*columns: str) -> Table:
+    """`>` before a name: a column of numbers."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        name, is_number = column.lstrip(">"), column.startswith(">")
-        is_last = column == columns[-1]  # free text: the only one that may take several lines
-        table.add_column(name, justify="right" if is_number else "left", no_wrap=not is_last)
+        justify: Literal["left", "right"] = "right" if column.startswith(">") else "left"
+        table.add_column(column.lstrip(">"), justify=justify, no_wrap=True)
     return table
 
 
 def _endpoints(system: SystemStatus) -> Table:
-    table = _table("endpoint", "model", ">ready", ">held", ">open", ">finished", ">failed", ">refused", "why")
+    table = _table("endpoint", "model", ">ready", ">held", ">open", ">finished", ">failed", ">refused")
     for endpoint in system.endpoints:
         table.add_row(
             endpoint.name,
@@ -106,7 +107,6 @@ def _endpoints(system: SystemStatus) -> Table:
             str(endpoint.finished),
             str(endpoint.failed_requests),
             str(endpoint.refused),
-            endpoint.reason,
         )
     return table
 
@@ -114,11 +114,10 @@ def _endpoints(system: SystemStatus) -> Table:
 def _replicas(system: SystemStatus) -> Table:
     from headrace.units import format_seconds
 
-    table = _table("replica", "state", ">for", ">run", ">wait", ">KV", ">ends", "address", "note")
+    table = _table("replica", "state", ">for", ">running", ">waiting", ">KV", ">restarts", "address")
     colours = {"ready": "green", "failed": "red", "lost": "red"}
     for replica in system.replicas:
         colour = colours.get(replica.state, "yellow")
-        note = replica.phase if replica.state == "starting" and replica.phase else replica.last_error
         table.add_row(
             replica.replica_id,
             f"[{colour}]{replica.state}[/{colour}]",
@@ -126,11 +125,22 @@ def _replicas(system: SystemStatus) -> Table:
             str(replica.num_running),
             str(replica.num_waiting),
             f"{replica.kv_used_ratio:.0%}",
-            f"{replica.restarts}+{replica.engine_restarts}",
+            str(replica.restarts + replica.engine_restarts),
             replica.address,
-            _plain(note),
         )
     return table
+
+
+def _notes(system: SystemStatus) -> list[str]:
+    """What does not fit a table: why an endpoint has its size, what a replica is doing or died of."""
+    notes = [
+        f"{endpoint.name}: {endpoint.desired} wanted, {endpoint.reason}" for endpoint in system.endpoints
+    ]
+    for replica in system.replicas:
+        words = replica.phase if replica.state == "starting" else replica.last_error
+        if words:
+            notes.append(f"{replica.replica_id}: {words}")
+    return notes
 
 
 def _processes(system: SystemStatus) -> Table:
@@ -146,10 +156,3 @@ def _processes(system: SystemStatus) -> Table:
 def _short(model: str) -> str:
     """A model's path would push everything else off the line."""
     return model.rsplit("/", 1)[-1] if model.startswith("/") else model
-
-
-def _plain(text: str) -> str:
-    """An error's text may hold brackets, which would be markup."""
-    from rich.markup import escape
-
-    return escape(text)
