@@ -475,6 +475,7 @@ class ProcessStatus(msgspec.Struct, frozen=True):
     state: str
     restarts: int
     resident_bytes: int
+    last_error: str = ""
 
 
 class SystemStatus(msgspec.Struct, frozen=True):
