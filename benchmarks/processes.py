@@ -122,7 +122,9 @@ def sample_memory(root_pid: int | None = None) -> list[Memory]:
     for role, process in find_processes(root_pid).values():
         try:
             info = process.memory_full_info()
-            title = " ".join(process.cmdline()).removeprefix(TITLE) if role != "haproxy" else "haproxy"
+            title = (
+                " ".join(process.cmdline()).strip().removeprefix(TITLE) if role != "haproxy" else "haproxy"
+            )
         except psutil.Error:
             continue
         found.append(Memory(title, role, info.rss, info.uss, info.pss))
