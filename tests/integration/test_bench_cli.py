@@ -164,7 +164,11 @@ def test_ctrl_c_ends_a_question(script: Script) -> None:
 
 
 # Makes its standard input the controlling terminal, so that Ctrl-C reaches it as in a shell.
-TAKE_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+TAKE_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 class Terminal:
