@@ -72,7 +72,8 @@ def method_not_allowed(allowed: str) -> str:
 
 def body_too_large(max_bytes: int) -> str:
     return error_body(
-        f"The body is longer than {max_bytes} bytes, the limit (gateway.max_body_mb).", code="payload_too_large"
+        f"The body is longer than {max_bytes} bytes, the limit (gateway.max_body_mb).",
+        code="payload_too_large",
     )
 
 

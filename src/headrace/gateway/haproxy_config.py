@@ -253,7 +253,9 @@ def _frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
     names = [rule.name for rule in spec.endpoints]
     limit = spec.max_body_bytes
     if len(names) == 1:  # nothing to choose: the front reads the model, wherever it is in the body
-        no_model = f"http-request set-var(txn.backend) str({backend_name(names[0])}) if is_generation !has_model"
+        no_model = (
+            f"http-request set-var(txn.backend) str({backend_name(names[0])}) if is_generation !has_model"
+        )
     else:
         no_model = _return(400, answers.model_not_found_in_head(HEAD_BYTES), "if is_generation !has_model")
     return f"""frontend headrace
@@ -359,16 +361,12 @@ backend headrace-router-metrics
 
 def _return(status: int, body: str, condition: str, header: tuple[str, str] | None = None) -> str:
     extra = f" hdr {header[0]} {_quote(header[1])}" if header else ""
-    return (
-        f"http-request return status {status} content-type application/json{extra} string {_quote(body)} {condition}"
-    )
+    return f"http-request return status {status} content-type application/json{extra} string {_quote(body)} {condition}"
 
 
 def _return_format(status: int, body: str, condition: str) -> str:
     """Like `_return`; `body` may hold HAProxy's %[expressions]."""
-    return (
-        f"http-request return status {status} content-type application/json lf-string {_quote(body)} {condition}"
-    )
+    return f"http-request return status {status} content-type application/json lf-string {_quote(body)} {condition}"
 
 
 def _quote(text: str) -> str:

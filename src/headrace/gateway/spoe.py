@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from headrace.errors import ProtocolError
 from headrace.gateway import spop
@@ -41,7 +41,10 @@ class SpoeConnection(asyncio.Protocol):
     """One connection from one HAProxy process."""
 
     def __init__(
-        self, on_notify: NotifyHandler, on_lost: Callable[[SpoeConnection], None], on_error: Callable[[str], None]
+        self,
+        on_notify: NotifyHandler,
+        on_lost: Callable[[SpoeConnection], None],
+        on_error: Callable[[str], None],
     ) -> None:
         self._on_notify = on_notify
         self._on_lost = on_lost
@@ -56,8 +59,7 @@ class SpoeConnection(asyncio.Protocol):
         return f"<SpoeConnection {state} unanswered={len(self._open_frames)}>"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's own class, of the same shape
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None

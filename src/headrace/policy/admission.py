@@ -27,6 +27,9 @@ class HeldRequest:
 class AdmissionQueue(Protocol):
     """The held requests of one endpoint."""
 
+    max_requests: int
+    """Most requests held."""
+
     def __len__(self) -> int: ...
 
     def offer(self, request: HeldRequest) -> bool:

@@ -54,6 +54,9 @@ class ReportSink:
     def notify(self) -> None:
         self._news.set()
 
+    def has_news(self) -> bool:
+        return bool(self._finished)
+
     async def run(self) -> None:
         """Report until cancelled."""
         retry_s = MIN_RETRY_S
@@ -139,6 +142,10 @@ class Reporter:
     def is_released(self) -> bool:
         """Whether every connected router will send no more requests."""
         return all(sink.is_released for sink in self.sinks if sink.is_router and sink.is_connected)
+
+    def has_told_all(self) -> bool:
+        """Whether every connected listener was sent every finished request."""
+        return not any(sink.is_connected and sink.has_news() for sink in self.sinks)
 
     async def run(self) -> None:
         """Report until cancelled."""
