@@ -55,7 +55,8 @@ def test_several_runs_are_compared_without_cutting_a_figure() -> None:
 def test_failures_and_invalid_runs_are_named() -> None:
     text = shown(result(LoadSpec(rate=100.0, max_requests=1), [record(0), record(1, error="http_500")], 2.9))
     for part in ("1 of 2 requests", "1 failed, http_500: the [server] said so",
-                 "INVALID: the client sent late", "INVALID: the client was saturated", "send lag", "m[bold]"):  # fmt: skip
+                 "INVALID: the client sent late", "INVALID: the client was saturated",
+                 "send lag", "m[bold]"):  # fmt: skip
         assert part in text
 
 
