@@ -82,7 +82,9 @@ class FakeRouter:
     def wait_for(self, condition: Callable[[LoadReport], bool], limit_s: float = START_LIMIT_S) -> LoadReport:
         """Return the first report from now on, the newest included, that meets `condition`."""
         with self._changed:
-            found = self._changed.wait_for(lambda: bool(self.reports) and condition(self.reports[-1]), limit_s)
+            found = self._changed.wait_for(
+                lambda: bool(self.reports) and condition(self.reports[-1]), limit_s
+            )
             assert found, f"no such report within {limit_s} s; the last one: {self.reports[-1:]}"
             return self.reports[-1]
 
@@ -175,7 +177,9 @@ def check_conservation(front: RunningFront, num_open: int = 0, limit_s: float = 
 
 
 @contextmanager
-def running_front(engine: EngineSpec = SIMULATED, **spec_fields: Any) -> Iterator[RunningFront]:
+def running_front(
+    engine: EngineSpec = SIMULATED, start_limit_s: float = START_LIMIT_S, **spec_fields: Any
+) -> Iterator[RunningFront]:
     """Start a front with `engine`; at the end stop it and look for tracebacks in its log."""
     run_dir = Path(tempfile.mkdtemp(prefix="headrace-front-"))
     path = str(run_dir / "router.sock")
@@ -193,7 +197,7 @@ def running_front(engine: EngineSpec = SIMULATED, **spec_fields: Any) -> Iterato
         )
     front = RunningFront(process, router, log_path)
     try:
-        router.wait_for(lambda report: bool(report.address))
+        router.wait_for(lambda report: bool(report.address), start_limit_s)
         yield front
         front.stop()
         assert "Traceback" not in front.log(), front.log()

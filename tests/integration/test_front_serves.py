@@ -125,9 +125,7 @@ def test_frames_of_a_stream_are_openai_chunks(front: RunningFront) -> None:
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_a_stop_string_across_tokens_ends_the_answer_before_it(
-    front: RunningFront, is_stream: bool
-) -> None:
+def test_a_stop_string_across_tokens_ends_the_answer_before_it(front: RunningFront, is_stream: bool) -> None:
     body = {"model": "chat", "prompt": "x", "max_tokens": 500, "stop": ["lated]", "zzz"], "stream": is_stream}
     response = post(front, "/v1/completions", body)
     choices = [chunk["choices"][0] for chunk in (events(response) if is_stream else [response.json()])]
@@ -183,7 +181,9 @@ def test_the_log_has_one_line_per_request_and_no_prompt(front: RunningFront) -> 
         lines = [line for line in front.access_log() if line["request_id"] == "logged-1"]
         if lines:
             break
-    assert [(line["status"], line["state"], line["output_tokens"]) for line in lines] == [(200, "finished", 2)]
+    assert [(line["status"], line["state"], line["output_tokens"]) for line in lines] == [
+        (200, "finished", 2)
+    ]
     assert "secret" not in front.log()
 
 

@@ -58,7 +58,7 @@ class Front:
         self._metrics = FrontMetrics(spec.endpoint, spec.replica_id)
         self._access_log = AccessLog(sys.stderr.buffer)
         self._reporter = Reporter(spec.report_sockets, self._make_report, self._report_interval_s)
-        self._ledger = Ledger(self._metrics, self._access_log, clock, self._reporter.tell)
+        self._ledger = Ledger(self._metrics, self._access_log, clock, self._reporter)
         self._engine = EngineClient(
             spec.engine,
             f"headrace: engine {spec.replica_id}",
@@ -149,7 +149,8 @@ class Front:
         )
 
     def _report_interval_s(self) -> float:
-        return BUSY_INTERVAL_S if self._ledger.num_open else self._spec.lease_s / 3
+        is_busy = self._ledger.num_open > 0 or self._is_draining
+        return BUSY_INTERVAL_S if is_busy else self._spec.lease_s / 3
 
     # ---- life
 

@@ -6,8 +6,8 @@ Must not know HTTP, text or engines.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from headrace.api.messages import FinishedRequest, TerminalState
 from headrace.clock import Clock
@@ -36,6 +36,18 @@ class RequestRecord:
     error: str = ""
 
 
+class LedgerListener(Protocol):
+    """Who wants to know at once."""
+
+    def on_busy(self) -> None:
+        """The first request is open."""
+        ...
+
+    def on_end(self, finished: FinishedRequest) -> None:
+        """A request reached its terminal state."""
+        ...
+
+
 class Ledger:
     """All requests of one front."""
 
@@ -44,12 +56,12 @@ class Ledger:
         metrics: FrontMetrics,
         log: AccessLog,
         clock: Clock,
-        on_end: Callable[[FinishedRequest], None],
+        listener: LedgerListener,
     ) -> None:
         self._metrics = metrics
         self._log = log
         self._clock = clock
-        self._on_end = on_end
+        self._listener = listener
         self._open: set[RequestRecord] = set()
 
     def __repr__(self) -> str:
@@ -63,6 +75,8 @@ class Ledger:
         """Take a request that arrived."""
         self._open.add(record)
         self._metrics.num_accepted += 1
+        if len(self._open) == 1:
+            self._listener.on_busy()
 
     def close(self, record: RequestRecord, state: TerminalState) -> None:
         """End a request. It must be open: there is no second end."""
@@ -94,7 +108,7 @@ class Ledger:
                 "error": record.error,
             }
         )
-        self._on_end(
+        self._listener.on_end(
             FinishedRequest(
                 record.request_id,
                 state,

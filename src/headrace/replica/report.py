@@ -125,7 +125,11 @@ class Reporter:
     def __init__(self, paths: list[str], make_report: MakeReport, interval_s: Callable[[], float]) -> None:
         self.sinks = [ReportSink(path, make_report, interval_s) for path in paths]
 
-    def tell(self, finished: FinishedRequest) -> None:
+    def on_busy(self) -> None:
+        """The replica was idle and is busy now: report at once, and often."""
+        self.notify()
+
+    def on_end(self, finished: FinishedRequest) -> None:
         """Report a request's end, at once."""
         for sink in self.sinks:
             sink.tell(finished)
