@@ -1,4 +1,4 @@
-"""A real HAProxy and a real router as child processes, a controller that only listens, and a small HTTP client."""
+"""A real HAProxy and a real router as child processes, a controller that listens, a small HTTP client."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.integration.mock_front import MockFront
+
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import Demand, EndpointDemand, EndpointRule, GatewaySpec, ProcessSpec
 from headrace.gateway.process import prepare
-from tests.integration.mock_front import MockFront
 
 DEADLINE_S = 10.0
 
@@ -99,6 +100,7 @@ class Gateway:
         self.fronts: list[MockFront] = []
         self.demand: Demand | None = None
         self._controllers: set[asyncio.StreamWriter] = set()
+        self._clients: list[Client] = []
 
     async def start(self) -> Gateway:
         self._controller = await asyncio.start_unix_server(
@@ -117,14 +119,20 @@ class Gateway:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                 if (await self.get("/health")).status == 200:
                     return
-            assert asyncio.get_running_loop().time() < end_s, f"HAProxy does not answer: {self.log('haproxy')}"
+            assert asyncio.get_running_loop().time() < end_s, (
+                f"HAProxy does not answer: {self.log('haproxy')}"
+            )
             await asyncio.sleep(0.02)
 
     def start_process(self, name: str) -> None:
         spec: ProcessSpec = self.specs[name]
         with open(spec.log_path, "ab") as log:
             self.processes[name] = subprocess.Popen(
-                spec.argv, stdout=log, stderr=log, env={**os.environ, **spec.environment}, start_new_session=True
+                spec.argv,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **spec.environment},
+                start_new_session=True,
             )
 
     def signal(self, name: str, number: int) -> None:
@@ -139,6 +147,8 @@ class Gateway:
         return Path(self.specs[name].log_path).read_text()[-3000:]
 
     async def stop(self) -> None:
+        for client in self._clients:
+            client.close()
         for front in self.fronts:
             await front.kill()
         for process in self.processes.values():
@@ -148,6 +158,7 @@ class Gateway:
         self._controller.close()
         for writer in self._controllers:
             writer.transport.abort()
+        await asyncio.sleep(0.01)  # transports close in the loop's next turns
         shutil.rmtree(self.run_dir)
 
     # ---- replicas
@@ -187,7 +198,9 @@ class Gateway:
     # ---- clients
 
     async def connect(self) -> Client:
-        return await Client("127.0.0.1", self.port).open()
+        client = await Client("127.0.0.1", self.port).open()
+        self._clients.append(client)
+        return client
 
     async def request(
         self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None

@@ -1,6 +1,6 @@
-"""A front without a model, for tests of the gateway: HTTP, event streams and load reports, in this event loop.
+"""A front without a model, for tests of the gateway: HTTP, event streams, load reports, in this event loop.
 
-What a request's answer looks like is said by the request: {"mock": {"events": 3, "gap_s": 0.01, "status": 200}}.
+The request says what its answer looks like: {"mock": {"events": 3, "gap_s": 0.01, "status": 200}}.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ class MockFront:
     async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         headers = {
-            name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)
+            name.lower(): value.strip()
+            for name, _, value in (line.partition(":") for line in head[1:] if line)
         }
         body = await reader.readexactly(int(headers.get("content-length", "0")))
         if head[0].startswith("GET /health"):

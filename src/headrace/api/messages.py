@@ -252,7 +252,8 @@ class LoadReport(Message, frozen=True):
 
 
 class ReportAck(Message, frozen=True):
-    """Answers reports. `is_released`: this router will send no more requests to a draining replica."""
+    """Answers the reports of a draining replica; others may go unanswered. `is_released`: this router will send
+    it no more requests."""
 
     sequence: int
     is_released: bool = False
@@ -474,6 +475,7 @@ class ProcessStatus(msgspec.Struct, frozen=True):
     state: str
     restarts: int
     resident_bytes: int
+    last_error: str = ""
 
 
 class SystemStatus(msgspec.Struct, frozen=True):

@@ -63,5 +63,7 @@ class Essential:
         self.failures = 1 if is_healthy else self.failures + 1
         self.is_alive = self.is_stopping = False
         self.pid = 0
-        self.due_s = now_s + restart_delay_s(self.failures) - (restart_delay_s(1) if self.failures == 1 else 0)
+        self.due_s = (
+            now_s + restart_delay_s(self.failures) - (restart_delay_s(1) if self.failures == 1 else 0)
+        )
         self.last_error = error

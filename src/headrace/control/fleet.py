@@ -57,6 +57,7 @@ class Fleet:
     def __init__(self) -> None:
         self.slots: dict[str, Slot] = {}
         self._adopted: set[str] = set()
+        """Taken over, and not heard of yet."""
         self._adopted_s = 0.0
 
     def __repr__(self) -> str:
@@ -65,9 +66,7 @@ class Fleet:
 
     # ---- what happened ----------------
 
-    def adopt(
-        self, processes: Sequence[ProcessState], generations: Mapping[str, str], now_s: float
-    ) -> None:
+    def adopt(self, processes: Sequence[ProcessState], generations: Mapping[str, str], now_s: float) -> None:
         """Take over replicas that were running before this controller. Until they report they count as
         what is wanted, so that nothing healthy is touched."""
         by_prefix = {slot_prefix(name): name for name in generations}
@@ -84,9 +83,8 @@ class Fleet:
         self._adopted_s = now_s
 
     def is_settled(self, now_s: float) -> bool:
-        """Whether every adopted replica has reported, or had the time to."""
-        waiting = any(name in self.slots and self.slots[name].report is None for name in self._adopted)
-        return not waiting or now_s - self._adopted_s > ADOPTION_LIMIT_S
+        """Whether every adopted replica has reported or ended, or had the time to."""
+        return not self._adopted or now_s - self._adopted_s > ADOPTION_LIMIT_S
 
     def on_started(self, process: ProcessState) -> None:
         slot = self.slots.get(process.name)
@@ -101,6 +99,7 @@ class Fleet:
         slot = self.slots.get(report.replica_id)
         if slot is None or not slot.is_alive or (slot.pid and report.pid != slot.pid):
             return
+        self._adopted.discard(report.replica_id)
         slot.report = report
         slot.endpoint = report.endpoint
         slot.generation = report.generation
@@ -118,6 +117,7 @@ class Fleet:
         slot = self.slots.get(process.name)
         if slot is None:
             return
+        self._adopted.discard(process.name)
         if slot.is_stopping and not slot.keeps_slot:
             del self.slots[process.name]
             return

@@ -286,5 +286,7 @@ def _remove(replica: ObservedReplica, phase: Phase, reason: str) -> list[Action]
         return [ForgetReplica(replica.replica_id, replica.endpoint, reason)]
     if replica.is_stopping:
         return []
-    grace_s = {"ready": replica.drain_grace_s, "draining": replica.drain_grace_s, "starting": 1.0}.get(phase, 0)
+    grace_s = {"ready": replica.drain_grace_s, "draining": replica.drain_grace_s, "starting": 1.0}.get(
+        phase, 0
+    )
     return [StopReplica(replica.replica_id, replica.endpoint, grace_s, reason)]

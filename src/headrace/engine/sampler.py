@@ -22,7 +22,9 @@ from headrace.engine.request import EngineRequest
 Float64Row = NDArray[np.float64]
 _MASK_64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-_SPANS = (8.0, 16.0, math.inf)
+_NEAR_SPAN = 8.0
+_FEW = 500
+_SPANS = (1.0, 2.0, 4.0, _NEAR_SPAN, 12.0, math.inf)
 """Tokens at least e^-span times as likely as the likeliest are tried first: sorting few is cheap, and they
 nearly always hold the quantile that is looked for."""
 _LEAST_TEMPERATURE = 1e-5
@@ -114,19 +116,52 @@ def draw(row_V: Float32Row, sampling: SamplingParams, u: float) -> int:
     Filters, each on what the one before left: top_k tokens; the fewest that hold top_p of the mass
     (arXiv:1904.09751); those at least min_p times as likely as the likeliest (arXiv:2407.01082).
     """
+    temperature = sampling.temperature
     highest = float(row_V.max())
-    total = 0.0 if sampling.top_k else float(_weights(row_V, highest, sampling.temperature).sum())
-    for span in _SPANS:
-        least = highest - span * sampling.temperature
-        ids = np.flatnonzero(row_V >= least) if span < math.inf else np.arange(len(row_V))
+    if sampling.top_k:
+        ids = most_likely_ids(row_V, highest, sampling.top_k)
+        place = _quantile(_weights(row_V[ids], highest, temperature), None, sampling, u)
+        assert place is not None
+        return int(ids[place])
+    total = _total_weight(row_V, highest, temperature)
+    near = np.flatnonzero(row_V >= highest - _NEAR_SPAN * temperature)
+    near_logits = row_V[near]
+    spans = _SPANS if len(near) > _FEW else _SPANS[_SPANS.index(_NEAR_SPAN) :]
+    for span in spans:
+        least = highest - span * temperature
+        ids = near[near_logits >= least] if span <= _NEAR_SPAN else np.flatnonzero(row_V >= least)
         logits = row_V[ids]
         # ids rise, and the sort is stable: ties go to the lower id.
         order = np.argsort(-logits, kind="stable")
-        masses = _weights(logits[order], highest, sampling.temperature)
-        place = _quantile(masses, len(ids) == len(row_V), total, sampling, u)
+        weights = _weights(logits[order], highest, temperature)
+        place = _quantile(weights, None if math.isinf(span) else total, sampling, u)
         if place is not None:
             return int(ids[order[place]])
-    raise AssertionError("the whole distribution always holds its quantile")
+    raise AssertionError("the whole distribution holds every quantile")
+
+
+def most_likely_ids(row_V: Float32Row, highest: float, count: int) -> NDArray[np.int64]:
+    """Return the `count` most likely tokens (all, if there are fewer), most likely first."""
+    count = min(count, len(row_V))
+    for span in (_NEAR_SPAN, 2 * _NEAR_SPAN, math.inf):
+        ids = np.flatnonzero(row_V >= highest - span)
+        if len(ids) >= count:
+            break
+    logits = row_V[ids]
+    if len(ids) > 4 * count:
+        least = np.partition(logits, len(ids) - count)[len(ids) - count]
+        # All that tie with the last one stay: the sort below chooses the lower ids.
+        ids = ids[logits >= least]
+        logits = row_V[ids]
+    return ids[np.argsort(-logits, kind="stable")[:count]]
+
+
+def _total_weight(row_V: Float32Row, highest: float, temperature: float) -> float:
+    """Return the sum of all weights. Single exponentials, summed in double, are as exact as the logits."""
+    weights_V = row_V - np.float32(highest)
+    weights_V *= np.float32(1.0 / temperature)
+    np.exp(weights_V, out=weights_V)
+    return float(weights_V.sum(dtype=np.float64))
 
 
 def _weights(logits: Float32Row, highest: float, temperature: float) -> Float64Row:
@@ -134,34 +169,28 @@ def _weights(logits: Float32Row, highest: float, temperature: float) -> Float64R
     return weights
 
 
-def _quantile(
-    weights: Float64Row, is_whole: bool, total: float, sampling: SamplingParams, u: float
-) -> int | None:
-    """Return the place of quantile `u` among falling `weights`, or None if these are too few to tell.
+def _quantile(weights: Float64Row, total: float | None, sampling: SamplingParams, u: float) -> int | None:
+    """Return the place of quantile `u` after top_p and min_p, or None if it may lie past these tokens.
 
-    `total`: the mass of the whole row; not needed with top_k.
+    `weights`: of the most likely tokens, falling. `total`: the mass of all tokens; None: these are all.
     """
-    cumulative = np.cumsum(weights)
+    cumulative = weights.cumsum()
     count = len(weights)
-    is_cut = is_whole  # Whether all tokens that the filters keep are among these.
-    if sampling.top_k:
-        if sampling.top_k <= count:
-            count, is_cut = sampling.top_k, True
-        if not is_cut:
-            return None
-        total = float(cumulative[count - 1])
+    is_cut = total is None  # Whether all that the filters keep is among these tokens.
+    mass = float(cumulative[-1]) if total is None else total
     if sampling.top_p < 1.0:
-        enough = int(np.searchsorted(cumulative[:count], sampling.top_p * total)) + 1
+        enough = int(cumulative.searchsorted(sampling.top_p * mass)) + 1
         if enough <= count:
             count, is_cut = enough, True
     if sampling.min_p > 0.0:
-        likely = int(np.searchsorted(-weights[:count], -sampling.min_p, side="right"))
+        likely = int((-weights[:count]).searchsorted(-sampling.min_p, side="right"))
         if likely < count:
             count, is_cut = likely, True
-    if sampling.top_p < 1.0 and not is_cut:
+    if is_cut:
+        mass = float(cumulative[count - 1])
+    elif sampling.top_p < 1.0:
         return None
-    mass = float(cumulative[count - 1]) if is_cut else total
-    place = int(np.searchsorted(cumulative[:count], u * mass, side="right"))
+    place = int(cumulative[:count].searchsorted(u * mass, side="right"))
     if place < count:
         return place
     return count - 1 if is_cut else None
@@ -170,15 +199,10 @@ def _quantile(
 def token_logprobs(row_V: Float32Row, token_id: int, num_top: int) -> TokenLogprobs:
     """Return the log-softmax of `row_V` at `token_id` and at its `num_top` most likely tokens."""
     highest = float(row_V.max())
-    log_sum = highest + math.log(float(_weights(row_V, highest, 1.0).sum()))
-
-    def logprob(token: int) -> float:
-        return max(float(row_V[token]) - log_sum, _LEAST_LOGPROB)
-
-    num_top = min(num_top, len(row_V))
+    log_sum = highest + math.log(_total_weight(row_V, highest, 1.0))
+    logprob = max(float(row_V[token_id]) - log_sum, _LEAST_LOGPROB)
     if num_top == 0:
-        return TokenLogprobs(logprob(token_id))
-    least = np.partition(row_V, len(row_V) - num_top)[len(row_V) - num_top]
-    ids = np.flatnonzero(row_V >= least)
-    ids = ids[np.argsort(-row_V[ids], kind="stable")][:num_top]
-    return TokenLogprobs(logprob(token_id), [(token, logprob(token)) for token in ids.tolist()])
+        return TokenLogprobs(logprob)
+    ids = most_likely_ids(row_V, highest, num_top)
+    logprobs = np.maximum(row_V[ids].astype(np.float64) - log_sum, _LEAST_LOGPROB)
+    return TokenLogprobs(logprob, list(zip(ids.tolist(), logprobs.tolist())))

@@ -8,7 +8,7 @@ Must not know SPOE, HAProxy's log or the runtime API.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Set
 from dataclasses import dataclass, field
 
 from headrace.api.messages import EndpointDemand, EndpointRule, FinishedRequest, TerminalState
@@ -22,7 +22,7 @@ RECONCILE_AFTER_S = 30.0
 """A bound request that its replica does not know of is given up after this time: its completion was lost.
 Long enough for a slow upload, during which the front does not count the request yet."""
 ORPHAN_LIMIT_S = 600.0
-"""The same for a request whose replica is gone: it may live on at another one, which only the log will tell."""
+"""The same for a request whose replica is gone: it may live on at another one, as only the log can tell."""
 MAX_ENDED_REMEMBERED = 65_536
 _RATE_DECAY = 0.8
 
@@ -44,6 +44,20 @@ class Refused:
 
 
 Answer = Callable[[Bound | Refused], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request as HAProxy announces it."""
+
+    request_id: str
+    endpoint: str
+    answer: Answer
+    """Called once, at once or later."""
+    owner: object
+    """The connection it came over; `owner_lost` ends its waiting."""
+    client: Hashable = None
+    """Whose leaving cancels it (`clients_left`)."""
 
 
 @dataclass(slots=True)
@@ -88,7 +102,7 @@ class Dispatcher:
     def __init__(self, rules: Iterable[EndpointRule], replicas: ReplicaTable) -> None:
         self._replicas = replicas
         self.endpoints: dict[str, EndpointState] = {}
-        self._held: dict[str, tuple[EndpointState, Answer, object]] = {}
+        self._held: dict[str, Arrival] = {}
         self._in_flight: dict[str, _InFlight] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._second_started_s = 0.0
@@ -117,38 +131,27 @@ class Dispatcher:
                 known.rule = rule
                 known.queue.max_requests = rule.max_queue
 
-    def arrive(
-        self, request_id: str, endpoint_name: str, answer: Answer, owner: object, now_s: float
-    ) -> bool:
-        """Take one request: bind it, hold it or refuse it. True if it is held.
-
-        owner: whose end cancels it (`owner_lost`). An id whose end was already seen is let through unbound.
-        """
-        endpoint = self.endpoints.get(endpoint_name)
-        if (
-            endpoint is None
-            or request_id in self._ended
-            or request_id in self._held
-            or request_id in self._in_flight
-        ):
-            answer(Refused("The router does not know this model yet.", "overloaded", 1))
+    def arrive(self, arrival: Arrival, now_s: float) -> bool:
+        """Take one request: bind it, hold it or refuse it. True if it is held."""
+        request_id = arrival.request_id
+        endpoint = self.endpoints.get(arrival.endpoint)
+        if endpoint is None or self._is_known(request_id):
+            # The endpoint is not ours yet, or the client left before its announcement was read.
+            arrival.answer(Refused("The router does not know this request's model yet.", "overloaded", 1))
             return False
         endpoint.arrived += 1
-        if len(endpoint.queue) == 0 and self._bind(request_id, endpoint, answer, now_s):
+        if len(endpoint.queue) == 0 and self._bind(arrival, endpoint, now_s):
             return False
         if not endpoint.queue.offer(HeldRequest(request_id, now_s)):
             seconds = retry_after_s(len(endpoint.queue), endpoint.served_per_s)
-            self._end(request_id, endpoint, TerminalState.REFUSED)
-            answer(
-                Refused(
-                    f"{len(endpoint.queue)} requests wait for `{endpoint_name}`, the limit (queue.max_requests). "
-                    f"Try again in {seconds} s.",
-                    "queue_full",
-                    seconds,
-                )
+            message = (
+                f"{len(endpoint.queue)} requests wait for `{arrival.endpoint}`, the limit "
+                f"(queue.max_requests). Try again in {seconds} s."
             )
+            self._end(request_id, endpoint, TerminalState.REFUSED)
+            arrival.answer(Refused(message, "queue_full", seconds))
             return False
-        self._held[request_id] = (endpoint, answer, owner)
+        self._held[request_id] = arrival
         return True
 
     def complete(self, request_id: str, endpoint_name: str, state: TerminalState) -> None:
@@ -158,10 +161,9 @@ class Dispatcher:
             front = bound.front_state
             self._end_in_flight(request_id, bound, front if front is TerminalState.FAILED else state)
             return
-        held = self._held.pop(request_id, None)
-        if held is not None:
-            held[0].queue.cancel(request_id)
-            self._end(request_id, held[0], state)
+        if request_id in self._held:
+            # HAProxy went on without our answer: its client left (whatever the line says of what came then).
+            self._cancel(request_id)
             return
         endpoint = self.endpoints.get(endpoint_name)
         if endpoint is not None and request_id not in self._ended:
@@ -177,10 +179,17 @@ class Dispatcher:
             bound.front_reported_s = now_s
             self._free_slot(bound)
 
+    def clients_left(self, clients: Set[Hashable]) -> None:
+        """Cancel the requests held for clients that closed their connections."""
+        for request_id in [key for key, held in self._held.items() if held.client in clients]:
+            answer = self._held[request_id].answer
+            self._cancel(request_id)
+            answer(Refused("The client left.", "cancelled", 1))
+
     def owner_lost(self, owner: object, now_s: float) -> None:
-        """Forget the requests held for a connection that is gone: HAProxy goes on without an answer, or died."""
-        for request_id in [key for key, held in self._held.items() if held[2] is owner]:
-            endpoint, _, _ = self._held.pop(request_id)
+        """Forget the requests held for a connection that is gone: HAProxy goes on without us, or died."""
+        for request_id in [key for key, held in self._held.items() if held.owner is owner]:
+            endpoint = self.endpoints[self._held.pop(request_id).endpoint]
             endpoint.queue.cancel(request_id)
             # Not ended yet for HAProxy: the completion line tells how it ended, ORPHAN_LIMIT_S bounds it.
             endpoint.num_in_flight += 1
@@ -197,9 +206,7 @@ class Dispatcher:
                 return
             request = endpoint.queue.take()
             assert request is not None
-            _, answer, _ = self._held.pop(request.request_id)
-            self._assign(request.request_id, endpoint, self._replicas.replicas[placement.replica_id], now_s)
-            answer(Bound(self._replicas.replicas[placement.replica_id].server_name))
+            self._assign(self._held.pop(request.request_id), endpoint, placement.replica_id, now_s)
 
     def tick(self, now_s: float) -> None:
         """Refuse what was held too long, give up lost completions, update the measured rates."""
@@ -242,25 +249,38 @@ class Dispatcher:
         held = sum(len(endpoint.queue) for endpoint in self.endpoints.values())
         assert held == len(self._held), f"held {held} != {len(self._held)} remembered"
 
-    def _bind(self, request_id: str, endpoint: EndpointState, answer: Answer, now_s: float) -> bool:
+    @property
+    def num_held(self) -> int:
+        """Requests held now, of all endpoints."""
+        return len(self._held)
+
+    def _is_known(self, request_id: str) -> bool:
+        return request_id in self._ended or request_id in self._held or request_id in self._in_flight
+
+    def _bind(self, arrival: Arrival, endpoint: EndpointState, now_s: float) -> bool:
         placement = place(self._replicas.choosable(endpoint.rule.name))
         if placement.replica_id is None:
             return False
-        replica = self._replicas.replicas[placement.replica_id]
-        self._assign(request_id, endpoint, replica, now_s)
-        answer(Bound(replica.server_name))
+        self._assign(arrival, endpoint, placement.replica_id, now_s)
         return True
 
-    def _assign(self, request_id: str, endpoint: EndpointState, replica: Replica, now_s: float) -> None:
+    def _assign(self, arrival: Arrival, endpoint: EndpointState, replica_id: str, now_s: float) -> None:
+        replica = self._replicas.replicas[replica_id]
         replica.num_in_flight += 1
         replica.num_assigned += 1
         endpoint.num_in_flight += 1
-        self._in_flight[request_id] = _InFlight(endpoint, replica, now_s)
+        self._in_flight[arrival.request_id] = _InFlight(endpoint, replica, now_s)
+        arrival.answer(Bound(replica.server_name))
+
+    def _cancel(self, request_id: str) -> None:
+        endpoint = self.endpoints[self._held.pop(request_id).endpoint]
+        endpoint.queue.cancel(request_id)
+        self._end(request_id, endpoint, TerminalState.ABORTED)
 
     def _refuse_held(self, request: HeldRequest, message: str, code: str, seconds: int) -> None:
-        endpoint, answer, _ = self._held.pop(request.request_id)
-        self._end(request.request_id, endpoint, TerminalState.REFUSED)
-        answer(Refused(message, code, seconds))
+        arrival = self._held.pop(request.request_id)
+        self._end(request.request_id, self.endpoints[arrival.endpoint], TerminalState.REFUSED)
+        arrival.answer(Refused(message, code, seconds))
 
     def _free_slot(self, bound: _InFlight) -> None:
         if bound.replica is not None:
@@ -282,8 +302,8 @@ class Dispatcher:
             self._ended.popitem(last=False)
 
     def _reconcile(self, now_s: float) -> None:
-        """End requests whose completion line was lost: by what their fronts said, or because a replica reports
-        fewer open requests than we bound to it long ago (those are all known to it, if they live)."""
+        """End requests whose completion line was lost: by what their fronts said, or because a replica
+        reports fewer open requests than we bound to it long ago (it knows all of those that live)."""
         old: dict[str, list[tuple[str, _InFlight]]] = {}
         for request_id, bound in list(self._in_flight.items()):
             if bound.front_state is not None:
