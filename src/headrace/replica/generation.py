@@ -199,7 +199,8 @@ class Generator:
             assert isinstance(fields, CompletionRequest)
             prompts = split_prompts(fields.prompt)
             n = count_choices(fields, len(prompts))
-            token_ids = [await self._encode_prompt(prompt, limits) for prompt in prompts]
+            num_characters = sum(map(len, prompts))
+            token_ids = [await self._encode_prompt(prompt, limits, num_characters) for prompt in prompts]
         longest = max(map(len, token_ids))
         seed = int.from_bytes(os.urandom(7), "big")
         return Prompt(token_ids, stops, build_sampling(fields, limits, longest, seed), n)
@@ -221,11 +222,15 @@ class Generator:
             raise InvalidRequest("the messages make an empty prompt; send some text", param="messages")
         return token_ids
 
-    async def encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    async def encode_text(
+        self, text: str, *, add_special_tokens: bool, num_characters_in_all: int = 0
+    ) -> list[int]:
         """Return the token ids of `text`. Raises InvalidRequest; Overloaded while the model loads."""
         if self._encoder is None:
             raise Overloaded("the model's tokenizer is being loaded; try again shortly", retry_after_s=1.0)
-        return await self._encoder.encode(text, add_special_tokens=add_special_tokens)
+        return await self._encoder.encode(
+            text, add_special_tokens=add_special_tokens, num_characters_in_all=num_characters_in_all
+        )
 
     def decode_text(self, token_ids: list[int]) -> str:
         """Return the text of `token_ids`. Raises InvalidRequest, and Overloaded as `encode_text`."""
@@ -234,9 +239,13 @@ class Generator:
         check_token_ids(token_ids, limits.vocab_size, "tokens")
         return self._model.tokenizer.decode(token_ids)
 
-    async def _encode_prompt(self, prompt: str | list[int], limits: ModelLimits) -> list[int]:
+    async def _encode_prompt(
+        self, prompt: str | list[int], limits: ModelLimits, num_characters: int
+    ) -> list[int]:
         if isinstance(prompt, str):
-            token_ids = await self.encode_text(prompt, add_special_tokens=True)
+            token_ids = await self.encode_text(
+                prompt, add_special_tokens=True, num_characters_in_all=num_characters
+            )
         else:
             check_token_ids(prompt, limits.vocab_size, "prompt")
             token_ids = prompt
