@@ -252,7 +252,8 @@ class LoadReport(Message, frozen=True):
 
 
 class ReportAck(Message, frozen=True):
-    """Answers reports. `is_released`: this router will send no more requests to a draining replica."""
+    """Answers the reports of a draining replica; others may go unanswered. `is_released`: this router will send
+    it no more requests."""
 
     sequence: int
     is_released: bool = False
@@ -443,6 +444,8 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     engine_restarts: int
     since_s: float
     last_error: str
+    start_phases: dict[str, float] = {}
+    """Seconds per phase of the engine's last start (EngineReady.phases); empty until it was ready."""
 
 
 class EndpointStatus(msgspec.Struct, frozen=True):
@@ -472,6 +475,7 @@ class ProcessStatus(msgspec.Struct, frozen=True):
     state: str
     restarts: int
     resident_bytes: int
+    last_error: str = ""
 
 
 class SystemStatus(msgspec.Struct, frozen=True):

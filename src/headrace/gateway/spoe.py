@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from headrace.errors import ProtocolError
 from headrace.gateway import spop
@@ -23,7 +23,7 @@ NotifyHandler = Callable[["SpoeCall", bytes, Arguments], None]
 
 
 class SpoeCall:
-    """One NOTIFY frame that waits for its answer. Answer it once; after the connection's end it is a no-op."""
+    """One NOTIFY frame that waits for its answer. Answer it once; once the connection ended, in vain."""
 
     __slots__ = ("_frame_id", "_stream_id", "connection")
 
@@ -59,8 +59,7 @@ class SpoeConnection(asyncio.Protocol):
         return f"<SpoeConnection {state} unanswered={len(self._open_frames)}>"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's own class, of the same shape
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None

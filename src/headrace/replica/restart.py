@@ -1,4 +1,4 @@
-"""When to start a dead engine again. Pure: the observation and the time in, the decision and its reason out."""
+"""When to start a dead engine again. Pure: an observation in, a decision with its reason out."""
 
 from __future__ import annotations
 

@@ -1,0 +1,134 @@
+"""HAProxy's runtime API: one command at a time over its UNIX sockets, each with limits of time and size.
+
+Owns the commands' grammar and what their answers mean. Must not know which servers are wanted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import NamedTuple
+
+from headrace.errors import HeadraceError
+from headrace.gateway.haproxy_config import Server
+
+MAX_REPLY_BYTES = 4 * 1024 * 1024
+COMMAND_TIMEOUT_S = 2.0
+RELOAD_TIMEOUT_S = 10.0
+
+
+class HaproxyUnavailable(HeadraceError):
+    """HAProxy does not answer on its socket: it is not running, restarting, or stopped."""
+
+
+class HaproxyRefused(HeadraceError):
+    """HAProxy answered that it did not do it."""
+
+
+class ServerState(NamedTuple):
+    """One server as HAProxy has it."""
+
+    path: str
+    """`backend/server`."""
+    address: str
+    """`host:port`."""
+    is_in_maintenance: bool
+    is_up: bool
+
+
+class HaproxyRuntime:
+    """Commands to the running HAProxy. Every method raises HaproxyUnavailable or HaproxyRefused."""
+
+    def __init__(self, runtime_socket: str, master_socket: str) -> None:
+        self._runtime_socket = runtime_socket
+        self._master_socket = master_socket
+        self._lock = asyncio.Lock()
+
+    async def show_servers(self) -> dict[str, ServerState]:
+        """Return all servers by path."""
+        return parse_servers_state(await self._command("show servers state"))
+
+    async def add_server(self, server: Server) -> None:
+        """Create a server; it is in maintenance until `enable_server`."""
+        reply = await self._command(f"add server {server.path} {server.address} {server.options}")
+        _expect(reply, "New server registered")
+
+    async def enable_server(self, path: str) -> None:
+        """Turn health checks on and let the server take requests."""
+        _expect(await self._command(f"enable health {path}"), "")
+        _expect(await self._command(f"enable server {path}"), "")
+
+    async def disable_server(self, path: str) -> None:
+        """Put a server in maintenance: it takes no new request; open ones go on."""
+        _expect(await self._command(f"set server {path} state maint"), "")
+
+    async def delete_server(self, path: str) -> bool:
+        """Delete a server in maintenance. False while it still has open requests or connections."""
+        reply = await self._command(f"del server {path}")
+        if "Server deleted" in reply or "No such server" in reply:
+            return True
+        if "existing streams" in reply or "connections" in reply or "still has" in reply:
+            return False
+        raise HaproxyRefused(f"del server {path}: {reply.strip()}")
+
+    async def reload(self) -> None:
+        """Make the master load its config again in a new worker; the old one finishes its requests."""
+        reply = await self._command("reload", self._master_socket, RELOAD_TIMEOUT_S)
+        if "Success=1" not in reply:
+            raise HaproxyRefused(f"reload: {reply.strip()[:2000]}")
+
+    async def _command(self, command: str, socket: str = "", timeout_s: float = COMMAND_TIMEOUT_S) -> str:
+        async with self._lock:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await _exchange(socket or self._runtime_socket, command)
+            except (OSError, TimeoutError) as error:
+                reason = str(error) or type(error).__name__
+                raise HaproxyUnavailable(f"{command.split()[0]}: {reason}") from error
+
+
+async def _exchange(socket: str, command: str) -> str:
+    reader, writer = await asyncio.open_unix_connection(socket)
+    try:
+        writer.write(command.encode("ascii") + b"\n")
+        await writer.drain()
+        reply = bytearray()
+        while data := await reader.read(65_536):
+            reply += data
+            if len(reply) > MAX_REPLY_BYTES:
+                raise HaproxyRefused(f"{command}: the answer is longer than {MAX_REPLY_BYTES} bytes")
+        return reply.decode("utf-8", "replace")
+    finally:
+        writer.transport.abort()
+
+
+def _expect(reply: str, wanted: str) -> None:
+    """Raise HaproxyRefused unless the reply is the wanted one; empty: a command that says nothing."""
+    text = reply.strip()
+    if (wanted and wanted not in text) or (not wanted and text):
+        raise HaproxyRefused(text or "empty answer")
+
+
+def parse_servers_state(text: str) -> dict[str, ServerState]:
+    """Read `show servers state` (HAProxy management guide, 9.3): a version, a header, one line per server.
+
+    Lines that are not understood are left out.
+    """
+    lines = text.splitlines()
+    header = next((line for line in lines if line.startswith("# ")), "")
+    columns = {name: index for index, name in enumerate(header.removeprefix("# ").split())}
+    wanted = ["be_name", "srv_name", "srv_addr", "srv_port", "srv_op_state", "srv_admin_state"]
+    if any(name not in columns for name in wanted):
+        return {}
+    positions = [columns[name] for name in wanted]
+    servers: dict[str, ServerState] = {}
+    for line in lines:
+        fields = line.split()
+        if line.startswith("#") or len(fields) <= max(positions):
+            continue
+        backend, name, host, port, operation, administration = (fields[index] for index in positions)
+        if not operation.isdigit() or not administration.isdigit():
+            continue
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        path = f"{backend}/{name}"
+        servers[path] = ServerState(path, address, int(administration) != 0, int(operation) != 0)
+    return servers

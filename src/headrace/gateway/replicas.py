@@ -1,0 +1,174 @@
+"""The replicas as the router knows them: from their load reports, until their leases end. No I/O; `now_s` in.
+
+Owns what a report may say and when a replica counts as gone. Must not know requests or HAProxy's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from headrace.api.config import split_address
+from headrace.api.messages import LoadReport, ReplicaState
+from headrace.errors import ProtocolError
+from headrace.gateway.haproxy_config import Server
+from headrace.gateway.names import REPLICA_ID, encode_name
+
+CLOSED_GRACE_S = 0.3
+"""A replica whose connection closed is not chosen; it is gone unless it reports again within this time."""
+MAX_LEASE_S = 60.0
+MAX_REPLICAS = 4096
+FORGET_AFTER_S = 60.0
+
+
+@dataclass(slots=True)
+class Replica:
+    """One replica. Its shape is what `policy.placement` observes."""
+
+    replica_id: str
+    endpoint: str
+    server: Server
+    pid: int
+    state: ReplicaState
+    sequence: int
+    lease_end_s: float
+    num_open: int
+    max_open: int
+    connection: object
+    num_in_flight: int = 0
+    num_assigned: int = 0
+    is_connected: bool = True
+    is_serving: bool = False
+    """HAProxy has it as a server that takes requests."""
+    is_gone: bool = False
+    """Its lease ended; a replica that comes back is a new object."""
+
+    @property
+    def server_name(self) -> str:
+        """Its name inside HAProxy."""
+        return encode_name(self.replica_id)
+
+    @property
+    def may_serve(self) -> bool:
+        """It takes requests by its own account."""
+        return self.state == "ready"
+
+
+@dataclass(slots=True)
+class ReplicaTable:
+    """All replicas that reported and whose leases have not ended."""
+
+    replicas: dict[str, Replica] = field(default_factory=dict)
+    known_paths: dict[str, float] = field(default_factory=dict)
+    """Server path -> when its replica was last there; what the ServerKeeper may take away."""
+    num_ignored_reports: int = 0
+    revision: int = 0
+    """Grows when the wanted servers may have changed."""
+
+    def observe(self, report: LoadReport, connection: object, now_s: float) -> Replica | None:
+        """Take a report. None if it must be ignored (out of date, or of a replica that listens nowhere yet).
+
+        Raises ProtocolError if it says something impossible; the caller counts and goes on.
+        """
+        replica = self.replicas.get(report.replica_id)
+        if replica is not None and not self._is_newer(replica, report, connection):
+            return None
+        if not report.address and replica is None:
+            return None  # still starting: the controller's business
+        server = _check(report, replica.server if replica is not None else None)
+        if replica is None:
+            if len(self.replicas) >= MAX_REPLICAS:
+                raise ProtocolError(f"more than {MAX_REPLICAS} replicas report")
+            replica = Replica(
+                report.replica_id, report.endpoint, server, 0, "starting", 0, 0.0, 0, 0, connection
+            )
+            self.revision += 1
+            self.known_paths[server.path] = now_s
+            self.replicas[report.replica_id] = replica
+        if replica.server.endpoint != server.endpoint:
+            raise ProtocolError(f"replica {report.replica_id} changed its endpoint to {report.endpoint!r}")
+        if replica.server != server or replica.state != report.state or not replica.is_connected:
+            self.revision += 1
+            self.known_paths[server.path] = now_s
+        replica.server = server
+        replica.pid = report.pid
+        replica.state = report.state
+        replica.sequence = report.sequence
+        replica.lease_end_s = now_s + report.lease_s
+        replica.num_open = report.num_open
+        replica.max_open = report.max_open
+        replica.connection = connection
+        replica.is_connected = True
+        return replica
+
+    def connection_closed(self, connection: object, now_s: float) -> bool:
+        """Shorten the leases of the replicas that reported over it. True if there was one."""
+        is_changed = False
+        for replica in self.replicas.values():
+            if replica.connection is connection and replica.is_connected:
+                replica.is_connected = False
+                replica.lease_end_s = min(replica.lease_end_s, now_s + CLOSED_GRACE_S)
+                is_changed = True
+        return is_changed
+
+    def expire(self, now_s: float) -> list[Replica]:
+        """Remove and return the replicas whose leases ended."""
+        gone = [replica for replica in self.replicas.values() if replica.lease_end_s <= now_s]
+        for replica in gone:
+            self.revision += 1
+            replica.is_gone = True
+            del self.replicas[replica.replica_id]
+            self.known_paths[replica.server.path] = now_s
+        live = {replica.server.path for replica in self.replicas.values()}
+        for path, seen_s in list(self.known_paths.items()):
+            if path not in live and now_s - seen_s > FORGET_AFTER_S:
+                del self.known_paths[path]
+        return gone
+
+    def mark_serving(self, paths: frozenset[str]) -> None:
+        """Record which servers HAProxy has."""
+        for replica in self.replicas.values():
+            replica.is_serving = replica.server.path in paths
+
+    def choosable(self, endpoint: str) -> Iterable[Replica]:
+        """Return the replicas that a request of `endpoint` may be bound to, full ones included."""
+        return [
+            replica
+            for replica in self.replicas.values()
+            if replica.is_serving
+            and replica.state == "ready"
+            and replica.is_connected
+            and replica.endpoint == endpoint
+        ]
+
+    def wanted_servers(self) -> list[Server]:
+        """Return the servers that HAProxy should have."""
+        return [replica.server for replica in self.replicas.values() if replica.may_serve]
+
+    def _is_newer(self, replica: Replica, report: LoadReport, connection: object) -> bool:
+        if report.pid == replica.pid:
+            return report.sequence > replica.sequence
+        return connection is not replica.connection  # a restarted front comes over a new connection
+
+
+def _check(report: LoadReport, known: Server | None) -> Server:
+    """Return the report's server. Raises ProtocolError for what would be nonsense inside HAProxy."""
+    if not 0 < report.lease_s <= MAX_LEASE_S:
+        raise ProtocolError(f"lease_s is {report.lease_s}; it must be in (0, {MAX_LEASE_S:.0f}]")
+    if report.num_open < 0 or not 0 <= report.max_open <= 65_536:
+        raise ProtocolError(f"num_open is {report.num_open} and max_open {report.max_open}")
+    if (
+        known is not None
+        and report.address in ("", known.address)
+        and (report.endpoint, report.max_open) == (known.endpoint, known.max_open)
+    ):
+        return known  # nothing new: the usual case, many times a second
+    if not REPLICA_ID.fullmatch(report.replica_id):
+        raise ProtocolError(f"replica id {report.replica_id!r} has characters that are not allowed")
+    try:
+        host, port = split_address(report.address)
+    except ValueError as error:
+        raise ProtocolError(f"address: {error}") from error
+    if port == 0:
+        raise ProtocolError(f"address {report.address!r} has no port")
+    return Server(report.endpoint, report.replica_id, host, port, report.max_open)

@@ -1,0 +1,247 @@
+"""The router process: the composition of its parts, and the sockets they live on.
+
+Turns SPOE calls, load reports and completion lines into calls of the Dispatcher, and its wishes into servers
+and demand. Must not see a response token, and must not decide: `dispatcher` and `policy` do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+
+from headrace.api.config import split_address
+from headrace.api.messages import Demand, GatewaySpec, LoadReport, ReplicaView, ReportAck
+from headrace.clock import Clock
+from headrace.errors import ConfigError, ProtocolError
+from headrace.gateway.channels import CompletionConnection, ControllerLink, ReportConnection
+from headrace.gateway.closed_peers import ClosedPeers
+from headrace.gateway.completions import Completion, CompletionDecoder, classify
+from headrace.gateway.dispatcher import Arrival, Bound, Dispatcher, Refused
+from headrace.gateway.haproxy_answers import error_body
+from headrace.gateway.haproxy_runtime import HaproxyRuntime
+from headrace.gateway.metrics_server import serve_metrics
+from headrace.gateway.names import endpoint_of_backend
+from headrace.gateway.paths import GatewayPaths
+from headrace.gateway.replicas import ReplicaTable
+from headrace.gateway.servers import ServerKeeper
+from headrace.gateway.spoe import Arguments, SpoeAgent, SpoeCall, SpoeConnection, text_argument
+from headrace.observability.router_metrics import RouterMetrics, RouterSnapshot
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.1
+DEMAND_PERIOD_S = 0.2
+BACKLOG = 4096
+"""Connections waiting to be accepted. A UNIX socket refuses at once when it is full, unlike TCP."""
+
+
+class Router:
+    """One router. Create it inside a running event loop, then `run()`."""
+
+    def __init__(self, spec: GatewaySpec, clock: Clock, fd_limit: int) -> None:
+        self._spec = spec
+        self._clock = clock
+        self._paths = GatewayPaths(spec.run_dir)
+        runtime = HaproxyRuntime(self._paths.runtime_socket, self._paths.master_socket)
+        self.replicas = ReplicaTable()
+        self._seen_revision = 0
+        self.dispatcher = Dispatcher(spec.endpoints, self.replicas)
+        self.keeper = ServerKeeper(spec, fd_limit, runtime, self._on_servers_changed)
+        self.agent = SpoeAgent(self._on_notify, self._on_spoe_lost)
+        self._completions = CompletionDecoder()
+        self._controller = ControllerLink(
+            self._paths.controller_socket, DEMAND_PERIOD_S, self.demand, self._on_spec
+        )
+        self._closed_peers = ClosedPeers(split_address(spec.bind)[1])
+        self.metrics = RouterMetrics(self.snapshot)
+
+    def __repr__(self) -> str:
+        return f"<Router replicas={len(self.replicas.replicas)} {self.dispatcher!r} {self.keeper!r}>"
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set; then refuse what is held and let go of HAProxy."""
+        servers = await self._listen()
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self.keeper.run()),
+                    group.create_task(self._controller.run()),
+                    group.create_task(self._tick_for_ever()),
+                ]
+                await stop.wait()
+                for server in servers:
+                    server.close()
+                self.dispatcher.refuse_all("The gateway is stopping.")
+                await asyncio.sleep(0)  # let the answers leave before the connections close
+                self.agent.close()
+                for task in tasks:
+                    task.cancel()
+        finally:
+            for server in servers:
+                server.close()
+            self._closed_peers.close()
+            _unlink(self._sockets())
+
+    def demand(self) -> Demand:
+        """Return what the controller must know."""
+        replicas = [
+            ReplicaView(replica.replica_id, replica.num_in_flight, replica.is_serving)
+            for replica in self.replicas.replicas.values()
+        ]
+        endpoints = self.dispatcher.demand(self._clock.now_s())
+        return Demand(router_id="router", pid=os.getpid(), endpoints=endpoints, replicas=replicas)
+
+    def snapshot(self) -> RouterSnapshot:
+        """Return what the metrics show."""
+        totals = {
+            "lost_completions": self.dispatcher.num_lost_completions,
+            "unseen_completions": self.dispatcher.num_unseen_completions,
+            "ignored_reports": self.replicas.num_ignored_reports,
+            "ignored_completions": self._completions.num_ignored,
+            "spoe_errors": self.agent.num_protocol_errors,
+            "haproxy_failures": self.keeper.num_failures,
+            "haproxy_reloads": self.keeper.num_reloads,
+        }
+        return RouterSnapshot(self.demand(), totals)
+
+    # ---- sockets
+
+    def _sockets(self) -> list[str]:
+        paths = self._paths
+        return [paths.spoe_socket, paths.router_socket, paths.completions_socket, paths.metrics_socket]
+
+    async def _listen(self) -> list[asyncio.Server]:
+        loop = asyncio.get_running_loop()
+        spoe, reports, completions, metrics = (_bind_socket(path) for path in self._sockets())
+        return [
+            await loop.create_unix_server(self.agent.make_connection, sock=spoe, backlog=BACKLOG),
+            await loop.create_unix_server(self._make_report_connection, sock=reports, backlog=BACKLOG),
+            await loop.create_unix_server(
+                lambda: CompletionConnection(self._on_completion, self._completions), sock=completions
+            ),
+            await serve_metrics(self.metrics.exposition, metrics),
+        ]
+
+    def _make_report_connection(self) -> ReportConnection:
+        return ReportConnection(self._on_report, self._on_report_lost, self._on_report_error)
+
+    # ---- HAProxy asks
+
+    def _on_notify(self, call: SpoeCall, name: bytes, arguments: Arguments) -> None:
+        request_id = text_argument(arguments, b"id")
+        endpoint = endpoint_of_backend(text_argument(arguments, b"endpoint"))
+        if name != b"decide" or not request_id or endpoint is None:
+            raise ProtocolError(f"SPOE message {name!r} without id or endpoint")
+
+        def answer(decision: Bound | Refused) -> None:
+            if isinstance(decision, Bound):
+                call.answer({b"server": decision.server_name.encode()})
+            else:
+                body = error_body(decision.message, "server_error", decision.code)
+                call.answer({b"refusal": body.encode(), b"retry_after": b"%d" % decision.retry_after_s})
+
+        client = (arguments.get(b"client"), arguments.get(b"client_port"))
+        arrival = Arrival(request_id, endpoint, answer, call.connection, client)
+        if self.dispatcher.arrive(arrival, self._clock.now_s()):
+            self._controller.send_soon()
+
+    def _on_spoe_lost(self, connection: SpoeConnection) -> None:
+        self.dispatcher.owner_lost(connection, self._clock.now_s())
+
+    def _on_completion(self, completion: Completion) -> None:
+        endpoint = endpoint_of_backend(completion.backend)
+        if endpoint is not None:
+            self.dispatcher.complete(completion.id, endpoint, classify(completion))
+            self.dispatcher.pump(endpoint, self._clock.now_s())
+
+    # ---- replicas report
+
+    def _on_report(self, connection: ReportConnection, report: LoadReport) -> None:
+        now_s = self._clock.now_s()
+        try:
+            replica = self.replicas.observe(report, connection, now_s)
+        except ProtocolError as error:
+            self._on_report_error(error)
+            return
+        for finished in report.finished:
+            self.dispatcher.front_finished(finished, now_s)
+        if replica is not None:
+            self._on_replicas_changed()
+            self.dispatcher.pump(replica.endpoint, now_s)
+        if report.state == "draining":
+            is_released = replica is None or self.keeper.is_released(replica.server.path)
+            connection.acknowledge(ReportAck(report.sequence, is_released))
+
+    def _on_report_lost(self, connection: ReportConnection) -> None:
+        self.replicas.connection_closed(connection, self._clock.now_s())
+
+    def _on_report_error(self, error: ProtocolError) -> None:
+        self.replicas.num_ignored_reports += 1
+        logger.warning("load report ignored: %s", error)
+
+    def _on_replicas_changed(self) -> None:
+        if self._seen_revision == self.replicas.revision:
+            return
+        self._seen_revision = self.replicas.revision
+        self.replicas.mark_serving(self.keeper.serving)
+        self.keeper.want(self.replicas.wanted_servers(), self.replicas.known_paths)
+
+    def _on_servers_changed(self) -> None:
+        now_s = self._clock.now_s()
+        self.replicas.mark_serving(self.keeper.serving)
+        for endpoint in list(self.dispatcher.endpoints):
+            self.dispatcher.pump(endpoint, now_s)
+        for replica in self.replicas.replicas.values():
+            if replica.state == "draining" and self.keeper.is_released(replica.server.path):
+                connection = replica.connection
+                if isinstance(connection, ReportConnection):
+                    connection.acknowledge(ReportAck(replica.sequence, is_released=True))
+
+    # ---- time passes, the controller speaks
+
+    async def _tick_for_ever(self) -> None:
+        while True:
+            now_s = self._clock.now_s()
+            self.replicas.expire(now_s)
+            self._on_replicas_changed()
+            self.dispatcher.tick(now_s)
+            if self.dispatcher.num_held:
+                self.dispatcher.clients_left(self._closed_peers.find())
+            await asyncio.sleep(TICK_S)
+
+    def _on_spec(self, spec: GatewaySpec) -> None:
+        if spec == self._spec:
+            return
+        if spec.run_dir != self._spec.run_dir:
+            logger.error("gateway spec refused: the run directory cannot change while running")
+            return
+        try:
+            self.keeper.set_spec(spec)
+        except ConfigError as error:
+            logger.error("gateway spec refused: %s", error)
+            return
+        self._spec = spec
+        self._closed_peers.port = split_address(spec.bind)[1]
+        self.dispatcher.set_rules(spec.endpoints)
+
+
+def _unlink(paths: Iterable[str]) -> None:
+    for path in paths:
+        Path(path).unlink(missing_ok=True)
+
+
+def _bind_socket(path: str) -> socket.socket:
+    """Bind a UNIX socket that only its owner may use, in place of one that a dead router left."""
+    Path(path).unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    previous = os.umask(0o177)  # there is no moment at which others could connect
+    try:
+        sock.bind(path)
+    finally:
+        os.umask(previous)
+    sock.setblocking(False)
+    return sock

@@ -1,0 +1,176 @@
+"""A front without a model, for tests of the gateway: HTTP, event streams, load reports, in this event loop.
+
+The request says what its answer looks like: {"mock": {"events": 3, "gap_s": 0.01, "status": 200}}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from headrace.api.framing import FrameDecoder, encode_frame
+from headrace.api.messages import FinishedRequest, LoadReport, ReplicaState, ReportAck, TerminalState
+
+REPORT_PERIOD_S = 0.05
+_pids = itertools.count(1_000_000)
+
+
+@dataclass
+class MockFront:
+    """One replica. `start()` it, `kill()` it like a process that dies, or `drain()` it."""
+
+    replica_id: str
+    endpoint: str
+    router_socket: str
+    max_open: int = 64
+    state: ReplicaState = "ready"
+    is_reporting_finished: bool = False
+    lease_s: float = 1.0
+    open_requests: set[str] = field(default_factory=set)
+    served: list[str] = field(default_factory=list)
+    headers_seen: list[dict[str, str]] = field(default_factory=list)
+    bodies_seen: list[bytes] = field(default_factory=list)
+    fail_before_first_byte: bool = False
+    is_released: asyncio.Event = field(default_factory=asyncio.Event)
+    port: int = 0
+
+    async def start(self) -> MockFront:
+        self.pid = next(_pids)
+        self._sequence = 0
+        self._finished: list[FinishedRequest] = []
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._wake = asyncio.Event()
+        self._server = await asyncio.start_server(self._on_connection, "127.0.0.1", self.port, backlog=1024)
+        self.port = self._server.sockets[0].getsockname()[1]
+        self._reporter = asyncio.create_task(self._report_for_ever())
+        return self
+
+    async def kill(self) -> None:
+        """Close everything at once, as the end of the process would."""
+        self._reporter.cancel()
+        self._server.close()
+        for writer in list(self._writers):
+            writer.transport.abort()
+        for task in [*self._tasks, self._reporter]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, self._reporter, return_exceptions=True)
+
+    def drain(self) -> None:
+        self.state = "draining"
+        self._wake.set()
+
+    def report_now(self) -> None:
+        self._wake.set()
+
+    async def _report_for_ever(self) -> None:
+        while True:
+            try:
+                reader, writer = await asyncio.open_unix_connection(self.router_socket)
+            except OSError:
+                await asyncio.sleep(0.05)
+                continue
+            acks = asyncio.create_task(self._read_acks(reader))
+            try:
+                while not acks.done():
+                    self._wake.clear()
+                    writer.write(encode_frame(self._report()))
+                    await writer.drain()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(REPORT_PERIOD_S):
+                            await self._wake.wait()
+            except OSError:
+                pass
+            finally:
+                acks.cancel()
+                writer.transport.abort()
+
+    async def _read_acks(self, reader: asyncio.StreamReader) -> None:
+        decoder: FrameDecoder[ReportAck] = FrameDecoder(ReportAck)
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65_536):
+                for ack in decoder.feed(data):
+                    if ack.is_released:
+                        self.is_released.set()
+
+    def _report(self) -> LoadReport:
+        self._sequence += 1
+        finished, self._finished = self._finished, []
+        return LoadReport(
+            replica_id=self.replica_id,
+            endpoint=self.endpoint,
+            model="mock",
+            address=f"127.0.0.1:{self.port}",
+            pid=self.pid,
+            sequence=self._sequence,
+            lease_s=self.lease_s,
+            state=self.state,
+            num_open=len(self.open_requests),
+            max_open=self.max_open,
+            finished=finished if self.is_reporting_finished else [],
+        )
+
+    async def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self._writers.add(writer)
+        try:
+            while await self._serve_one(reader, writer):
+                pass
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            self._tasks.discard(task)
+            self._writers.discard(writer)
+            writer.transport.abort()
+
+    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        headers = {
+            name.lower(): value.strip()
+            for name, _, value in (line.partition(":") for line in head[1:] if line)
+        }
+        body = await reader.readexactly(int(headers.get("content-length", "0")))
+        if head[0].startswith("GET /health"):
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+            return True
+        if self.fail_before_first_byte:
+            writer.transport.abort()
+            return False
+        request_id = headers["x-headrace-request-id"]
+        self.headers_seen.append(headers)
+        self.bodies_seen.append(body[:200])
+        self.open_requests.add(request_id)
+        state = TerminalState.ABORTED
+        try:
+            await self._answer(json.loads(body).get("mock", {}), writer)
+            state = TerminalState.FINISHED
+        finally:
+            self.open_requests.discard(request_id)
+            self.served.append(request_id)
+            self._finished.append(FinishedRequest(request_id, state, "stop", "", 1, 0, 1, 0.0, 0.0))
+            self._wake.set()
+        return True
+
+    async def _answer(self, wishes: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        events = wishes.get("events", 1)
+        status = wishes.get("status", 200)
+        who = self.replica_id.encode()
+        writer.write(
+            b"HTTP/1.1 %d X\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n"
+            b"x-replica: %b\r\n\r\n" % (status, who)
+        )
+        for number in range(events):
+            if wishes.get("gap_s"):
+                await asyncio.sleep(wishes["gap_s"])
+            event = b"data: %d\n\n" % number
+            writer.write(b"%x\r\n%b\r\n" % (len(event), event))
+            await writer.drain()
+        end = b"data: [DONE]\n\n"
+        writer.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(end), end))
+        await writer.drain()
