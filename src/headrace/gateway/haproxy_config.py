@@ -319,6 +319,8 @@ def _quote(text: str) -> str:
 
 def _bind_address(value: str) -> str:
     host, port = split_address(value)
+    if port == 0:
+        raise ConfigError(f"{value} names no port; HAProxy needs one from 1 to 65535")
     host = "127.0.0.1" if host == "localhost" else host
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
