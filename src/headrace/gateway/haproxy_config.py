@@ -221,7 +221,7 @@ def _frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
   {_return(404, answers.unknown_path(), "unless is_generation or is_status")}
   {_return(405, answers.method_not_allowed("POST"), "if is_generation !METH_POST", ("allow", "POST"))}
   {_return(413, answers.body_too_large(limit), body_too_large)}
-  http-request wait-for-body time 10s at-least {HEAD_BYTES} if is_generation
+  http-request wait-for-body time 30s at-least {HEAD_BYTES} if is_generation
   http-request set-var(txn.model) req.body,json_query('$.model') if is_generation
   http-request set-var(txn.backend) var(txn.model),map_str({paths.endpoint_map}) if has_model
   {_return_format(404, answers.unknown_model(names, MODEL_IN_REQUEST), "if has_model !has_backend")}

@@ -223,6 +223,19 @@ def test_the_integrity_check_shows_the_sum_that_failed() -> None:
         world.dispatcher.check_integrity()
 
 
+def test_a_removed_endpoint_is_forgotten_when_its_last_request_has_ended() -> None:
+    world = World()
+    world.report()
+    world.arrive("a")
+    world.dispatcher.set_rules([])
+    assert world.counts() == {"arrived": 1, "num_in_flight": 1}
+    world.arrive("late")
+    assert isinstance(world.answers["late"][0], Refused)
+    world.complete("a")
+    world.pass_time(2)
+    assert world.dispatcher.demand(world.now_s) == []
+
+
 class DispatcherMachine(RuleBasedStateMachine):
     """Random days: requests, completions in any order, replicas that come and go, time that passes."""
 

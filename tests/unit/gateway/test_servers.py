@@ -233,4 +233,25 @@ async def test_new_endpoints_mean_one_reload_that_is_tried_until_it_works(short_
     rig.haproxy.failures = [HaproxyUnavailable("gone")]
     await rig.settle()
     assert rig.haproxy.num_reloads == 1
+    assert rig.keeper.num_reloads == 1
     assert "backend ep-more" in rig.config.read_text()
+
+
+async def test_a_refused_reload_does_not_stop_replicas_from_coming(short_dir: Path) -> None:
+    rig = Rig(short_dir)
+    await rig.settle()
+    rig.keeper.set_spec(
+        GatewaySpec(run_dir=rig.spec.run_dir, bind="127.0.0.1:81", endpoints=rig.spec.endpoints)
+    )
+
+    async def refuse() -> None:
+        rig.haproxy.num_reloads += 1
+        raise HaproxyRefused("cannot bind")
+
+    rig.haproxy.reload = refuse  # type: ignore[method-assign]
+    rig.want(1)
+    for _ in range(5):
+        assert not await rig.keeper.run_round()
+    assert rig.keeper.serving == {"ep-chat/chat-1"}
+    assert rig.haproxy.num_reloads == 1, "it is not tried again at once"
+    assert rig.keeper.last_error == "cannot bind"
