@@ -18,8 +18,8 @@ import pytest
 from headrace.api.messages import (
     LauncherError,
     LauncherEvent,
-    Processes,
     ProcessEnded,
+    Processes,
     ProcessSpec,
     ProcessStarted,
 )
@@ -32,7 +32,8 @@ STUBBORN = (
     " time.sleep(600)"
 )
 WITH_GRANDCHILD = (
-    "import subprocess, sys, time; c = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
+    "import subprocess, sys, time;"
+    " c = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
     " print(c.pid, flush=True); time.sleep(600)"
 )
 LIMIT_S = 10.0
@@ -79,6 +80,10 @@ class Rig:
 
     async def event(self) -> LauncherEvent:
         return await asyncio.wait_for(self.launcher.next_event(), LIMIT_S)
+
+    async def all_events(self) -> None:
+        while True:
+            await self.event()
 
     async def start(self, name: str, code: str) -> int:
         self.launcher.start(python(name, code, self.directory))
@@ -195,8 +200,7 @@ async def test_a_stop_ends_everything_when_the_controller_ends_or_a_second_stop_
     await asyncio.wait_for(rig.task, LIMIT_S)
     assert is_gone(stubborn)
     with pytest.raises(LauncherLost):
-        while True:
-            await rig.event()
+        await rig.all_events()
     assert not (tmp_path / "supervisor.sock").exists()
 
 

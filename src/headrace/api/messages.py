@@ -444,6 +444,8 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     engine_restarts: int
     since_s: float
     last_error: str
+    start_phases: dict[str, float] = {}
+    """Seconds per phase of the engine's last start (EngineReady.phases); empty until it was ready."""
 
 
 class EndpointStatus(msgspec.Struct, frozen=True):
@@ -473,6 +475,7 @@ class ProcessStatus(msgspec.Struct, frozen=True):
     state: str
     restarts: int
     resident_bytes: int
+    last_error: str = ""
 
 
 class SystemStatus(msgspec.Struct, frozen=True):

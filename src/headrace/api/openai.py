@@ -221,7 +221,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     created: int
     owned_by: str
     root: str
-    max_model_len: int
+    max_model_len: int | None
 
 
 class ModelList(msgspec.Struct, frozen=True):

@@ -180,7 +180,7 @@ class ConnectionPool:
             record.fail(ErrorKind.CONNECT, f"no connection within {CONNECT_TIMEOUT_S:g} s")
             return None
         except OSError as error:
-            record.fail(ErrorKind.CONNECT, str(error))
+            record.fail(ErrorKind.CONNECT, f"{self._target.address}: {error}")
             return None
         if not connection.is_usable:
             record.fail(ErrorKind.CONNECT, "the server closed the connection at once")

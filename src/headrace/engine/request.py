@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from headrace.api.messages import GenerationRequest, SamplingParams
+from headrace.api.messages import FinishReason, GenerationRequest, SamplingParams
+from headrace.engine.kv_cache.prefix_cache import BlockHash, root_hash
+from headrace.engine.penalties import Penalties
 from headrace.errors import InvalidRequest
 
 MAX_LOGPROBS = 64
@@ -74,3 +76,82 @@ def _check_ids(name: str, token_ids: Collection[int], vocab_size: int) -> None:
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         wrong = min(token_ids) if min(token_ids) < 0 else max(token_ids)
         raise InvalidRequest(f"{name} has token id {wrong}; ids are 0 to {vocab_size - 1}", param=name)
+
+
+class EngineRequest:
+    """One accepted request: its tokens, how far they are computed, and its KV blocks.
+
+    The scheduler owns num_computed_tokens, the block table and the hashes; the sampler owns `penalties`.
+    """
+
+    __slots__ = (
+        "arrival",
+        "block_hashes",
+        "block_table",
+        "has_output",
+        "max_total_tokens",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "order",
+        "penalties",
+        "request_id",
+        "root_hash",
+        "sampling",
+        "stop_token_ids",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        arrival: int,
+        eos_token_ids: frozenset[int],
+        max_context_tokens: int,
+    ) -> None:
+        """`arrival`: grows by one per request; ties of priority go to the earlier one."""
+        sampling = request.sampling
+        self.request_id = request.request_id
+        self.sampling = sampling
+        self.arrival = arrival
+        self.order = (-request.priority, arrival)
+        """Sort key: higher priority first, then the earlier arrival."""
+        self.token_ids = [*request.prompt_token_ids, *request.resume_from]
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.max_total_tokens = min(self.num_prompt_tokens + sampling.max_tokens, max_context_tokens)
+        stops = frozenset(sampling.stop_token_ids)
+        self.stop_token_ids = stops if sampling.ignore_eos else stops | eos_token_ids
+        self.num_computed_tokens = 0
+        self.num_cached_tokens: int | None = None
+        """Prompt tokens that the prefix cache spared at the first admission; None before it."""
+        self.has_output = False
+        self.block_table: list[int] = []
+        self.block_hashes: list[BlockHash] = []
+        """Of the full blocks of token_ids, as far as they were needed."""
+        self.root_hash = root_hash(request.cache_salt)
+        self.penalties = Penalties.of(sampling, self.stop_token_ids)
+
+    def __repr__(self) -> str:
+        return (
+            f"<EngineRequest {self.request_id}: {self.num_computed_tokens} of {len(self.token_ids)} tokens "
+            f"computed, {len(self.block_table)} blocks>"
+        )
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Generated here or, before a resume, elsewhere: the index of the next token."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Take the sampled token; say whether it ends the generation. A stop token is not kept."""
+        if token_id in self.stop_token_ids:
+            return "stop"
+        self.token_ids.append(token_id)
+        return "length" if len(self.token_ids) >= self.max_total_tokens else None
+
+    def take_num_cached_tokens(self) -> int:
+        """Return num_cached_tokens for the first output, and 0 for every later one."""
+        if self.has_output:
+            return 0
+        self.has_output = True
+        return self.num_cached_tokens or 0

@@ -21,8 +21,6 @@ from headrace.engine.operations.select import select_operations
 from headrace.engine.protocol import StepInput
 from headrace.engine.weights.source import open_weights
 
-_DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
 
 class DecoderRunner:
     """A decoder with its KV memory. One caller, one thread; `execute` uses torch's own threads."""
@@ -37,7 +35,7 @@ class DecoderRunner:
         longest = min(spec.max_context_tokens or h.context_length, h.context_length)
         self.max_context_tokens = min(longest, self.num_blocks * self.block_size)
         self.eos_token_ids = metadata.eos_token_ids
-        self.architecture = h.architecture
+        self.architecture: str = h.architecture
         self.path = operations.description
         self._decoder = decoder
         self._caches = decoder.new_kv_caches(self.num_blocks)
@@ -70,7 +68,7 @@ def load_runner(spec: EngineSpec, files: ModelFiles, on_phase: Callable[[str], N
     on_phase("reading metadata")
     metadata = read_metadata(files)
     torch.set_num_threads(spec.num_threads or len(os.sched_getaffinity(0)))
-    operations = select_operations(_DTYPES[spec.dtype], torch.get_num_threads())
+    operations = select_operations(spec.dtype, torch.get_num_threads())
     with torch.inference_mode():
         on_phase("loading weights")
         source = open_weights(files, metadata.hyperparameters)

@@ -59,7 +59,7 @@ class Child:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C reaches only the supervisor; the group can be killed whole
-                preexec_fn=die_with_parent(),  # noqa: PLW1509, single-threaded: see the module's docstring
+                preexec_fn=die_with_parent(),
             )
         finally:
             if log is not None:

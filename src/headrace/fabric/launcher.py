@@ -13,8 +13,8 @@ from typing import Protocol
 from headrace.api.messages import (
     LauncherError,
     LauncherEvent,
-    Processes,
     ProcessEnded,
+    Processes,
     ProcessSpec,
     ProcessStarted,
     ProcessState,

@@ -28,17 +28,22 @@ class RunDirectoryError(HeadraceError):
 
 
 def default_run_directory(name: str) -> Path:
-    """Return where the system called `name` keeps its run directory. Creates nothing."""
+    """Return where the system called `name` keeps its run directory: below XDG_RUNTIME_DIR, or below the
+    directory for temporary files if that is not set or too long for UNIX sockets. Creates nothing."""
     if not SYSTEM_NAME.fullmatch(name):
         raise RunDirectoryError(
             f"name {name!r}: use 1 to 41 letters, digits, _ or -, and begin with a letter or digit"
         )
+    parents = [Path(tempfile.gettempdir()) / f"headrace-{os.getuid()}", Path(f"/tmp/headrace-{os.getuid()}")]  # noqa: S108, made 0700
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if runtime and os.path.isdir(runtime):
-        parent = Path(runtime) / "headrace"
-    else:
-        parent = Path(tempfile.gettempdir()) / f"headrace-{os.getuid()}"
-    return parent / name
+        parents.insert(0, Path(runtime) / "headrace")
+    candidates = [parent / name for parent in parents]
+    return next((path for path in candidates if _is_short_enough(path)), candidates[0])
+
+
+def _is_short_enough(path: Path) -> bool:
+    return len(os.fsencode(path)) <= MAX_RUN_DIRECTORY_BYTES
 
 
 class RunDirectory:
@@ -57,10 +62,9 @@ class RunDirectory:
 
         Raises RunDirectoryError if a live system has it, or if others could write to it.
         """
-        num_bytes = len(os.fsencode(path))
-        if num_bytes > MAX_RUN_DIRECTORY_BYTES:
+        if not _is_short_enough(path):
             raise RunDirectoryError(
-                f"run directory {path} has {num_bytes} bytes; UNIX sockets in it allow at most "
+                f"run directory {path} has {len(os.fsencode(path))} bytes; UNIX sockets in it allow at most "
                 f"{MAX_RUN_DIRECTORY_BYTES}. Use a shorter --name, or set XDG_RUNTIME_DIR or TMPDIR "
                 "to a shorter directory."
             )

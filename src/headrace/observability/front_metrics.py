@@ -54,7 +54,7 @@ class FrontMetrics:
         self._labels = {"endpoint": endpoint, "replica": replica_id}
         self.num_accepted = 0
         """Requests that arrived at a generation route; each ends in exactly one terminal state."""
-        self.num_ended = {state: 0 for state in TerminalState}
+        self.num_ended = dict.fromkeys(TerminalState, 0)
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
         self.num_output_tokens = 0

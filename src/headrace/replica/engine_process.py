@@ -62,7 +62,8 @@ class EngineProcess(asyncio.Protocol):
             for end in (ours, theirs):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
             ours.setblocking(False)
-            self._process = subprocess.Popen(
+            # Takes a millisecond (vfork), and asyncio's own subprocesses cannot be given a process group.
+            self._process = subprocess.Popen(  # noqa: ASYNC220
                 [
                     *(sys.executable, "-m", "headrace.engine", "--fd", str(theirs.fileno())),
                     *("--spec", msgspec.json.encode(spec).decode(), "--title", title),
@@ -119,7 +120,7 @@ class EngineProcess(asyncio.Protocol):
             return
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
-        if self._transport is not None and not self._is_lost:
+        if not self._is_lost:
             # What it said last, perhaps why it ends, is still in the socket; its end of file follows.
             asyncio.get_running_loop().call_later(0.05, self._lose, "the engine process ended")
         asyncio.get_running_loop().call_later(0.06, self._owner.on_exit, _describe_exit(status))

@@ -157,7 +157,9 @@ class HttpConnection(asyncio.Protocol):
         if self._head_bytes + len(self._url) > self._limits.max_head_bytes:
             self._refuse_head()
         elif self._parser.should_upgrade():
-            self._refuse(InvalidRequest("connections are not upgraded; send no Upgrade header and no CONNECT"))
+            self._refuse(
+                InvalidRequest("connections are not upgraded; send no Upgrade header and no CONNECT")
+            )
         elif int(self._headers.get("content-length") or 0) > self._limits.max_body_bytes:
             self._refuse_body(self._headers["content-length"])
         elif self._headers.get("expect", "").lower() == "100-continue":

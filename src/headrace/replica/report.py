@@ -54,6 +54,9 @@ class ReportSink:
     def notify(self) -> None:
         self._news.set()
 
+    def has_news(self) -> bool:
+        return bool(self._finished)
+
     async def run(self) -> None:
         """Report until cancelled."""
         retry_s = MIN_RETRY_S
@@ -122,7 +125,11 @@ class Reporter:
     def __init__(self, paths: list[str], make_report: MakeReport, interval_s: Callable[[], float]) -> None:
         self.sinks = [ReportSink(path, make_report, interval_s) for path in paths]
 
-    def tell(self, finished: FinishedRequest) -> None:
+    def on_busy(self) -> None:
+        """The replica was idle and is busy now: report at once, and often."""
+        self.notify()
+
+    def on_end(self, finished: FinishedRequest) -> None:
         """Report a request's end, at once."""
         for sink in self.sinks:
             sink.tell(finished)
@@ -139,6 +146,10 @@ class Reporter:
     def is_released(self) -> bool:
         """Whether every connected router will send no more requests."""
         return all(sink.is_released for sink in self.sinks if sink.is_router and sink.is_connected)
+
+    def has_told_all(self) -> bool:
+        """Whether every connected listener was sent every finished request."""
+        return not any(sink.is_connected and sink.has_news() for sink in self.sinks)
 
     async def run(self) -> None:
         """Report until cancelled."""

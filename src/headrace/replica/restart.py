@@ -1,4 +1,4 @@
-"""When to start a dead engine again. Pure: the observation and the time in, the decision and its reason out."""
+"""When to start a dead engine again. Pure: an observation in, a decision with its reason out."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ class RestartPolicy:
             if end.ended_at_s - end.ready_at_s >= self._healthy_s:
                 self._next_delay_s = self._min_delay_s
         if self._num_unready >= self._max_failures:
-            return RestartDecision(None, f"it ended {self._num_unready} times without getting ready: {end.error}")
+            return RestartDecision(
+                None, f"it ended {self._num_unready} times without getting ready: {end.error}"
+            )
         delay_s = self._next_delay_s
         self._next_delay_s = min(self._max_delay_s, 2 * delay_s)
         return RestartDecision(delay_s, f"starting again in {delay_s:g} s: {end.error}")

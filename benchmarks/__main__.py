@@ -1,0 +1,35 @@
+"""`python -m benchmarks [NAME …]`: run benchmarks, write benchmarks/reports/YYYY-MM-DD-NAME.md and .json."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+NAMES = ("gateway", "tokens", "engine", "start", "memory")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"all (the default), or of: {', '.join(NAMES)}"
+    )
+    parser.add_argument("--quick", action="store_true", help="short and rough: to see that it runs")
+    parser.add_argument("--no-report", action="store_true", help="print, and write no file")
+    arguments = parser.parse_args()
+    names = list(NAMES) if arguments.names in ([], ["all"]) else arguments.names
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        parser.error(f"no benchmark {', '.join(unknown)}; there are: {', '.join(NAMES)}, all")
+    for name in names:
+        print(f"== {name}", file=sys.stderr, flush=True)
+        report = importlib.import_module(f"benchmarks.{name}").run(is_quick=arguments.quick)
+        print(report.to_markdown())
+        if not arguments.no_report:
+            for path in report.write():
+                print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,158 @@
+"""`headrace status`: endpoints, replicas and processes of a running system, as tables or JSON.
+
+Must not know where the numbers come from.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from headrace.cli.options import DEFAULT_NAME, Name, find_run_directory
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from headrace.api.messages import SystemStatus
+
+WATCH_INTERVAL_S = 0.5
+
+
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Keep showing it, until Ctrl-C.")] = False,
+    name: Name = DEFAULT_NAME,
+) -> None:
+    """Show what a running system is doing."""
+    if watch and as_json:
+        raise typer.BadParameter("--watch is for people and --json for programs; give one of them")
+    if as_json:
+        import msgspec
+
+        typer.echo(msgspec.json.format(msgspec.json.encode(_ask(name)), indent=2).decode())
+    elif watch:
+        _watch(name)
+    else:
+        from rich.console import Console
+
+        Console().print(render(_ask(name)))
+
+
+def _ask(name: str) -> SystemStatus:
+    from headrace.api.messages import GetStatus
+    from headrace.control.admin import ask
+
+    reply = ask(find_run_directory(name), GetStatus())
+    assert reply.status is not None
+    return reply.status
+
+
+def _watch(name: str) -> None:
+    from rich.live import Live
+
+    from headrace.control.admin import NotRunning
+
+    current = _ask(name)
+    try:
+        with Live(render(current), auto_refresh=False, screen=False) as live:
+            while True:
+                time.sleep(WATCH_INTERVAL_S)
+                try:
+                    live.update(render(_ask(name)), refresh=True)
+                except NotRunning as error:
+                    if not find_run_directory(name).is_dir():
+                        raise
+                    live.update(str(error), refresh=True)
+    except KeyboardInterrupt:
+        pass
+
+
+def render(system: SystemStatus) -> RenderableType:
+    """Return a head line, three tables, and a line for everything that needs words."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from headrace.units import format_seconds
+
+    state = "ready" if system.is_ready else "not ready"
+    head = f"{system.url}  {state}, up {format_seconds(system.uptime_s)}, {system.run_dir}"
+    notes = Text("\n".join(_notes(system)))
+    return Group(Text(head, style="bold"), _endpoints(system), _replicas(system), _processes(system), notes)
+
+
+def _table(*columns: str) -> Table:
+    """`>` before a name: a column of numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        justify: Literal["left", "right"] = "right" if column.startswith(">") else "left"
+        table.add_column(column.lstrip(">"), justify=justify, no_wrap=True)
+    return table
+
+
+def _endpoints(system: SystemStatus) -> Table:
+    table = _table("endpoint", "model", ">ready", ">held", ">open", ">finished", ">failed", ">refused")
+    for endpoint in system.endpoints:
+        table.add_row(
+            endpoint.name,
+            _short(endpoint.model),
+            f"{endpoint.ready}/{endpoint.desired}",
+            str(endpoint.num_held),
+            str(endpoint.num_in_flight),
+            str(endpoint.finished),
+            str(endpoint.failed_requests),
+            str(endpoint.refused),
+        )
+    return table
+
+
+def _replicas(system: SystemStatus) -> Table:
+    from headrace.units import format_seconds
+
+    table = _table("replica", "state", ">for", ">running", ">waiting", ">KV", ">restarts", "address")
+    colours = {"ready": "green", "failed": "red", "lost": "red"}
+    for replica in system.replicas:
+        colour = colours.get(replica.state, "yellow")
+        table.add_row(
+            replica.replica_id,
+            f"[{colour}]{replica.state}[/{colour}]",
+            format_seconds(replica.since_s),
+            str(replica.num_running),
+            str(replica.num_waiting),
+            f"{replica.kv_used_ratio:.0%}",
+            str(replica.restarts + replica.engine_restarts),
+            replica.address,
+        )
+    return table
+
+
+def _notes(system: SystemStatus) -> list[str]:
+    """What does not fit a table: why an endpoint has its size, what a replica is doing or died of."""
+    notes = [
+        f"{endpoint.name}: {endpoint.desired} wanted, {endpoint.reason}" for endpoint in system.endpoints
+    ]
+    for replica in system.replicas:
+        words = replica.phase if replica.state == "starting" else replica.last_error
+        if words:
+            notes.append(f"{replica.replica_id}: {words}")
+    return notes
+
+
+def _processes(system: SystemStatus) -> Table:
+    from headrace.units import format_bytes
+
+    table = _table("process", ">pid", "state", ">restarts", ">memory")
+    for process in system.processes:
+        memory = format_bytes(process.resident_bytes)
+        table.add_row(process.name, str(process.pid or "-"), process.state, str(process.restarts), memory)
+    return table
+
+
+def _short(model: str) -> str:
+    """A model's path would push everything else off the line."""
+    return model.rsplit("/", 1)[-1] if model.startswith("/") else model

@@ -1,0 +1,100 @@
+"""`headrace up`: hold a system in the foreground, and show what its replicas do until it is ready.
+
+Owns what is shown. Must not know how processes are held (`headrace.control.hold`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from headrace.cli.options import DEFAULT_NAME, ConfigPath, Name, Settings, find_run_directory, load
+
+if TYPE_CHECKING:
+    from headrace.cli.progress import Progress
+    from headrace.fabric.supervisor import Supervisor
+
+POLL_S = 0.1
+MAX_CONTROLLER_FAILURES = 4
+"""A controller that ends so often in a row before the system was ready will not get better."""
+
+
+class _Outcome:
+    """Why the system ended, when that was not the user's wish."""
+
+    error = ""
+
+
+def up(
+    config: ConfigPath = None,
+    settings: Settings = None,
+    name: Name = DEFAULT_NAME,
+    ready_timeout: Annotated[
+        float,
+        typer.Option("--ready-timeout", help="Give up when nothing is ready after so many seconds.", min=1),
+    ] = 600.0,
+) -> None:
+    """Serve. Ctrl-C finishes open requests and stops everything; a second Ctrl-C stops at once."""
+    began_s = time.monotonic()
+    from headrace.cli.progress import make_progress
+    from headrace.control.hold import hold_system
+    from headrace.control.preflight import check_address, check_models
+    from headrace.errors import HeadraceError
+
+    directory = find_run_directory(name)
+    checked = check_address(check_models(load(config, settings)))
+    progress = make_progress(began_s)
+    outcome = _Outcome()
+
+    async def watch(supervisor: Supervisor, run_directory: Path) -> None:
+        await _watch(supervisor, run_directory, progress, ready_timeout, outcome)
+
+    try:
+        hold_system(checked, directory, watch, progress.notice)
+    except OSError as error:
+        raise HeadraceError(f"the system cannot be started: {error}") from error
+    finally:
+        progress.close()
+    if outcome.error:
+        raise HeadraceError(outcome.error)
+    print("stopped", file=sys.stderr)
+
+
+async def _watch(
+    supervisor: Supervisor, run_directory: Path, progress: Progress, limit_s: float, outcome: _Outcome
+) -> None:
+    """Show progress until ready; stop the system if it cannot get there."""
+    from headrace.api.messages import GetStatus, SystemStatus
+    from headrace.control.admin import NotRunning, ask_async
+    from headrace.control.serve import describe_unready, hopeless_error
+
+    deadline_s = time.monotonic() + limit_s
+    status: SystemStatus | None = None
+    while True:
+        with contextlib.suppress(NotRunning):
+            reply = await ask_async(run_directory, GetStatus(), limit_s=2.0)
+            assert reply.status is not None
+            status = reply.status
+            progress.show(status)
+            if status.is_ready:
+                progress.ready(status)
+                return
+            outcome.error = hopeless_error(status)
+        if supervisor.controller_failures >= MAX_CONTROLLER_FAILURES:
+            outcome.error = f"the controller keeps ending:\n{supervisor.controller_last_output}"
+        if not outcome.error and time.monotonic() > deadline_s:
+            error = f"not ready after {limit_s:.0f} s: {describe_unready(status)}"
+            if status is not None and any(endpoint.ready for endpoint in status.endpoints):
+                progress.notice(f"{error}; serving with what is ready")
+                return
+            outcome.error = error
+        if outcome.error:
+            supervisor.stop("giving up")
+            return
+        await asyncio.sleep(POLL_S)

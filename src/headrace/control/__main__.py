@@ -1,0 +1,58 @@
+"""`python -m headrace.control RUN_DIR`: the controller process, started and restarted by the supervisor.
+
+Exit status 0: it was asked to end and has drained. Anything else: the supervisor starts it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from setproctitle import setproctitle
+
+from headrace.clock import SystemClock
+from headrace.control.app import Controller, ProcessSources, read_config
+from headrace.errors import HeadraceError
+from headrace.fabric.local import LocalLauncher
+from headrace.gateway.process import prepare, process_specs
+
+
+async def _run(run_directory: Path) -> None:
+    config = read_config(run_directory)
+    launcher = await LocalLauncher.connect(run_directory)
+    controller = Controller(
+        run_directory, config, launcher, ProcessSources(prepare, process_specs), SystemClock()
+    )
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, controller.stop)
+    await controller.run()
+
+
+def _message_of(error: BaseException) -> str | None:
+    """What to say of an error that needs no traceback; None: it is a bug of ours."""
+    if isinstance(error, BaseExceptionGroup):
+        messages = [_message_of(inner) for inner in error.exceptions]
+        return None if None in messages else "; ".join(filter(None, messages))
+    return str(error) if isinstance(error, HeadraceError | OSError) else None
+
+
+def main() -> int:
+    setproctitle("headrace: controller")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    try:
+        asyncio.run(_run(Path(sys.argv[1])))
+    except Exception as error:
+        message = _message_of(error)
+        if message is None:
+            raise
+        logging.error("%s", message)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""The controller's shell: events in, decisions out to the launcher, answers to the CLI.
+
+Owns the sockets admin.sock and controller.sock, the applied config's file, and the order of start and drain.
+Must not know: how decisions are made (`system_state`, `reconciler`), tokens, HAProxy's words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from pydantic import ValidationError
+
+from headrace.api.config import Config
+from headrace.api.config_loader import parse_config
+from headrace.api.messages import (
+    AdminCommand,
+    AdminReply,
+    ApplyConfig,
+    Demand,
+    GatewaySpec,
+    GetStatus,
+    LauncherError,
+    LauncherEvent,
+    LoadReport,
+    ProcessEnded,
+    Processes,
+    ProcessSpec,
+    ProcessStarted,
+    ReportAck,
+    ScaleEndpoint,
+    Shutdown,
+)
+from headrace.clock import Clock
+from headrace.control.drain import drain
+from headrace.control.probe import probe_gateway
+from headrace.control.reconciler import StartReplica, StopReplica
+from headrace.control.specs import (
+    ADMIN_SOCKET,
+    CONFIG_FILE,
+    CONTROLLER_SOCKET,
+    gateway_spec,
+    replica_process,
+)
+from headrace.control.status import describe
+from headrace.control.system_state import SystemState
+from headrace.errors import ConfigError, HeadraceError
+from headrace.fabric.channel import Channel, listen
+from headrace.fabric.launcher import Launcher
+
+TICK_S = 0.2
+STOP_MARGIN_S = 15.0
+"""A front ends itself when its drain grace is over; only one that does not is killed, this much later."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSources:
+    """Where specs of processes come from; tests put programs of their own in their place."""
+
+    prepare_gateway: Callable[[GatewaySpec], list[ProcessSpec]]
+    """For a fresh start: writes the gateway's files and returns the specs of `haproxy` and `router`."""
+    gateway_processes: Callable[[GatewaySpec], list[ProcessSpec]]
+    """The same specs without touching the files, which hold the running replicas."""
+    prepare_replica: Callable[[Config, str, str, Path], ProcessSpec] = replica_process
+    """Config, endpoint, replica id, run directory."""
+
+
+class Controller:
+    """One controller. `run` returns when the system was asked to end and has drained."""
+
+    def __init__(
+        self,
+        run_directory: Path,
+        config: Config,
+        launcher: Launcher,
+        sources: ProcessSources,
+        clock: Clock,
+    ) -> None:
+        self._run_directory = run_directory
+        self._launcher = launcher
+        self._sources = sources
+        self._clock = clock
+        self._state = SystemState(config, clock.now_s())
+        self._wake = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._routers: set[Channel] = set()
+
+    def __repr__(self) -> str:
+        return f"Controller({self._state})"
+
+    def stop(self) -> None:
+        """Begin to drain."""
+        self._stop.set()
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Control until stopped, then drain. Raises LauncherLost when the supervisor is gone."""
+        await self._find_what_is_running()
+        servers = [
+            await listen(self._path(ADMIN_SOCKET), self._admin_channel),
+            await listen(self._path(CONTROLLER_SOCKET), self._report_channel),
+        ]
+        try:
+            async with asyncio.TaskGroup() as group:
+                events = group.create_task(self._take_events())
+                probes = group.create_task(self._probe())
+                await self._tick_until_stopped()
+                probes.cancel()
+                await drain(self._launcher, self._state, self._wake, self._clock)
+                events.cancel()
+        finally:
+            for server in servers:
+                server.close()
+
+    async def _find_what_is_running(self) -> None:
+        self._launcher.list_processes()
+        while True:
+            async with asyncio.timeout(10):
+                event = await self._launcher.next_event()
+            if isinstance(event, Processes):
+                break
+        self._state.adopt(event.processes, self._clock.now_s())
+        _log.info("found %s", ", ".join(process.name for process in event.processes))
+
+    # ---- loops ----------------
+
+    async def _take_events(self) -> None:
+        while True:
+            self._on_launcher_event(await self._launcher.next_event())
+            self._wake.set()
+
+    def _on_launcher_event(self, event: LauncherEvent) -> None:
+        now_s = self._clock.now_s()
+        match event:
+            case ProcessStarted():
+                self._state.on_started(event)
+            case ProcessEnded(process):
+                _log.info("%s (pid %d) ended with %s", process.name, process.pid, process.exit_code)
+                self._state.on_ended(event, now_s)
+            case LauncherError(name, error):
+                _log.warning("%s: %s", name, error)
+                self._state.on_refused(name, error, now_s)
+            case Processes():
+                pass
+
+    async def _probe(self) -> None:
+        while True:
+            has_answered = await probe_gateway(self._state.config.gateway.bind)
+            if has_answered != self._state.gateway.has_answered:
+                self._wake.set()
+            self._state.gateway.on_probe(has_answered, self._clock.now_s())
+            await asyncio.sleep(1.0 if has_answered else 0.1)
+
+    async def _tick_until_stopped(self) -> None:
+        while not self._stop.is_set():
+            self._wake.clear()
+            self._tick()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S):
+                    await self._wake.wait()
+
+    def _tick(self) -> None:
+        now_s = self._clock.now_s()
+        self._tend_gateway(now_s)
+        for action in self._state.plan(now_s):
+            name = action.replica_id
+            _log.info("%s %s: %s", type(action).__name__, name, action.reason)
+            if isinstance(action, StartReplica):
+                config = self._state.config
+                spec = self._sources.prepare_replica(config, action.endpoint, name, self._run_directory)
+                self._launcher.start(spec)
+            elif isinstance(action, StopReplica):
+                margin_s = STOP_MARGIN_S if action.grace_s > 0 else 0.0
+                self._launcher.stop(name, action.grace_s + margin_s)
+
+    def _tend_gateway(self, now_s: float) -> None:
+        processes = self._state.gateway.processes.values()
+        for essential in processes:
+            if essential.is_hung(now_s):
+                _log.warning("%s does not answer: killing it", essential.name)
+                essential.is_stopping = True
+                self._launcher.stop(essential.name, 0.0)
+        due = [essential for essential in processes if essential.is_due(now_s)]
+        if not due:
+            return
+        is_fresh = not any(essential.num_starts for essential in processes)
+        get_specs = self._sources.prepare_gateway if is_fresh else self._sources.gateway_processes
+        try:
+            specs = {spec.name: spec for spec in get_specs(self._gateway_spec())}
+        except (HeadraceError, OSError) as error:
+            for essential in due:
+                self._state.gateway.on_ended(essential.name, str(error), now_s)
+            _log.error("the gateway cannot be prepared: %s", error)
+            return
+        for essential in due:
+            _log.info(
+                "starting %s %s", essential.name, f"again: {essential.last_error}" * bool(essential.failures)
+            )
+            essential.on_start(now_s)
+            self._launcher.start(specs[essential.name])
+
+    def _gateway_spec(self) -> GatewaySpec:
+        return gateway_spec(self._state.config, self._run_directory)
+
+    # ---- load reports and demand ----------------
+
+    def _report_channel(self) -> Channel:
+        return Channel(LoadReport | Demand, self._on_report, self._on_report_close)
+
+    def _on_report(self, channel: Channel, message: LoadReport | Demand) -> None:
+        now_s = self._clock.now_s()
+        if isinstance(message, LoadReport):
+            slot = self._state.fleet.slots.get(message.replica_id)
+            before = slot.report.state if slot is not None and slot.report is not None else None
+            self._state.fleet.on_report(message, now_s)
+            # A controller sends no requests, so that no replica has to wait for it.
+            channel.send(ReportAck(message.sequence, is_released=True))
+            if before != message.state:
+                self._wake.set()
+            return
+        if channel not in self._routers:
+            self._routers.add(channel)
+            channel.send(self._gateway_spec())  # its own may be older than the config
+        self._state.gateway.on_demand(message, now_s)
+        if any(endpoint.num_held for endpoint in message.endpoints):
+            self._wake.set()
+
+    def _on_report_close(self, channel: Channel, reason: str) -> None:
+        self._routers.discard(channel)
+
+    # ---- the CLI ----------------
+
+    def _admin_channel(self) -> Channel:
+        return Channel(AdminCommand, self._on_admin, lambda channel, reason: None)
+
+    def _on_admin(self, channel: Channel, command: AdminCommand) -> None:
+        try:
+            channel.send(self._obey(command))
+        except ConfigError as error:
+            channel.send(AdminReply(error=str(error)))
+        self._wake.set()
+
+    def _obey(self, command: AdminCommand) -> AdminReply:
+        match command:
+            case GetStatus():
+                status = describe(self._state, self._run_directory, self._clock.now_s())
+                return AdminReply(status=status)
+            case ScaleEndpoint(endpoint, count):
+                notes = [self._state.scale(endpoint, count)]
+            case ApplyConfig(text):
+                notes = self._state.apply(_parse_applied(text))
+            case Shutdown():
+                self.stop()
+                return AdminReply(notes=["draining"])
+        for note in notes:
+            _log.info("%s", note)
+        write_config(self._run_directory, self._state.config)
+        for router in self._routers:
+            router.send(self._gateway_spec())
+        return AdminReply(notes=notes)
+
+    def _path(self, name: str) -> str:
+        return str(self._run_directory / name)
+
+
+def _parse_applied(text: str) -> Config:
+    try:
+        tree = msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"the config that was sent is not JSON: {error}") from error
+    return parse_config(tree, source="applied config")
+
+
+def write_config(run_directory: Path, config: Config) -> None:
+    """Write the applied config, so that a crash at any moment leaves a whole file."""
+    path = run_directory / CONFIG_FILE
+    part = path.with_suffix(".part")
+    with open(part, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(config.model_dump_json())
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def read_config(run_directory: Path) -> Config:
+    """Read the applied config. Raises ConfigError."""
+    path = run_directory / CONFIG_FILE
+    try:
+        return Config.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ConfigError(f"{path}: cannot be used: {error}") from error

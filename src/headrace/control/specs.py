@@ -1,0 +1,109 @@
+"""From the config to what processes are started with: replica, engine and gateway specs, and their hash.
+
+Must not know: which processes run, or what the processes do with their specs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import msgspec
+
+from headrace.api.config import Config, Endpoint
+from headrace.api.messages import EndpointRule, EngineSpec, GatewaySpec, ProcessSpec, ReplicaSpec
+from headrace.units import MIB
+
+ADMIN_SOCKET = "admin.sock"
+CONTROLLER_SOCKET = "controller.sock"
+ROUTER_SOCKET = "router.sock"
+CONFIG_FILE = "config.json"
+LOG_DIRECTORY = "logs"
+LEASE_S = 3.0
+"""How long a replica counts as present after its last load report."""
+
+
+def python_process(name: str, module: str, argument: str, run_directory: Path) -> ProcessSpec:
+    """Return the spec of `python -m module argument`. -P: the working directory must not shadow modules."""
+    argv = [sys.executable, "-P", "-m", module, argument]
+    return ProcessSpec(name, argv, log_path=str(run_directory / LOG_DIRECTORY / f"{name}.log"))
+
+
+def controller_process(run_directory: Path) -> ProcessSpec:
+    return python_process("controller", "headrace.control", str(run_directory), run_directory)
+
+
+def replica_process(config: Config, endpoint: str, replica_id: str, run_directory: Path) -> ProcessSpec:
+    """Return what one replica's front is started with."""
+    spec = _replica_spec(config, endpoint, replica_id, run_directory)
+    if spec.engine.num_threads == 0:
+        engine = msgspec.structs.replace(spec.engine, num_threads=threads_per_engine(config))
+        spec = msgspec.structs.replace(spec, engine=engine)
+    return python_process(replica_id, "headrace.replica", msgspec.json.encode(spec).decode(), run_directory)
+
+
+def generation_of(config: Config, endpoint: str) -> str:
+    """Hash of everything that a replica of `endpoint` is started with and that the user decides."""
+    spec = msgspec.structs.replace(_replica_spec(config, endpoint, "", Path()), generation="")
+    return sha256(msgspec.json.encode(spec)).hexdigest()[:12]
+
+
+def threads_per_engine(config: Config) -> int:
+    """This machine's usable cores shared by the native replicas that are wanted."""
+    num_engines = sum(
+        max(endpoint.replicas.min, 1) for endpoint in config.endpoints.values() if endpoint.engine == "native"
+    )
+    return max(1, len(os.sched_getaffinity(0)) // max(num_engines, 1))
+
+
+def gateway_spec(config: Config, run_directory: Path) -> GatewaySpec:
+    """Return what the gateway is started with, and told again when the config changes."""
+    gateway = config.gateway
+    return GatewaySpec(
+        run_dir=str(run_directory),
+        bind=gateway.bind,
+        endpoints=[
+            EndpointRule(name, endpoint.model, endpoint.queue.max_requests, endpoint.queue.max_wait_s)
+            for name, endpoint in config.endpoints.items()
+        ],
+        metrics_bind=gateway.metrics_bind,
+        max_connections=gateway.max_connections,
+        max_body_bytes=gateway.max_body_mb * MIB,
+        request_timeout_s=gateway.request_timeout_s,
+        num_threads=gateway.num_threads,
+    )
+
+
+def _replica_spec(config: Config, name: str, replica_id: str, run_directory: Path) -> ReplicaSpec:
+    endpoint = config.endpoints[name]
+    return ReplicaSpec(
+        replica_id=replica_id,
+        endpoint=name,
+        engine=_engine_spec(endpoint),
+        run_dir=str(run_directory),
+        report_sockets=[str(run_directory / ROUTER_SOCKET), str(run_directory / CONTROLLER_SOCKET)],
+        max_open=endpoint.max_open,
+        max_body_bytes=config.gateway.max_body_mb * MIB,
+        drain_grace_s=endpoint.drain_grace_s,
+        lease_s=LEASE_S,
+        generation=generation_of(config, name) if replica_id else "",
+    )
+
+
+def _engine_spec(endpoint: Endpoint) -> EngineSpec:
+    native, simulated = endpoint.native, endpoint.simulated
+    return EngineSpec(
+        kind=endpoint.engine,
+        model=endpoint.model,
+        max_running=native.max_running,
+        token_budget=native.token_budget,
+        block_size=native.block_size,
+        kv_cache_bytes=native.kv_cache_mb * MIB,
+        max_context_tokens=native.max_context_tokens,
+        num_threads=native.num_threads,
+        dtype=native.dtype,
+        simulated_step_s=simulated.step_ms / 1000,
+        simulated_start_s=simulated.start_s,
+    )

@@ -1,0 +1,121 @@
+"""The system's state for people and programs: `headrace status` and `System.status()`.
+
+Pure but for /proc, which it asks for resident memory. Must not know: who reads it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import headrace
+from headrace.api.messages import EndpointStatus, ProcessStatus, ReplicaStatus, SystemStatus
+from headrace.control.fleet import Slot
+from headrace.control.reconciler import DesiredEndpoint
+from headrace.control.system_state import SystemState
+
+
+def describe(state: SystemState, run_directory: Path, now_s: float) -> SystemStatus:
+    """Return a snapshot."""
+    state.fleet.observe(now_s)
+    slots = sorted(state.fleet.slots.values(), key=_slot_order)
+    return SystemStatus(
+        version=headrace.__version__,
+        url=gateway_url(state.config.gateway.bind),
+        uptime_s=now_s - state.started_s,
+        is_ready=state.is_ready(now_s),
+        endpoints=[_endpoint(state, desired) for desired in state.desired(now_s)],
+        replicas=[_replica(slot, now_s) for slot in slots],
+        processes=_processes(state),
+        run_dir=str(run_directory),
+    )
+
+
+def gateway_url(bind: str) -> str:
+    """Return the address that a client on this machine uses for a gateway bound to `bind`."""
+    host, _, port = bind.rpartition(":")
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104, compared only
+    return f"http://{host}:{port}/v1"
+
+
+def _slot_order(slot: Slot) -> tuple[str, int]:
+    number = slot.replica_id.rpartition("-")[2]
+    return slot.endpoint, int(number) if number.isdigit() else 0
+
+
+def _endpoint(state: SystemState, desired: DesiredEndpoint) -> EndpointStatus:
+    config = state.config.endpoints[desired.name]
+    demand = state.gateway.demand_of(desired.name)
+    phases = [slot.phase for slot in state.fleet.slots.values() if slot.endpoint == desired.name]
+    return EndpointStatus(
+        name=desired.name,
+        model=config.model,
+        engine=config.engine,
+        desired=desired.count,
+        ready=phases.count("ready"),
+        starting=phases.count("starting") + phases.count("pending"),
+        failed=phases.count("failed") + phases.count("lost"),
+        num_held=demand.num_held,
+        oldest_held_s=demand.oldest_held_s,
+        num_in_flight=demand.num_in_flight,
+        finished=demand.finished,
+        aborted=demand.aborted,
+        refused=demand.refused,
+        failed_requests=demand.failed,
+        reason=desired.reason,
+        arrived=demand.arrived,
+    )
+
+
+def _replica(slot: Slot, now_s: float) -> ReplicaStatus:
+    report = slot.report
+    load = report.engine if report is not None else None
+    total_blocks = load.num_total_blocks if load is not None else 0
+    return ReplicaStatus(
+        replica_id=slot.replica_id,
+        endpoint=slot.endpoint,
+        state=slot.phase,
+        phase=report.phase if report is not None else "",
+        address=report.address if report is not None else "",
+        pid=slot.pid,
+        engine_pid=report.engine_pid if report is not None else 0,
+        num_open=report.num_open if report is not None else 0,
+        num_running=load.num_running if load is not None else 0,
+        num_waiting=load.num_waiting if load is not None else 0,
+        kv_used_ratio=1 - load.num_free_blocks / total_blocks if load is not None and total_blocks else 0.0,
+        restarts=slot.num_starts - 1,
+        engine_restarts=report.engine_restarts if report is not None else 0,
+        since_s=now_s - slot.phase_since_s,
+        last_error=slot.last_error,
+    )
+
+
+def _processes(state: SystemState) -> list[ProcessStatus]:
+    processes = [
+        ProcessStatus("up", os.getppid(), "running", 0, resident_bytes(os.getppid())),
+        ProcessStatus("controller", os.getpid(), "running", 0, resident_bytes(os.getpid())),
+    ]
+    for essential in state.gateway.processes.values():
+        restarts = max(essential.num_starts - 1, 0)
+        memory = resident_bytes(essential.pid)
+        processes.append(ProcessStatus(essential.name, essential.pid, essential.state, restarts, memory))
+    for slot in sorted(state.fleet.slots.values(), key=_slot_order):
+        restarts = slot.num_starts - 1
+        memory = resident_bytes(slot.pid)
+        processes.append(ProcessStatus(f"front {slot.replica_id}", slot.pid, slot.phase, restarts, memory))
+        if slot.report is not None and slot.report.engine_pid:
+            pid = slot.report.engine_pid
+            name = f"engine {slot.replica_id}"
+            processes.append(
+                ProcessStatus(name, pid, slot.phase, slot.report.engine_restarts, resident_bytes(pid))
+            )
+    return processes
+
+
+def resident_bytes(pid: int) -> int:
+    """Return a process's resident memory; 0 if it is gone. Source: proc(5), /proc/PID/statm, in pages."""
+    try:
+        fields = Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split() if pid else []
+    except OSError:
+        return 0
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if len(fields) > 1 else 0

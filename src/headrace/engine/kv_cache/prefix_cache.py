@@ -1,0 +1,103 @@
+"""Finds full KV blocks by the hash of the tokens up to and including them.
+
+Owns which block holds which prefix, and the order in which unreferenced blocks are evicted.
+Pure. Must not know reference counts, requests, or what lies in a block.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import xxhash
+
+BlockHash = bytes
+_TOKEN_BYTES = 4
+
+
+def root_hash(cache_salt: str) -> BlockHash:
+    """Return the parent hash of a request's first block: only equal salts can share blocks."""
+    return xxhash.xxh3_128_digest(b"headrace kv root\0" + cache_salt.encode())
+
+
+def chain_hashes(parent: BlockHash, token_ids: Sequence[int], block_size: int) -> list[BlockHash]:
+    """Return the hash of each full block of `token_ids`; `parent` is the hash of what precedes them.
+
+    A block's hash covers its parent's hash and its own tokens, so it stands for the whole prefix.
+    """
+    packed = np.asarray(token_ids, dtype="<i4").tobytes()
+    block_bytes = block_size * _TOKEN_BYTES
+    hashes = []
+    for start in range(0, len(packed) - block_bytes + 1, block_bytes):
+        parent = xxhash.xxh3_128_digest(parent + packed[start : start + block_bytes])
+        hashes.append(parent)
+    return hashes
+
+
+class PrefixCache:
+    """Block hash to block, and back. A block is evictable while no request refers to it."""
+
+    def __init__(self) -> None:
+        self._block_of: dict[BlockHash, int] = {}
+        self._hash_of: dict[int, BlockHash] = {}
+        self._evictable: OrderedDict[int, None] = OrderedDict()
+        """Least recently released first."""
+
+    def __len__(self) -> int:
+        """All cached blocks, referenced or not."""
+        return len(self._hash_of)
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._hash_of
+
+    def __repr__(self) -> str:
+        return f"<PrefixCache {len(self._hash_of)} blocks, {len(self._evictable)} evictable>"
+
+    @property
+    def num_evictable(self) -> int:
+        return len(self._evictable)
+
+    def is_evictable(self, block: int) -> bool:
+        return block in self._evictable
+
+    def find(self, block_hash: BlockHash) -> int | None:
+        """Return the block that holds this prefix."""
+        return self._block_of.get(block_hash)
+
+    def add(self, block: int, block_hash: BlockHash) -> bool:
+        """Make a referenced block findable. False: another block holds the same prefix, nothing changes."""
+        if block_hash in self._block_of:
+            return False
+        assert block not in self._hash_of, f"block {block} is cached under another hash"
+        self._block_of[block_hash] = block
+        self._hash_of[block] = block_hash
+        return True
+
+    def set_evictable(self, block: int, is_evictable: bool) -> None:
+        """Note that a cached block's last reference went, or its first came."""
+        if is_evictable:
+            self._evictable[block] = None
+        else:
+            del self._evictable[block]
+
+    def evict(self) -> int:
+        """Forget the evictable block that was released longest ago, and return it."""
+        block, _ = self._evictable.popitem(last=False)
+        del self._block_of[self._hash_of.pop(block)]
+        return block
+
+    def forget(self, block: int) -> None:
+        """Make a referenced block unfindable (its content is not to be trusted)."""
+        block_hash = self._hash_of.pop(block, None)
+        if block_hash is not None:
+            del self._block_of[block_hash]
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if the two directions disagree, or a block is evictable but not cached."""
+        back = {block: block_hash for block_hash, block in self._block_of.items()}
+        assert back == self._hash_of, (
+            f"{len(back)} hashes lead to blocks, {len(self._hash_of)} blocks to hashes"
+        )
+        strangers = [block for block in self._evictable if block not in self._hash_of]
+        assert not strangers, f"evictable but not cached: blocks {strangers[:8]}"

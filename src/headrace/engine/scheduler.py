@@ -1,0 +1,228 @@
+"""Decides what each step computes: which requests, how many tokens of each, in which KV blocks.
+
+There is no prefill or decode: each step lets num_computed_tokens catch up with a request's tokens, within
+one token budget. Turn: schedule, (run), update. Owns the queues, the block pool and the counters.
+Pure. Must not know torch, time, sampling or sockets.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import NamedTuple
+
+from headrace.engine.kv_cache.block_pool import BlockPool
+from headrace.engine.kv_cache.prefix_cache import chain_hashes
+from headrace.engine.request import EngineRequest
+
+_order = attrgetter("order")
+
+
+class Scheduled(NamedTuple):
+    """One request's part of a step: tokens [num_computed_tokens, num_computed_tokens + num_new_tokens)."""
+
+    request: EngineRequest
+    num_new_tokens: int
+    is_sampled: bool
+    """Its tokens are complete after this step, so that the next one can be chosen."""
+
+
+class Preemption(NamedTuple):
+    """A running request that lost its blocks, and why."""
+
+    request_id: str
+    reason: str
+
+
+@dataclass(slots=True)
+class Decision:
+    """What one step does. Valid until the next call of the scheduler."""
+
+    scheduled: list[Scheduled] = field(default_factory=list)
+    preempted: list[Preemption] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+class Scheduler:
+    """Running requests first, by priority and arrival; then waiting ones, as room and budget allow."""
+
+    def __init__(self, pool: BlockPool, block_size: int, max_running: int, token_budget: int) -> None:
+        self.pool = pool
+        self.running: list[EngineRequest] = []
+        """By (priority, arrival). The last one is the first to be preempted."""
+        self.waiting: list[EngineRequest] = []
+        self.num_preemptions = 0
+        self.prefix_query_tokens = 0
+        self.prefix_hit_tokens = 0
+        self._requests: dict[str, EngineRequest] = {}
+        self._block_size = block_size
+        self._block_shift = block_size.bit_length() - 1
+        self._max_running = max_running
+        self._token_budget = token_budget
+
+    def __repr__(self) -> str:
+        return f"<Scheduler {len(self.running)} running, {len(self.waiting)} waiting, {self.pool!r}>"
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request whose tokens fit into the pool (the caller has checked it)."""
+        self._requests[request.request_id] = request
+        insort(self.waiting, request, key=_order)
+
+    def remove(self, request_id: str, is_damaged: bool = False) -> None:
+        """Forget a request and release its blocks; unknown ids are ignored.
+
+        `is_damaged`: its keys and values cannot be trusted, so none that only it holds stays cached.
+        """
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return
+        # Only admitted requests hold blocks, and each has at least one.
+        queue = self.running if request.block_table else self.waiting
+        del queue[bisect_left(queue, request.order, key=_order)]
+        if is_damaged:
+            self.pool.distrust(request.block_table)
+        self._release(request)
+
+    def schedule(self) -> Decision:
+        """Choose the next step's tokens, and give them blocks.
+
+        Every running request gets at least one token while the budget lasts, so that one long prompt does not
+        stall the streams behind it. Nobody is admitted in a step that had to preempt.
+        """
+        decision = Decision()
+        budget = self._token_budget
+        index = 0
+        while index < len(self.running) and budget > 0:
+            request = self.running[index]
+            num_behind = len(self.running) - index - 1
+            num_missing = len(request.token_ids) - request.num_computed_tokens
+            num_new = 1 if num_missing == 1 else min(num_missing, max(1, budget - num_behind))
+            if not self._make_room(request, request.num_computed_tokens + num_new, decision):
+                break  # It was the last one, and had to give way itself.
+            decision.scheduled.append(Scheduled(request, num_new, num_new == num_missing))
+            budget -= num_new
+            index += 1
+        if not decision.preempted:
+            budget = self._admit(budget, decision)
+        decision.num_tokens = self._token_budget - budget
+        return decision
+
+    def update(self, decision: Decision) -> None:
+        """Take note that the step was computed: advance each request, make its full blocks findable."""
+        shift = self._block_shift
+        for request, num_new, _ in decision.scheduled:
+            num_full_before = request.num_computed_tokens >> shift
+            request.num_computed_tokens += num_new
+            num_full = request.num_computed_tokens >> shift
+            if num_full > num_full_before:
+                self._cache_blocks(request, num_full_before, num_full)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError, showing what failed, unless every block and request is accounted for."""
+        self.pool.check_integrity(request.block_table for request in self.running)
+        num_queued = len(self.running) + len(self.waiting)
+        assert num_queued == len(self._requests), (
+            f"running {len(self.running)} + waiting {len(self.waiting)} = {num_queued}, "
+            f"not {len(self._requests)} requests"
+        )
+        assert len(self.running) <= self._max_running, f"{len(self.running)} running > {self._max_running}"
+        for queue in (self.running, self.waiting):
+            assert queue == sorted(queue, key=_order), "a queue is out of order"
+        for request in self.waiting:
+            assert not request.block_table, f"{request!r} waits with blocks"
+            assert request.num_computed_tokens == 0, f"{request!r} waits with computed tokens"
+        for request in self.running:
+            needed = self._num_blocks(request.num_computed_tokens)
+            assert needed <= len(request.block_table), f"{request!r} needs {needed} blocks"
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return (num_tokens + self._block_size - 1) >> self._block_shift
+
+    def _make_room(self, request: EngineRequest, num_tokens: int, decision: Decision) -> bool:
+        """Give a running request blocks for `num_tokens` tokens, preempting from the end of the queue.
+
+        False: it was the last one, and is preempted itself.
+        """
+        table = request.block_table
+        num_needed = self._num_blocks(num_tokens) - len(table)
+        if num_needed <= 0:
+            return True
+        while self.pool.num_allocatable < num_needed:
+            victim = self.running.pop()
+            reason = (
+                f"{request.request_id} needs {num_needed} more blocks, {self.pool.num_allocatable} of "
+                f"{self.pool.num_blocks} can be had"
+            )
+            self._release(victim)
+            insort(self.waiting, victim, key=_order)
+            self.num_preemptions += 1
+            decision.preempted.append(Preemption(victim.request_id, reason))
+            if victim is request:
+                return False
+        for _ in range(num_needed):
+            table.append(self.pool.allocate())
+        return True
+
+    def _admit(self, budget: int, decision: Decision) -> int:
+        """Move waiting requests to running, in order, as far as budget and blocks go; return the rest."""
+        if not self.waiting or budget <= 0 or len(self.running) >= self._max_running:
+            return budget
+        # What the running requests will still take: admitting past it would only preempt again.
+        reserved = sum(self._num_blocks_to_come(request) for request in self.running)
+        while self.waiting and budget > 0 and len(self.running) < self._max_running:
+            request = self.waiting[0]
+            cached = self._find_cached(request)
+            num_total = self._num_blocks(len(request.token_ids) + 1)
+            num_allocatable = self.pool.num_allocatable - self.pool.count_evictable(cached)
+            if self.running and num_allocatable < num_total - len(cached) + reserved:
+                break
+            del self.waiting[0]
+            self._start(request, cached)
+            num_missing = len(request.token_ids) - request.num_computed_tokens
+            num_new = min(num_missing, budget)
+            has_room = self._make_room(request, request.num_computed_tokens + num_new, decision)
+            assert has_room, f"{request!r} does not fit into an empty pool"
+            reserved += self._num_blocks_to_come(request)
+            decision.scheduled.append(Scheduled(request, num_new, num_new == num_missing))
+            budget -= num_new
+        return budget
+
+    def _num_blocks_to_come(self, request: EngineRequest) -> int:
+        return max(1, self._num_blocks(len(request.token_ids) + 1) - len(request.block_table))
+
+    def _find_cached(self, request: EngineRequest) -> list[int]:
+        """Return cached blocks of its prefix. The last token is always computed: its logits are needed."""
+        num_useful = (len(request.token_ids) - 1) >> self._block_shift
+        self._extend_hashes(request, num_useful)
+        return self.pool.find_prefix(request.block_hashes[:num_useful])
+
+    def _start(self, request: EngineRequest, cached: list[int]) -> None:
+        self.pool.share(cached)
+        request.block_table.extend(cached)
+        request.num_computed_tokens = len(cached) << self._block_shift
+        insort(self.running, request, key=_order)
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+            self.prefix_query_tokens += request.num_prompt_tokens
+            self.prefix_hit_tokens += request.num_cached_tokens
+
+    def _cache_blocks(self, request: EngineRequest, first: int, end: int) -> None:
+        self._extend_hashes(request, end)
+        for index in range(first, end):
+            self.pool.cache(request.block_table[index], request.block_hashes[index])
+
+    def _extend_hashes(self, request: EngineRequest, num_blocks: int) -> None:
+        hashes = request.block_hashes
+        if len(hashes) < num_blocks:
+            parent = hashes[-1] if hashes else request.root_hash
+            tokens = request.token_ids[len(hashes) << self._block_shift : num_blocks << self._block_shift]
+            hashes.extend(chain_hashes(parent, tokens, self._block_size))
+
+    def _release(self, request: EngineRequest) -> None:
+        self.pool.release(request.block_table)
+        request.block_table = []
+        request.num_computed_tokens = 0

@@ -1,0 +1,59 @@
+"""`python -m headrace.replica JSON`: one front process, with its engine as child. JSON is a ReplicaSpec."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import signal
+import sys
+
+import msgspec
+import uvloop
+from setproctitle import setproctitle
+
+from headrace.api.messages import ReplicaSpec
+from headrace.clock import SystemClock
+from headrace.replica.front import Front, FrontLimits
+from headrace.replica.http_messages import HttpLimits
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(arguments: list[str]) -> int:
+    """Run a front; return its exit status: 0 drained, 2 wrong use or its address is taken."""
+    if len(arguments) != 1:
+        print("front: give one argument, a ReplicaSpec as JSON", file=sys.stderr)
+        return 2
+    try:
+        spec = msgspec.json.decode(arguments[0], type=ReplicaSpec)
+    except msgspec.DecodeError as error:
+        print(f"front: the argument is not a ReplicaSpec: {error}", file=sys.stderr)
+        return 2
+    _die_with_parent(os.getppid())
+    setproctitle(f"headrace: front {spec.replica_id}")
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    limits = FrontLimits(http=HttpLimits(max_body_bytes=spec.max_body_bytes))
+    # What was imported stays: collections need not look at it again, nor run for every few tokens.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+    return uvloop.run(_run(spec, limits))
+
+
+async def _run(spec: ReplicaSpec, limits: FrontLimits) -> int:
+    return await Front(spec, SystemClock(), limits).run()
+
+
+def _die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends (prctl(2), PR_SET_PDEATHSIG)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl(PR_SET_PDEATHSIG): {os.strerror(code)}")
+    if os.getppid() != parent:
+        sys.exit("front: the parent ended during the start")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,221 @@
+"""The front of one replica: puts its parts together, and starts, serves and drains.
+
+Owns the process's life and what the replica says about itself. Everything is built here, once.
+Must not know how its parts do their work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from headrace.api.messages import EngineLoad, FinishedRequest, LoadReport, ReplicaSpec, ReplicaState
+from headrace.api.openai import ModelCard
+from headrace.clock import Clock
+from headrace.errors import ModelError
+from headrace.observability.front_metrics import FrontMetrics
+from headrace.replica.access_log import AccessLog
+from headrace.replica.answer import AnswerServices, FailOnEngineLoss
+from headrace.replica.engine_client import EngineClient, EngineTimeLimits
+from headrace.replica.generation import Generator
+from headrace.replica.http_messages import AnswerHeads, HttpLimits
+from headrace.replica.http_server import HttpServer
+from headrace.replica.ledger import Ledger
+from headrace.replica.report import BUSY_INTERVAL_S, Reporter
+from headrace.replica.restart import RestartPolicy
+from headrace.replica.routes import Routes
+from headrace.replica.text_model import PromptEncoder, TextModel, load_text_model
+
+RELEASE_LIMIT_S = 5.0
+"""Longest wait for routers to release a draining replica."""
+_NO_ROUTER_WAIT_S = 0.2
+_POLL_S = 0.01
+_ENGINE_STOP_S = 2.0
+_LAST_REPORTS_S = 0.5
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FrontLimits:
+    """Time limits that tests shorten."""
+
+    http: HttpLimits = field(default_factory=HttpLimits)
+    engine: EngineTimeLimits = field(default_factory=EngineTimeLimits)
+
+
+class Front:
+    """One front process. `run` is its whole life."""
+
+    def __init__(self, spec: ReplicaSpec, clock: Clock, limits: FrontLimits) -> None:
+        self._spec = spec
+        self._clock = clock
+        is_simulated = spec.engine.kind == "simulated"
+        self._metrics = FrontMetrics(spec.endpoint, spec.replica_id)
+        self._access_log = AccessLog(sys.stderr.buffer)
+        self._reporter = Reporter(spec.report_sockets, self._make_report, self._report_interval_s)
+        self._ledger = Ledger(self._metrics, self._access_log, clock, self._reporter)
+        self._engine = EngineClient(
+            spec.engine,
+            f"headrace: engine {spec.replica_id}",
+            clock,
+            self._reporter.notify,
+            limits.engine,
+            RestartPolicy(),
+        )
+        services = AnswerServices(self._engine, self._ledger, self._metrics, FailOnEngineLoss())
+        fingerprint = "headrace-simulated" if is_simulated else "headrace-native"
+        self._generator = Generator(spec.endpoint, spec.max_open, fingerprint, services, clock)
+        self._routes = Routes(self, self._generator, self._metrics)
+        headers = f"x-headrace-replica: {spec.replica_id}\r\n"
+        headers += "x-headrace-engine: simulated\r\n" if is_simulated else ""
+        heads = AnswerHeads(headers, clock.wall_s)
+        self._server = HttpServer(self._routes.handle, limits.http, heads, clock)
+        self._encoder: PromptEncoder | None = None
+        self._address = ""
+        self._created = int(clock.wall_s())
+        self._sequence = 0
+        self._is_draining = False
+        self._draining_since_s = 0.0
+        self._stop_requested = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return (
+            f"Front({self._spec.replica_id} at {self._address}, {self.state()}, {self._ledger.num_open} open)"
+        )
+
+    # ---- what others ask
+
+    def state(self) -> ReplicaState:
+        if self._is_draining:
+            return "draining"
+        if self._engine.state == "failed":
+            return "failed"
+        is_ready = self._engine.state == "ready" and self._generator.has_model()
+        return "ready" if is_ready else "starting"
+
+    def why_not_ready(self) -> str:
+        state = self.state()
+        if state == "ready":
+            return ""
+        if state == "draining":
+            return "this replica is leaving"
+        if self._engine.state == "ready":
+            return "the model's tokenizer is being loaded"
+        return self._engine.why_not_ready()
+
+    def model_card(self) -> ModelCard:
+        info = self._engine.info
+        limit = None if info is None else info.max_context_tokens
+        spec = self._spec
+        return ModelCard(spec.endpoint, "model", self._created, "headrace", spec.engine.model, limit)
+
+    def update_metrics(self) -> FrontMetrics:
+        metrics = self._metrics
+        metrics.num_open = self._ledger.num_open
+        metrics.num_engine_restarts = self._engine.num_restarts
+        metrics.is_ready = self.state() == "ready"
+        metrics.engine_load = self._engine.load or EngineLoad()
+        self._ledger.check_integrity()
+        return metrics
+
+    def _make_report(self, finished: list[FinishedRequest]) -> LoadReport:
+        self._sequence += 1
+        spec, engine = self._spec, self._engine
+        return LoadReport(
+            replica_id=spec.replica_id,
+            endpoint=spec.endpoint,
+            model=spec.engine.model,
+            address=self._address,
+            pid=os.getpid(),
+            sequence=self._sequence,
+            lease_s=spec.lease_s,
+            state=self.state(),
+            phase=engine.phase,
+            num_open=self._ledger.num_open,
+            max_open=spec.max_open,
+            engine=engine.load,
+            engine_info=engine.info,
+            engine_pid=engine.pid,
+            engine_restarts=engine.num_restarts,
+            last_error=engine.last_error,
+            is_retryable=engine.is_retryable,
+            finished=finished,
+            generation=spec.generation,
+        )
+
+    def _report_interval_s(self) -> float:
+        is_busy = self._ledger.num_open > 0 or self._is_draining
+        return BUSY_INTERVAL_S if is_busy else self._spec.lease_s / 3
+
+    # ---- life
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or SIGINT and drained; return the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop_requested.set)
+        try:
+            self._address = await self._server.listen(self._spec.host, self._spec.port)
+        except OSError as error:
+            where = f"{self._spec.host}:{self._spec.port}"
+            print(f"front: cannot listen on {where}: {error.strerror or error}", file=sys.stderr)
+            self._access_log.close()
+            return 2
+        _log.info("%s listens on %s", self._spec.replica_id, self._address)
+        reporting = asyncio.create_task(self._reporter.run())
+        self._engine.start()
+        loading = asyncio.create_task(self._load_model())
+        try:
+            await self._stop_requested.wait()
+            await self._drain()
+        finally:
+            reporting.cancel()
+            await asyncio.wait([reporting, loading], timeout=_ENGINE_STOP_S)
+            self._access_log.close()
+        return 0
+
+    async def _load_model(self) -> None:
+        try:
+            model: TextModel = await asyncio.to_thread(load_text_model, self._spec.engine)
+        except ModelError as error:
+            self._engine.fail(str(error))
+        except Exception as error:
+            _log.exception("the model's tokenizer could not be loaded")
+            self._engine.fail(f"the model's tokenizer could not be loaded: {type(error).__name__}: {error}")
+        else:
+            self._encoder = PromptEncoder(model.tokenizer)
+            self._generator.set_model(model, self._encoder)
+            self._reporter.notify()
+
+    async def _drain(self) -> None:
+        """Leave by the handshake: report it, serve until released, finish what is open, stop the engine."""
+        self._is_draining = True
+        self._draining_since_s = self._clock.now_s()
+        self._reporter.notify()
+        await self._wait_until(self._is_released, RELEASE_LIMIT_S)
+        self._generator.is_closed = True
+        self._server.close_idle()
+        await self._wait_until(lambda: self._ledger.num_open == 0, self._spec.drain_grace_s)
+        self._generator.fail_open()
+        await self._wait_until(lambda: self._ledger.num_open == 0, _ENGINE_STOP_S)
+        await self._engine.stop(_ENGINE_STOP_S)
+        await self._server.close()
+        await self._wait_until(self._reporter.has_told_all, _LAST_REPORTS_S)
+        if self._encoder is not None:
+            self._encoder.close()
+
+    def _is_released(self) -> bool:
+        if self._reporter.has_router():
+            return self._reporter.is_released()
+        return self._clock.now_s() - self._draining_since_s > _NO_ROUTER_WAIT_S
+
+    async def _wait_until(self, condition: Callable[[], bool], limit_s: float) -> None:
+        deadline_s = self._clock.now_s() + limit_s
+        # Conditions of several owners, at the end only: polling is simpler than an event in each.
+        while not condition() and self._clock.now_s() < deadline_s:  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_S)

@@ -1,0 +1,123 @@
+"""What people see: the status tables and the progress of `headrace up`."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from headrace.api.messages import EndpointStatus, ProcessStatus, ReplicaStatus, SystemStatus
+from headrace.cli.progress import LiveProgress, PlainProgress, greeting, make_progress
+from headrace.cli.status import render
+from headrace.control.serve import describe_unready, hopeless_error
+
+
+def replica(replica_id: str, state: Any, *, phase: str = "", last_error: str = "") -> ReplicaStatus:
+    return ReplicaStatus(
+        replica_id, "chat", state, phase, "127.0.0.1:4000", 11, 12, 3, 2, 1, 0.25, 1, 2, 61.0, last_error
+    )
+
+
+def system(*replicas: ReplicaStatus, is_ready: bool = False) -> SystemStatus:
+    states = [each.state for each in replicas]
+    endpoint = EndpointStatus(
+        "chat",
+        "/models/some.gguf",
+        "native",
+        len(replicas),
+        states.count("ready"),
+        states.count("starting") + states.count("pending"),
+        states.count("failed"),
+        5,
+        1.5,
+        7,
+        100,
+        1,
+        2,
+        3,
+        "replicas.min is 2",
+    )
+    process = ProcessStatus("router", 10, "running", 0, 50 * 2**20)
+    url = "http://127.0.0.1:8000/v1"
+    return SystemStatus(
+        "0.1.0", url, 75.0, is_ready, [endpoint], list(replicas), [process], "/run/headrace/default"
+    )
+
+
+def test_the_status_shows_states_errors_and_where_the_logs_are() -> None:
+    console = Console(file=io.StringIO(), width=140)
+    console.print(
+        render(system(replica("chat-1", "ready"), replica("chat-2", "failed", last_error="[no] room")))
+    )
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    for words in (
+        "not ready",
+        "/run/headrace/default",
+        "1/2",
+        "some.gguf",
+        "chat-2",
+        "failed",
+        "[no] room",
+        "50.0 MiB",
+    ):
+        assert words in text
+
+
+def test_the_status_fits_eighty_columns() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(render(system(replica("chat-1", "ready"), is_ready=True)))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    for words in ("chat-1", "127.0.0.1:4000", "ready", "1/1", "100"):
+        assert words in text
+
+
+def test_plain_progress_says_each_change_once(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = PlainProgress(0.0)
+    for _ in range(3):
+        progress.show(system(replica("chat-1", "starting", phase="loading weights")))
+    progress.show(system(replica("chat-1", "pending", last_error="exited with 1: no memory")))
+    progress.ready(system(replica("chat-1", "ready"), is_ready=True))
+    captured = capsys.readouterr()
+    lines = [line.split("s  ", 1)[1] for line in captured.err.splitlines()]
+    assert lines == ["chat-1 starting: loading weights", "chat-1 pending: exited with 1: no memory"]
+    assert captured.out.startswith("ready: http://127.0.0.1:8000/v1 after ")
+
+
+def test_live_progress_draws_and_closes_without_a_thread(capsys: pytest.CaptureFixture[str]) -> None:
+    import threading
+
+    num_threads = threading.active_count()
+    progress = LiveProgress(0.0)
+    progress.show(system(replica("chat-1", "starting", phase="loading weights")))
+    assert threading.active_count() == num_threads
+    progress.notice("the controller [ended]")
+    progress.ready(system(replica("chat-1", "ready"), is_ready=True))
+    progress.close()
+    captured = capsys.readouterr()
+    assert "ready: http" in captured.out
+    assert "the controller [ended]" in captured.err
+
+
+def test_a_pipe_gets_plain_lines() -> None:
+    assert not sys.stderr.isatty()
+    assert isinstance(make_progress(0.0), PlainProgress)
+
+
+def test_the_greeting_holds_a_request_to_try() -> None:
+    text = greeting(system(replica("chat-1", "ready")), 2.0)
+    assert "curl -s http://127.0.0.1:8000/v1/chat/completions" in text
+    assert '"model": "chat"' in text
+
+
+def test_only_a_system_where_everything_failed_is_hopeless() -> None:
+    failed = replica("chat-2", "failed", last_error="damaged")
+    assert hopeless_error(system(replica("chat-1", "ready"), failed)) == ""
+    assert hopeless_error(system(replica("chat-1", "starting"), failed)) == ""
+    assert "chat-2 is failed: damaged" in hopeless_error(system(failed))
+    assert hopeless_error(system()) == ""
+    assert describe_unready(None) == "its controller never answered"

@@ -1,0 +1,155 @@
+"""The command line: mistakes are told in a sentence with an exit status, never with a traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import headrace
+from headrace.cli import main as main_module
+from headrace.cli.main import COMMANDS, main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run `headrace ARGUMENTS` in this process: exit status, stdout, stderr."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run_command(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["headrace", *arguments])
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return status, captured.out, captured.err
+
+    return run_command
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text("endpoints: {chat: {model: simulated, engine: simulated, replicas: {min: 1, max: 3}}}")
+    return str(path)
+
+
+def test_the_version_is_told_both_ways(run: Run) -> None:
+    assert run("version") == (0, f"headrace {headrace.__version__}\n", "")
+    assert run("--version") == (0, f"headrace {headrace.__version__}\n", "")
+
+
+def test_the_help_names_every_command(run: Run) -> None:
+    status, out, _ = run("--help")
+    assert status == 0
+    for command in COMMANDS:
+        assert f"  {command} " in out
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("chat", "bench")])
+def test_every_command_has_help(run: Run, command: str) -> None:
+    status, out, _ = run(command, "--help")
+    assert status == 0
+    assert "Usage" in out
+
+
+def test_an_unknown_command_or_option_is_a_mistake(run: Run) -> None:
+    for arguments in (("serve",), ("up", "--fast"), ("scale", "chat", "many"), ("scale", "chat", "-1")):
+        status, _, err = run(*arguments)
+        assert status == 2
+        assert err
+
+
+def test_config_check_says_what_would_be_served(run: Run, config: str) -> None:
+    status, out, _ = run("config", "check", config)
+    assert status == 0
+    assert "chat: simulated on the simulated engine, 1 to 3 replicas" in out
+    assert "ok" in out
+
+
+def test_config_check_lists_every_mistake(run: Run, config: str) -> None:
+    status, _, err = run(
+        "config", "check", config, "--set", "endpoints.chat.engin=x", "--set", "gateway.bind=x"
+    )
+    assert status == 2
+    assert err.count("error: ") == 2
+    assert "Did you mean 'engine'?" in err
+
+
+def test_config_check_names_a_missing_model_file(run: Run, config: str) -> None:
+    status, _, err = run("config", "check", config, "--set", "endpoints.chat.model=/no/such.gguf")
+    assert status == 2
+    assert "endpoints.chat.model: /no/such.gguf: no such file" in err
+
+
+def test_config_show_prints_every_default_and_follows_the_environment(
+    run: Run, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADRACE__GATEWAY__BIND", "127.0.0.1:9999")
+    status, out, _ = run("config", "show", config)
+    assert status == 0
+    assert "bind: 127.0.0.1:9999" in out
+    assert "max_wait_s: 60.0" in out
+
+
+@pytest.mark.parametrize("command", [("up",), ("config", "check"), ("config", "show"), ("apply",)])
+def test_without_a_config_the_way_out_is_told(run: Run, command: tuple[str, ...]) -> None:
+    status, _, err = run(*command)
+    assert status == 2
+    assert "examples/quickstart.yaml" in err
+
+
+def test_commands_to_a_system_that_is_not_running_say_so(run: Run, config: str) -> None:
+    for arguments in (
+        ("status",),
+        ("status", "--json"),
+        ("status", "--watch"),
+        ("scale", "chat", "2"),
+        ("apply", config),
+    ):
+        status, out, err = run(*arguments)
+        assert status == 1
+        assert out == ""
+        assert "no system called 'default' is running" in err
+
+
+def test_a_bad_name_is_a_mistake(run: Run) -> None:
+    status, _, err = run("status", "--name", "a/b")
+    assert status == 1
+    assert "letters" in err
+
+
+def test_watch_and_json_exclude_each_other(run: Run) -> None:
+    status, _, err = run("status", "--watch", "--json")
+    assert status == 2
+    assert "give one of them" in err
+
+
+def test_a_bug_of_ours_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(main_module, "app", explode)
+    with pytest.raises(ZeroDivisionError):
+        run("version")
+
+
+@pytest.mark.slow
+def test_the_command_line_imports_little() -> None:
+    """What makes `headrace --help` fast: no model library, no server, no tables before they are needed."""
+    code = (
+        "import sys, headrace.cli.main;"
+        "print([name for name in ('torch', 'numpy', 'rich.table', 'pydantic', 'httpx', 'asyncio', 'openai')"
+        " if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

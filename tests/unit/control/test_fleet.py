@@ -1,0 +1,106 @@
+"""The fleet's memory: which process is which replica, what it last said, and how it ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headrace.api.messages import LoadReport, ProcessState
+from headrace.control.fleet import ADOPTION_LIMIT_S, Fleet
+from headrace.control.reconciler import StartReplica, StopReplica
+
+
+def report(replica_id: str = "chat-1", *, pid: int = 7, **fields: Any) -> LoadReport:
+    values: dict[str, Any] = {
+        "endpoint": "chat",
+        "model": "m",
+        "address": "127.0.0.1:1",
+        "sequence": 1,
+        "lease_s": 3.0,
+        "state": "ready",
+        "generation": "g",
+    }
+    return LoadReport(replica_id=replica_id, pid=pid, **{**values, **fields})
+
+
+def started(now_s: float = 0.0) -> Fleet:
+    fleet = Fleet()
+    fleet.start(StartReplica("chat-1", "chat", "test"), "g", 5.0, now_s)
+    fleet.on_started(ProcessState("chat-1", 7, True))
+    return fleet
+
+
+def ended(code: int, output: str = "", pid: int = 7) -> ProcessState:
+    return ProcessState("chat-1", pid, False, code, output)
+
+
+def test_a_report_gives_state_and_lease() -> None:
+    fleet = started()
+    fleet.on_report(report(num_open=4), 1.0)
+    (replica,) = fleet.observe(1.0)
+    assert (replica.report_state, replica.num_open, replica.lease_ends_s) == ("ready", 4, 4.0)
+    assert replica.ready_since_s == 1.0
+
+
+def test_reports_of_strangers_and_of_earlier_processes_are_ignored() -> None:
+    fleet = started()
+    fleet.on_report(report("other-1"), 1.0)
+    fleet.on_report(report(pid=6), 1.0)
+    assert [replica.report_state for replica in fleet.observe(1.0)] == [None]
+
+
+def test_an_end_that_nobody_asked_for_is_a_failure_with_its_last_line() -> None:
+    fleet = started()
+    fleet.on_ended(ended(1, "first\nMemoryError: no room"), 2.0)
+    (replica,) = fleet.observe(2.0)
+    assert not replica.is_alive
+    assert replica.failures == 1
+    assert replica.last_error == "exited with 1: MemoryError: no room"
+    fleet.start(StartReplica("chat-1", "chat", "again"), "g", 5.0, 3.0)
+    fleet.on_started(ProcessState("chat-1", 8, True))
+    fleet.on_ended(ended(-9, pid=8), 4.0)
+    assert fleet.slots["chat-1"].last_error == "ended by signal 9"
+    assert fleet.slots["chat-1"].failures == 2
+
+
+def test_what_a_failed_replica_said_is_kept_over_how_it_ended() -> None:
+    fleet = started()
+    fleet.on_report(report(state="failed", last_error="no such model", is_retryable=False), 1.0)
+    fleet.stop(StopReplica("chat-1", "chat", 0.0, "no such model", is_failure=True))
+    fleet.on_ended(ended(-9), 2.0)
+    slot = fleet.slots["chat-1"]
+    assert slot.last_error == "no such model"
+    assert not slot.is_retryable
+    fleet.forgive("chat")
+    assert slot.failures == 0
+    assert slot.is_retryable
+
+
+def test_a_drained_replica_gives_its_slot_up() -> None:
+    fleet = started()
+    fleet.stop(StopReplica("chat-1", "chat", 5.0, "not wanted"))
+    fleet.on_ended(ended(0), 2.0)
+    assert fleet.slots == {}
+
+
+def test_a_start_that_the_launcher_refuses_is_a_failure() -> None:
+    fleet = Fleet()
+    fleet.start(StartReplica("chat-1", "chat", "test"), "g", 5.0, 0.0)
+    fleet.on_refused("chat-1", "no such program", 1.0)
+    (replica,) = fleet.observe(1.0)
+    assert not replica.is_alive
+    assert replica.last_error == "no such program"
+
+
+def test_a_new_controller_adopts_what_runs_and_waits_for_its_word() -> None:
+    fleet = Fleet()
+    processes = [ProcessState(name, 1, True) for name in ("controller", "router", "chat-2", "a-b-1")]
+    fleet.adopt(processes, {"chat": "g"}, 0.0)
+    assert set(fleet.slots) == {"chat-2", "a-b-1"}
+    assert fleet.slots["chat-2"].generation == "g"
+    assert fleet.slots["a-b-1"].endpoint == "a-b"
+    assert not fleet.is_settled(1.0)
+    fleet.on_report(report("chat-2", pid=1), 1.0)
+    fleet.on_ended(ProcessState("a-b-1", 1, False, 0), 1.0)
+    assert fleet.is_settled(1.0)
+    fleet.adopt(processes, {"chat": "g"}, 10.0)
+    assert fleet.is_settled(10.1 + ADOPTION_LIMIT_S)

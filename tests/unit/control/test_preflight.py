@@ -1,0 +1,66 @@
+"""What is found out before anything starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace.api.config import Config
+from headrace.api.config_loader import parse_config
+from headrace.control.preflight import check_address, check_models
+from headrace.errors import ConfigError
+
+
+def config(bind: str = "127.0.0.1:0", **endpoints: dict[str, Any]) -> Config:
+    chosen = endpoints or {"chat": {"model": "simulated", "engine": "simulated"}}
+    return parse_config({"endpoints": chosen, "gateway": {"bind": bind}})
+
+
+def test_every_model_that_cannot_be_had_is_named() -> None:
+    wrong = config(a={"model": "/no/such.gguf"}, b={"model": "unknown-name"}, c={"model": "simulated"})
+    with pytest.raises(ConfigError) as caught:
+        check_models(wrong)
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        "endpoints.a.model",
+        "endpoints.b.model",
+    ]
+
+
+def test_a_path_becomes_absolute_and_a_name_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    checked = check_models(config(a={"model": "m.gguf"}, b={"model": "simulated", "engine": "simulated"}))
+    assert checked.endpoints["a"].model == str(tmp_path / "m.gguf")
+    assert checked.endpoints["b"].model == "simulated"
+
+
+def test_a_native_engine_without_torch_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else real(name))
+    with pytest.raises(ConfigError, match=r"pip install headrace\[engine\]"):
+        check_models(config(a={"model": "simulated"}))
+    check_models(config())
+
+
+def test_port_zero_becomes_a_free_port() -> None:
+    bind = check_address(config()).gateway.bind
+    assert bind.startswith("127.0.0.1:")
+    assert int(bind.rpartition(":")[2]) > 0
+
+
+def test_a_port_in_use_is_refused_with_a_way_out() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port} is in use.*--set gateway\.bind="):
+            check_address(config(f"127.0.0.1:{port}"))
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"gateway\.bind: 192\.0\.2\.1:8000 cannot be used"):
+        check_address(config("192.0.2.1:8000"))

@@ -1,0 +1,387 @@
+"""The reconciler's promises, over random fleets and histories. A small world plays launcher and replicas."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headrace.control.reconciler import (
+    FAILED_RETRY_S,
+    IDLE_TO_ZERO_S,
+    LOST_AFTER_S,
+    MAX_FAST_FAILURES,
+    MAX_SURGE,
+    Action,
+    DesiredEndpoint,
+    ForgetReplica,
+    ObservedReplica,
+    StartReplica,
+    StopReplica,
+    choose_count,
+    count_failures,
+    lowest_free_id,
+    phase_of,
+    reconcile,
+    restart_delay_s,
+    slot_prefix,
+)
+
+NOW_S = 1000.0
+
+
+def desired(
+    count: int = 2, *, maximum: int = 8, generation: str = "new", name: str = "chat"
+) -> DesiredEndpoint:
+    return DesiredEndpoint(name, count, maximum, generation, "the test wants it")
+
+
+def ready(
+    replica_id: str, *, num_open: int = 0, generation: str = "new", started_s: float = 0.0
+) -> ObservedReplica:
+    return ObservedReplica(
+        replica_id, "chat", generation, True, False, started_s, NOW_S + 3, "ready", started_s, num_open
+    )
+
+
+def starting(replica_id: str, generation: str = "new") -> ObservedReplica:
+    return ObservedReplica(replica_id, "chat", generation, True, False, NOW_S, NOW_S + 3, "starting")
+
+
+def crashed(replica_id: str, failures: int, ended_s: float, *, is_retryable: bool = True) -> ObservedReplica:
+    return ObservedReplica(
+        replica_id,
+        "chat",
+        "",
+        False,
+        False,
+        0,
+        0,
+        ended_s=ended_s,
+        failures=failures,
+        is_retryable=is_retryable,
+    )
+
+
+def stops(actions: list[Action]) -> list[str]:
+    return [action.replica_id for action in actions if isinstance(action, StopReplica)]
+
+
+def starts(actions: list[Action]) -> list[str]:
+    return [action.replica_id for action in actions if isinstance(action, StartReplica)]
+
+
+def test_an_empty_fleet_is_started_with_the_lowest_ids() -> None:
+    actions = reconcile([desired(3)], [], NOW_S)
+    assert starts(actions) == ["chat-1", "chat-2", "chat-3"]
+    assert all(action.reason for action in actions)
+
+
+def test_a_freed_id_is_used_again() -> None:
+    assert starts(reconcile([desired(3)], [ready("chat-1"), ready("chat-3")], NOW_S)) == ["chat-2"]
+
+
+def test_nothing_is_done_when_what_is_seen_is_what_is_wanted() -> None:
+    assert reconcile([desired(2)], [ready("chat-1"), ready("chat-2")], NOW_S) == []
+
+
+def test_scaling_down_takes_failed_then_starting_then_idle_then_newest() -> None:
+    fleet = [
+        ready("chat-1", num_open=3),
+        ready("chat-2", num_open=1, started_s=5),
+        ready("chat-3", num_open=1, started_s=9),
+        starting("chat-4"),
+        crashed("chat-5", MAX_FAST_FAILURES, NOW_S),
+    ]
+    order: list[str] = []
+    for count in (4, 3, 2, 1, 0):
+        actions = reconcile([desired(count)], fleet, NOW_S)
+        assert len(actions) == 1
+        assert isinstance(actions[0], StopReplica | ForgetReplica)
+        order.append(actions[0].replica_id)
+        fleet = [replica for replica in fleet if replica.replica_id != order[-1]]
+    assert order == ["chat-5", "chat-4", "chat-3", "chat-2", "chat-1"]
+
+
+def test_a_serving_replica_gets_its_drain_grace_and_a_starting_one_does_not() -> None:
+    actions = reconcile(
+        [desired(0)], [replace(ready("chat-1"), drain_grace_s=77.0), starting("chat-2")], NOW_S
+    )
+    grace = {action.replica_id: action.grace_s for action in actions if isinstance(action, StopReplica)}
+    assert grace == {"chat-1": 77.0, "chat-2": 1.0}
+
+
+def test_a_removed_endpoint_is_drained() -> None:
+    (action,) = reconcile([desired(1, name="other")], [ready("chat-1")], NOW_S)[:1]
+    assert isinstance(action, StopReplica)
+    assert action.grace_s == 30.0
+    assert "removed" in action.reason
+
+
+def test_a_hung_replica_is_killed_after_its_lease_and_a_limit_and_keeps_its_slot() -> None:
+    hung = replace(ready("chat-1"), lease_ends_s=NOW_S - LOST_AFTER_S)
+    assert reconcile([desired(1)], [hung], NOW_S) == []
+    (action,) = reconcile([desired(1)], [hung], NOW_S + 0.1)
+    assert isinstance(action, StopReplica)
+    assert (action.grace_s, action.is_failure) == (0.0, True)
+    stopping = replace(hung, is_stopping=True, keeps_slot=True)
+    assert reconcile([desired(1)], [stopping], NOW_S + 0.2) == []
+
+
+def test_a_replica_that_reports_failed_is_stopped_with_its_own_words() -> None:
+    failed = replace(starting("chat-1"), report_state="failed", last_error="no such model")
+    (action,) = reconcile([desired(1)], [failed], NOW_S)
+    assert isinstance(action, StopReplica)
+    assert action.is_failure
+    assert action.reason == "no such model"
+
+
+def test_a_crashed_slot_waits_for_its_back_off_and_no_other_slot_takes_its_place() -> None:
+    slot = crashed("chat-1", 3, NOW_S)
+    assert reconcile([desired(1)], [slot], NOW_S + 1.9) == []
+    assert starts(reconcile([desired(1)], [slot], NOW_S + 2.0)) == ["chat-1"]
+
+
+@pytest.mark.parametrize(
+    "slot", [crashed("chat-1", MAX_FAST_FAILURES, NOW_S), crashed("chat-1", 1, NOW_S, is_retryable=False)]
+)
+def test_a_crash_loop_and_a_hopeless_failure_are_failed_and_retried_slowly(slot: ObservedReplica) -> None:
+    assert phase_of(slot, NOW_S) == "failed"
+    assert reconcile([desired(1)], [slot], NOW_S + FAILED_RETRY_S - 0.1) == []
+    assert starts(reconcile([desired(1)], [slot], NOW_S + FAILED_RETRY_S)) == ["chat-1"]
+
+
+def test_delays_double_from_half_a_second_to_thirty() -> None:
+    assert [restart_delay_s(failures) for failures in range(1, 9)] == [0.5, 1, 2, 4, 8, 16, 30, 30]
+
+
+def test_a_minute_of_health_ends_a_series_of_failures() -> None:
+    healthy = replace(ready("chat-1", started_s=NOW_S - 60), failures=4)
+    assert count_failures(healthy, NOW_S) == 1
+    assert count_failures(healthy, NOW_S - 1) == 5
+
+
+def test_a_changed_config_starts_before_it_stops() -> None:
+    old = [ready("chat-1", generation="old"), ready("chat-2", generation="old")]
+    actions = reconcile([desired(2)], old, NOW_S)
+    assert starts(actions) == ["chat-3"]
+    assert stops(actions) == []
+    assert reconcile([desired(2)], [*old, starting("chat-3")], NOW_S) == []
+    actions = reconcile([desired(2)], [*old, ready("chat-3")], NOW_S)
+    assert len(stops(actions)) == 1
+    assert stops(actions)[0] in ("chat-1", "chat-2")
+
+
+def test_a_new_config_that_never_gets_ready_leaves_the_old_replicas_alone() -> None:
+    fleet = [ready("chat-1", generation="old"), crashed("chat-2", MAX_FAST_FAILURES, NOW_S)]
+    assert reconcile([desired(1)], fleet, NOW_S + 1) == []
+
+
+@pytest.mark.parametrize(
+    ("minimum", "num_held", "idle_s", "count"),
+    [
+        (2, 0, math.inf, 2),
+        (0, 1, math.inf, 1),
+        (0, 0, 1.0, 1),
+        (0, 0, IDLE_TO_ZERO_S, 0),
+        (0, 0, math.inf, 0),
+    ],
+)
+def test_the_count_is_the_minimum_and_held_requests_wake_an_endpoint_from_zero(
+    minimum: int, num_held: int, idle_s: float, count: int
+) -> None:
+    assert choose_count(minimum, num_held, idle_s)[0] == count
+
+
+def test_replica_ids_are_safe_and_differ_between_endpoints() -> None:
+    names = ["chat", "qwen/qwen3:0.6b", "qwen-qwen3-0.6b", "qwen:qwen3/0.6b", "a" * 128, "a" * 127]
+    prefixes = [slot_prefix(name) for name in names]
+    assert len(set(prefixes)) == len(names)
+    assert all("/" not in prefix and ":" not in prefix and len(prefix) < 60 for prefix in prefixes)
+    assert lowest_free_id("chat", {"chat-1", "chat-3"}) == "chat-2"
+
+
+# ---- properties over random fleets ----------------
+
+
+@dataclass
+class World:
+    """Plays launcher and replicas: starts take a tick, drains take a tick, some replicas crash."""
+
+    replicas: dict[str, ObservedReplica]
+    now_s: float = NOW_S
+
+    def apply(self, actions: list[Action], generation: str) -> None:
+        for action in actions:
+            old = self.replicas.get(action.replica_id)
+            match action:
+                case StartReplica(replica_id, endpoint):
+                    assert old is None or not old.is_alive, f"{replica_id} was started twice"
+                    failures = old.failures if old else 0
+                    self.replicas[replica_id] = ObservedReplica(
+                        replica_id,
+                        endpoint,
+                        generation,
+                        True,
+                        False,
+                        self.now_s,
+                        self.now_s + 15,
+                        failures=failures,
+                    )
+                case StopReplica(replica_id, is_failure=is_failure):
+                    assert old is not None
+                    assert old.is_alive
+                    assert not old.is_stopping
+                    self.replicas[replica_id] = replace(old, is_stopping=True, keeps_slot=is_failure)
+                case ForgetReplica(replica_id):
+                    assert old is not None
+                    if old.is_alive:
+                        self.replicas[replica_id] = replace(old, keeps_slot=False)
+                    else:
+                        del self.replicas[replica_id]
+
+    def crash(self, replica_id: str) -> None:
+        old = self.replicas[replica_id]
+        failures = count_failures(old, self.now_s)
+        self.replicas[replica_id] = replace(
+            old,
+            is_alive=False,
+            is_stopping=False,
+            keeps_slot=False,
+            report_state=None,
+            ended_s=self.now_s,
+            failures=failures,
+        )
+
+    def advance(self, seconds: float) -> None:
+        """Stopping replicas end, starting ones get ready, the ready ones report."""
+        self.now_s += seconds
+        for replica_id, replica in list(self.replicas.items()):
+            if replica.is_stopping and replica.keeps_slot:
+                self.crash(replica_id)
+            elif replica.is_stopping:
+                del self.replicas[replica_id]
+            elif (
+                replica.is_alive
+                and replica.report_state != "failed"
+                and self.now_s <= replica.lease_ends_s + LOST_AFTER_S
+            ):
+                since_s = replica.ready_since_s if replica.ready_since_s is not None else self.now_s
+                self.replicas[replica_id] = replace(
+                    replica, report_state="ready", ready_since_s=since_s, lease_ends_s=self.now_s + 3
+                )
+
+    def num_ready(self, endpoint: str = "chat") -> int:
+        return sum(
+            phase_of(replica, self.now_s) == "ready" and replica.endpoint == endpoint
+            for replica in self.replicas.values()
+        )
+
+
+@st.composite
+def replicas_of(draw: st.DrawFn, endpoint: str, ids: list[str]) -> list[ObservedReplica]:
+    replicas = []
+    for replica_id in draw(st.lists(st.sampled_from(ids), unique=True, max_size=len(ids))):
+        is_alive = draw(st.booleans())
+        is_stopping = is_alive and draw(st.booleans())
+        state = draw(st.sampled_from([None, "starting", "ready", "ready", "failed"])) if is_alive else None
+        replicas.append(
+            ObservedReplica(
+                replica_id,
+                endpoint,
+                draw(st.sampled_from(["new", "old"])),
+                is_alive,
+                is_stopping,
+                started_s=NOW_S - draw(st.floats(0, 100)),
+                lease_ends_s=NOW_S + draw(st.floats(-30, 15)),
+                report_state=state,
+                ready_since_s=NOW_S - 1 if state == "ready" else None,
+                num_open=draw(st.integers(0, 5)),
+                keeps_slot=is_stopping and draw(st.booleans()),
+                ended_s=NOW_S - draw(st.floats(0, 100)),
+                failures=draw(st.integers(0, 8)),
+                is_retryable=draw(st.booleans()),
+            )
+        )
+    return replicas
+
+
+fleets = st.builds(
+    lambda chat, gone: chat + gone,
+    replicas_of("chat", [f"chat-{n}" for n in range(1, 7)]),
+    replicas_of("gone", ["gone-1", "gone-2"]),
+)
+
+
+@pytest.mark.slow
+@settings(deadline=None)
+@given(fleet=fleets, count=st.integers(0, 4))
+def test_any_fleet_converges_to_what_is_wanted_and_then_nothing_is_done(
+    fleet: list[ObservedReplica], count: int
+) -> None:
+    world = World({replica.replica_id: replica for replica in fleet})
+    num_quiet = 0
+    for _ in range(400):
+        actions = reconcile([desired(count)], list(world.replicas.values()), world.now_s)
+        # A failed slot is retried once a minute, so only a longer silence is the end.
+        num_quiet = 0 if actions else num_quiet + 1
+        if num_quiet > FAILED_RETRY_S:
+            break
+        world.apply(actions, "new")
+        world.advance(1.0)
+    live = list(world.replicas.values())
+    assert len(live) == count
+    assert all(replica.generation == "new" and replica.endpoint == "chat" for replica in live)
+    assert world.num_ready() == count
+    assert reconcile([desired(count)], live, world.now_s) == []
+
+
+@pytest.mark.slow
+@settings(deadline=None)
+@given(fleet=fleets, count=st.integers(0, 4), maximum=st.integers(4, 6))
+def test_one_turn_never_takes_a_ready_replica_that_is_needed_nor_starts_too_many(
+    fleet: list[ObservedReplica], count: int, maximum: int
+) -> None:
+    world = World({replica.replica_id: replica for replica in fleet})
+    for _ in range(20):
+        observed = list(world.replicas.values())
+        ready_before = world.num_ready()
+        alive_before = sum(r.is_alive and r.endpoint == "chat" for r in observed)
+        actions = reconcile([desired(count, maximum=maximum)], observed, world.now_s)
+        world.apply(actions, "new")
+        assert world.num_ready() >= min(ready_before, count)
+        alive = sum(r.is_alive and r.endpoint == "chat" for r in world.replicas.values())
+        assert alive <= max(alive_before, maximum + MAX_SURGE)
+        again = reconcile([desired(count, maximum=maximum)], list(world.replicas.values()), world.now_s)
+        assert not stops(again), "the same moment asks for another stop"
+        assert not starts(again), "the same moment asks for another start"
+        world.advance(0.2)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=25)
+@given(lives=st.lists(st.integers(1, 20), min_size=1, max_size=20))
+def test_restarts_of_a_crashing_replica_are_bounded_in_rate(lives: list[int]) -> None:
+    """Whatever it does, a slot that never gets healthy starts at most 5 times fast, then once a minute."""
+    world = World({})
+    start_times: list[float] = []
+    life = 0
+    for _ in range(3000):
+        actions = reconcile([desired(1)], list(world.replicas.values()), world.now_s)
+        start_times += [world.now_s] * len(starts(actions))
+        world.apply(actions, "new")
+        for replica_id, replica in list(world.replicas.items()):
+            if replica.is_alive and world.now_s - replica.started_s >= lives[life % len(lives)]:
+                world.crash(replica_id)
+                life += 1
+        world.now_s += 0.2
+    elapsed_s = 3000 * 0.2
+    assert len(start_times) <= MAX_FAST_FAILURES + elapsed_s / FAILED_RETRY_S + 1
+    gaps = [later - earlier for earlier, later in pairwise(start_times)]
+    assert all(
+        gap >= restart_delay_s(min(index + 1, MAX_FAST_FAILURES)) - 0.01 for index, gap in enumerate(gaps)
+    )

@@ -1,0 +1,72 @@
+"""From config to process specs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from headrace.api.config import Config
+from headrace.api.config_loader import parse_config
+from headrace.api.messages import ReplicaSpec
+from headrace.control import specs
+from headrace.control.specs import gateway_spec, generation_of, replica_process, threads_per_engine
+from headrace.control.status import gateway_url
+
+
+def config(gateway: dict[str, Any] | None = None, **fields: Any) -> Config:
+    return parse_config({"endpoints": {"chat": {"model": "m.gguf", **fields}}, "gateway": gateway or {}})
+
+
+def test_a_replica_is_told_everything_that_the_config_says() -> None:
+    native = {"token_budget": 256, "kv_cache_mb": 2, "num_threads": 3}
+    process = replica_process(config(native=native, max_open=5), "chat", "chat-1", Path("/run/x"))
+    spec = msgspec.json.decode(process.argv[-1], type=ReplicaSpec)
+    assert process.name == "chat-1"
+    assert process.log_path == "/run/x/logs/chat-1.log"
+    assert process.argv[1:4] == ["-P", "-m", "headrace.replica"]
+    assert (spec.engine.token_budget, spec.engine.kv_cache_bytes, spec.engine.num_threads) == (
+        256,
+        2 << 20,
+        3,
+    )
+    assert (spec.max_open, spec.endpoint, spec.run_dir) == (5, "chat", "/run/x")
+    assert spec.report_sockets == ["/run/x/router.sock", "/run/x/controller.sock"]
+    assert spec.generation == generation_of(config(native=native, max_open=5), "chat")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model": "other.gguf"}, {"max_open": 1}, {"drain_grace_s": 1}, {"native": {"token_budget": 64}}],
+)
+def test_what_a_replica_is_started_with_changes_its_generation(change: dict[str, Any]) -> None:
+    assert generation_of(config(**change), "chat") != generation_of(config(), "chat")
+
+
+@pytest.mark.parametrize("change", [{"replicas": 3}, {"queue": {"max_wait_s": 1}}])
+def test_counts_and_queue_do_not_change_the_generation(change: dict[str, Any]) -> None:
+    assert generation_of(config(**change), "chat") == generation_of(config(), "chat")
+
+
+def test_cores_are_shared_by_the_native_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(specs.os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert [threads_per_engine(config(replicas=count)) for count in (1, 2, 3, 9)] == [8, 4, 2, 1]
+    tree = {"a": {"model": "m", "replicas": 2}, "b": {"model": "m", "engine": "simulated", "replicas": 5}}
+    assert threads_per_engine(parse_config({"endpoints": tree})) == 4
+
+
+def test_the_gateway_learns_endpoints_and_limits() -> None:
+    spec = gateway_spec(
+        config({"max_body_mb": 2}, queue={"max_requests": 7, "max_wait_s": 3}), Path("/run/x")
+    )
+    (rule,) = spec.endpoints
+    assert (rule.name, rule.max_queue, rule.max_wait_s) == ("chat", 7, 3)
+    assert spec.max_body_bytes == 2 << 20
+
+
+def test_the_url_is_one_that_a_client_can_use() -> None:
+    assert gateway_url("0.0.0.0:80") == "http://127.0.0.1:80/v1"
+    assert gateway_url("[::]:80") == "http://[::1]:80/v1"
+    assert gateway_url("127.0.0.1:8000") == "http://127.0.0.1:8000/v1"

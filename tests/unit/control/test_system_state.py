@@ -1,0 +1,188 @@
+"""The controller's knowledge as a whole, driven through a fake launcher on a virtual clock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from headrace.api.config import Config
+from headrace.api.config_loader import parse_config
+from headrace.api.messages import (
+    Demand,
+    EndpointDemand,
+    LauncherError,
+    LoadReport,
+    ProcessEnded,
+    ProcessSpec,
+    ProcessStarted,
+    ReplicaView,
+)
+from headrace.clock import VirtualClock
+from headrace.control.reconciler import IDLE_TO_ZERO_S, StartReplica, StopReplica
+from headrace.control.system_state import SystemState
+from headrace.errors import ConfigError
+from headrace.fabric.launcher import FakeLauncher
+
+
+def config(bind: str = "127.0.0.1:8000", **endpoints: Any) -> Config:
+    base = {"model": "simulated", "engine": "simulated"}
+    tree = {name: {**base, **fields} for name, fields in endpoints.items()}
+    return parse_config({"endpoints": tree, "gateway": {"bind": bind}})
+
+
+class World:
+    """Launcher, fronts and router, played."""
+
+    def __init__(self, config: Config) -> None:
+        self.clock = VirtualClock(100.0)
+        self.launcher = FakeLauncher()
+        self.state = SystemState(config, self.clock.now_s())
+        self.state.gateway.processes["haproxy"].on_start(100.0)
+        self.state.gateway.processes["router"].on_start(100.0)
+        self.state.gateway.on_probe(True, 100.0)
+        self.held: dict[str, int] = {}
+
+    def turn(self) -> None:
+        """One tick: decide, act, let drains end, report, 0.2 s pass."""
+        now_s = self.clock.now_s()
+        for action in self.state.plan(now_s):
+            if isinstance(action, StartReplica):
+                self.launcher.start(ProcessSpec(action.replica_id, ["front"]))
+            elif isinstance(action, StopReplica):
+                self.launcher.stop(action.replica_id, action.grace_s)
+        for name in list(self.launcher.stopping):
+            self.launcher.end(name, 0)
+        self.take_events()
+        for replica_id, slot in list(self.state.fleet.slots.items()):
+            if slot.is_alive:
+                self.report(replica_id)
+        self.demand()
+        self.clock.advance(0.2)
+
+    def take_events(self) -> None:
+        for event in self.launcher.take_events():
+            match event:
+                case ProcessStarted():
+                    self.state.on_started(event)
+                case ProcessEnded():
+                    self.state.on_ended(event, self.clock.now_s())
+                case LauncherError(name, error):
+                    self.state.on_refused(name, error, self.clock.now_s())
+
+    def report(self, replica_id: str) -> None:
+        slot = self.state.fleet.slots[replica_id]
+        report = LoadReport(
+            replica_id, slot.endpoint, "m", "a:1", slot.pid, 1, 3.0, "ready", generation=slot.generation
+        )
+        self.state.fleet.on_report(report, self.clock.now_s())
+
+    def demand(self) -> None:
+        endpoints = [
+            EndpointDemand(name, self.held.get(name, 0), 0.0, 0, 0, 0, 0, 0, 0)
+            for name in self.state.config.endpoints
+        ]
+        views = [ReplicaView(name, 0, True) for name in self.state.fleet.slots]
+        self.state.gateway.on_demand(Demand("router", 0, endpoints, views), self.clock.now_s())
+
+    def settle(self, num_turns: int = 20) -> None:
+        for _ in range(num_turns):
+            self.turn()
+
+
+def test_a_fresh_system_gets_ready_and_then_rests() -> None:
+    world = World(config(chat={"replicas": 2}, other={}))
+    assert not world.state.is_ready(world.clock.now_s())
+    world.settle(3)
+    assert set(world.launcher.alive) == {"chat-1", "chat-2", "other-1"}
+    assert world.state.is_ready(world.clock.now_s())
+    num_started = world.launcher.num_started
+    world.settle(100)
+    assert world.launcher.num_started == num_started
+
+
+def test_an_endpoint_at_zero_wakes_for_held_requests_and_sleeps_when_idle() -> None:
+    world = World(config(chat={"replicas": {"min": 0, "max": 2}}))
+    world.settle()
+    assert not world.launcher.alive
+    assert world.state.is_ready(world.clock.now_s()), "nothing is wanted, nothing is missing"
+    world.held = {"chat": 3}
+    world.settle(3)
+    assert set(world.launcher.alive) == {"chat-1"}
+    assert world.state.desired(world.clock.now_s())[0].reason == "held requests"
+    world.held = {}
+    world.settle(100)
+    assert world.launcher.alive, "it stays for a while"
+    world.clock.advance(IDLE_TO_ZERO_S)
+    world.report("chat-1")
+    world.settle(3)
+    assert not world.launcher.alive
+
+
+def test_scaling_to_zero_is_obeyed_at_once() -> None:
+    world = World(config(chat={"replicas": {"min": 0, "max": 2}}))
+    world.held = {"chat": 1}
+    world.settle(3)
+    world.held = {}
+    world.state.scale("chat", 0)
+    world.settle(3)
+    assert not world.launcher.alive
+
+
+def test_an_apply_replaces_changed_endpoints_only() -> None:
+    world = World(config(chat={"replicas": 2}, other={}))
+    world.settle()
+    notes = world.state.apply(
+        config(chat={"replicas": 2, "max_open": 3}, other={"queue": {"max_requests": 5}})
+    )
+    assert notes == ["chat: changed; its replicas are replaced one by one", "other: queue limits changed"]
+    assert not world.state.is_ready(world.clock.now_s()), "ready means: of the current config"
+    world.settle()
+    assert world.state.is_ready(world.clock.now_s())
+    assert world.launcher.num_started == 5
+    assert len(world.launcher.alive) == 3
+
+
+def test_an_apply_of_the_same_config_does_nothing() -> None:
+    world = World(config(chat={}))
+    world.settle()
+    assert world.state.apply(config(chat={})) == ["nothing changed"]
+    world.settle()
+    assert world.launcher.num_started == 1
+
+
+def test_port_zero_keeps_the_port_that_was_found_and_another_address_is_refused() -> None:
+    world = World(config(chat={}))
+    world.state.apply(config("127.0.0.1:0", chat={}))
+    assert world.state.config.gateway.bind == "127.0.0.1:8000"
+    with pytest.raises(ConfigError, match=r"gateway\.bind"):
+        world.state.apply(config("127.0.0.1:9000", chat={"max_open": 1}))
+    assert world.state.config.endpoints["chat"].max_open == 64
+
+
+def test_wrong_scales_are_refused_with_what_is_allowed() -> None:
+    world = World(config(chat={"replicas": {"min": 1, "max": 2}}))
+    with pytest.raises(ConfigError, match=r"replicas\.max is 2"):
+        world.state.scale("chat", 3)
+    with pytest.raises(ConfigError, match="there are: chat"):
+        world.state.scale("nope", 1)
+    assert world.state.scale("chat", 2) == "chat: 1 -> 2 replicas"
+
+
+def test_threads_that_follow_from_the_scale_replace_nothing() -> None:
+    world = World(config(chat={"engine": "native", "replicas": {"min": 1, "max": 4}}))
+    world.settle()
+    world.state.scale("chat", 2)
+    world.settle()
+    assert world.launcher.num_started == 2
+
+
+def test_a_launcher_that_cannot_start_anything_is_asked_ever_more_slowly() -> None:
+    world = World(config(chat={}))
+    world.launcher.refuse_starts = "no such program"
+    world.settle(300)
+    slot = world.state.fleet.slots["chat-1"]
+    assert slot.phase == "failed"
+    assert slot.last_error == "no such program"
+    assert 5 <= slot.num_starts <= 7
+    assert not world.state.is_ready(world.clock.now_s())
