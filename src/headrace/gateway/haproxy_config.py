@@ -137,7 +137,7 @@ spoe-agent route
 spoe-group decide
   messages decide
 spoe-message decide
-  args id=unique-id endpoint=var(txn.backend) path=path client=src client_port=src_port
+  args id=unique-id endpoint=var(txn.backend) client=src client_port=src_port
 """
 
 
