@@ -32,8 +32,8 @@ def run(*, is_quick: bool) -> Report:
         idle = sample_memory()
         load(system.url, workload(256, 64), LoadSpec(concurrency=16, max_requests=requests))
         loaded = sample_memory()
-    before = {memory.title: memory for memory in idle}
-    rows = [_row(before.get(memory.title), memory) for memory in loaded]
+    before = {memory.pid: memory for memory in idle}
+    rows = [_row(before.get(memory.pid), memory) for memory in loaded]
     sums = [
         sum(getattr(memory, kind) for memory in when)
         for kind in ("resident", "proportional", "unique")

@@ -109,6 +109,7 @@ class Memory:
     """One process's memory in bytes. Shared pages: in full in resident, not in unique, by share in
     proportional."""
 
+    pid: int
     title: str
     role: str
     resident: int
@@ -119,11 +120,18 @@ class Memory:
 def sample_memory(root_pid: int | None = None) -> list[Memory]:
     """Return the memory of each process of the system, by role."""
     found = []
-    for role, process in find_processes(root_pid).values():
+    for pid, (role, process) in find_processes(root_pid).items():
         try:
             info = process.memory_full_info()
-            title = " ".join(process.cmdline()).removeprefix(TITLE) if role != "haproxy" else "haproxy"
+            title = _title(role, process)
         except psutil.Error:
             continue
-        found.append(Memory(title, role, info.rss, info.uss, info.pss))
+        found.append(Memory(pid, title, role, info.rss, info.uss, info.pss))
     return sorted(found, key=lambda memory: (memory.role, memory.title))
+
+
+def _title(role: str, process: psutil.Process) -> str:
+    if role != "haproxy":
+        return " ".join(process.cmdline()).strip().removeprefix(TITLE)
+    parent = process.parent()
+    return "haproxy worker" if parent is not None and role_of(parent) == "haproxy" else "haproxy master"

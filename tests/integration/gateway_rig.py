@@ -1,4 +1,4 @@
-"""A real HAProxy and a real router as child processes, a controller that only listens, and a small HTTP client."""
+"""A real HAProxy and a real router as child processes, a controller that listens, a small HTTP client."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.integration.mock_front import MockFront
+
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import Demand, EndpointDemand, EndpointRule, GatewaySpec, ProcessSpec
 from headrace.gateway.process import prepare
-from tests.integration.mock_front import MockFront
 
 DEADLINE_S = 10.0
 

@@ -1,6 +1,6 @@
-"""A front without a model, for tests of the gateway: HTTP, event streams and load reports, in this event loop.
+"""A front without a model, for tests of the gateway: HTTP, event streams, load reports, in this event loop.
 
-What a request's answer looks like is said by the request: {"mock": {"events": 3, "gap_s": 0.01, "status": 200}}.
+The request says what its answer looks like: {"mock": {"events": 3, "gap_s": 0.01, "status": 200}}.
 """
 
 from __future__ import annotations

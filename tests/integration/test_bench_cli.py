@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import select
 import signal
 import socket
 import subprocess
@@ -158,3 +161,84 @@ def test_ctrl_c_ends_a_question(script: Script) -> None:
         process.wait()
     assert process.returncode == 130
     assert "Traceback" not in errors
+
+
+# Makes its standard input the controlling terminal, so that Ctrl-C reaches it as in a shell.
+TAKE_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+class Terminal:
+    """`headrace chat` on a pseudo-terminal."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._fd, theirs = pty.openpty()
+        chat = [sys.executable, "-m", "headrace.cli.chat", *arguments]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", TAKE_TERMINAL, *chat],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=environment(),
+            start_new_session=True,
+        )
+        os.close(theirs)
+        self.text = ""
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._fd)
+
+    def expect(self, text: str) -> None:
+        """Read until `text` comes; what came up to its end is consumed."""
+        until_s = time.monotonic() + LIMIT_S
+        while text not in self.text:
+            readable, _, _ = select.select([self._fd], [], [], max(0.0, until_s - time.monotonic()))
+            assert readable, f"{text!r} never came; the terminal shows {self.text!r}"
+            self.text += os.read(self._fd, 65536).decode()
+        self.text = self.text.partition(text)[2]
+
+    def type(self, text: str) -> None:
+        os.write(self._fd, text.encode())
+
+    def leave(self) -> int:
+        """Press Ctrl-C until the program ends; return the exit code. Once is nearly always enough, but
+        Python's `input` misses a signal that arrives between its prompt and its read."""
+        until_s = time.monotonic() + LIMIT_S
+        while time.monotonic() < until_s:
+            self.type("\x03")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self.process.wait(1.0)
+        raise AssertionError(f"chat did not end; the terminal shows {self.text!r}")
+
+
+def test_in_a_conversation_ctrl_c_stops_the_answer_and_then_leaves(script: Script) -> None:
+    with Terminal("--url", script.url, "--max-tokens", "3") as terminal:
+        terminal.expect("Ctrl-D leaves")
+        terminal.expect("> ")
+        terminal.type("one\n")
+        terminal.expect("xxx")
+        terminal.expect("> ")
+        script.ttft_s = 60.0
+        terminal.type("two\n")
+        until_s = time.monotonic() + LIMIT_S
+        while len(script.bodies) < 2:
+            assert time.monotonic() < until_s, "the second question was never asked"
+            time.sleep(0.01)
+        terminal.type("\x03")
+        terminal.expect("…")
+        terminal.expect("> ")
+        script.ttft_s = 0.0
+        terminal.type("three\n")
+        terminal.expect("xxx")
+        # The unanswered question is forgotten, the answered one is part of the conversation.
+        assert [message["content"] for message in script.bodies[2]["messages"]] == ["one", "xxx", "three"]
+        terminal.expect("> ")
+        assert terminal.leave() == 0

@@ -118,7 +118,7 @@ def test_an_engine_reports_its_phases_then_streams_each_request_to_its_end() -> 
         assert isinstance(engine.next_event(), EngineStarting)
         ready = engine.wait_ready()
         assert (ready.kind, ready.vocab_size, ready.max_context_tokens) == ("simulated", 257, 32768)
-        assert set(ready.phases) == {"start"}
+        assert set(ready.phases) == {"waiting for simulated_start_s"}
         assert psutil.Process(engine.process.pid).cmdline()[0] == "headrace: engine test-1"
         engine.send(request("a", 30), request("b", 12))
         outputs = engine.outputs_until(has_finished("a", "b"))
@@ -282,6 +282,28 @@ def test_an_engine_that_can_never_start_says_why_and_that_trying_again_is_useles
         assert engine.process.wait(DEADLINE_S) == 1
 
 
+def test_a_native_engine_serves_a_real_model_and_finds_its_prompt_cached() -> None:
+    spec = EngineSpec(kind="native", model="smollm2-135m-instruct", max_running=2, num_threads=1)
+    prompt = list(range(100, 140))
+    sampling = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, num_logprobs=2)
+    with start_engine(spec) as engine:
+        ready = engine.wait_ready()
+        assert (ready.kind, ready.architecture, ready.vocab_size) == ("native", "llama", 49152)
+        assert list(ready.phases)[-1] == "computing the first step"
+        answers = []
+        for request_id in ("first", "second"):
+            engine.send(Submit(GenerationRequest(request_id, prompt, sampling)))
+            outputs = engine.outputs_until(has_finished(request_id))
+            answers.append([token for output in outputs for token in output.token_ids])
+            assert outputs[0].num_cached_tokens == (0 if request_id == "first" else 32)
+            for output in outputs:
+                assert output.logprobs is not None
+                assert output.logprobs[0].top[0] == (output.token_ids[0], output.logprobs[0].logprob)
+        assert [len(answer) for answer in answers] == [4, 4]
+        engine.send(Drain())
+        assert engine.process.wait(DEADLINE_S) == 0
+
+
 def test_a_descriptor_that_is_no_socket_is_refused() -> None:
     with open(os.devnull) as null:
         done = subprocess.run(
@@ -293,3 +315,12 @@ def test_a_descriptor_that_is_no_socket_is_refused() -> None:
         )
     assert done.returncode == 2
     assert b"is not a socket" in done.stderr
+
+
+def test_the_process_module_and_the_simulated_engine_do_without_torch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, headrace.engine.process; sys.exit('torch' in sys.modules)"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == 0

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from tests.integration.gateway_rig import Gateway, HttpAnswer, running_gateway, wait_for
 
 from headrace.api.messages import EndpointRule
-from tests.integration.gateway_rig import Gateway, HttpAnswer, running_gateway, wait_for
 
 pytestmark = pytest.mark.slow
 

@@ -6,9 +6,9 @@ import asyncio
 import json
 
 import pytest
+from tests.integration.gateway_rig import Client, Gateway, running_gateway, wait_for
 
 from headrace.api.messages import EndpointRule
-from tests.integration.gateway_rig import Client, Gateway, running_gateway, wait_for
 
 pytestmark = pytest.mark.slow
 

@@ -46,7 +46,7 @@ class LoadSpec:
     duration_s: float | None = None
     """How long requests are sent; those open at the end are waited for."""
     warmup_requests: int = 0
-    """Sent before, and not measured."""
+    """Sent before, and not measured: as many at a time as the load, in an open loop all at once."""
     timeout_s: float = 300.0
     """Longest time for one request."""
 
@@ -136,7 +136,7 @@ class LoadGenerator:
 
     async def _warm_up(self) -> None:
         num = self._spec.warmup_requests
-        await self._run_closed(min(num, self._spec.concurrency or 4), iter(range(-num, 0)), None)
+        await self._run_closed(min(num, self._spec.concurrency or num), iter(range(-num, 0)), None)
         failed = [record for record in self._records if not record.is_ok]
         if failed and len(failed) == num:
             raise WarmupFailed(

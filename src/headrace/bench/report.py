@@ -6,7 +6,9 @@ Owns the presentation. Must not know how figures are measured.
 from __future__ import annotations
 
 import msgspec
+from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -22,7 +24,7 @@ def to_json(report: BenchReport) -> bytes:
 def print_report(report: BenchReport, console: Console) -> None:
     """Print the report's head and one block per run, and a comparison when there are several."""
     console.print(
-        f"[bold]{report.model}[/] at {report.url}, {report.endpoint}, "
+        f"[bold]{escape(report.model)}[/] at {escape(report.url)}, {report.endpoint}, "
         f"{report.input_tokens} tokens in, {report.output_tokens} out"
         + (" (end of text ignored)" if report.ignore_eos else ""),
         highlight=False,
@@ -72,22 +74,14 @@ def render_run(run: RunResult) -> RenderableType:
 
 
 def render_comparison(runs: list[RunResult]) -> Table:
-    """Return one line per run."""
-    table = Table(title="all runs", title_justify="left", title_style="bold")
-    for name in (
-        "load",
-        "output tokens/s",
-        "requests/s",
-        "TTFT p50",
-        "TTFT p99",
-        "TPOT p50",
-        "failed",
-        "valid",
-    ):
-        table.add_column(name, justify="right")
+    """Return one line per run of a closed loop."""
+    # Narrow enough for 80 columns: a wrapped figure cannot be read.
+    table = Table(title="all runs", title_justify="left", title_style="bold", box=box.SIMPLE, padding=0)
+    for name in ("at a time", "tokens/s", "req/s", "TTFT p50", "TTFT p99", "TPOT p50", "failed", "valid"):
+        table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         table.add_row(
-            _load(run),
+            str(run.concurrency),
             f"{run.output_tokens_per_s:,.1f}",
             f"{run.requests_per_s:.2f}",
             _number(run.ttft_ms.p50 if run.ttft_ms else None),

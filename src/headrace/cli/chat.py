@@ -6,6 +6,8 @@ Alone: `python -m headrace.cli.chat`.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import sys
@@ -162,6 +164,8 @@ def chat(
 
 def _converse(conversation: Conversation, errors: Console) -> None:
     """Ask and answer until the end of input or Ctrl-C at the prompt."""
+    with contextlib.suppress(ImportError):  # some Pythons are built without it
+        importlib.import_module("readline")  # gives `input` line editing and history
     errors.print(
         f"{conversation.model} at {conversation.url}. Ctrl-C stops an answer, Ctrl-D leaves.",
         style="dim",

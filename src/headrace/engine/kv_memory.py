@@ -32,16 +32,16 @@ def plan_kv_blocks(spec: EngineSpec, h: Hyperparameters, bytes_per_token: int) -
 def choose_num_blocks(spec: EngineSpec, context_length: int, bytes_per_token: int, free_bytes: int) -> int:
     """Pure part of `plan_kv_blocks`.
 
-    Asked for: all of it must be free. Not asked: max_running requests of 1,024 tokens (or of the context, where
-    that is shorter) within half of the free memory, because another engine may be starting beside this one.
+    Asked for: all of it must be free. Not asked: max_running requests of 1,024 tokens (or of the context,
+    where that is shorter) within half of the free memory: another engine may be starting beside this one.
     """
     block_bytes = bytes_per_token * spec.block_size
     longest = min(spec.max_context_tokens or context_length, context_length)
     if spec.kv_cache_bytes:
         if spec.kv_cache_bytes > free_bytes:
             raise ConfigError(
-                f"kv_cache_mb asks for {format_bytes(spec.kv_cache_bytes)} and {format_bytes(free_bytes)} of memory "
-                f"are free; set kv_cache_mb to at most {int(free_bytes * _FREE_SHARE) // MIB}"
+                f"kv_cache_mb asks for {format_bytes(spec.kv_cache_bytes)} and {format_bytes(free_bytes)} "
+                f"of memory are free; set kv_cache_mb to at most {int(free_bytes * _FREE_SHARE) // MIB}"
             )
         num_blocks = spec.kv_cache_bytes // block_bytes
     else:
@@ -50,8 +50,9 @@ def choose_num_blocks(spec: EngineSpec, context_length: int, bytes_per_token: in
         num_blocks = min(-(-wanted_bytes // block_bytes), int(free_bytes * _FREE_SHARE) // block_bytes)
     if num_blocks < 2:
         raise ConfigError(
-            f"{format_bytes(spec.kv_cache_bytes or free_bytes * _FREE_SHARE)} of KV memory hold fewer than 2 blocks "
-            f"of {format_bytes(block_bytes)}; set kv_cache_mb to at least {-(-2 * block_bytes // MIB)}"
+            f"{format_bytes(spec.kv_cache_bytes or free_bytes * _FREE_SHARE)} of KV memory hold fewer than "
+            f"2 blocks of {format_bytes(block_bytes)}; "
+            f"set kv_cache_mb to at least {-(-2 * block_bytes // MIB)}"
         )
     return num_blocks
 

@@ -1,7 +1,7 @@
 """The oracle: one request, no KV cache, every token recomputed from scratch in float32.
 
-Shares with the paged engine only the weights' names and readers: its own forward pass, written from the papers
-with plain torch. Slow on purpose. Must not know blocks, batches or operations.
+Shares with the paged engine only the weights' names and readers: its own forward pass, written from the
+papers with plain torch. Slow on purpose. Must not know blocks, batches or operations.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
-from headrace.engine.model_files.metadata import Hyperparameters, RopeScaling, read_metadata
+from headrace.engine.model_files.metadata import RopeScaling, read_metadata
 from headrace.engine.model_files.resolve import ModelFiles
 from headrace.engine.weights.names import expected_shapes
 from headrace.engine.weights.source import open_weights
@@ -52,7 +52,7 @@ class NaiveModel:
         x = x + (self._norm(attended, at + "post_attention_norm") if h.has_post_norms else attended)
         normed = self._norm(x, at + "mlp_norm")
         gate = normed @ weights[at + "gate"].T
-        gate = F.silu(gate) if h.activation == "silu" else F.gelu(gate, approximate="tanh")
+        gate = functional.silu(gate) if h.activation == "silu" else functional.gelu(gate, approximate="tanh")
         out = (gate * (normed @ weights[at + "up"].T)) @ weights[at + "down"].T
         return x + (self._norm(out, at + "post_mlp_norm") if h.has_post_norms else out)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from itertools import count
 
+import numpy as np
+
 from headrace.api.messages import (
     EngineLoad,
     EngineReady,
@@ -17,12 +19,12 @@ from headrace.api.messages import (
 )
 from headrace.clock import Clock
 from headrace.engine.kv_cache.block_pool import BlockPool
-from headrace.engine.protocol import ModelRunner
+from headrace.engine.protocol import ModelRunner, StepInput
 from headrace.engine.request import EngineRequest, check_request
 from headrace.engine.sampler import Sampled, Sampler
 from headrace.engine.scheduler import Decision, Scheduler
 from headrace.engine.step_batch import StepInputBuilder
-from headrace.errors import InvalidRequest
+from headrace.errors import InvalidRequest, ModelError
 
 
 class NativeEngine:
@@ -62,6 +64,27 @@ class NativeEngine:
             phases={},
         )
 
+    def compute_first_step(self) -> None:
+        """Compute one step before anyone waits for it. Raises ModelError if its logits are not finite."""
+        num_tokens = min(self._runner.block_size, self._spec.token_budget)
+        places = np.arange(num_tokens, dtype=np.int32)
+        logits_SV = self._runner.execute(
+            StepInput(
+                token_ids_T=np.zeros(num_tokens, np.int32),
+                positions_T=places,
+                slots_T=places,
+                query_starts=np.array([0, num_tokens], np.int32),
+                context_lengths_R=np.array([num_tokens], np.int32),
+                block_tables=[[0]],
+                sampled_rows_S=places[-1:],
+            )
+        )
+        if not bool(logits_SV.isfinite().all()):
+            raise ModelError(
+                "the model's first step gave logits that are not finite; its file is damaged, or its numbers "
+                "do not fit into this dtype: set dtype to float32"
+            )
+
     def submit(self, request: GenerationRequest) -> None:
         if request.request_id in self._scheduler:
             raise InvalidRequest(f"request id {request.request_id!r} is in use; ids must be unique")
@@ -79,6 +102,7 @@ class NativeEngine:
     def step(self) -> StepBatch:
         begin_s = self._clock.now_s()
         decision = self._scheduler.schedule()
+        assert decision.scheduled, f"a step without work: {self!r}"
         logits_SV = self._runner.execute(self._builder.build(decision.scheduled))
         requests = [item.request for item in decision.scheduled if item.is_sampled]
         sampled = self._sampler.sample(logits_SV, requests)

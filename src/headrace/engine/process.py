@@ -34,9 +34,11 @@ from headrace.clock import Clock, SystemClock
 from headrace.engine.channel import FrontChannel, FrontGone
 from headrace.engine.protocol import Engine
 from headrace.engine.simulated import SimulatedEngine
-from headrace.errors import ConfigError, ModelError, ProtocolError, RequestError
+from headrace.errors import ConfigError, ModelError, Overloaded, ProtocolError, RequestError
 
 HEARTBEAT_S = 1.0
+MAX_WAITING = 65536
+"""As many as the largest max_open: a front that keeps to its own limit never meets this one."""
 _PR_SET_PDEATHSIG = 1
 
 OnPhase = Callable[[str], None]
@@ -136,8 +138,7 @@ class EngineLoop:
         match command:
             case Submit(request):
                 try:
-                    if self._drain.is_set:
-                        raise RequestError("the engine is draining and takes no more requests")
+                    self._check_open()
                     self._engine.submit(request)
                 except RequestError as error:
                     # The id must end exactly once: if it is a double, the first one ends here too.
@@ -149,6 +150,12 @@ class EngineLoop:
                 self._engine.abort(request_id)
             case Drain():
                 self._drain.is_set = True
+
+    def _check_open(self) -> None:
+        if self._drain.is_set:
+            raise Overloaded("the engine is draining and takes no more requests")
+        if self._engine.load().num_waiting >= MAX_WAITING:
+            raise Overloaded(f"{MAX_WAITING} requests wait in the engine already; send it again later")
 
     def _take_refusals(self) -> list[StepOutput]:
         refusals, self._refusals = self._refusals, []
@@ -186,18 +193,21 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
     """Build the engine that `spec` names. Raises ConfigError, ModelError, MemoryError, OSError."""
     check_spec(spec)
     if spec.kind == "simulated":
-        on_phase("start")
+        on_phase("waiting for simulated_start_s")
         time.sleep(spec.simulated_start_s)
         return SimulatedEngine(spec, clock, time.sleep)
     from headrace.engine.model_files.resolve import resolve_model
 
-    on_phase("find")
+    on_phase("finding the model")
     files = resolve_model(spec.model)
-    on_phase("import")
+    on_phase("importing torch")
     from headrace.engine.native import NativeEngine
     from headrace.engine.runner import load_runner
 
-    return NativeEngine(spec, load_runner(spec, files, on_phase), clock)
+    engine = NativeEngine(spec, load_runner(spec, files, on_phase), clock)
+    on_phase("computing the first step")
+    engine.compute_first_step()
+    return engine
 
 
 def die_with_parent() -> None:

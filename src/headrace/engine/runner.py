@@ -35,7 +35,7 @@ class DecoderRunner:
         longest = min(spec.max_context_tokens or h.context_length, h.context_length)
         self.max_context_tokens = min(longest, self.num_blocks * self.block_size)
         self.eos_token_ids = metadata.eos_token_ids
-        self.architecture = h.architecture
+        self.architecture: str = h.architecture
         self.path = operations.description
         self._decoder = decoder
         self._caches = decoder.new_kv_caches(self.num_blocks)

@@ -1,8 +1,8 @@
 """Which clients have closed their connection to HAProxy, asked of the kernel.
 
-HAProxy 2.8 does not read from a client while it waits for the router's answer (`option abortonclose` begins to
-work once a server is being connected), so it notices only resets. A connection whose peer closed it is in the
-state CLOSE_WAIT until HAProxy closes it too. Source: sock_diag(7), linux/inet_diag.h.
+HAProxy 2.8 does not read from a client while it waits for the router's answer (`option abortonclose`
+begins to work once a server is being connected), so it notices only resets. A connection whose peer
+closed it is in the state CLOSE_WAIT until HAProxy closes it too. Source: sock_diag(7), linux/inet_diag.h.
 Must not know requests.
 """
 
@@ -20,7 +20,7 @@ _NLM_F_REQUEST, _NLM_F_DUMP = 1, 0x300
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _TCP_CLOSE_WAIT = 8
 _HEADER = struct.Struct("=LHHLL")
-_REQUEST = struct.Struct("=BBBBL HH16s16sLLL".replace(" ", ""))
+_REQUEST = struct.Struct("=BBBBLHH16s16sLLL")
 _SOCKET_ID = struct.Struct(">HH16s16s")
 _SOCKET_ID_OFFSET = 4  # in inet_diag_msg: family, state, timer, retransmissions
 _RECEIVE_BYTES = 65_536
@@ -29,10 +29,11 @@ _MAPPED_IPV4 = bytes(10) + b"\xff\xff"
 
 
 class ClosedPeers:
-    """Asks over one netlink socket. Where the kernel does not answer (a sandbox), no client ever seems closed."""
+    """Asks over one netlink socket. Where the kernel does not answer (a sandbox), no client seems closed."""
 
     def __init__(self, port: int) -> None:
-        self._port = port
+        self.port = port
+        """Local port of the connections to look at."""
         self.last_error = ""
         try:
             self._socket: socket.socket | None = socket.socket(
@@ -66,7 +67,7 @@ class ClosedPeers:
             0,
             0,
             1 << _TCP_CLOSE_WAIT,
-            socket.htons(self._port),
+            socket.htons(self.port),
             0,
             b"",
             b"",
@@ -81,7 +82,7 @@ class ClosedPeers:
         peers: set[Peer] = set()
         while True:
             is_done, found = parse_dump(self._socket.recv(_RECEIVE_BYTES))
-            peers |= {peer for port, peer in found if port == self._port}
+            peers |= {peer for port, peer in found if port == self.port}
             if is_done:
                 return peers
 

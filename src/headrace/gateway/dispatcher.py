@@ -22,7 +22,7 @@ RECONCILE_AFTER_S = 30.0
 """A bound request that its replica does not know of is given up after this time: its completion was lost.
 Long enough for a slow upload, during which the front does not count the request yet."""
 ORPHAN_LIMIT_S = 600.0
-"""The same for a request whose replica is gone: it may live on at another one, which only the log will tell."""
+"""The same for a request whose replica is gone: it may live on at another one, as only the log can tell."""
 MAX_ENDED_REMEMBERED = 65_536
 _RATE_DECAY = 0.8
 
@@ -302,8 +302,8 @@ class Dispatcher:
             self._ended.popitem(last=False)
 
     def _reconcile(self, now_s: float) -> None:
-        """End requests whose completion line was lost: by what their fronts said, or because a replica reports
-        fewer open requests than we bound to it long ago (those are all known to it, if they live)."""
+        """End requests whose completion line was lost: by what their fronts said, or because a replica
+        reports fewer open requests than we bound to it long ago (it knows all of those that live)."""
         old: dict[str, list[tuple[str, _InFlight]]] = {}
         for request_id, bound in list(self._in_flight.items()):
             if bound.front_state is not None:

@@ -1,4 +1,4 @@
-"""Files that another process reads: each is replaced as a whole or not at all, and only its owner may read it."""
+"""Files that another process reads: each is replaced as a whole or not at all, readable by its owner only."""
 
 from __future__ import annotations
 

@@ -55,8 +55,8 @@ def unknown_model(names: Sequence[str], model: str) -> str:
 
 def model_not_found_in_head(head_bytes: int) -> str:
     return error_body(
-        f"No string field `model` was found in the first {head_bytes} bytes of the body, which must be a JSON "
-        "object. Several models are served here: name one, and put `model` before `messages` in a long body.",
+        f"No string field `model` was found in the first {head_bytes} bytes of the body, which must be a "
+        "JSON object. Several models are served: name one; in a long body put `model` before `messages`.",
         code="model_required",
         param="model",
     )

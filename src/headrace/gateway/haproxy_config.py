@@ -1,16 +1,14 @@
 """HAProxy's files, rendered: haproxy.cfg, spoe.conf, the map from model to backend, and the static answers.
 
-Pure: GatewaySpec and the current servers in, file contents out. Owns every path and limit that HAProxy is given.
+Pure: GatewaySpec and the current servers in, file contents out. Owns every path and limit HAProxy is given.
 The rendered text always holds the current servers, so that a restart or a reload of HAProxy loses none.
 Must not know who writes the files (`headrace.gateway.process`) or the runtime API (`haproxy_runtime`).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 import headrace
 from headrace.api.config import split_address
@@ -18,6 +16,7 @@ from headrace.api.messages import GatewaySpec
 from headrace.errors import ConfigError
 from headrace.gateway import haproxy_answers as answers
 from headrace.gateway.names import backend_name, encode_name
+from headrace.gateway.paths import GatewayPaths, check_run_dir
 
 BUFFER_BYTES = 131_072
 """tune.bufsize. A longer head makes every open request dearer; the rest of a body streams through."""
@@ -27,9 +26,9 @@ MAX_HEADER_BYTES = 32_768
 ROUTER_BACKEND = "headrace-router"
 MODEL_IN_REQUEST = "%[var(txn.model),bytes(0,128),json(utf8ps)]"
 """HAProxy's expression for the model that was asked for, safe inside a JSON string."""
-_PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/-]*")
-MAX_RUN_DIR_LENGTH = 70
-"""A UNIX socket's path has at most 107 bytes, and HAProxy appends a suffix while it binds."""
+_CLIENT_ID_PATTERN = "^[A-Za-z0-9._:@/+=-]{1,128}$"
+"""What a client's x-request-id may look like; others are dropped, since it comes back in our answers."""
+_RETURN = "http-request return status"
 _FDS_RESERVED = 256
 """Listeners, health checks, SPOE connections, logs, pipes between master and worker."""
 _FDS_PER_CONNECTION = 3
@@ -64,75 +63,17 @@ class Server:
         return f"check inter 1s fall 2 rise 1{limit}"
 
 
-@dataclass(frozen=True, slots=True)
-class GatewayPaths:
-    """Every file and socket of the gateway inside the run directory."""
-
-    run_dir: str
-
-    def path(self, name: str) -> str:
-        return str(PurePosixPath(self.run_dir) / name)
-
-    @property
-    def config(self) -> str:
-        return self.path("haproxy.cfg")
-
-    @property
-    def spoe_config(self) -> str:
-        return self.path("spoe.conf")
-
-    @property
-    def endpoint_map(self) -> str:
-        return self.path("endpoints.map")
-
-    @property
-    def models(self) -> str:
-        return self.path("models.json")
-
-    @property
-    def model_map(self) -> str:
-        return self.path("models.map")
-
-    @property
-    def runtime_socket(self) -> str:
-        return self.path("haproxy.sock")
-
-    @property
-    def master_socket(self) -> str:
-        return self.path("haproxy-master.sock")
-
-    @property
-    def spoe_socket(self) -> str:
-        return self.path("spoe.sock")
-
-    @property
-    def completions_socket(self) -> str:
-        return self.path("completions.sock")
-
-    @property
-    def router_socket(self) -> str:
-        return self.path("router.sock")
-
-    @property
-    def metrics_socket(self) -> str:
-        return self.path("metrics.sock")
-
-    @property
-    def controller_socket(self) -> str:
-        return self.path("controller.sock")
-
-
 def size_max_connections(spec: GatewaySpec, fd_limit: int) -> int:
     """Return HAProxy's maxconn. fd_limit: the hard limit, to which HAProxy raises itself.
 
-    HAProxy refuses to start when maxconn needs more descriptors than that. Raises ConfigError if the spec does.
+    HAProxy refuses to start when maxconn needs more. Raises ConfigError if the spec asks for more.
     """
     possible = (fd_limit - _FDS_RESERVED) // _FDS_PER_CONNECTION
     wanted = spec.max_connections
     if possible < 16 or wanted > possible:
         raise ConfigError(
-            f"gateway.max_connections is {wanted or 'automatic'}; the file-descriptor limit of {fd_limit} allows "
-            f"{max(possible, 0)}. Raise it (`ulimit -Hn`), or ask for fewer connections."
+            f"gateway.max_connections is {wanted or 'automatic'}; the file-descriptor limit of {fd_limit} "
+            f"allows {max(possible, 0)}. Raise it (`ulimit -Hn`), or ask for fewer connections."
         )
     return wanted or min(possible, _MAX_CONNECTIONS)
 
@@ -140,7 +81,7 @@ def size_max_connections(spec: GatewaySpec, fd_limit: int) -> int:
 def render_files(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -> dict[str, str]:
     """Return {path: content} of every file that HAProxy reads. Raises ConfigError."""
     paths = GatewayPaths(spec.run_dir)
-    _check_paths(spec.run_dir)
+    check_run_dir(spec.run_dir)
     names = [rule.name for rule in spec.endpoints]
     models = answers.models_list(names)
     if len(models) > BUFFER_BYTES // 2:
@@ -252,12 +193,13 @@ def _defaults_section(spec: GatewaySpec) -> str:
 def _frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
     names = [rule.name for rule in spec.endpoints]
     limit = spec.max_body_bytes
+    headers_too_large = f"if {{ req.hdrs,length gt {MAX_HEADER_BYTES} }}"
+    body_too_large = f"if is_generation {{ req.hdr_val(content-length) gt {limit} }}"
+    no_model = "if is_generation !has_model"
     if len(names) == 1:  # nothing to choose: the front reads the model, wherever it is in the body
-        no_model = (
-            f"http-request set-var(txn.backend) str({backend_name(names[0])}) if is_generation !has_model"
-        )
+        without_model = f"http-request set-var(txn.backend) str({backend_name(names[0])}) {no_model}"
     else:
-        no_model = _return(400, answers.model_not_found_in_head(HEAD_BYTES), "if is_generation !has_model")
+        without_model = _return(400, answers.model_not_found_in_head(HEAD_BYTES), no_model)
     return f"""frontend headrace
   bind {_bind_address(spec.bind)}
   unique-id-format hr-%{{+X}}o%Ts-%pid-%rt
@@ -271,19 +213,19 @@ def _frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
   # What a client says about itself is not believed: our headers come from us alone.
   http-request del-header x-headrace- -m beg
   http-request set-header x-headrace-request-id %[unique-id]
-  http-request del-header x-request-id unless {{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9._:@/+=-]{{1,128}}$ }}
+  http-request del-header x-request-id unless {{ req.hdr(x-request-id) -m reg {_CLIENT_ID_PATTERN} }}
   http-request set-var(txn.client_id) req.hdr(x-request-id)
   http-request set-var(txn.client_id) unique-id unless {{ var(txn.client_id) -m found }}
   http-after-response set-header x-request-id %[var(txn.client_id)] if {{ var(txn.client_id) -m found }}
-  {_return(413, answers.headers_too_large(MAX_HEADER_BYTES), f"if {{ req.hdrs,length gt {MAX_HEADER_BYTES} }}")}
+  {_return(413, answers.headers_too_large(MAX_HEADER_BYTES), headers_too_large)}
   {_return(404, answers.unknown_path(), "unless is_generation or is_status")}
   {_return(405, answers.method_not_allowed("POST"), "if is_generation !METH_POST", ("allow", "POST"))}
-  {_return(413, answers.body_too_large(limit), f"if is_generation {{ req.hdr_val(content-length) gt {limit} }}")}
+  {_return(413, answers.body_too_large(limit), body_too_large)}
   http-request wait-for-body time 10s at-least {HEAD_BYTES} if is_generation
   http-request set-var(txn.model) req.body,json_query('$.model') if is_generation
   http-request set-var(txn.backend) var(txn.model),map_str({paths.endpoint_map}) if has_model
   {_return_format(404, answers.unknown_model(names, MODEL_IN_REQUEST), "if has_model !has_backend")}
-  {no_model}
+  {without_model}
   filter spoe engine route config {paths.spoe_config}
   http-request send-spoe-group route decide if is_generation {{ nbsrv({ROUTER_BACKEND}) gt 0 }}
   http-request return status 503 content-type application/json hdr retry-after %[var(txn.route.retry_after)] \
@@ -361,17 +303,17 @@ backend headrace-router-metrics
 
 def _return(status: int, body: str, condition: str, header: tuple[str, str] | None = None) -> str:
     extra = f" hdr {header[0]} {_quote(header[1])}" if header else ""
-    return f"http-request return status {status} content-type application/json{extra} string {_quote(body)} {condition}"
+    return f"{_RETURN} {status} content-type application/json{extra} string {_quote(body)} {condition}"
 
 
 def _return_format(status: int, body: str, condition: str) -> str:
     """Like `_return`; `body` may hold HAProxy's %[expressions]."""
-    return f"http-request return status {status} content-type application/json lf-string {_quote(body)} {condition}"
+    return f"{_RETURN} {status} content-type application/json lf-string {_quote(body)} {condition}"
 
 
 def _quote(text: str) -> str:
     """Quote one word. Strong quotes take everything but a strong quote, which no answer of ours holds."""
-    assert "'" not in text and "\n" not in text, f"cannot be quoted for HAProxy: {text!r}"
+    assert not {"'", "\n"} & set(text), f"cannot be quoted for HAProxy: {text!r}"
     return f"'{text}'"
 
 
@@ -387,12 +329,3 @@ def _longest_hold_s(spec: GatewaySpec) -> float:
 
 def _milliseconds(seconds: float) -> str:
     return f"{round(seconds * 1000)}ms"
-
-
-def _check_paths(run_dir: str) -> None:
-    if len(run_dir.encode()) > MAX_RUN_DIR_LENGTH or not _PLAIN_PATH.fullmatch(run_dir):
-        raise ConfigError(
-            f"the run directory is {run_dir!r}; it must be an absolute path of at most {MAX_RUN_DIR_LENGTH} bytes, "
-            "of letters, digits and . _ / -, because UNIX sockets and HAProxy's files allow no more. "
-            "Set TMPDIR to a short directory."
-        )

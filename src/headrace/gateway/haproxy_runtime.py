@@ -1,4 +1,4 @@
-"""HAProxy's runtime API: one command at a time over its UNIX sockets, each with a time limit and a size limit.
+"""HAProxy's runtime API: one command at a time over its UNIX sockets, each with limits of time and size.
 
 Owns the commands' grammar and what their answers mean. Must not know which servers are wanted.
 """
@@ -102,7 +102,7 @@ async def _exchange(socket: str, command: str) -> str:
 
 
 def _expect(reply: str, wanted: str) -> None:
-    """Raise HaproxyRefused unless the reply is the wanted one; commands without output answer an empty line."""
+    """Raise HaproxyRefused unless the reply is the wanted one; empty: a command that says nothing."""
     text = reply.strip()
     if (wanted and wanted not in text) or (not wanted and text):
         raise HaproxyRefused(text or "empty answer")

@@ -18,7 +18,8 @@ from headrace.api.config import split_address
 from headrace.api.messages import GatewaySpec, ProcessSpec
 from headrace.errors import ConfigError
 from headrace.gateway.files import write_files
-from headrace.gateway.haproxy_config import GatewayPaths, render_files
+from headrace.gateway.haproxy_config import render_files
+from headrace.gateway.paths import GatewayPaths
 
 SIGNAL_DRAIN = 10
 """SIGUSR1: HAProxy stops listening and ends when its last stream ended (SIGTERM would cut them)."""
@@ -93,7 +94,8 @@ def check_port_is_free(address: str, setting: str) -> None:
 def _owner_of(port: int) -> str:
     try:
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            local_port = getattr(connection.laddr, "port", 0)
+            if connection.status == psutil.CONN_LISTEN and local_port == port and connection.pid:
                 return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
     except (psutil.Error, OSError):
         pass  # other users' processes cannot be looked at

@@ -15,7 +15,7 @@ from headrace.gateway.haproxy_config import Server
 from headrace.gateway.names import REPLICA_ID, encode_name
 
 CLOSED_GRACE_S = 0.3
-"""A replica whose connection closed is not chosen; it is gone if it does not report again within this time."""
+"""A replica whose connection closed is not chosen; it is gone unless it reports again within this time."""
 MAX_LEASE_S = 60.0
 MAX_REPLICAS = 4096
 FORGET_AFTER_S = 60.0
@@ -62,6 +62,8 @@ class ReplicaTable:
     known_paths: dict[str, float] = field(default_factory=dict)
     """Server path -> when its replica was last there; what the ServerKeeper may take away."""
     num_ignored_reports: int = 0
+    revision: int = 0
+    """Grows when the wanted servers may have changed."""
 
     def observe(self, report: LoadReport, connection: object, now_s: float) -> Replica | None:
         """Take a report. None if it must be ignored (out of date, or of a replica that listens nowhere yet).
@@ -73,16 +75,21 @@ class ReplicaTable:
             return None
         if not report.address and replica is None:
             return None  # still starting: the controller's business
-        server = _check(report, replica.server.address if replica is not None else "")
+        server = _check(report, replica.server if replica is not None else None)
         if replica is None:
             if len(self.replicas) >= MAX_REPLICAS:
                 raise ProtocolError(f"more than {MAX_REPLICAS} replicas report")
             replica = Replica(
                 report.replica_id, report.endpoint, server, 0, "starting", 0, 0.0, 0, 0, connection
             )
+            self.revision += 1
+            self.known_paths[server.path] = now_s
             self.replicas[report.replica_id] = replica
         if replica.server.endpoint != server.endpoint:
             raise ProtocolError(f"replica {report.replica_id} changed its endpoint to {report.endpoint!r}")
+        if replica.server != server or replica.state != report.state or not replica.is_connected:
+            self.revision += 1
+            self.known_paths[server.path] = now_s
         replica.server = server
         replica.pid = report.pid
         replica.state = report.state
@@ -92,7 +99,6 @@ class ReplicaTable:
         replica.max_open = report.max_open
         replica.connection = connection
         replica.is_connected = True
-        self.known_paths[server.path] = now_s
         return replica
 
     def connection_closed(self, connection: object, now_s: float) -> bool:
@@ -109,6 +115,7 @@ class ReplicaTable:
         """Remove and return the replicas whose leases ended."""
         gone = [replica for replica in self.replicas.values() if replica.lease_end_s <= now_s]
         for replica in gone:
+            self.revision += 1
             replica.is_gone = True
             del self.replicas[replica.replica_id]
             self.known_paths[replica.server.path] = now_s
@@ -144,16 +151,22 @@ class ReplicaTable:
         return connection is not replica.connection  # a restarted front comes over a new connection
 
 
-def _check(report: LoadReport, known_address: str) -> Server:
+def _check(report: LoadReport, known: Server | None) -> Server:
     """Return the report's server. Raises ProtocolError for what would be nonsense inside HAProxy."""
-    if not REPLICA_ID.fullmatch(report.replica_id):
-        raise ProtocolError(f"replica id {report.replica_id!r} has characters that are not allowed")
     if not 0 < report.lease_s <= MAX_LEASE_S:
         raise ProtocolError(f"lease_s is {report.lease_s}; it must be in (0, {MAX_LEASE_S:.0f}]")
     if report.num_open < 0 or not 0 <= report.max_open <= 65_536:
         raise ProtocolError(f"num_open is {report.num_open} and max_open {report.max_open}")
+    if (
+        known is not None
+        and report.address in ("", known.address)
+        and (report.endpoint, report.max_open) == (known.endpoint, known.max_open)
+    ):
+        return known  # nothing new: the usual case, many times a second
+    if not REPLICA_ID.fullmatch(report.replica_id):
+        raise ProtocolError(f"replica id {report.replica_id!r} has characters that are not allowed")
     try:
-        host, port = split_address(report.address or known_address)
+        host, port = split_address(report.address)
     except ValueError as error:
         raise ProtocolError(f"address: {error}") from error
     if port == 0:

@@ -22,11 +22,11 @@ from headrace.gateway.closed_peers import ClosedPeers
 from headrace.gateway.completions import Completion, CompletionDecoder, classify
 from headrace.gateway.dispatcher import Arrival, Bound, Dispatcher, Refused
 from headrace.gateway.haproxy_answers import error_body
-from headrace.gateway.haproxy_config import GatewayPaths
 from headrace.gateway.haproxy_runtime import HaproxyRuntime
 from headrace.gateway.metrics_server import serve_metrics
 from headrace.gateway.names import endpoint_of_backend
-from headrace.gateway.replicas import Replica, ReplicaTable
+from headrace.gateway.paths import GatewayPaths
+from headrace.gateway.replicas import ReplicaTable
 from headrace.gateway.servers import ServerKeeper
 from headrace.gateway.spoe import Arguments, SpoeAgent, SpoeCall, SpoeConnection, text_argument
 from headrace.observability.router_metrics import RouterMetrics, RouterSnapshot
@@ -48,6 +48,7 @@ class Router:
         self._paths = GatewayPaths(spec.run_dir)
         runtime = HaproxyRuntime(self._paths.runtime_socket, self._paths.master_socket)
         self.replicas = ReplicaTable()
+        self._seen_revision = 0
         self.dispatcher = Dispatcher(spec.endpoints, self.replicas)
         self.keeper = ServerKeeper(spec, fd_limit, runtime, self._on_servers_changed)
         self.agent = SpoeAgent(self._on_notify, self._on_spoe_lost)
@@ -170,14 +171,10 @@ class Router:
             self.dispatcher.front_finished(finished, now_s)
         if replica is not None:
             self._on_replicas_changed()
-            replica.is_serving = replica.server.path in self.keeper.serving
             self.dispatcher.pump(replica.endpoint, now_s)
-        connection.acknowledge(ReportAck(report.sequence, self._is_released(report, replica)))
-
-    def _is_released(self, report: LoadReport, replica: Replica | None) -> bool:
-        if report.state != "draining":
-            return False
-        return replica is None or self.keeper.is_released(replica.server.path)
+        if report.state == "draining":
+            is_released = replica is None or self.keeper.is_released(replica.server.path)
+            connection.acknowledge(ReportAck(report.sequence, is_released))
 
     def _on_report_lost(self, connection: ReportConnection) -> None:
         self.replicas.connection_closed(connection, self._clock.now_s())
@@ -187,6 +184,10 @@ class Router:
         logger.warning("load report ignored: %s", error)
 
     def _on_replicas_changed(self) -> None:
+        if self._seen_revision == self.replicas.revision:
+            return
+        self._seen_revision = self.replicas.revision
+        self.replicas.mark_serving(self.keeper.serving)
         self.keeper.want(self.replicas.wanted_servers(), self.replicas.known_paths)
 
     def _on_servers_changed(self) -> None:
@@ -205,8 +206,8 @@ class Router:
     async def _tick_for_ever(self) -> None:
         while True:
             now_s = self._clock.now_s()
-            if self.replicas.expire(now_s):
-                self._on_replicas_changed()
+            self.replicas.expire(now_s)
+            self._on_replicas_changed()
             self.dispatcher.tick(now_s)
             if self.dispatcher.num_held:
                 self.dispatcher.clients_left(self._closed_peers.find())
@@ -224,6 +225,7 @@ class Router:
             logger.error("gateway spec refused: %s", error)
             return
         self._spec = spec
+        self._closed_peers.port = split_address(spec.bind)[1]
         self.dispatcher.set_rules(spec.endpoints)
 
 

@@ -23,7 +23,7 @@ NotifyHandler = Callable[["SpoeCall", bytes, Arguments], None]
 
 
 class SpoeCall:
-    """One NOTIFY frame that waits for its answer. Answer it once; after the connection's end it is a no-op."""
+    """One NOTIFY frame that waits for its answer. Answer it once; once the connection ended, in vain."""
 
     __slots__ = ("_frame_id", "_stream_id", "connection")
 

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from headrace.api.messages import Demand
+from headrace.api.messages import Demand, TerminalState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -55,14 +55,14 @@ class RouterCollector(Collector):
             yield CounterMetricFamily(f"headrace_router_{name}", text, value=snapshot.totals.get(name, 0))
 
 
+def _gauge(name: str, text: str, label: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"headrace_router_{name}", text, labels=[label])
+
+
 def _endpoint_metrics(demand: Demand) -> Iterator[Metric]:
-    held = GaugeMetricFamily("headrace_router_held_requests", "Requests that wait", labels=["endpoint"])
-    oldest = GaugeMetricFamily(
-        "headrace_router_oldest_held_seconds", "Age of the oldest", labels=["endpoint"]
-    )
-    in_flight = GaugeMetricFamily(
-        "headrace_router_in_flight_requests", "Bound, not ended", labels=["endpoint"]
-    )
+    held = _gauge("held_requests", "Requests that wait for a replica", "endpoint")
+    oldest = _gauge("oldest_held_seconds", "How long the oldest of them waits", "endpoint")
+    in_flight = _gauge("in_flight_requests", "Requests bound to a replica and not ended", "endpoint")
     arrived = CounterMetricFamily("headrace_router_arrived_requests", "Requests taken", labels=["endpoint"])
     ended = CounterMetricFamily(
         "headrace_router_ended_requests", "Requests by terminal state", labels=["endpoint", "state"]
@@ -73,18 +73,14 @@ def _endpoint_metrics(demand: Demand) -> Iterator[Metric]:
         oldest.add_metric([name], endpoint.oldest_held_s)
         in_flight.add_metric([name], endpoint.num_in_flight)
         arrived.add_metric([name], endpoint.arrived)
-        for state in ("finished", "aborted", "refused", "failed"):
-            ended.add_metric([name, state], getattr(endpoint, state))
+        for state in TerminalState:
+            ended.add_metric([name, state.value], getattr(endpoint, state.value))
     yield from (held, oldest, in_flight, arrived, ended)
 
 
 def _replica_metrics(demand: Demand) -> Iterator[Metric]:
-    in_flight = GaugeMetricFamily(
-        "headrace_router_replica_in_flight_requests", "Bound to the replica", labels=["replica"]
-    )
-    serving = GaugeMetricFamily(
-        "headrace_router_replica_serving", "1 if the replica may be chosen", labels=["replica"]
-    )
+    in_flight = _gauge("replica_in_flight_requests", "Requests bound to the replica", "replica")
+    serving = _gauge("replica_serving", "1 if the replica may be chosen", "replica")
     for replica in demand.replicas:
         in_flight.add_metric([replica.replica_id], replica.num_in_flight)
         serving.add_metric([replica.replica_id], int(replica.is_serving))

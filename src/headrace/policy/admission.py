@@ -1,7 +1,8 @@
 """Admission: which requests are held, in which order they are bound, and when one is refused. Pure.
 
-Owns the order and the bounds of one endpoint's held requests. First come, first served for now; `AdmissionQueue`
-is the seam that fair queueing fills. Must not know how a request is answered, or what a replica is.
+Owns the order and the bounds of one endpoint's held requests. First come, first served for now;
+`AdmissionQueue` is the seam that fair queueing fills. Must not know how a request is answered, or what a
+replica is.
 """
 
 from __future__ import annotations

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import queue
 import threading
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import msgspec
 
 _MAX_WAITING_LINES = 4096
+
+
+class LineLog(Protocol):
+    """Takes one line of named fields."""
+
+    def write(self, fields: dict[str, Any]) -> None: ...
 
 
 class AccessLog:

@@ -27,7 +27,7 @@ SIMULATED_TEMPLATE = (
 )
 MAX_MESSAGES = 4096
 MAX_PROMPT_CHARACTERS = 16 * 1024 * 1024
-MAX_CPU_S = 1.0
+MAX_CPU_S = 0.5
 _MAX_REPEATED = 1_000_000
 _ROLES = ("system", "developer", "user", "assistant")
 

@@ -12,7 +12,7 @@ from typing import Protocol
 from headrace.api.messages import FinishedRequest, TerminalState
 from headrace.clock import Clock
 from headrace.observability.front_metrics import FrontMetrics
-from headrace.replica.access_log import AccessLog
+from headrace.replica.access_log import LineLog
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +54,7 @@ class Ledger:
     def __init__(
         self,
         metrics: FrontMetrics,
-        log: AccessLog,
+        log: LineLog,
         clock: Clock,
         listener: LedgerListener,
     ) -> None:

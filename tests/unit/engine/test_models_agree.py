@@ -12,23 +12,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.unit.engine.step_builder import Part, step_input
+from tests.unit.engine.tiny_models import VOCAB_SIZE, gguf_file, huggingface_directory, transformers_model
 
 from headrace.api.messages import EngineSpec
+from headrace.engine.model_files.metadata import read_metadata
 from headrace.engine.model_files.resolve import ModelFiles
 from headrace.engine.models.decoder import Decoder, DecoderStep, build_weights
-from headrace.engine.model_files.metadata import read_metadata
 from headrace.engine.naive import NaiveModel
 from headrace.engine.operations.cpu import CpuOperations
 from headrace.engine.operations.interface import Operations, StepLayout
 from headrace.engine.operations.reference import ReferenceOperations
 from headrace.engine.runner import DecoderRunner, load_runner
 from headrace.engine.weights.source import open_weights
-from tests.unit.engine.step_builder import Part, step_input
-from tests.unit.engine.tiny_models import VOCAB_SIZE, gguf_file, huggingface_directory, transformers_model
 
 BLOCK_SIZE = 8
 TOLERANCE = 2e-4
 """Largest difference of float32 logits, which span about ±20 in these models."""
+BFLOAT16_ERROR = 0.1
+"""Norm of the error over the norm of the logits: 0.03 to 0.06 for these 64-wide random models; a wrong key or
+position gives about 1."""
 ARCHITECTURES = ["llama", "gemma3"]
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -60,6 +63,10 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float =
     assert difference <= tolerance, f"logits differ by {difference}, allowed are {tolerance}"
 
 
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "changes"),
@@ -83,9 +90,15 @@ def test_logits_agree_with_transformers(tmp_path: Path, architecture: str, chang
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_gguf_file_gives_the_same_logits_as_the_directory_it_came_from(tmp_path: Path, architecture: str) -> None:
+def test_a_gguf_file_gives_the_same_logits_as_the_directory_it_came_from(
+    tmp_path: Path, architecture: str
+) -> None:
     # A converted Gemma 3 slides in five layers of six: the file does not say which.
-    changes = {} if architecture == "llama" else {"layer_types": ["sliding_attention"] * 4}
+    changes = (
+        {}
+        if architecture == "llama"
+        else {"layer_types": ["sliding_attention"] * 4, "query_pre_attn_scalar": 16}
+    )
     directory = huggingface_directory(tmp_path / "directory", architecture, **changes)
     file = gguf_file(tmp_path / "model.gguf", architecture, **changes)
     token_ids = prompt(20)
@@ -112,7 +125,9 @@ def workloads(draw: st.DrawFn) -> list[tuple[list[int], list[int]]]:
     return requests
 
 
-def run_chunked(runner: DecoderRunner, requests: list[tuple[list[int], list[int]]], seed: int) -> list[torch.Tensor]:
+def run_chunked(
+    runner: DecoderRunner, requests: list[tuple[list[int], list[int]]], seed: int
+) -> list[torch.Tensor]:
     """Compute all requests step by step, in shuffled blocks; full blocks with equal prefixes are shared."""
     blocks = list(range(runner.num_blocks))
     random.Random(seed).shuffle(blocks)
@@ -137,8 +152,12 @@ def run_chunked(runner: DecoderRunner, requests: list[tuple[list[int], list[int]
     while any(at < len(tokens) for at, (tokens, _) in zip(done, requests)):
         parts, members = [], []
         for index, (tokens, chunks) in enumerate(requests):
-            owners_ready = all(done[i] == len(requests[i][0]) for i in range(index)) or done[index] % BLOCK_SIZE
-            waits = bool(set(tables[index]) & {b for i in range(index) for b in tables[i]}) and not owners_ready
+            owners_ready = (
+                all(done[i] == len(requests[i][0]) for i in range(index)) or done[index] % BLOCK_SIZE
+            )
+            waits = (
+                bool(set(tables[index]) & {b for i in range(index) for b in tables[i]}) and not owners_ready
+            )
             if done[index] < len(tokens) and not waits:
                 end = min(done[index] + chunks[step % len(chunks)], len(tokens))
                 parts.append(Part(tokens, done[index], end, tables[index]))
@@ -170,17 +189,23 @@ def test_bfloat16_stays_near_float32(architecture: str) -> None:
     tokens = prompt(60)
     expected = naive.logits(tokens)[-1]
     found = runners["bfloat16"].execute(whole(tokens, list(range(8))))[0]
-    assert_close(found, expected, tolerance=0.06 * expected.abs().max().item())
+    assert relative_error(found, expected) < BFLOAT16_ERROR
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("operations", [ReferenceOperations(torch.float32), CpuOperations(torch.float32, 1, is_packed=False)], ids=["reference", "cpu"])
+@pytest.mark.parametrize(
+    "operations",
+    [ReferenceOperations(torch.float32), CpuOperations(torch.float32, 1, is_packed=False)],
+    ids=["reference", "cpu"],
+)
 def test_operations_keep_the_contract(tmp_path: Path, architecture: str, operations: Operations) -> None:
     files = huggingface_directory(tmp_path, architecture)
     h = read_metadata(files).hyperparameters
     with torch.inference_mode():
-        decoder = Decoder(h, build_weights(h, open_weights(files, h).read, operations), operations, BLOCK_SIZE)
+        decoder = Decoder(
+            h, build_weights(h, open_weights(files, h).read, operations), operations, BLOCK_SIZE
+        )
         caches = decoder.new_kv_caches(16)
         tokens, other = prompt(30), prompt(9, seed=1)
         naive = NaiveModel(files)
@@ -198,7 +223,9 @@ def test_operations_keep_the_contract(tmp_path: Path, architecture: str, operati
                     torch.from_numpy(batch.positions_T),
                     torch.from_numpy(batch.slots_T).long(),
                     torch.from_numpy(batch.sampled_rows_S),
-                    StepLayout(batch.query_starts.tolist(), batch.context_lengths_R.tolist(), batch.block_tables),
+                    StepLayout(
+                        batch.query_starts.tolist(), batch.context_lengths_R.tolist(), batch.block_tables
+                    ),
                 ),
                 caches,
             )
@@ -232,4 +259,4 @@ def test_decodes_of_very_different_lengths_do_not_disturb_each_other(precision: 
     logits = runner.execute(step_input(parts, BLOCK_SIZE))
     for row, (tokens, _) in zip(logits, requests):
         expected = naive.logits(tokens)[-1]
-        assert_close(row, expected, TOLERANCE if precision == "cpu" else 0.06 * expected.abs().max().item())
+        assert relative_error(row, expected) < (1e-5 if precision == "cpu" else BFLOAT16_ERROR)

@@ -20,7 +20,7 @@ from headrace.engine.fake_runner import FakeRunner, fake_logits
 from headrace.engine.native import NativeEngine
 from headrace.engine.request import EngineRequest
 from headrace.engine.sampler import Sampler
-from headrace.errors import InvalidRequest
+from headrace.errors import InvalidRequest, ModelError
 
 EOS = frozenset({0})
 BLOCK_SIZE = 8
@@ -175,7 +175,7 @@ def drive(engine: NativeEngine, arrivals: list[Arrival]) -> tuple[Outcomes, set[
     raise AssertionError("the engine does not come to an end")
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 @given(
     arrivals=workloads(),
     num_blocks=st.sampled_from([4, 7, 10, 16, 64]),
@@ -246,6 +246,14 @@ def test_the_last_prompt_token_is_computed_even_if_all_is_cached() -> None:
     assert run_to_end(engine, greedy("second", prompt, 4))["second"].cached[0] == 8
 
 
+def test_the_next_turn_of_a_conversation_finds_the_answer_cached_too() -> None:
+    engine = make_engine(FakeRunner(num_blocks=32))
+    prompt = list(range(1, 13))
+    answer = run_to_end(engine, greedy("turn 1", prompt, 21))["turn 1"].token_ids
+    turn = run_to_end(engine, greedy("turn 2", [*prompt, *answer, 50, 51], 3))["turn 2"]
+    assert turn.cached[0] == 32, "all four full blocks of the 32 tokens that were computed"
+
+
 def test_requests_with_different_salts_share_no_block() -> None:
     runner = FakeRunner(num_blocks=32)
     engine = make_engine(runner)
@@ -312,6 +320,16 @@ def test_logits_that_are_not_finite_end_their_request_alone_and_leave_nothing_ca
     assert tokens == generate_alone(healthy, 4096)[0]
     runner.poison_token = -1
     assert run_to_end(engine, greedy("again", bad, 2))["again"].cached[0] == 0
+
+
+def test_a_model_whose_first_step_is_not_finite_is_refused_at_start() -> None:
+    runner = FakeRunner(num_blocks=4)
+    engine = make_engine(runner)
+    engine.compute_first_step()
+    engine.check_integrity()
+    runner.poison_token = 0
+    with pytest.raises(ModelError, match="not finite"):
+        engine.compute_first_step()
 
 
 def test_a_resumed_generation_continues_with_the_tokens_it_would_have_had() -> None:

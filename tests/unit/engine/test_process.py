@@ -1,4 +1,4 @@
-"""The engine loop: its answers to an engine that refuses and one that breaks. Whole processes: integration."""
+"""The engine loop: its answers to an engine that refuses and one that breaks. Processes: integration."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from headrace.api.messages import (
     Submit,
 )
 from headrace.clock import VirtualClock
+from headrace.engine import process
 from headrace.engine.channel import FrontChannel, FrontGone
 from headrace.engine.fake_runner import FakeRunner
 from headrace.engine.native import NativeEngine
@@ -88,6 +89,15 @@ def test_a_double_id_ends_both_requests_with_one_error(front: Front) -> None:
     front.send(submit("same", [1], 50), submit("same", [2], 50), submit("other", [3]), Drain())
     front.loop.run()
     assert sorted(front.endings()) == [("other", "length"), ("same", "error")]
+
+
+def test_more_waiting_requests_than_the_limit_are_refused(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "MAX_WAITING", 2)
+    front.send(*(submit(name, [1]) for name in "abcd"), Drain())
+    front.loop.run()
+    assert sorted(front.endings()) == [("a", "length"), ("b", "length"), ("c", "error"), ("d", "error")]
 
 
 def test_a_step_that_breaks_is_not_swallowed(front: Front) -> None:

@@ -66,6 +66,14 @@ def test_a_random_number_is_in_its_range_and_a_function_of_its_arguments(seed: i
     assert uniform(seed, index) == uniform(seed, index)
 
 
+def test_the_random_number_belongs_to_the_index_of_the_generated_token_not_to_its_position() -> None:
+    flat = np.zeros(1000, np.float32)
+    sampling = SamplingParams(seed=3, max_tokens=9)
+    for num_generated in range(3):
+        tokens = {sample_one(flat, make_request(sampling, [1] * n, [1] * num_generated)) for n in (1, 5, 9)}
+        assert tokens == {int(uniform(3, num_generated) * 1000)}
+
+
 # ---- distributions and filters ----------------
 
 

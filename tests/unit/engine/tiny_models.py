@@ -38,7 +38,9 @@ def transformers_model(architecture: str, seed: int = 0, **changes: Any) -> Any:
         kind = transformers.LlamaForCausalLM
     else:
         sizes = {"sliding_window": 8, "query_pre_attn_scalar": 24, "num_hidden_layers": 4}
-        pattern = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]}
+        pattern = {
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+        }
         config = transformers.Gemma3TextConfig(**(TINY | sizes | pattern | changes))
         kind = transformers.Gemma3ForCausalLM
     torch.manual_seed(seed)
@@ -57,7 +59,9 @@ def huggingface_directory(path: Path, architecture: str = "llama", **changes: An
     return ModelFiles(path.name, "huggingface", path)
 
 
-def gguf_file(path: Path, architecture: str = "llama", quantization: str = "F32", **changes: Any) -> ModelFiles:
+def gguf_file(
+    path: Path, architecture: str = "llama", quantization: str = "F32", **changes: Any
+) -> ModelFiles:
     """Write the same tiny model as a GGUF file; matrices in `quantization` where their rows allow it."""
     model = transformers_model(architecture, **changes)
     config, tensors = model.config, dict(model.named_parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -135,7 +136,7 @@ def test_answers_do_not_depend_on_how_the_bytes_are_cut(
     whole, cut = Wire(), Wire()
     whole.send(data)
     places = sorted({min(place, len(data)) for place in cuts} | {0, len(data)})
-    for begin, end in zip(places, places[1:], strict=False):
+    for begin, end in pairwise(places):
         cut.send(data[begin:end])
     assert cut.transport.written == whole.transport.written
     assert len(whole.owner.requests) == len(messages)

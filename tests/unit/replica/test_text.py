@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ BYTES = {i: bytes([i]) for i in range(256)}
 
 def pieces(text: str, cuts: list[int]) -> list[str]:
     places = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
-    return [text[begin:end] for begin, end in zip(places, places[1:], strict=False)]
+    return [text[begin:end] for begin, end in pairwise(places)]
 
 
 def run_stops(stops: list[str], parts: list[str]) -> tuple[str, str | None]:
@@ -37,7 +39,7 @@ def test_bytes_cut_anywhere_give_the_same_text_and_only_whole_characters(text: s
     data = text.encode()
     places = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
     decoder = TextDecoder(BYTES)
-    parts = [decoder.feed(data[a:b]) for a, b in zip(places, places[1:], strict=False)]
+    parts = [decoder.feed(data[a:b]) for a, b in pairwise(places)]
     assert "".join(parts) + decoder.finish() == text
     assert all("\ufffd" not in part for part in parts) or "\ufffd" in text
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from headrace.engine.model_files.metadata import Hyperparameters
 from headrace.engine.models.rotary import RotaryTable
@@ -91,10 +91,10 @@ class Decoder:
         ]
 
     def forward(self, step: DecoderStep, caches: list[Tensor]) -> Tensor:
-        """Compute one step, writing its keys and values into `caches`. Returns float32 logits [S, vocab_size]."""
+        """Compute one step, writing keys and values into `caches`. Returns float32 logits [S, vocab_size]."""
         h, operations = self._h, self._operations
         per_kind = {kind: self._prepare(step, kind) for kind in set(self._is_sliding or (False,))}
-        x = F.embedding(step.token_ids_T, self._weights.embedding)
+        x = functional.embedding(step.token_ids_T, self._weights.embedding)
         if h.embedding_scale != 1.0:
             # The scale is rounded to the weights' precision, as the model was trained.
             x = x * torch.tensor(h.embedding_scale, dtype=x.dtype)

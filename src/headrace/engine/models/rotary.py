@@ -24,7 +24,7 @@ class RotaryTable:
         self._frequencies = frequencies if divisors is None else frequencies / divisors  # [head_dim / 2]
 
     def at(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, [T, 1, head_dim] each; the first half of sin is negated for `Operations.rotate`.
+        """Return cos and sin, [T, 1, head_dim] each; the first half of sin is negated (`Operations.rotate`).
 
         Angles are computed in float32: bfloat16 cannot tell position 256 from 257.
         """

@@ -6,8 +6,8 @@ Must not know architectures, requests or files.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from headrace.engine.model_files.metadata import Activation
 from headrace.engine.operations.cpu_attention import AttentionPlan, Scratch, attend, plan_attention
@@ -38,7 +38,7 @@ class CpuOperations:
         return PlainGatedLinear(gate, up, activation)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, eps)
+        return functional.rms_norm(x, weight.shape, weight, eps)
 
     def rotate(self, x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
         swapped = torch.roll(x_THD, x_THD.shape[-1] // 2, -1)

@@ -25,6 +25,8 @@ _GROUP_OVERHEAD_SLOTS = 1024
 """One more group costs as much time as attending to this many padded slots (about 60 µs)."""
 _MAX_SCORES = 2 * 1024 * 1024
 """Scores computed at once: 4 MiB in bfloat16 stay in the cache."""
+_MAX_QUERIES = 128
+"""Queries of a chunk computed at once: each such slice skips the keys that come after it."""
 
 Indices = NDArray[np.int64]
 
@@ -68,6 +70,9 @@ class PrefillChunk:
     gather: Tensor
     """[2 * K * blocks], as in DecodeGroup."""
     num_keys: int
+    """Gathered: whole blocks."""
+    num_visible: int
+    """Of those, what the last query may see."""
     mask_NC: Tensor
 
 
@@ -128,28 +133,24 @@ def _attend_group(q_RHD: Tensor, cache: Tensor, group: DecodeGroup, plan: Attent
 def _attend_chunk(
     q_THD: Tensor, cache: Tensor, chunk: PrefillChunk, plan: AttentionPlan, out: Tensor
 ) -> None:
-    """Fill rows [start, end) of `out`, some queries at a time so that the scores stay small."""
+    """Fill rows [start, end) of `out`, some queries at a time: so the scores stay small, and keys that no
+    query of a slice can see are left out."""
     shape = plan.shape
-    k, v = (
-        _gather(cache, chunk.gather, plan)
-        .view(2, shape.num_kv_heads, chunk.num_keys, shape.head_dim)
-        .unbind(0)
-    )
-    k = k.transpose(1, 2)
-    num_at_once = max(_MAX_SCORES // (shape.num_heads * chunk.num_keys), 16)
+    size = (2, shape.num_kv_heads, chunk.num_keys, shape.head_dim)
+    k_KCD, v_KCD = _gather(cache, chunk.gather, plan).view(size).unbind(0)
+    num_at_once = min(max(_MAX_SCORES // (shape.num_heads * chunk.num_keys), 16), _MAX_QUERIES)
     for begin in range(chunk.start, chunk.end, num_at_once):
         end = min(begin + num_at_once, chunk.end)
-        num_queries = end - begin
+        num_queries, num_keys = end - begin, chunk.num_visible - (chunk.end - end)
         q = q_THD[begin:end].view(num_queries, shape.num_kv_heads, -1, shape.head_dim).permute(1, 2, 0, 3)
         q = q.reshape(shape.num_kv_heads, -1, shape.head_dim)  # [K, G * N, D]
-        scores = torch.bmm(
-            q, k, out=plan.scratch.take("scores", shape.num_kv_heads, q.shape[1], chunk.num_keys)
-        )
-        by_head = scores.view(shape.num_heads, num_queries, chunk.num_keys)
-        torch.add(
-            chunk.mask_NC[begin - chunk.start : end - chunk.start], by_head, alpha=shape.scale, out=by_head
-        )
-        attended = torch.bmm(torch.softmax(scores, -1), v).view(shape.num_heads, num_queries, shape.head_dim)
+        buffer = plan.scratch.take("scores", shape.num_kv_heads, q.shape[1], num_keys)
+        scores = torch.bmm(q, k_KCD[:, :num_keys].transpose(1, 2), out=buffer)
+        by_head = scores.view(shape.num_heads, num_queries, num_keys)
+        mask = chunk.mask_NC[begin - chunk.start : end - chunk.start, :num_keys]
+        torch.add(mask, by_head, alpha=shape.scale, out=by_head)
+        attended = torch.bmm(torch.softmax(scores, -1), v_KCD[:, :num_keys])
+        attended = attended.view(shape.num_heads, num_queries, shape.head_dim)
         out[begin:end] = attended.transpose(0, 1).reshape(num_queries, -1)
 
 
@@ -230,7 +231,12 @@ class _Planner:
             np.arange(context - num_new, context)[:, None], np.arange(first, first + num_keys)[None, :]
         )
         return PrefillChunk(
-            layout.query_starts[row], layout.query_starts[row + 1], self._gather_index(blocks), num_keys, mask
+            start=layout.query_starts[row],
+            end=layout.query_starts[row + 1],
+            gather=self._gather_index(blocks),
+            num_keys=num_keys,
+            num_visible=context - first,
+            mask_NC=mask,
         )
 
     def _blocks(self, row: int) -> list[int]:

@@ -81,8 +81,8 @@ class Operations(Protocol):
         ...
 
     def rotate(self, x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
-        """Rotary embedding over halves (arXiv:2104.09864): x * cos + swap_halves(x) * sin, where the first half
-        of `sin` is negated already."""
+        """Rotary embedding over halves (arXiv:2104.09864): x * cos + swap_halves(x) * sin, where the first
+        half of `sin` is negated already."""
         ...
 
     def kv_cache(self, num_blocks: int, block_size: int, shape: AttentionShape) -> Tensor:

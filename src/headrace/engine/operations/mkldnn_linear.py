@@ -21,7 +21,7 @@ _ACTIVATIONS = {"silu": ("swish", ""), "gelu_tanh": ("gelu", "tanh")}
 def is_available() -> bool:
     """Whether this torch and processor have bfloat16 multiplication through oneDNN."""
     try:
-        if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if not torch.backends.mkldnn.enabled or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
         weight = torch.eye(16, dtype=torch.bfloat16)
         linear, gated = MkldnnLinear(weight), MkldnnGatedLinear(weight, weight, "silu")

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from headrace.engine.model_files.metadata import Activation
 from headrace.engine.operations.interface import AttentionShape, GatedLinear, Linear, StepLayout
@@ -23,10 +23,10 @@ class PlainLinear:
         self._weight = weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._weight)
+        return functional.linear(x, self._weight)
 
     def add_to(self, x: Tensor, residual: Tensor) -> Tensor:
-        return residual + F.linear(x, self._weight)
+        return residual + functional.linear(x, self._weight)
 
 
 class PlainGatedLinear:
@@ -36,12 +36,12 @@ class PlainGatedLinear:
         self._gate, self._up, self._activation = gate, up, activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        return activate(F.linear(x, self._gate), self._activation) * F.linear(x, self._up)
+        return activate(functional.linear(x, self._gate), self._activation) * functional.linear(x, self._up)
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
     """Apply a gate's activation."""
-    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+    return functional.silu(x) if activation == "silu" else functional.gelu(x, approximate="tanh")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,8 @@ class ReferenceOperations:
             slots = (blocks[:, None] * block_size + torch.arange(block_size)).flatten()[:context]
             positions = torch.arange(context - (end - start), context)
             mask = causal_mask(positions, torch.arange(context), layout.window)
-            outputs.append(masked_attention(q_THD[start:end], *cache[slots].unbind(1), mask, step.shape))
+            k, v = cache[slots].unbind(1)
+            outputs.append(masked_attention(q_THD[start:end], k, v, mask, step.shape))
         return torch.cat(outputs)
 
 

@@ -1,7 +1,7 @@
 """From ggml's quantised blocks to float32 tensors.
 
-The common formats are unpacked here with torch, which is 10 times faster than `gguf.quants` (0.15 s instead of
-1.3 s for 106M weights) and runs on all threads; the K-quants go through `gguf.quants`.
+The common formats are unpacked here with torch, 10 times faster than `gguf.quants` (0.15 s instead of 1.3 s
+for 106M weights) because it uses all threads; the K-quants go through `gguf.quants`.
 Formats: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h. Must not know names or files.
 """
 

@@ -66,7 +66,7 @@ class GgufSource:
 
 
 def _undo_rotary_permutation(weight: Tensor, num_heads: int) -> Tensor:
-    """llama.cpp stores llama's q and k with rotary pairs interleaved (0, 1, 0, 1…); we rotate halves (0…, 1…)."""
+    """llama.cpp stores llama's q and k with rotary pairs interleaved (0, 1, 0, 1…); we rotate halves."""
     out_features, in_features = weight.shape
     pairs = weight.view(num_heads, out_features // num_heads // 2, 2, in_features)
     return pairs.transpose(1, 2).reshape(out_features, in_features)

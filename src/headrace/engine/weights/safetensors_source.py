@@ -82,8 +82,8 @@ def _weight_files(directory: Path) -> list[Path]:
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
     if pickles:
         raise ModelError(
-            f"{directory}: has only {pickles[0]}, which is Python pickle and is never loaded because loading it "
-            "runs its code; convert it to safetensors"
+            f"{directory}: has only {pickles[0]}, which is Python pickle and is never loaded: loading runs "
+            "its code; convert it to safetensors"
         )
     raise ModelError(f"{directory}: has neither {_SINGLE} nor {_INDEX}")
 

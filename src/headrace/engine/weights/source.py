@@ -49,7 +49,7 @@ def check_tensors(
     found: dict[str, tuple[int, ...]],
     ignored: frozenset[str],
 ) -> None:
-    """Compare the file's own names and shapes. Raises ModelError that lists up to five of each kind of fault."""
+    """Compare the file's own names and shapes. Raises ModelError that lists up to five of each fault."""
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected and name not in ignored]
     shapes = [
