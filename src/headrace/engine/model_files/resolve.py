@@ -78,7 +78,7 @@ def _resolve_packaged(name: str) -> ModelFiles:
     path = Path(spec.submodule_search_locations[0]) / package.file
     if not path.is_file():
         raise ModelError(f"{path}: missing; reinstall the package {package.distribution}")
-    return ModelFiles(name, "gguf", path)
+    return ModelFiles(name, "gguf", path, package.chat_template)
 
 
 def _fetch_from_hub(model: str) -> Path:
