@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
 from tests.integration.gateway_rig import Client, Gateway, running_gateway, wait_for
@@ -107,3 +108,15 @@ async def test_a_client_that_leaves_during_its_stream_frees_the_replica() -> Non
         await wait_for(lambda: not front.open_requests, "the front has nothing open")
         await wait_for(lambda: gateway.endpoint().finished == 1, "the second finished")
         assert gateway.endpoint().aborted == 1
+
+
+async def test_a_router_that_is_asked_to_end_refuses_what_it_holds() -> None:
+    async with running_gateway() as gateway:
+        held = [await open_held_request(gateway) for _ in range(20)]
+        await wait_for(lambda: gateway.demand and gateway.endpoint().num_held == 20, "all are held")
+        gateway.signal("router", gateway.specs["router"].stop_signal)
+        for client in held:
+            answer = await client.receive()
+            assert (answer.status, answer.error()["message"]) == (503, "The gateway is stopping.")
+        await wait_for(lambda: gateway.processes["router"].poll() == 0, "it ended well")
+        assert not (Path(gateway.run_dir) / "router.sock").exists()

@@ -22,6 +22,8 @@ MAX_UNSENT_BYTES = 256 * 1024
 """A peer that does not read is disconnected at this many."""
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.05, 1.0
 CONNECT_TIMEOUT_S = 1.0
+MIN_GAP_S = 0.01
+"""Between two demands, however many requests find no replica."""
 
 
 class ReportConnection(asyncio.Protocol):
@@ -130,6 +132,7 @@ class ControllerLink:
                 writer.write(encode_frame(self._demand()))
                 if writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
                     raise ProtocolError("the controller does not read what it is sent")
+                await asyncio.sleep(MIN_GAP_S)
                 try:
                     async with asyncio.timeout(self._period_s):
                         await self._wake.wait()

@@ -31,9 +31,9 @@ _MAPPED_IPV4 = bytes(10) + b"\xff\xff"
 class ClosedPeers:
     """Asks over one netlink socket. Where the kernel does not answer (a sandbox), no client seems closed."""
 
-    def __init__(self, port: int) -> None:
-        self.port = port
-        """Local port of the connections to look at."""
+    def __init__(self, host: str, port: int) -> None:
+        self._family, self._port = socket.AF_INET, 0
+        self.watch(host, port)
         self.last_error = ""
         try:
             self._socket: socket.socket | None = socket.socket(
@@ -44,30 +44,33 @@ class ClosedPeers:
             self._socket = None
             self.last_error = str(error)
 
+    def watch(self, host: str, port: int) -> None:
+        """Look at the connections to this address from now on."""
+        self._family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._port = port
+
     def close(self) -> None:
         if self._socket is not None:
             self._socket.close()
 
     def find(self) -> set[Peer]:
         """Return the peers that closed a connection to our port which is still open on our side."""
-        peers: set[Peer] = set()
-        for family in (socket.AF_INET, socket.AF_INET6):
-            try:
-                peers |= self._dump(family)
-            except OSError as error:
-                self.last_error = str(error)
-        return peers
+        try:
+            return self._dump()
+        except OSError as error:
+            self.last_error = str(error)
+            return set()
 
-    def _dump(self, family: int) -> set[Peer]:
+    def _dump(self) -> set[Peer]:
         if self._socket is None:
             return set()
         request = _REQUEST.pack(
-            family,
+            self._family,
             socket.IPPROTO_TCP,
             0,
             0,
             1 << _TCP_CLOSE_WAIT,
-            socket.htons(self.port),
+            socket.htons(self._port),
             0,
             b"",
             b"",
@@ -82,7 +85,7 @@ class ClosedPeers:
         peers: set[Peer] = set()
         while True:
             is_done, found = parse_dump(self._socket.recv(_RECEIVE_BYTES))
-            peers |= {peer for port, peer in found if port == self.port}
+            peers |= {peer for port, peer in found if port == self._port}
             if is_done:
                 return peers
 

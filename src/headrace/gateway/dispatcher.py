@@ -105,6 +105,7 @@ class Dispatcher:
         self._held: dict[str, Arrival] = {}
         self._in_flight: dict[str, _InFlight] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
+        self._retired: set[str] = set()
         self._second_started_s = 0.0
         self.num_lost_completions = 0
         self.num_unseen_completions = 0
@@ -121,8 +122,9 @@ class Dispatcher:
             endpoint = self.endpoints[name]
             while (request := endpoint.queue.take()) is not None:
                 self._refuse_held(request, f"The model `{name}` was removed.", "model_not_found", 1)
-            if endpoint.num_in_flight == 0:
-                del self.endpoints[name]
+            self._retired.add(name)
+        self._retired -= wanted.keys()
+        self._forget_retired()
         for name, rule in wanted.items():
             known = self.endpoints.get(name)
             if known is None:
@@ -135,7 +137,7 @@ class Dispatcher:
         """Take one request: bind it, hold it or refuse it. True if it is held."""
         request_id = arrival.request_id
         endpoint = self.endpoints.get(arrival.endpoint)
-        if endpoint is None or self._is_known(request_id):
+        if endpoint is None or arrival.endpoint in self._retired or self._is_known(request_id):
             # The endpoint is not ours yet, or the client left before its announcement was read.
             arrival.answer(Refused("The router does not know this request's model yet.", "overloaded", 1))
             return False
@@ -223,6 +225,7 @@ class Dispatcher:
         if now_s - self._second_started_s >= 1.0:
             self._reconcile(now_s)
             self._update_rates(now_s)
+            self._forget_retired()
 
     def refuse_all(self, message: str) -> None:
         """Refuse every held request: the router stops."""
@@ -318,6 +321,12 @@ class Dispatcher:
             num_open = self._replicas.replicas[replica_id].num_open
             for request_id, bound in members[: max(0, len(members) - num_open)]:
                 self._give_up(request_id, bound, TerminalState.FAILED)
+
+    def _forget_retired(self) -> None:
+        """Forget removed endpoints whose last request has ended."""
+        for name in [name for name in self._retired if self.endpoints[name].num_in_flight == 0]:
+            self._retired.discard(name)
+            del self.endpoints[name]
 
     def _give_up(self, request_id: str, bound: _InFlight, state: TerminalState) -> None:
         self.num_lost_completions += 1

@@ -137,7 +137,7 @@ spoe-agent route
 spoe-group decide
   messages decide
 spoe-message decide
-  args id=unique-id endpoint=var(txn.backend) path=path client=src client_port=src_port
+  args id=unique-id endpoint=var(txn.backend) client=src client_port=src_port
 """
 
 
@@ -221,7 +221,7 @@ def _frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
   {_return(404, answers.unknown_path(), "unless is_generation or is_status")}
   {_return(405, answers.method_not_allowed("POST"), "if is_generation !METH_POST", ("allow", "POST"))}
   {_return(413, answers.body_too_large(limit), body_too_large)}
-  http-request wait-for-body time 10s at-least {HEAD_BYTES} if is_generation
+  http-request wait-for-body time 30s at-least {HEAD_BYTES} if is_generation
   http-request set-var(txn.model) req.body,json_query('$.model') if is_generation
   http-request set-var(txn.backend) var(txn.model),map_str({paths.endpoint_map}) if has_model
   {_return_format(404, answers.unknown_model(names, MODEL_IN_REQUEST), "if has_model !has_backend")}
@@ -319,6 +319,8 @@ def _quote(text: str) -> str:
 
 def _bind_address(value: str) -> str:
     host, port = split_address(value)
+    if port == 0:
+        raise ConfigError(f"{value} names no port; HAProxy needs one from 1 to 65535")
     host = "127.0.0.1" if host == "localhost" else host
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

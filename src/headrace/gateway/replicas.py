@@ -48,11 +48,6 @@ class Replica:
         """Its name inside HAProxy."""
         return encode_name(self.replica_id)
 
-    @property
-    def may_serve(self) -> bool:
-        """It takes requests by its own account."""
-        return self.state == "ready"
-
 
 @dataclass(slots=True)
 class ReplicaTable:
@@ -136,14 +131,14 @@ class ReplicaTable:
             replica
             for replica in self.replicas.values()
             if replica.is_serving
-            and replica.state == "ready"
-            and replica.is_connected
             and replica.endpoint == endpoint
+            and replica.is_connected
+            and replica.state == "ready"
         ]
 
     def wanted_servers(self) -> list[Server]:
         """Return the servers that HAProxy should have."""
-        return [replica.server for replica in self.replicas.values() if replica.may_serve]
+        return [replica.server for replica in self.replicas.values() if replica.state == "ready"]
 
     def _is_newer(self, replica: Replica, report: LoadReport, connection: object) -> bool:
         if report.pid == replica.pid:

@@ -49,6 +49,7 @@ class Router:
         runtime = HaproxyRuntime(self._paths.runtime_socket, self._paths.master_socket)
         self.replicas = ReplicaTable()
         self._seen_revision = 0
+        self._num_answered_by_haproxy = 0
         self.dispatcher = Dispatcher(spec.endpoints, self.replicas)
         self.keeper = ServerKeeper(spec, fd_limit, runtime, self._on_servers_changed)
         self.agent = SpoeAgent(self._on_notify, self._on_spoe_lost)
@@ -56,7 +57,7 @@ class Router:
         self._controller = ControllerLink(
             self._paths.controller_socket, DEMAND_PERIOD_S, self.demand, self._on_spec
         )
-        self._closed_peers = ClosedPeers(split_address(spec.bind)[1])
+        self._closed_peers = ClosedPeers(*split_address(spec.bind))
         self.metrics = RouterMetrics(self.snapshot)
 
     def __repr__(self) -> str:
@@ -100,6 +101,7 @@ class Router:
         totals = {
             "lost_completions": self.dispatcher.num_lost_completions,
             "unseen_completions": self.dispatcher.num_unseen_completions,
+            "answered_by_haproxy": self._num_answered_by_haproxy,
             "ignored_reports": self.replicas.num_ignored_reports,
             "ignored_completions": self._completions.num_ignored,
             "spoe_errors": self.agent.num_protocol_errors,
@@ -154,7 +156,9 @@ class Router:
 
     def _on_completion(self, completion: Completion) -> None:
         endpoint = endpoint_of_backend(completion.backend)
-        if endpoint is not None:
+        if endpoint is None:
+            self._num_answered_by_haproxy += 1
+        else:
             self.dispatcher.complete(completion.id, endpoint, classify(completion))
             self.dispatcher.pump(endpoint, self._clock.now_s())
 
@@ -225,7 +229,7 @@ class Router:
             logger.error("gateway spec refused: %s", error)
             return
         self._spec = spec
-        self._closed_peers.port = split_address(spec.bind)[1]
+        self._closed_peers.watch(*split_address(spec.bind))
         self.dispatcher.set_rules(spec.endpoints)
 
 

@@ -27,6 +27,8 @@ VERIFY_PERIOD_S = 1.0
 RETRY_PERIOD_S = 0.2
 ABSENT_AFTER_S = 2.0
 """HAProxy counts as gone when it gave no answer for this long."""
+RELOAD_PAUSE_S = 5.0
+"""Between two tries of a reload that HAProxy refuses or does not answer."""
 ADOPTION_S = 5.0
 """After the router's start, servers that HAProxy has and nobody reported yet are left alone for this long:
 their replicas need a moment to find the new router."""
@@ -93,6 +95,7 @@ class ServerKeeper:
         self._started_s = asyncio.get_running_loop().time()
         self._reached_s = self._started_s
         self._needs_reload = False
+        self._reload_not_before_s = 0.0
         self._written: dict[str, str] = {}
         self.serving: frozenset[str] = frozenset()
         """Paths of the wanted servers that HAProxy has and that take requests, as of the last round."""
@@ -133,6 +136,7 @@ class ServerKeeper:
         render_files(spec, [], self._fd_limit)  # refused before anything changed
         self._spec = spec
         self._needs_reload = True
+        self._reload_not_before_s = 0.0
         self._wake.set()
 
     async def run(self) -> None:
@@ -153,13 +157,10 @@ class ServerKeeper:
             actual = await self._runtime.show_servers()
             wanted = self._adopt(actual)
             self._write(wanted.values())
-            if self._needs_reload:
-                await self._runtime.reload()
-                self._needs_reload = False
-                self.num_reloads += 1
+            if self._needs_reload and await self._reload():
                 actual = await self._runtime.show_servers()
             changes = plan_changes(wanted.values(), actual)
-            is_settled = await self._apply(changes)
+            is_settled = await self._apply(changes) and not self._needs_reload
             self._publish(await self._runtime.show_servers() if changes else actual, revision)
         except HaproxyUnavailable as error:
             self._note_failure(error)
@@ -171,6 +172,22 @@ class ServerKeeper:
         if is_settled:
             self.last_error = ""
         return is_settled
+
+    async def _reload(self) -> bool:
+        """Reload unless the last try failed a moment ago. A refusal (a new port is taken) stops nothing else:
+        the running HAProxy goes on with its old endpoints."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s < self._reload_not_before_s:
+            return False
+        self._reload_not_before_s = now_s + RELOAD_PAUSE_S
+        try:
+            await self._runtime.reload()
+        except HaproxyRefused as error:
+            self._note_failure(error)
+            return False
+        self._needs_reload = False
+        self.num_reloads += 1
+        return True
 
     async def _apply(self, changes: Iterable[ServerChange]) -> bool:
         is_settled = True

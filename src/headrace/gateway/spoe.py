@@ -50,7 +50,7 @@ class SpoeConnection(asyncio.Protocol):
         self._on_lost = on_lost
         self._on_error = on_error
         self._transport: asyncio.Transport | None = None
-        self._buffer = bytearray()
+        self._rest = b""
         self._has_greeted = False
         self._open_frames: set[tuple[int, int]] = set()
 
@@ -63,31 +63,32 @@ class SpoeConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self._buffer.clear()
+        self._rest = b""
         self._open_frames.clear()
         self._on_lost(self)
 
     def data_received(self, data: bytes) -> None:
-        buffer = self._buffer
-        buffer += data
-        start = 0
+        if self._rest:
+            data = self._rest + data
+        start, size = 0, len(data)
         try:
-            while len(buffer) - start >= 4 and self._transport is not None:
-                length = int.from_bytes(buffer[start : start + 4], "big")
+            while size - start >= 4 and self._transport is not None:
+                length = int.from_bytes(data[start : start + 4], "big")
                 if length > spop.MAX_FRAME_BYTES:
                     raise ProtocolError(
                         f"a SPOP frame announces {length} bytes; at most {spop.MAX_FRAME_BYTES} are allowed"
                     )
                 end = start + 4 + length
-                if end > len(buffer):
+                if end > size:
                     break
-                frame = bytes(buffer[start + 4 : end])
+                frame = data[start + 4 : end]
                 start = end
                 self._handle(spop.decode_frame(frame))
         except ProtocolError as error:
+            start = size  # nothing after a lie is believed
             self._on_error(str(error))
             self._close(spop.encode_disconnect(4, b"invalid frame"))
-        del buffer[:start]
+        self._rest = data[start:]  # at most one frame
 
     def send_ack(self, stream_id: int, frame_id: int, variables: Mapping[bytes, bytes]) -> None:
         """Answer one frame; nothing happens if it was answered or the connection is gone."""

@@ -30,6 +30,7 @@ class RouterSnapshot:
 TOTALS = {
     "lost_completions": "Requests whose completion line never came; ended by reconciliation",
     "unseen_completions": "Requests that HAProxy served without the router",
+    "answered_by_haproxy": "Requests refused before an endpoint was known (unknown model, too large)",
     "ignored_reports": "Load reports that made no sense",
     "ignored_completions": "Completion lines that made no sense",
     "spoe_errors": "SPOE connections closed because of a frame that made no sense",

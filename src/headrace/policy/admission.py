@@ -102,4 +102,5 @@ def retry_after_s(num_ahead: int, served_per_s: float) -> int:
     """
     if served_per_s <= 0:
         return MAX_RETRY_AFTER_S // 6
-    return max(MIN_RETRY_AFTER_S, min(MAX_RETRY_AFTER_S, math.ceil((num_ahead + 1) / served_per_s)))
+    seconds = min(MAX_RETRY_AFTER_S, (num_ahead + 1) / served_per_s)  # a rate near 0 divides to infinity
+    return max(MIN_RETRY_AFTER_S, math.ceil(seconds))

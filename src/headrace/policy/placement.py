@@ -65,11 +65,8 @@ def place(replicas: Iterable[ReplicaObservation]) -> Placement:
     for replica in replicas:
         load = load_of(replica)
         scores[replica.replica_id] = load
-        if load >= replica.max_open:
-            continue
-        key = (load, replica.num_assigned)
-        if best is None or key < best_key:
-            best, best_key = replica, key
+        if load < replica.max_open and (best is None or (load, replica.num_assigned) < best_key):
+            best, best_key = replica, (load, replica.num_assigned)
     if best is not None:
         return Placement(best.replica_id, "least_loaded", scores)
     return Placement(None, "no_room" if scores else "no_replica", scores)

