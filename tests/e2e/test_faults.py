@@ -138,7 +138,8 @@ def test_a_killed_haproxy_is_back_with_its_servers(system: RunningSystem) -> Non
         haproxy.kill()
         load.wait_for(64)
     assert set(load.outcomes) <= {"finished", "cut", "connect_error"}, load.outcomes
-    assert load.outcomes["cut"] <= 8, load.outcomes
+    # HAProxy's worker may outlive its killed master by a moment, and takes connections until it ends too.
+    assert load.outcomes["cut"] <= 16, load.outcomes
 
 
 def test_an_endpoint_at_zero_holds_its_request_until_a_replica_is_up(system: RunningSystem) -> None:
