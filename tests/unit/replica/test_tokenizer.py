@@ -93,12 +93,11 @@ def test_smollm2_tokenizes_as_the_naive_encoder_does(model: TextModel, metadata:
 def test_special_tokens_in_a_chat_are_one_id_each(model: TextModel) -> None:
     assert model.chat_template is not None
     text = model.chat_template.render([{"role": "user", "content": "Hi"}])
-    assert text == (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     token_ids = model.tokenizer.encode(text, add_special_tokens=False)
-    assert (token_ids.count(1), token_ids.count(2)) == (3, 2)
+    assert token_ids.count(1) == text.count("<|im_start|>") >= 2
+    assert token_ids.count(2) == text.count("<|im_end|>") >= 1
+    assert model.tokenizer.decode(token_ids) == text
 
 
 @pytest.mark.slow
