@@ -2,8 +2,8 @@
 
 While the simulated engine is busy its steps lie on a grid, and a request waits for the next line of it.
 A client that asks again the moment its answer ends is always in step with that grid, which swallows up to a
-whole step of added latency. So requests come at times of their own: one stream with pauses in which the engine
-falls idle, many streams as a Poisson process.
+whole step of added latency. So requests come at times of their own: one stream with pauses in which the
+engine falls idle, many streams as a Poisson process.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ def run(*, is_quick: bool) -> Report:
         "gateway",
         "Time to first token: what the gateway adds",
         f"Simulated engine, {STEP_MS:g} ms per step, one replica, chat requests of {INPUT_TOKENS} words. "
-        f"Open loops on kept connections: one stream asks every {1e3 / SINGLE_RATE:g} ms and finds the engine "
-        "idle; more streams are that many on average, with Poisson arrivals. Latency counts from the sending. "
+        f"Open loops on kept connections: one stream asks every {1e3 / SINGLE_RATE:g} ms and finds the "
+        "engine idle; more streams are that many on average, with Poisson arrivals. Latency counts from the "
+        "sending. "
         f"{rounds} rounds of {round_s:g} s each through the gateway and straight to the front, with the same "
         "arrivals, in turns (ABAB), so that the machine's moods hit both.",
     )

@@ -149,7 +149,7 @@ class RunningFront:
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics without their labels, but for the terminal state: `requests_total finished`."""
-        text = httpx.get(f"{self.url}/metrics").text
+        text = httpx.get(f"{self.url}/metrics", verify=False).text
         values = {}
         for name, labels, value in re.findall(r"^headrace_(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
             if not name.endswith("_bucket"):

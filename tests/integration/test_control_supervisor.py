@@ -50,6 +50,10 @@ def is_gone(pid: int) -> bool:
         return True
 
 
+def is_there(path: Path) -> bool:
+    return path.exists()
+
+
 async def eventually(condition: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
     deadline_s = time.monotonic() + limit_s
     while not condition():
@@ -201,7 +205,7 @@ async def test_a_stop_ends_everything_when_the_controller_ends_or_a_second_stop_
     assert is_gone(stubborn)
     with pytest.raises(LauncherLost):
         await rig.all_events()
-    assert not (tmp_path / "supervisor.sock").exists()
+    assert not is_there(tmp_path / "supervisor.sock")
 
 
 @pytest.mark.slow
@@ -216,6 +220,29 @@ async def test_a_controller_that_says_nothing_while_stopping_is_not_waited_for(
     supervisor.stop("asked")
     await asyncio.wait_for(task, LIMIT_S)
     assert any("said nothing" in notice for notice in notices)
+
+
+@pytest.mark.slow
+async def test_a_controller_that_keeps_ending_is_counted_and_a_stop_does_not_wait_for_its_back_off(
+    tmp_path: Path,
+) -> None:
+    notices: list[str] = []
+    crashing = python("controller", "print('no config'); raise SystemExit(3)", tmp_path)
+    supervisor = Supervisor(tmp_path, crashing, notices.append)
+    task = asyncio.create_task(supervisor.run())
+    await eventually(lambda: supervisor.controller_failures == 3)
+    assert supervisor.controller_last_output == "no config"
+    assert [notice.rsplit(" in ", 1)[1] for notice in notices] == ["0.2 s", "0.4 s", "0.8 s"]
+    supervisor.stop("enough")
+    await asyncio.wait_for(task, 0.5)
+
+
+@pytest.mark.slow
+async def test_a_controller_that_cannot_be_started_at_all_is_an_error(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path, ProcessSpec("controller", ["/no/such/program"]), lambda notice: None)
+    with pytest.raises(FileNotFoundError):
+        await asyncio.wait_for(supervisor.run(), LIMIT_S)
+    assert not is_there(tmp_path / "supervisor.sock")
 
 
 @pytest.mark.slow

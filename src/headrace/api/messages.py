@@ -252,8 +252,8 @@ class LoadReport(Message, frozen=True):
 
 
 class ReportAck(Message, frozen=True):
-    """Answers the reports of a draining replica; others may go unanswered. `is_released`: this router will send
-    it no more requests."""
+    """Answers the reports of a draining replica; others may go unanswered.
+    `is_released`: this router will send it no more requests."""
 
     sequence: int
     is_released: bool = False

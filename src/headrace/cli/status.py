@@ -137,9 +137,14 @@ def _notes(system: SystemStatus) -> list[str]:
         f"{endpoint.name}: {endpoint.desired} wanted, {endpoint.reason}" for endpoint in system.endpoints
     ]
     for replica in system.replicas:
-        words = replica.phase if replica.state == "starting" else replica.last_error
-        if words:
-            notes.append(f"{replica.replica_id}: {words}")
+        if replica.state == "starting" and replica.phase:
+            notes.append(f"{replica.replica_id}: {replica.phase}")
+        elif replica.last_error:
+            is_past = "last error: " if replica.state == "ready" else ""
+            notes.append(f"{replica.replica_id}: {is_past}{replica.last_error}")
+    for process in system.processes:
+        if process.last_error:
+            notes.append(f"{process.name}: last ended with {process.last_error}")
     return notes
 
 

@@ -39,6 +39,7 @@ from headrace.api.messages import (
 )
 from headrace.clock import Clock
 from headrace.control.drain import drain
+from headrace.control.gateway_state import ROUTER
 from headrace.control.probe import probe_gateway
 from headrace.control.reconciler import StartReplica, StopReplica
 from headrace.control.specs import (
@@ -182,11 +183,13 @@ class Controller:
 
     def _tend_gateway(self, now_s: float) -> None:
         processes = self._state.gateway.processes.values()
-        for essential in processes:
-            if essential.is_hung(now_s):
-                _log.warning("%s does not answer: killing it", essential.name)
-                essential.is_stopping = True
-                self._launcher.stop(essential.name, 0.0)
+        router = self._state.gateway.processes[ROUTER]
+        if router.is_hung(now_s):
+            # Costs no request: HAProxy balances by itself meanwhile. HAProxy is never judged like this: at
+            # its limit of connections it does not answer the probe, and killing it would cut all streams.
+            _log.warning("the router has said nothing for a while: killing it")
+            router.is_stopping = True
+            self._launcher.stop(ROUTER, 0.0)
         due = [essential for essential in processes if essential.is_due(now_s)]
         if not due:
             return
@@ -261,7 +264,10 @@ class Controller:
                 return AdminReply(notes=["draining"])
         for note in notes:
             _log.info("%s", note)
-        write_config(self._run_directory, self._state.config)
+        try:
+            write_config(self._run_directory, self._state.config)
+        except OSError as error:
+            notes.append(f"a restarted controller will not know of this: {CONFIG_FILE}: {error}")
         for router in self._routers:
             router.send(self._gateway_spec())
         return AdminReply(notes=notes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headrace.api.messages import ProcessState
-from headrace.control.reconciler import HEALTHY_AFTER_S, restart_delay_s
+from headrace.control.reconciler import HEALTHY_AFTER_S, MAX_FAST_FAILURES, restart_delay_s
 
 HUNG_AFTER_S = 15.0
 """A live process that has not answered for this long is killed and started again."""
@@ -34,7 +34,9 @@ class Essential:
     def state(self) -> str:
         if self.is_alive:
             return "stopping" if self.is_stopping else "running"
-        return "restarting" if self.num_starts else "pending"
+        if self.failures >= MAX_FAST_FAILURES:
+            return "failing"
+        return "restarting" if self.failures else "pending"
 
     def is_due(self, now_s: float) -> bool:
         """Whether to start it now."""

@@ -198,6 +198,8 @@ class System:
 
 def hopeless_error(status: SystemStatus) -> str:
     """Return why no endpoint can get ready, or an empty text while one may."""
+    if any(process.state == "failing" for process in status.processes):
+        return describe_unready(status)
     wanting = [endpoint for endpoint in status.endpoints if endpoint.desired > 0]
     if not wanting or any(endpoint.ready or endpoint.starting for endpoint in wanting):
         return ""
@@ -216,7 +218,7 @@ def describe_unready(status: SystemStatus | None) -> str:
         if replica.state != "ready"
     ]
     lines += [
-        f"{process.name} is {process.state}"
+        f"{process.name} is {process.state}: {process.last_error or 'no word'}"
         for process in status.processes
         if process.name in ("router", "haproxy") and process.state != "running"
     ]

@@ -98,7 +98,8 @@ def _processes(state: SystemState) -> list[ProcessStatus]:
     for essential in state.gateway.processes.values():
         restarts = max(essential.num_starts - 1, 0)
         memory = resident_bytes(essential.pid)
-        processes.append(ProcessStatus(essential.name, essential.pid, essential.state, restarts, memory))
+        name, pid, error = essential.name, essential.pid, essential.last_error
+        processes.append(ProcessStatus(name, pid, essential.state, restarts, memory, error))
     for slot in sorted(state.fleet.slots.values(), key=_slot_order):
         restarts = slot.num_starts - 1
         memory = resident_bytes(slot.pid)

@@ -50,6 +50,8 @@ class SystemState:
         self.fleet.adopt(processes, self._generations, now_s)
         for slot in self.fleet.slots.values():
             self.gateway.note_requests(slot.endpoint, now_s)
+            if slot.endpoint in self.config.endpoints:
+                slot.drain_grace_s = self.config.endpoints[slot.endpoint].drain_grace_s
 
     def on_started(self, event: ProcessStarted) -> None:
         essential = self.gateway.processes.get(event.process.name)

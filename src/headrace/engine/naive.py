@@ -26,7 +26,7 @@ class NaiveModel:
         """Read all weights in float32. Raises ModelError."""
         self._h = read_metadata(files).hyperparameters
         source = open_weights(files, self._h)
-        self._weights = {name: source.read(name).float() for name in expected_shapes(self._h)}
+        self._weights = {name: source.read(name, torch.float32) for name in expected_shapes(self._h)}
         self._divisors = source.rope_divisors()
 
     @torch.inference_mode()

@@ -34,6 +34,7 @@ from headrace.clock import Clock, SystemClock
 from headrace.engine.channel import FrontChannel, FrontGone
 from headrace.engine.protocol import Engine
 from headrace.engine.simulated import SimulatedEngine
+from headrace.engine.threads import limit_spinning
 from headrace.errors import ConfigError, ModelError, Overloaded, ProtocolError, RequestError
 
 HEARTBEAT_S = 1.0
@@ -200,6 +201,7 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
 
     on_phase("finding the model")
     files = resolve_model(spec.model)
+    limit_spinning()
     on_phase("importing torch")
     from headrace.engine.native import NativeEngine
     from headrace.engine.runner import load_runner

@@ -23,7 +23,13 @@ from headrace.engine.weights.source import open_weights
 
 
 class DecoderRunner:
-    """A decoder with its KV memory. One caller, one thread; `execute` uses torch's own threads."""
+    """A decoder with its KV memory. One caller, one thread; `execute` uses torch's own threads.
+
+    A row's logits are the same bits whoever its partners are, as long as the step has as many rows. They are
+    not the same bits in steps of other sizes: oneDNN and MKL pick their kernels by the number of rows.
+    SmolLM2, measured alone against in a batch of 2 to 8: 1% of the logits' norm in bfloat16, 1e-6 in float32;
+    a prompt in chunks against at once: 0.7% and 0.
+    """
 
     def __init__(
         self, metadata: ModelMetadata, decoder: Decoder, spec: EngineSpec, operations: Operations

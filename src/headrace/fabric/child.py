@@ -22,6 +22,7 @@ MAX_LOG_BYTES = 16 * 1024 * 1024
 TAIL_BYTES = 4096
 TAIL_LINES = 15
 _PR_SET_PDEATHSIG = 1
+_NR_PIDFD_OPEN = 434
 _EXIT_NO_PARENT = 250
 
 
@@ -65,7 +66,7 @@ class Child:
             if log is not None:
                 os.close(log)
         self.pid = self._process.pid
-        self.pidfd = os.pidfd_open(self.pid)
+        self.pidfd = _open_pidfd(self.pid)
 
     def __repr__(self) -> str:
         return f"Child({self.spec.name}, pid {self.pid})"
@@ -75,8 +76,8 @@ class Child:
 
     def signal(self, number: int) -> None:
         """Send a signal to the process itself."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, number)
+        with contextlib.suppress(ProcessLookupError):  # until it is reaped, nobody else can have its id
+            os.kill(self.pid, number)
 
     def kill_group(self) -> None:
         """Kill the process and everything it started in its group. Only before `reap`: its id is ours."""
@@ -102,6 +103,16 @@ class Child:
         except OSError:
             return ""
         return "\n".join(text.strip().splitlines()[-TAIL_LINES:])
+
+
+def _open_pidfd(pid: int) -> int:
+    """pidfd_open(2). Some Python builds lack the wrapper because their kernel headers were older."""
+    if hasattr(os, "pidfd_open"):
+        return os.pidfd_open(pid)
+    fd = ctypes.CDLL(None, use_errno=True).syscall(_NR_PIDFD_OPEN, pid, 0)
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), "pidfd_open failed; headrace needs Linux 5.3 or newer")
+    return int(fd)
 
 
 def _rotate(log_path: str) -> int:

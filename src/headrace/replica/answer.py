@@ -16,7 +16,7 @@ from headrace.api.openai import PromptTokensDetails, Usage
 from headrace.errors import ReplicaLost, RequestError
 from headrace.observability.front_metrics import FrontMetrics
 from headrace.replica.answer_shape import AnswerShape, ChoiceText
-from headrace.replica.engine_client import EngineClient
+from headrace.replica.engine_client import EngineStream
 from headrace.replica.frames import DONE, error_frame
 from headrace.replica.http_connection import Responder
 from headrace.replica.ledger import Ledger, RequestRecord
@@ -45,11 +45,23 @@ class FailOnEngineLoss:
         answer.fail(ReplicaLost(f"the engine was lost while it answered ({reason}); send the request again"))
 
 
+class AnswerEngine(Protocol):
+    """The engine, as answers see it."""
+
+    def submit(self, request: GenerationRequest, stream: EngineStream) -> None:
+        """Take a request. Raises Overloaded."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Take it back; unknown ids are ignored."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class AnswerServices:
     """What every answer of a front uses."""
 
-    engine: EngineClient
+    engine: AnswerEngine
     ledger: Ledger
     metrics: FrontMetrics
     loss_policy: EngineLossPolicy

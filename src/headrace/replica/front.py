@@ -69,7 +69,7 @@ class Front:
         )
         services = AnswerServices(self._engine, self._ledger, self._metrics, FailOnEngineLoss())
         fingerprint = "headrace-simulated" if is_simulated else "headrace-native"
-        self._generator = Generator(spec.endpoint, spec.max_open, fingerprint, services, clock)
+        self._generator = Generator(spec.endpoint, spec.max_open, fingerprint, services, self._engine, clock)
         self._routes = Routes(self, self._generator, self._metrics)
         headers = f"x-headrace-replica: {spec.replica_id}\r\n"
         headers += "x-headrace-engine: simulated\r\n" if is_simulated else ""

@@ -6,6 +6,7 @@ Owns requests until they are answers, and the set of open answers. Must not know
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from headrace.errors import InvalidRequest, NotFound, Overloaded, RequestError
 from headrace.replica.answer import Answer, AnswerServices, GenerationFailed, TextRules
 from headrace.replica.answer_shape import AnswerShape
 from headrace.replica.chat import flatten_messages
+from headrace.replica.engine_client import EngineClient
 from headrace.replica.http_connection import Responder
 from headrace.replica.http_messages import HttpRequest
 from headrace.replica.ledger import RequestRecord
@@ -42,6 +44,7 @@ from headrace.replica.validate import (
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
+_log = logging.getLogger(__name__)
 _HEADER_VALUE = re.compile(r"[\x21-\x7e]{1,256}")
 
 
@@ -63,12 +66,19 @@ class Generator:
     """Takes generation requests for one endpoint."""
 
     def __init__(
-        self, endpoint: str, max_open: int, fingerprint: str, services: AnswerServices, clock: Clock
+        self,
+        endpoint: str,
+        max_open: int,
+        fingerprint: str,
+        services: AnswerServices,
+        engine: EngineClient,
+        clock: Clock,
     ) -> None:
         self._endpoint = endpoint
         self._max_open = max_open
         self._fingerprint = fingerprint
         self._services = services
+        self._engine = engine
         self._clock = clock
         self._chat_decoder = RequestDecoder(ChatCompletionRequest)
         self._completion_decoder = RequestDecoder(CompletionRequest)
@@ -119,8 +129,8 @@ class Generator:
             record.status, record.finish_reason = 500, "error"
             record.error = f"{type(error).__name__} while the request was prepared"
             ledger.close(record, TerminalState.FAILED)
+            _log.exception("request %s could not be prepared", record.request_id)
             responder.send_error(GenerationFailed("the server failed at this request; see its log"), headers)
-            raise
         else:
             self._answers.add(answer)
 
@@ -166,7 +176,7 @@ class Generator:
         return answer
 
     def _limits(self) -> ModelLimits:
-        engine = self._services.engine
+        engine = self._engine
         if engine.state != "ready" or engine.info is None:
             raise Overloaded(engine.why_not_ready(), retry_after_s=1.0)
         if self._model is None:
@@ -189,7 +199,8 @@ class Generator:
             assert isinstance(fields, CompletionRequest)
             prompts = split_prompts(fields.prompt)
             n = count_choices(fields, len(prompts))
-            token_ids = [await self._encode_prompt(prompt, limits) for prompt in prompts]
+            num_characters = sum(map(len, prompts))
+            token_ids = [await self._encode_prompt(prompt, limits, num_characters) for prompt in prompts]
         longest = max(map(len, token_ids))
         seed = int.from_bytes(os.urandom(7), "big")
         return Prompt(token_ids, stops, build_sampling(fields, limits, longest, seed), n)
@@ -211,11 +222,15 @@ class Generator:
             raise InvalidRequest("the messages make an empty prompt; send some text", param="messages")
         return token_ids
 
-    async def encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    async def encode_text(
+        self, text: str, *, add_special_tokens: bool, num_characters_in_all: int = 0
+    ) -> list[int]:
         """Return the token ids of `text`. Raises InvalidRequest; Overloaded while the model loads."""
         if self._encoder is None:
             raise Overloaded("the model's tokenizer is being loaded; try again shortly", retry_after_s=1.0)
-        return await self._encoder.encode(text, add_special_tokens=add_special_tokens)
+        return await self._encoder.encode(
+            text, add_special_tokens=add_special_tokens, num_characters_in_all=num_characters_in_all
+        )
 
     def decode_text(self, token_ids: list[int]) -> str:
         """Return the text of `token_ids`. Raises InvalidRequest, and Overloaded as `encode_text`."""
@@ -224,9 +239,13 @@ class Generator:
         check_token_ids(token_ids, limits.vocab_size, "tokens")
         return self._model.tokenizer.decode(token_ids)
 
-    async def _encode_prompt(self, prompt: str | list[int], limits: ModelLimits) -> list[int]:
+    async def _encode_prompt(
+        self, prompt: str | list[int], limits: ModelLimits, num_characters: int
+    ) -> list[int]:
         if isinstance(prompt, str):
-            token_ids = await self.encode_text(prompt, add_special_tokens=True)
+            token_ids = await self.encode_text(
+                prompt, add_special_tokens=True, num_characters_in_all=num_characters
+            )
         else:
             check_token_ids(prompt, limits.vocab_size, "prompt")
             token_ids = prompt
@@ -238,7 +257,7 @@ class Generator:
         base, sampling, n = record.request_id, prompt.sampling, prompt.choices_per_prompt
         total = n * len(prompt.token_ids)
         attempt = 1
-        while any(self._services.engine.has_request(_choice_id(base, k, total)) for k in range(total)):
+        while any(self._engine.has_request(_choice_id(base, k, total)) for k in range(total)):
             # The same request came again while its first try is open, after a broken connection for example.
             attempt += 1
             base = f"{record.request_id}~{attempt}"

@@ -99,6 +99,10 @@ class ConnectionOwner(Protocol):
 
     def left(self, connection: HttpConnection) -> None: ...
 
+    def reserve(self, num_bytes: int) -> bool:
+        """Count body bytes as being received (negative: no longer); false: there is no room for them."""
+        ...
+
     def handle(self, request: HttpRequest, responder: Responder) -> None: ...
 
 
@@ -117,6 +121,8 @@ class HttpConnection(asyncio.Protocol):
         self._is_discarding = False
         """Bytes that still come are dropped: the connection ends with the last queued answer."""
         self._lingers_since_s: float | None = None
+        self._num_reserved = 0
+        """Body bytes that the owner counts for this connection: received and not yet handed over."""
         self._is_reading_paused = False
         self._is_writing_paused = False
         self._stalled_since_s = 0.0
@@ -171,7 +177,10 @@ class HttpConnection(asyncio.Protocol):
         self._body_bytes += len(data)
         if self._body_bytes > self._limits.max_body_bytes:
             self._refuse_body("more")
+        elif not self._owner.reserve(len(data)):
+            self._refuse(Overloaded("too many large requests at once; try again later", retry_after_s=1.0))
         else:
+            self._num_reserved += len(data)
             self._body.append(data)
 
     def on_message_complete(self) -> None:
@@ -209,6 +218,7 @@ class HttpConnection(asyncio.Protocol):
         self._queue.append(error)
         self._is_discarding = True
         self._is_in_message = False
+        self._body.clear()
 
     # ---- the transport's events
 
@@ -244,6 +254,7 @@ class HttpConnection(asyncio.Protocol):
         self._transport = None
         self._is_discarding = True
         self._queue.clear()
+        self._release(self._num_reserved)
         self._owner.left(self)
         active, self._active = self._active, None
         if active is not None:
@@ -271,6 +282,7 @@ class HttpConnection(asyncio.Protocol):
                 self._end_with(entry)
                 break
             self._active = responder = Responder(self, entry)
+            self._release(len(entry.body))
             self._owner.handle(entry, responder)
         self._is_advancing = False
         transport = self._transport
@@ -283,6 +295,10 @@ class HttpConnection(asyncio.Protocol):
         if self._wants_continue and self._active is None and not self._is_discarding:
             self._wants_continue = False
             transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _release(self, num_bytes: int) -> None:
+        self._num_reserved -= num_bytes
+        self._owner.reserve(-num_bytes)
 
     def _end_with(self, error: RequestError) -> None:
         body = msgspec.json.encode(describe_error(error))

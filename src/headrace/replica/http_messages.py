@@ -27,6 +27,8 @@ class HttpLimits:
     max_body_bytes: int = 32 * 1024 * 1024
     max_head_bytes: int = 32 * 1024
     """Request line and all header fields together."""
+    max_receiving_bytes: int = 512 * 1024 * 1024
+    """Bodies being received, over all connections; at least max_body_bytes. Beyond it: 503."""
     max_connections: int = 4096
     max_queued: int = 8
     """Pipelined requests that wait behind the one being answered; then reading pauses."""

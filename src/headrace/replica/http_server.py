@@ -34,6 +34,7 @@ class HttpServer:
         self.heads = heads
         self.clock = clock
         self._connections: set[HttpConnection] = set()
+        self._num_receiving_bytes = 0
         self._server: asyncio.Server | None = None
         self._sweep: asyncio.TimerHandle | None = None
 
@@ -67,6 +68,12 @@ class HttpServer:
 
     def left(self, connection: HttpConnection) -> None:
         self._connections.discard(connection)
+
+    def reserve(self, num_bytes: int) -> bool:
+        if num_bytes > 0 and self._num_receiving_bytes + num_bytes > self.limits.max_receiving_bytes:
+            return False
+        self._num_receiving_bytes += num_bytes
+        return True
 
     def handle(self, request: HttpRequest, responder: Responder) -> None:
         try:

@@ -61,9 +61,12 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenize")
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Return the ids of `text`. Raises InvalidRequest."""
-        if len(text) <= _LONG_TEXT_CHARACTERS:
+    async def encode(
+        self, text: str, *, add_special_tokens: bool, num_characters_in_all: int = 0
+    ) -> list[int]:
+        """Return the ids of `text`, one of several texts with `num_characters_in_all`.
+        Raises InvalidRequest."""
+        if max(len(text), num_characters_in_all) <= _LONG_TEXT_CHARACTERS:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(

@@ -6,6 +6,7 @@ import io
 import sys
 from typing import Any
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -120,4 +121,7 @@ def test_only_a_system_where_everything_failed_is_hopeless() -> None:
     assert hopeless_error(system(replica("chat-1", "starting"), failed)) == ""
     assert "chat-2 is failed: damaged" in hopeless_error(system(failed))
     assert hopeless_error(system()) == ""
+    gateway = ProcessStatus("haproxy", 0, "failing", 5, 0, "cannot bind socket")
+    status = msgspec.structs.replace(system(replica("chat-1", "ready")), processes=[gateway])
+    assert hopeless_error(status) == "haproxy is failing: cannot bind socket"
     assert describe_unready(None) == "its controller never answered"

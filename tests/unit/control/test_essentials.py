@@ -18,6 +18,7 @@ def test_the_first_end_is_answered_at_once_and_further_ones_ever_more_slowly() -
         now_s = essential.due_s
     assert waits == [0, 1, 2, 4, 8, 16, 30, 30, 30]
     assert essential.is_due(now_s), "it is never given up"
+    assert essential.state == "failing"
 
 
 def test_a_minute_of_health_forgets_earlier_ends() -> None:

@@ -260,3 +260,36 @@ def test_decodes_of_very_different_lengths_do_not_disturb_each_other(precision: 
     for row, (tokens, _) in zip(logits, requests):
         expected = naive.logits(tokens)[-1]
         assert relative_error(row, expected) < (1e-5 if precision == "cpu" else BFLOAT16_ERROR)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["cpu", "bfloat16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_row_has_the_same_bits_whoever_its_partners_are(architecture: str, precision: str) -> None:
+    runner = tiny(architecture)[1][precision]
+    mine = (prompt(20, seed=1), [0, 1, 2])
+    others = [
+        (prompt(n, seed=n), [10 + 40 * i + j for j in range(-(-n // BLOCK_SIZE))])
+        for i, n in enumerate((7, 30, 5, 150))
+    ]
+    for tokens, table in [mine, *others]:
+        runner.execute(step_input([Part(tokens, 0, len(tokens) - 1, table)], BLOCK_SIZE))
+
+    def decode(*requests: tuple[list[int], list[int]]) -> torch.Tensor:
+        parts = [Part(tokens, len(tokens) - 1, len(tokens), table) for tokens, table in requests]
+        return runner.execute(step_input(parts, BLOCK_SIZE)).clone()
+
+    with_short = decode(mine, others[0], others[2])
+    with_long = decode(others[1], mine, others[3])
+    assert torch.equal(with_short[0], with_long[1])
+
+
+@pytest.mark.slow
+def test_prefill_longer_than_a_slice_of_queries_agrees_with_the_naive_model() -> None:
+    for architecture in ARCHITECTURES:
+        naive, runners = tiny(architecture)
+        tokens = prompt(200)
+        blocks = random.Random(1).sample(range(100), 25)
+        runners["cpu"].execute(step_input([Part(tokens, 0, 30, blocks, is_sampled=False)], BLOCK_SIZE))
+        logits = runners["cpu"].execute(step_input([Part(tokens, 30, 200, blocks)], BLOCK_SIZE))
+        assert relative_error(logits[0], naive.logits(tokens)[-1]) < 1e-5

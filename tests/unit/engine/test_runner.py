@@ -119,7 +119,10 @@ def test_smollm2_agrees_with_transformers_on_the_same_weights() -> None:
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    weights = {huggingface_name(name, has_post_norms=False): source.read(name) for name in expected_shapes(h)}
+    weights = {
+        huggingface_name(name, has_post_norms=False): source.read(name, torch.float32)
+        for name in expected_shapes(h)
+    }
     model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, assign=True)
     tokens = CAPITAL_OF_ITALY_IS + np.random.default_rng(0).integers(0, h.vocab_size, 60).tolist()
     with torch.no_grad():

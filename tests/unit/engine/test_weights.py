@@ -36,7 +36,7 @@ def test_dequantised_values_equal_those_of_the_gguf_package(type_id: int) -> Non
     assert gguf.GGML_QUANT_SIZES[kind] == (block_elements, block_bytes)
     with np.errstate(all="ignore"):
         expected = torch.from_numpy(np.array(gguf.dequantize(raw, kind), np.float32)).view(shape)
-        found = dequantize(raw.reshape(-1), type_id, shape).float()
+        found = dequantize(raw.reshape(-1), type_id, shape, torch.float32)
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
@@ -52,18 +52,18 @@ def test_a_quantised_file_is_near_its_original(tmp_path: Path, quantization: str
 
 def test_a_weight_read_twice_is_the_same_and_owns_its_memory(tmp_path: Path) -> None:
     source = open_files(gguf_file(tmp_path / "m.gguf"))
-    first = source.read("layers.0.gate")
+    first = source.read("layers.0.gate", torch.float32)
     again = first.clone()
     first.zero_()
-    assert torch.equal(source.read("layers.0.gate"), again)
+    assert torch.equal(source.read("layers.0.gate", torch.float32), again)
 
 
 def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
     files = huggingface_directory(tmp_path)
-    expected = open_files(files).read("layers.1.down")
+    expected = open_files(files).read("layers.1.down", torch.float32)
     tensors = load_file(tmp_path / "model.safetensors")
     shard(tmp_path, tensors)
-    assert torch.equal(open_files(files).read("layers.1.down"), expected)
+    assert torch.equal(open_files(files).read("layers.1.down", torch.float32), expected)
 
 
 def shard(directory: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
@@ -120,7 +120,7 @@ def test_a_tied_model_may_repeat_its_embedding_as_head(tmp_path: Path) -> None:
         tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
         tmp_path / "model.safetensors",
     )
-    assert open_files(files).read("embedding").shape == (96, 64)
+    assert open_files(files).read("embedding", torch.float32).shape == (96, 64)
 
 
 def test_weights_of_whole_numbers_are_refused(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_weights_of_whole_numbers_are_refused(tmp_path: Path) -> None:
     tensors["model.norm.weight"] = torch.ones(64, dtype=torch.int32)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=r"torch\.int32; supported are float32, float16, bfloat16"):
-        open_files(files).read("final_norm")
+        open_files(files).read("final_norm", torch.float32)
 
 
 @pytest.mark.parametrize(

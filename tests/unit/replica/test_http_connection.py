@@ -64,12 +64,19 @@ class Owner:
         self.waiting: list[Responder] = []
         self.has_room = True
         self.num_left = 0
+        self.num_receiving = 0
 
     def joined(self, connection: HttpConnection) -> bool:
         return self.has_room
 
     def left(self, connection: HttpConnection) -> None:
         self.num_left += 1
+
+    def reserve(self, num_bytes: int) -> bool:
+        if self.num_receiving + num_bytes > self.limits.max_receiving_bytes:
+            return False
+        self.num_receiving += num_bytes
+        return True
 
     def handle(self, request: HttpRequest, responder: Responder) -> None:
         self.requests.append(request)
@@ -150,6 +157,7 @@ def test_no_bytes_break_a_connection(data: bytes) -> None:
     wire.send(data)
     wire.send(data)
     wire.connection.connection_lost(None)
+    assert wire.owner.num_receiving == 0
 
 
 def test_a_request_is_parsed_with_lower_case_headers_and_without_its_query() -> None:
@@ -239,6 +247,24 @@ def test_a_chunked_body_longer_than_the_limit_is_refused() -> None:
     wire = Wire(max_body_bytes=10)
     assert status(wire.send(chunked(b"/x", b"12345", b"67890", b"1"))) == 413
     assert not wire.owner.requests
+
+
+def test_bodies_of_all_connections_together_are_bounded() -> None:
+    wire = Wire(max_receiving_bytes=100)
+    wire.send(b"POST /x HTTP/1.1\r\ncontent-length: 500\r\n\r\n" + b"x" * 60)
+    assert wire.owner.num_receiving == 60
+    answer = wire.send(b"x" * 60)
+    assert status(answer) == 503
+    wire.connection.connection_lost(None)
+    assert wire.owner.num_receiving == 0
+
+
+def test_a_body_that_was_handed_over_is_not_counted_any_more() -> None:
+    wire = Wire()
+    wire.send(post(b"/wait", b"x" * 60) + post(b"/next", b"x" * 30))
+    assert wire.owner.num_receiving == 30
+    wire.owner.waiting[0].send(200, b"")
+    assert wire.owner.num_receiving == 0
 
 
 def test_half_a_head_times_out_however_slowly_it_comes() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ from headrace.engine.model_files.metadata import GgufTokenizer, ModelMetadata, r
 from headrace.engine.model_files.resolve import resolve_model
 from headrace.errors import InvalidRequest, ModelError
 from headrace.replica.gguf_tokenizer import build_gguf_tokenizer
-from headrace.replica.text import TextDecoder
-from headrace.replica.text_model import TextModel, load_text_model
+from headrace.replica.text import TextDecoder, TokenBytes
+from headrace.replica.text_model import PromptEncoder, TextModel, load_text_model
 from headrace.replica.tokenizer import ByteTokenizer, ModelTokenizer, load_tokenizer_json
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -218,3 +220,37 @@ def test_half_a_surrogate_pair_is_the_clients_mistake(is_simulated: bool, model:
     tokenizer = ByteTokenizer() if is_simulated else model.tokenizer
     with pytest.raises(InvalidRequest, match="surrogate"):
         tokenizer.encode("a\ud800", add_special_tokens=False)
+
+
+class SlowTokenizer:
+    """Says in which thread it was asked."""
+
+    def __init__(self) -> None:
+        self.token_bytes: TokenBytes = {}
+        self.threads: list[str] = []
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        self.threads.append(threading.current_thread().name)
+        return [len(text)]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("num_characters", "num_in_all", "is_in_thread"),
+    [(10, 0, False), (100_000, 0, True), (10, 100_000, True)],
+)
+async def test_long_prompts_are_tokenized_beside_the_streams(
+    num_characters: int, num_in_all: int, is_in_thread: bool
+) -> None:
+    tokenizer = SlowTokenizer()
+    encoder = PromptEncoder(tokenizer)
+    try:
+        token_ids = await encoder.encode(
+            "x" * num_characters, add_special_tokens=True, num_characters_in_all=num_in_all
+        )
+    finally:
+        encoder.close()
+    assert token_ids == [num_characters]
+    assert tokenizer.threads[0].startswith("tokenize") == is_in_thread

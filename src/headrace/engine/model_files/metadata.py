@@ -6,7 +6,7 @@ Must not know tensors' contents, templates' languages or how text becomes tokens
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -127,6 +127,11 @@ def read_metadata(files: ModelFiles) -> ModelMetadata:
 
     Raises ModelError when a file is missing, damaged or hostile, or the architecture is not supported.
     """
+    metadata = _read_files(files)
+    return replace(metadata, chat_template=files.chat_template) if files.chat_template else metadata
+
+
+def _read_files(files: ModelFiles) -> ModelMetadata:
     # Each format's reader is imported only when needed: the front starts with one of them.
     if files.format == "gguf":
         from headrace.engine.model_files.gguf_metadata import read_gguf_metadata

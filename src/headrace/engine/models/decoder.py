@@ -155,33 +155,33 @@ class _LayerKind:
 
 def build_weights(
     h: Hyperparameters,
-    read: Callable[[str], Tensor],
+    read: Callable[[str, torch.dtype], Tensor],
     operations: Operations,
     rope_divisors: Tensor | None = None,
 ) -> DecoderWeights:
     """Pack all weights, one tensor after another, so that at most one layer's originals are in memory.
 
-    `read` takes canonical names (`weights.names`) and gives tensors of any float dtype.
+    `read` takes canonical names (`weights.names`) and the dtype that is wanted.
     """
 
-    def vector(name: str) -> Tensor:
-        return read(name).to(operations.dtype)
+    def tensor(name: str) -> Tensor:
+        return read(name, operations.dtype)
 
     def layer(index: int) -> Layer:
         at = f"layers.{index}."
         optional = {"q_norm": h.has_qk_norm, "k_norm": h.has_qk_norm}
         optional |= {"post_attention_norm": h.has_post_norms, "post_mlp_norm": h.has_post_norms}
         return Layer(
-            attention_norm=vector(at + "attention_norm"),
-            qkv=operations.pack_linear(torch.cat([read(at + part).to(operations.dtype) for part in "qkv"])),
-            o=operations.pack_linear(read(at + "o")),
-            mlp_norm=vector(at + "mlp_norm"),
-            gated=operations.pack_gated(read(at + "gate"), read(at + "up"), h.activation),
-            down=operations.pack_linear(read(at + "down")),
-            **{name: vector(at + name) for name, is_present in optional.items() if is_present},
+            attention_norm=tensor(at + "attention_norm"),
+            qkv=operations.pack_linear(torch.cat([tensor(at + part) for part in "qkv"])),
+            o=operations.pack_linear(tensor(at + "o")),
+            mlp_norm=tensor(at + "mlp_norm"),
+            gated=operations.pack_gated(tensor(at + "gate"), tensor(at + "up"), h.activation),
+            down=operations.pack_linear(tensor(at + "down")),
+            **{name: tensor(at + name) for name, is_present in optional.items() if is_present},
         )
 
-    embedding = read("embedding").to(operations.dtype)
+    embedding = tensor("embedding")
     layers = tuple(layer(index) for index in range(h.num_layers))
-    head = operations.pack_linear(embedding if h.is_tied else read("output"))
-    return DecoderWeights(embedding, layers, vector("final_norm"), head, rope_divisors)
+    head = operations.pack_linear(embedding if h.is_tied else tensor("output"))
+    return DecoderWeights(embedding, layers, tensor("final_norm"), head, rope_divisors)

@@ -25,7 +25,7 @@ _GROUP_OVERHEAD_SLOTS = 1024
 """One more group costs as much time as attending to this many padded slots (about 60 µs)."""
 _MAX_SCORES = 2 * 1024 * 1024
 """Scores computed at once: 4 MiB in bfloat16 stay in the cache."""
-_MAX_QUERIES = 128
+_MAX_QUERIES = 64
 """Queries of a chunk computed at once: each such slice skips the keys that come after it."""
 
 Indices = NDArray[np.int64]

@@ -17,27 +17,43 @@ from torch import Tensor
 from headrace.engine.model_files.gguf_header import TENSOR_TYPES
 
 _BLOCK = 32
+_VALUES_AT_ONCE = 4 * 1024 * 1024
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+Bytes = NDArray[np.uint8]
 
 
-def dequantize(raw: NDArray[np.uint8], type_id: int, shape: tuple[int, ...]) -> Tensor:
-    """Return the tensor [*shape] in float32 (or the file's own dtype for F32, F16, BF16) of `raw`, its bytes.
+def dequantize(raw: Bytes, type_id: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return the tensor [*shape] in `dtype` of `raw`, its bytes. The result owns its memory.
 
-    `type_id` is one of TENSOR_TYPES, and `raw` has exactly the bytes of `shape`. The result owns its memory.
+    `type_id` is one of TENSOR_TYPES, and `raw` has exactly the bytes of `shape`. Works through a few million
+    values at a time: the float32 values of a large embedding would be most of the engine's peak memory.
     """
-    name, _, block_bytes = TENSOR_TYPES[type_id]
-    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(name)
+    name, block_elements, block_bytes = TENSOR_TYPES[type_id]
+    out = torch.empty(shape, dtype=dtype)
+    flat = out.view(-1)
+    blocks = raw.reshape(-1, block_bytes)
+    blocks_at_once = _VALUES_AT_ONCE // block_elements
+    for start in range(0, len(blocks), blocks_at_once):
+        part = blocks[start : start + blocks_at_once]
+        values = _unpack(name, type_id, part).reshape(-1)
+        flat[start * block_elements : start * block_elements + len(values)] = values
+    return out
+
+
+def _unpack(name: str, type_id: int, blocks: Bytes) -> Tensor:
+    """The values of some blocks, in float32 or the file's own dtype."""
+    plain = _PLAIN.get(name)
     if plain is not None:
-        return torch.from_numpy(raw.copy()).view(plain).view(shape)
+        return torch.from_numpy(blocks.copy()).view(plain)
     unpack = _UNPACK.get(name)
     if unpack is not None:
-        blocks = torch.from_numpy(raw.copy()).view(-1, block_bytes)
-        return unpack(blocks).view(shape)
+        return unpack(torch.from_numpy(blocks.copy()))
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize as gguf_dequantize
 
-    rows = raw.reshape(-1, raw.size // int(np.prod(shape[:-1])))
-    values = gguf_dequantize(rows, GGMLQuantizationType(type_id))
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).view(shape)
+    values = gguf_dequantize(blocks, GGMLQuantizationType(type_id))
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
 
 def _half(blocks: Tensor, start: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from headrace.engine.model_files.gguf_header import read_gguf_header
@@ -39,8 +40,8 @@ class GgufSource:
         except OSError as error:
             raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
 
-    def read(self, name: str) -> Tensor:
-        weight = self._read_file_name(gguf_name(name))
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        weight = self._read_file_name(gguf_name(name), dtype)
         part = name.rpartition(".")[2]
         if self._h.architecture == "llama" and part in ("q", "k"):
             return _undo_rotary_permutation(
@@ -52,17 +53,17 @@ class GgufSource:
         """Divisors of the rotary frequencies [head_dim / 2] where the file has them."""
         if ROPE_DIVISORS not in self._tensors:
             return None
-        divisors = self._read_file_name(ROPE_DIVISORS).float()
+        divisors = self._read_file_name(ROPE_DIVISORS, torch.float32)
         if tuple(divisors.shape) != (self._h.head_dim // 2,) or not bool((divisors > 0).all()):
             raise ModelError(
                 f"{self._path}: {ROPE_DIVISORS} must be {self._h.head_dim // 2} positive numbers"
             )
         return divisors
 
-    def _read_file_name(self, file_name: str) -> Tensor:
+    def _read_file_name(self, file_name: str, dtype: torch.dtype) -> Tensor:
         tensor = self._tensors[file_name]
         end = tensor.offset_bytes + tensor.size_bytes
-        return dequantize(self._bytes[tensor.offset_bytes : end], tensor.type_id, tensor.shape)
+        return dequantize(self._bytes[tensor.offset_bytes : end], tensor.type_id, tensor.shape, dtype)
 
 
 def _undo_rotary_permutation(weight: Tensor, num_heads: int) -> Tensor:

@@ -40,7 +40,7 @@ class SafetensorsSource:
             ignored.add("lm_head.weight")
         check_tensors(str(directory), expected, found, frozenset(ignored))
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
         file_name = self._file_name(name)
         path = self._file_of[file_name]
         try:
@@ -52,8 +52,9 @@ class SafetensorsSource:
                 f"{path}: tensor {file_name} is {weight.dtype}; supported are float32, float16, bfloat16"
             )
         if self._h.is_norm_plus_one and name.endswith("norm"):
-            return weight.float() + 1.0
-        return weight
+            return (weight.float() + 1.0).to(dtype)
+        # A copy even where the dtype is right: a mapped tensor would keep the pages of its file resident.
+        return weight.to(dtype, copy=True)
 
     def rope_divisors(self) -> Tensor | None:
         """Never: config.json describes the scaling."""

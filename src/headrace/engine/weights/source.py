@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from headrace.engine.model_files.metadata import Hyperparameters
@@ -18,8 +19,8 @@ from headrace.errors import ModelError
 class WeightSource(Protocol):
     """The tensors of one model under their canonical names (`names`), checked for presence and shape."""
 
-    def read(self, name: str) -> Tensor:
-        """Return the tensor in float32, float16 or bfloat16, with memory of its own. Raises ModelError."""
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return the tensor in `dtype`, with memory of its own. Raises ModelError."""
         ...
 
     def rope_divisors(self) -> Tensor | None:
