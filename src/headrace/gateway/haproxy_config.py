@@ -28,6 +28,7 @@ MODEL_IN_REQUEST = "%[var(txn.model),bytes(0,128),json(utf8ps)]"
 """HAProxy's expression for the model that was asked for, safe inside a JSON string."""
 _CLIENT_ID_PATTERN = "^[A-Za-z0-9._:@/+=-]{1,128}$"
 """What a client's x-request-id may look like; others are dropped, since it comes back in our answers."""
+_ON_REFUSAL = "observe layer4 error-limit 1 on-error mark-down"
 _RETURN = "http-request return status"
 _FDS_RESERVED = 256
 """Listeners, health checks, SPOE connections, logs, pipes between master and worker."""
@@ -58,9 +59,13 @@ class Server:
 
     @property
     def options(self) -> str:
-        """Options after the address, the same in the file and for `add server`."""
+        """Options after the address, the same in the file and for `add server`.
+
+        A refused connection takes the server out at once, so that retries go elsewhere even while it has the
+        fewest connections; a check brings it back within downinter.
+        """
         limit = f" maxconn {self.max_open}" if self.max_open else ""
-        return f"check inter 1s fall 2 rise 1{limit}"
+        return f"check inter 1s fastinter 200ms downinter 200ms fall 2 rise 1 {_ON_REFUSAL}{limit}"
 
 
 def size_max_connections(spec: GatewaySpec, fd_limit: int) -> int:

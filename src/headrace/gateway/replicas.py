@@ -103,6 +103,7 @@ class ReplicaTable:
             if replica.connection is connection and replica.is_connected:
                 replica.is_connected = False
                 replica.lease_end_s = min(replica.lease_end_s, now_s + CLOSED_GRACE_S)
+                self.revision += 1
                 is_changed = True
         return is_changed
 
@@ -137,8 +138,13 @@ class ReplicaTable:
         ]
 
     def wanted_servers(self) -> list[Server]:
-        """Return the servers that HAProxy should have."""
-        return [replica.server for replica in self.replicas.values() if replica.state == "ready"]
+        """Return the servers that HAProxy should have. One whose connection closed has probably died: HAProxy
+        must not send retries there; it comes back with the next report."""
+        return [
+            replica.server
+            for replica in self.replicas.values()
+            if replica.state == "ready" and replica.is_connected
+        ]
 
     def _is_newer(self, replica: Replica, report: LoadReport, connection: object) -> bool:
         if report.pid == replica.pid:

@@ -182,6 +182,7 @@ class Router:
 
     def _on_report_lost(self, connection: ReportConnection) -> None:
         self.replicas.connection_closed(connection, self._clock.now_s())
+        self._on_replicas_changed()
 
     def _on_report_error(self, error: ProtocolError) -> None:
         self.replicas.num_ignored_reports += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def test_rendering_is_pure_and_in_a_fixed_order() -> None:
     spec = spec_of("/run/x", "chat")
     assert render_files(spec, servers, FD_LIMIT) == render_files(spec, reversed(servers), FD_LIMIT)
     text = render_config(spec, servers, FD_LIMIT)
-    assert "server chat-3 127.0.0.1:9003 check inter 1s fall 2 rise 1 maxconn 4\n" in text
+    assert re.search(r"server chat-3 127.0.0.1:9003 check .* maxconn 4\n", text)
     assert "chat-9" not in render_config(spec, [Server("gone", "chat-9", "127.0.0.1", 1)], FD_LIMIT)
 
 
