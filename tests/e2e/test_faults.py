@@ -113,8 +113,10 @@ def test_a_killed_engine_fails_only_its_own_streams_and_comes_back(system: Runni
         load.wait_for(64)
         wait_replaced(system, "headrace: engine chat-1", engine.pid)
         load.wait_for(64)
-    assert set(load.outcomes) == {"finished", "error_event"}, load.outcomes
-    assert load.outcomes["error_event"] <= 8, load.outcomes
+    # 502: the engine died before the first token. Not sent elsewhere, so that a request which kills engines
+    # kills one.
+    assert set(load.outcomes) <= {"finished", "error_event", "status_502"}, load.outcomes
+    assert load.outcomes["error_event"] + load.outcomes["status_502"] <= 8, load.outcomes
 
 
 def test_a_killed_front_fails_only_its_own_streams_and_is_replaced(system: RunningSystem) -> None:
