@@ -249,6 +249,8 @@ class LoadReport(Message, frozen=True):
     finished: list[FinishedRequest] = []
     generation: str = ""
     """Hash of the spec it was started with: the controller replaces replicas whose spec changed."""
+    socket_path: str = ""
+    """UNIX socket on which the front serves gateways of its own machine; empty: only `address`."""
 
 
 class ReportAck(Message, frozen=True):

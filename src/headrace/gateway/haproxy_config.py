@@ -8,7 +8,6 @@ Must not know who writes the files (`headrace.gateway.process`) or the runtime A
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import headrace
 from headrace.api.config import split_address
@@ -17,6 +16,7 @@ from headrace.errors import ConfigError
 from headrace.gateway import haproxy_answers as answers
 from headrace.gateway.names import backend_name, encode_name
 from headrace.gateway.paths import GatewayPaths, check_run_dir
+from headrace.gateway.server import Server
 
 BUFFER_BYTES = 131_072
 """tune.bufsize. A longer head makes every open request dearer; the rest of a body streams through."""
@@ -28,7 +28,6 @@ MODEL_IN_REQUEST = "%[var(txn.model),bytes(0,128),json(utf8ps)]"
 """HAProxy's expression for the model that was asked for, safe inside a JSON string."""
 _CLIENT_ID_PATTERN = "^[A-Za-z0-9._:@/+=-]{1,128}$"
 """What a client's x-request-id may look like; others are dropped, since it comes back in our answers."""
-_ON_REFUSAL = "observe layer4 error-limit 1 on-error mark-down"
 _RETURN = "http-request return status"
 _FDS_RESERVED = 256
 """Listeners, health checks, SPOE connections, logs, pipes between master and worker."""
@@ -36,36 +35,6 @@ _FDS_PER_CONNECTION = 3
 """Client, server, and while it is held its share of SPOE connections (at worst one)."""
 _MAX_CONNECTIONS = 65_536
 """Bound when the descriptor limit is practically infinite: HAProxy allocates tables in proportion."""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Server:
-    """One replica as HAProxy sees it. `max_open` 0: unlimited."""
-
-    endpoint: str
-    replica_id: str
-    host: str
-    port: int
-    max_open: int = 0
-
-    @property
-    def path(self) -> str:
-        """`backend/server`, the name that the runtime API uses."""
-        return f"{backend_name(self.endpoint)}/{encode_name(self.replica_id)}"
-
-    @property
-    def address(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @property
-    def options(self) -> str:
-        """Options after the address, the same in the file and for `add server`.
-
-        A refused connection takes the server out at once, so that retries go elsewhere even while it has the
-        fewest connections; a check brings it back within downinter.
-        """
-        limit = f" maxconn {self.max_open}" if self.max_open else ""
-        return f"check inter 1s fastinter 200ms downinter 200ms fall 2 rise 1 {_ON_REFUSAL}{limit}"
 
 
 def size_max_connections(spec: GatewaySpec, fd_limit: int) -> int:

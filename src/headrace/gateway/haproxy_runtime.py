@@ -9,7 +9,7 @@ import asyncio
 from typing import NamedTuple
 
 from headrace.errors import HeadraceError
-from headrace.gateway.haproxy_config import Server
+from headrace.gateway.server import Server
 
 MAX_REPLY_BYTES = 4 * 1024 * 1024
 COMMAND_TIMEOUT_S = 2.0

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from headrace.api.config import split_address
 from headrace.api.messages import LoadReport, ReplicaState
+from headrace.api.run_paths import front_socket_path
 from headrace.errors import ProtocolError
-from headrace.gateway.haproxy_config import Server
 from headrace.gateway.names import REPLICA_ID, encode_name
+from headrace.gateway.server import Server
 
 CLOSED_GRACE_S = 0.3
 """A replica whose connection closed is not chosen; it is gone unless it reports again within this time."""
@@ -53,6 +54,7 @@ class Replica:
 class ReplicaTable:
     """All replicas that reported and whose leases have not ended."""
 
+    run_dir: str = ""
     replicas: dict[str, Replica] = field(default_factory=dict)
     known_paths: dict[str, float] = field(default_factory=dict)
     """Server path -> when its replica was last there; what the ServerKeeper may take away."""
@@ -70,7 +72,7 @@ class ReplicaTable:
             return None
         if not report.address and replica is None:
             return None  # still starting: the controller's business
-        server = _check(report, replica.server if replica is not None else None)
+        server = _check(report, self.run_dir, replica.server if replica is not None else None)
         if replica is None:
             if len(self.replicas) >= MAX_REPLICAS:
                 raise ProtocolError(f"more than {MAX_REPLICAS} replicas report")
@@ -152,7 +154,7 @@ class ReplicaTable:
         return connection is not replica.connection  # a restarted front comes over a new connection
 
 
-def _check(report: LoadReport, known: Server | None) -> Server:
+def _check(report: LoadReport, run_dir: str, known: Server | None) -> Server:
     """Return the report's server. Raises ProtocolError for what would be nonsense inside HAProxy."""
     if not 0 < report.lease_s <= MAX_LEASE_S:
         raise ProtocolError(f"lease_s is {report.lease_s}; it must be in (0, {MAX_LEASE_S:.0f}]")
@@ -160,7 +162,7 @@ def _check(report: LoadReport, known: Server | None) -> Server:
         raise ProtocolError(f"num_open is {report.num_open} and max_open {report.max_open}")
     if (
         known is not None
-        and report.address in ("", known.address)
+        and report.address in ("", known.tcp_address)
         and (report.endpoint, report.max_open) == (known.endpoint, known.max_open)
     ):
         return known  # nothing new: the usual case, many times a second
@@ -172,4 +174,8 @@ def _check(report: LoadReport, known: Server | None) -> Server:
         raise ProtocolError(f"address: {error}") from error
     if port == 0:
         raise ProtocolError(f"address {report.address!r} has no port")
-    return Server(report.endpoint, report.replica_id, host, port, report.max_open)
+    # A path that a report names goes into HAProxy's config: only the one that is right can be meant.
+    socket_path = front_socket_path(run_dir, report.replica_id)
+    if report.socket_path != socket_path:
+        socket_path = ""
+    return Server(report.endpoint, report.replica_id, host, port, report.max_open, socket_path)

@@ -47,7 +47,7 @@ class Router:
         self._clock = clock
         self._paths = GatewayPaths(spec.run_dir)
         runtime = HaproxyRuntime(self._paths.runtime_socket, self._paths.master_socket)
-        self.replicas = ReplicaTable()
+        self.replicas = ReplicaTable(spec.run_dir)
         self._seen_revision = 0
         self._num_answered_by_haproxy = 0
         self.dispatcher = Dispatcher(spec.endpoints, self.replicas)

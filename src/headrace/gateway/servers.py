@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from headrace.api.messages import GatewaySpec
+from headrace.api.run_paths import front_socket_path
 from headrace.errors import HeadraceError
 from headrace.gateway.files import write_files
-from headrace.gateway.haproxy_config import Server, render_files
+from headrace.gateway.haproxy_config import render_files
 from headrace.gateway.haproxy_runtime import HaproxyRefused, HaproxyRuntime, HaproxyUnavailable, ServerState
 from headrace.gateway.names import ENDPOINT_PREFIX, decode_name, endpoint_of_backend
+from headrace.gateway.server import UNIX_ADDRESS, Server
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ def plan_changes(wanted: Iterable[Server], actual: Mapping[str, ServerState]) ->
         state = actual.get(path)
         if state is None:
             changes += [ServerChange("add", path, server), ServerChange("enable", path, server)]
-        elif state.address != server.address:
+        elif state.address != server.shown_address:
             changes += _removal(state)
         elif state.is_in_maintenance:
             changes.append(ServerChange("enable", path, server))
@@ -69,14 +71,17 @@ def _removal(state: ServerState) -> list[ServerChange]:
     return [delete] if state.is_in_maintenance else [ServerChange("disable", state.path), delete]
 
 
-def server_of_state(state: ServerState) -> Server | None:
+def server_of_state(state: ServerState, run_dir: str) -> Server | None:
     """Return the server that HAProxy has, as if we had wanted it; None for the gateway's own."""
     backend, _, name = state.path.partition("/")
     endpoint = endpoint_of_backend(backend)
     host, _, port = state.address.rpartition(":")
     if endpoint is None or not port.isdigit():
         return None
-    return Server(endpoint, decode_name(name), host.strip("[]"), int(port))
+    replica_id = decode_name(name)
+    if state.address == UNIX_ADDRESS:
+        return Server(endpoint, replica_id, "", 0, socket_path=front_socket_path(run_dir, replica_id))
+    return Server(endpoint, replica_id, host.strip("[]"), int(port))
 
 
 class ServerKeeper:
@@ -212,7 +217,7 @@ class ServerKeeper:
         wanted = dict(self._wanted)
         if asyncio.get_running_loop().time() - self._started_s < ADOPTION_S:
             for path, state in actual.items():
-                server = server_of_state(state)
+                server = server_of_state(state, self._spec.run_dir)
                 if server is not None and path not in self._known and not state.is_in_maintenance:
                     wanted.setdefault(path, server)
         return wanted

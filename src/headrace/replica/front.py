@@ -7,6 +7,7 @@ Must not know how its parts do their work.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 
 from headrace.api.messages import EngineLoad, FinishedRequest, LoadReport, ReplicaSpec, ReplicaState
 from headrace.api.openai import ModelCard
+from headrace.api.run_paths import front_socket_path
 from headrace.clock import Clock
 from headrace.errors import ModelError
 from headrace.observability.front_metrics import FrontMetrics
@@ -77,6 +79,7 @@ class Front:
         self._server = HttpServer(self._routes.handle, limits.http, heads, clock)
         self._encoder: PromptEncoder | None = None
         self._address = ""
+        self._socket_path = ""
         self._created = int(clock.wall_s())
         self._sequence = 0
         self._is_draining = False
@@ -146,6 +149,7 @@ class Front:
             is_retryable=engine.is_retryable,
             finished=finished,
             generation=spec.generation,
+            socket_path=self._socket_path,
         )
 
     def _report_interval_s(self) -> float:
@@ -166,6 +170,7 @@ class Front:
             print(f"front: cannot listen on {where}: {error.strerror or error}", file=sys.stderr)
             self._access_log.close()
             return 2
+        await self._listen_unix()
         _log.info("%s listens on %s", self._spec.replica_id, self._address)
         reporting = asyncio.create_task(self._reporter.run())
         self._engine.start()
@@ -176,8 +181,23 @@ class Front:
         finally:
             reporting.cancel()
             await asyncio.wait([reporting, loading], timeout=_ENGINE_STOP_S)
+            if self._socket_path:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._socket_path)
             self._access_log.close()
         return 0
+
+    async def _listen_unix(self) -> None:
+        """Serve gateways of this machine on a UNIX socket, too. Without one they use the TCP address."""
+        path = front_socket_path(self._spec.run_dir, self._spec.replica_id)
+        if not path:
+            return
+        try:
+            await self._server.listen_unix(path)
+        except OSError as error:
+            _log.warning("cannot listen on %s: %s; gateways use %s", path, error, self._address)
+        else:
+            self._socket_path = path
 
     async def _load_model(self) -> None:
         try:

@@ -6,7 +6,9 @@ Must not know what the handler answers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import socket
 from collections.abc import Callable
 
@@ -35,7 +37,7 @@ class HttpServer:
         self.clock = clock
         self._connections: set[HttpConnection] = set()
         self._num_receiving_bytes = 0
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
         self._sweep: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
@@ -44,11 +46,28 @@ class HttpServer:
     async def listen(self, host: str, port: int) -> str:
         """Start to serve; return host:port with the real port. Raises OSError if the address is taken."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: HttpConnection(self), host, port, backlog=1024)
-        name = self._server.sockets[0].getsockname()
+        server = await loop.create_server(lambda: HttpConnection(self), host, port, backlog=1024)
+        self._servers.append(server)
+        name = server.sockets[0].getsockname()
         self._schedule_sweep()
-        is_ipv6 = self._server.sockets[0].family == socket.AF_INET6
+        is_ipv6 = server.sockets[0].family == socket.AF_INET6
         return f"[{name[0]}]:{name[1]}" if is_ipv6 else f"{name[0]}:{name[1]}"
+
+    async def listen_unix(self, path: str) -> None:
+        """Serve on a UNIX socket as well, for its owner only. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # of a front that was killed
+        listener = socket.socket(socket.AF_UNIX)
+        try:
+            listener.bind(path)
+            os.chmod(path, 0o600)
+            # A connection beyond the backlog is refused, not delayed as with TCP.
+            loop = asyncio.get_running_loop()
+            server = await loop.create_unix_server(lambda: HttpConnection(self), sock=listener, backlog=4096)
+        except OSError:
+            listener.close()
+            raise
+        self._servers.append(server)
 
     def _schedule_sweep(self) -> None:
         self._sweep = asyncio.get_running_loop().call_later(self.limits.sweep_s, self._run_sweep)
@@ -87,8 +106,8 @@ class HttpServer:
 
     def close_idle(self) -> None:
         """Stop listening, and close connections that wait for nothing."""
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         for connection in list(self._connections):
             connection.close_if_idle()
 

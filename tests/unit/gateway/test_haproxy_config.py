@@ -17,7 +17,8 @@ from headrace.api.messages import EndpointRule, GatewaySpec
 from headrace.errors import ConfigError
 from headrace.gateway import haproxy_answers as answers
 from headrace.gateway.files import write_files
-from headrace.gateway.haproxy_config import Server, render_config, render_files, size_max_connections
+from headrace.gateway.haproxy_config import render_config, render_files, size_max_connections
+from headrace.gateway.server import Server
 
 FD_LIMIT = 20_000
 NAMES = st.from_regex(ENDPOINT_NAME, fullmatch=True)

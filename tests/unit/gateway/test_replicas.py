@@ -102,3 +102,22 @@ def test_the_revision_grows_only_when_the_servers_may_have_changed() -> None:
     assert table.revision == revision
     table.observe(report(3, state="draining"), "c", 0.0)
     assert table.revision == revision + 1
+
+
+@pytest.mark.parametrize(
+    ("socket_path", "address"),
+    [
+        ("/run/x/front-chat-1.sock", "unix@/run/x/front-chat-1.sock"),
+        ("/run/other/front-chat-1.sock", "127.0.0.1:9000"),
+        ("/run/x/haproxy.sock", "127.0.0.1:9000"),
+        ("/run/x/front-chat-1.sock ssl", "127.0.0.1:9000"),
+        ("", "127.0.0.1:9000"),
+    ],
+)
+def test_only_the_socket_of_a_replica_on_this_machine_is_used(socket_path: str, address: str) -> None:
+    table = ReplicaTable("/run/x")
+    replica = table.observe(report(1, socket_path=socket_path), "c", 0.0)
+    assert replica is not None
+    assert replica.server.address == address
+    assert table.observe(report(2, socket_path=socket_path), "c", 0.1) is replica
+    assert replica.server.address == address

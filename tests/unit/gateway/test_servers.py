@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.api.messages import EndpointRule, GatewaySpec
-from headrace.gateway.haproxy_config import Server
 from headrace.gateway.haproxy_runtime import (
     HaproxyRefused,
     HaproxyRuntime,
@@ -19,6 +18,7 @@ from headrace.gateway.haproxy_runtime import (
     parse_servers_state,
 )
 from headrace.gateway.names import backend_name, decode_name, encode_name, endpoint_of_backend
+from headrace.gateway.server import Server
 from headrace.gateway.servers import ServerKeeper, plan_changes, server_of_state
 
 STATE = """1
@@ -95,8 +95,8 @@ def test_haproxys_state_is_read_and_garbage_is_left_out() -> None:
     assert servers["ep-chat/chat-2"] == ("ep-chat/chat-2", "[::1]:9002", True, False)
     assert set(servers) == {"ep-chat/chat-1", "ep-chat/chat-2", "headrace-router/router"}
     assert parse_servers_state("nonsense") == {}
-    assert server_of_state(servers["ep-chat/chat-2"]) == Server("chat", "chat-2", "::1", 9002)
-    assert server_of_state(servers["headrace-router/router"]) is None
+    assert server_of_state(servers["ep-chat/chat-2"], "/run/x") == Server("chat", "chat-2", "::1", 9002)
+    assert server_of_state(servers["headrace-router/router"], "/run/x") is None
 
 
 def test_the_plan_adds_revives_replaces_and_removes() -> None:
@@ -255,3 +255,19 @@ async def test_a_refused_reload_does_not_stop_replicas_from_coming(short_dir: Pa
     assert rig.keeper.serving == {"ep-chat/chat-1"}
     assert rig.haproxy.num_reloads == 1, "it is not tried again at once"
     assert rig.keeper.last_error == "cannot bind"
+
+
+def test_a_server_on_a_unix_socket_is_known_again_by_its_replicas_id() -> None:
+    wanted = Server("chat", "chat-1", "127.0.0.1", 9001, 8, "/run/x/front-chat-1.sock")
+    assert wanted.address == "unix@/run/x/front-chat-1.sock"
+    shown = ServerState(wanted.path, "-:0", False, True)
+    assert plan_changes([wanted], {wanted.path: shown}) == []
+    adopted = server_of_state(shown, "/run/x")
+    assert adopted is not None
+    assert adopted.address == wanted.address
+
+
+def test_a_server_that_moved_to_a_unix_socket_is_replaced() -> None:
+    wanted = Server("chat", "chat-1", "127.0.0.1", 9001, 8, "/run/x/front-chat-1.sock")
+    shown = ServerState(wanted.path, "127.0.0.1:9001", False, True)
+    assert [change.kind for change in plan_changes([wanted], {wanted.path: shown})] == ["disable", "delete"]

@@ -1,0 +1,15 @@
+"""Names inside the run directory that more than one process must know. Pure."""
+
+from __future__ import annotations
+
+MAX_SOCKET_PATH_BYTES = 100
+"""The kernel takes 107 (unix(7), sun_path); HAProxy wants room for a suffix."""
+
+
+def front_socket_path(run_dir: str, replica_id: str) -> str:
+    """Return the path of the UNIX socket on which a front serves gateways of its own machine.
+
+    Empty if it would be too long for a socket: then there is only the TCP address.
+    """
+    path = f"{run_dir}/front-{replica_id}.sock"
+    return path if len(path.encode()) <= MAX_SOCKET_PATH_BYTES else ""

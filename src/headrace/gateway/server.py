@@ -1,0 +1,54 @@
+"""One replica as HAProxy sees it: its name, address and options, in HAProxy's words. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headrace.gateway.names import backend_name, encode_name
+
+_ON_REFUSAL = "observe layer4 error-limit 1 on-error mark-down"
+UNIX_ADDRESS = "-:0"
+"""How `show servers state` writes the address of a server on a UNIX socket."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Server:
+    """One replica as HAProxy sees it. `max_open` 0: unlimited."""
+
+    endpoint: str
+    replica_id: str
+    host: str
+    port: int
+    max_open: int = 0
+    socket_path: str = ""
+    """UNIX socket of a replica on this machine: about half the kernel's work per token of loopback TCP, and
+    only its owner may open it. Empty: TCP."""
+
+    @property
+    def path(self) -> str:
+        """`backend/server`, the name that the runtime API uses."""
+        return f"{backend_name(self.endpoint)}/{encode_name(self.replica_id)}"
+
+    @property
+    def address(self) -> str:
+        """Where HAProxy connects to."""
+        return f"unix@{self.socket_path}" if self.socket_path else self.tcp_address
+
+    @property
+    def tcp_address(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def shown_address(self) -> str:
+        """The address in `show servers state`, which does not name UNIX sockets."""
+        return UNIX_ADDRESS if self.socket_path else self.tcp_address
+
+    @property
+    def options(self) -> str:
+        """Options after the address, the same in the file and for `add server`.
+
+        A refused connection takes the server out at once, so that retries go elsewhere even while it has the
+        fewest connections; a check brings it back within downinter.
+        """
+        limit = f" maxconn {self.max_open}" if self.max_open else ""
+        return f"check inter 1s fastinter 200ms downinter 200ms fall 2 rise 1 {_ON_REFUSAL}{limit}"
