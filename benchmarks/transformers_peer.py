@@ -64,9 +64,13 @@ def load_model() -> tuple[Any, Any]:
         bos_token_id=metadata.bos_token_id,
         eos_token_id=sorted(metadata.eos_token_ids),
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16)
     source = open_weights(files, h)
-    state = {huggingface_name(name, has_post_norms=False): source.read(name) for name in expected_shapes(h)}
+    state = {
+        huggingface_name(name, has_post_norms=False): source.read(name, torch.bfloat16)
+        for name in expected_shapes(h)
+    }
     found = model.load_state_dict(state, strict=False)
     assert not found.unexpected_keys, found.unexpected_keys
     assert set(found.missing_keys) <= {"lm_head.weight"}, found.missing_keys

@@ -70,6 +70,7 @@ def _endpoint(state: SystemState, desired: DesiredEndpoint) -> EndpointStatus:
 def _replica(slot: Slot, now_s: float) -> ReplicaStatus:
     report = slot.report
     load = report.engine if report is not None else None
+    info = report.engine_info if report is not None else None
     total_blocks = load.num_total_blocks if load is not None else 0
     return ReplicaStatus(
         replica_id=slot.replica_id,
@@ -87,6 +88,7 @@ def _replica(slot: Slot, now_s: float) -> ReplicaStatus:
         engine_restarts=report.engine_restarts if report is not None else 0,
         since_s=now_s - slot.phase_since_s,
         last_error=slot.last_error,
+        start_phases=info.phases if info is not None else {},
     )
 
 

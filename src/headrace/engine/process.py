@@ -7,7 +7,6 @@ One thread. Must not know text, HTTP, or what a step computes; imports torch onl
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import signal
 import socket
@@ -40,7 +39,6 @@ from headrace.errors import ConfigError, ModelError, Overloaded, ProtocolError, 
 HEARTBEAT_S = 1.0
 MAX_WAITING = 65536
 """As many as the largest max_open: a front that keeps to its own limit never meets this one."""
-_PR_SET_PDEATHSIG = 1
 
 OnPhase = Callable[[str], None]
 
@@ -212,17 +210,6 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
     return engine
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends (prctl(2), PR_SET_PDEATHSIG).
-
-    A parent that ended before this call is noticed by its closed socket.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"prctl(PR_SET_PDEATHSIG): {os.strerror(code)}")
-
-
 def is_retryable(error: BaseException) -> bool:
     """Whether starting the same engine again can help."""
     return not isinstance(error, ModelError | ConfigError | ImportError | msgspec.DecodeError)
@@ -273,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         setproctitle(arguments.title)
     drain = DrainSignal()
     drain.install()
-    die_with_parent()
+    die_with_parent()  # a parent that ended before this is noticed by its closed socket
     try:
         connection = socket.socket(fileno=arguments.fd)
     except OSError as error:

@@ -16,17 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from headrace.api.messages import ProcessSpec, ProcessState
+from headrace.lifetime import PR_SET_PDEATHSIG
 
 MAX_LOG_BYTES = 16 * 1024 * 1024
 """A log longer than this is set aside as NAME.log.1 at the next start of its process."""
 TAIL_BYTES = 4096
 TAIL_LINES = 15
-_PR_SET_PDEATHSIG = 1
 _NR_PIDFD_OPEN = 434
 _EXIT_NO_PARENT = 250
 
 
-def die_with_parent(death_signal: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
+def death_with_parent(death_signal: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
     """Return what a child calls between fork and exec, so that the kernel ends it when its parent ends.
 
     The setting survives exec, not fork: grandchildren need their own.
@@ -35,7 +35,7 @@ def die_with_parent(death_signal: signal.Signals = signal.SIGKILL) -> Callable[[
     parent = os.getpid()
 
     def prepare() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
+        libc.prctl(PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
         if os.getppid() != parent:  # it died before the line above
             os._exit(_EXIT_NO_PARENT)
 
@@ -60,7 +60,7 @@ class Child:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C reaches only the supervisor; the group can be killed whole
-                preexec_fn=die_with_parent(),
+                preexec_fn=death_with_parent(),
             )
         finally:
             if log is not None:

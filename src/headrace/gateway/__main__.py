@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import resource
 import signal
@@ -17,8 +16,7 @@ from headrace.api.messages import GatewaySpec
 from headrace.clock import SystemClock
 from headrace.gateway.process import fd_limit
 from headrace.gateway.router import Router
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from headrace.lifetime import die_with_parent
 
 
 def main() -> int:
@@ -33,7 +31,7 @@ def main() -> int:
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     setproctitle.setproctitle("headrace: router")
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     limit = fd_limit()
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     uvloop.run(_serve(spec, limit))

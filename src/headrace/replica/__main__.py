@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import os
-import signal
 import sys
 
 import msgspec
@@ -15,10 +13,9 @@ from setproctitle import setproctitle
 
 from headrace.api.messages import ReplicaSpec
 from headrace.clock import SystemClock
+from headrace.lifetime import die_with_parent
 from headrace.replica.front import Front, FrontLimits
 from headrace.replica.http_messages import HttpLimits
-
-_PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str]) -> int:
@@ -31,7 +28,11 @@ def main(arguments: list[str]) -> int:
     except msgspec.DecodeError as error:
         print(f"front: the argument is not a ReplicaSpec: {error}", file=sys.stderr)
         return 2
-    _die_with_parent(os.getppid())
+    parent = os.getppid()
+    die_with_parent()
+    if os.getppid() != parent:
+        print("front: the parent ended during the start", file=sys.stderr)
+        return 2
     setproctitle(f"headrace: front {spec.replica_id}")
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     limits = FrontLimits(http=HttpLimits(max_body_bytes=spec.max_body_bytes))
@@ -43,16 +44,6 @@ def main(arguments: list[str]) -> int:
 
 async def _run(spec: ReplicaSpec, limits: FrontLimits) -> int:
     return await Front(spec, SystemClock(), limits).run()
-
-
-def _die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends (prctl(2), PR_SET_PDEATHSIG)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"prctl(PR_SET_PDEATHSIG): {os.strerror(code)}")
-    if os.getppid() != parent:
-        sys.exit("front: the parent ended during the start")
 
 
 if __name__ == "__main__":
