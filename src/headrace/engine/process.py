@@ -35,6 +35,7 @@ from headrace.engine.protocol import Engine
 from headrace.engine.simulated import SimulatedEngine
 from headrace.engine.threads import limit_spinning
 from headrace.errors import ConfigError, ModelError, Overloaded, ProtocolError, RequestError
+from headrace.lifetime import die_with_parent
 
 HEARTBEAT_S = 1.0
 MAX_WAITING = 65536

@@ -1,0 +1,103 @@
+"""What a user asks of a controller, and the status that it answers with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from headrace.api.messages.base import Message
+
+
+class GetStatus(Message, frozen=True):
+    pass
+
+
+class ScaleEndpoint(Message, frozen=True):
+    endpoint: str
+    replicas: int
+
+
+class ApplyConfig(Message, frozen=True):
+    """The whole new config, as JSON text of the resolved tree."""
+
+    config_json: str
+
+
+class Shutdown(Message, frozen=True):
+    """Drain everything and end."""
+
+
+AdminCommand = GetStatus | ScaleEndpoint | ApplyConfig | Shutdown
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True):
+    replica_id: str
+    endpoint: str
+    state: Literal["pending", "starting", "ready", "draining", "failed", "lost"]
+    phase: str
+    address: str
+    pid: int
+    engine_pid: int
+    num_open: int
+    num_running: int
+    num_waiting: int
+    kv_used_ratio: float
+    restarts: int
+    engine_restarts: int
+    since_s: float
+    last_error: str
+    start_phases: dict[str, float] = {}
+    """Seconds per phase of the engine's last start (EngineReady.phases); empty until it was ready."""
+
+
+class EndpointStatus(msgspec.Struct, frozen=True):
+    name: str
+    model: str
+    engine: str
+    desired: int
+    ready: int
+    starting: int
+    failed: int
+    num_held: int
+    oldest_held_s: float
+    num_in_flight: int
+    finished: int
+    aborted: int
+    refused: int
+    failed_requests: int
+    reason: str
+    """Why `desired` is what it is."""
+    arrived: int = 0
+    """Requests that the gateway accepted: arrived = held + in flight + the four terminal states."""
+
+
+class ProcessStatus(msgspec.Struct, frozen=True):
+    name: str
+    pid: int
+    state: str
+    restarts: int
+    resident_bytes: int
+    last_error: str = ""
+
+
+class SystemStatus(msgspec.Struct, frozen=True):
+    version: str
+    url: str
+    """http://host:port/v1 of the gateway."""
+    uptime_s: float
+    is_ready: bool
+    """The gateway answers and every endpoint has the replicas it wants."""
+    endpoints: list[EndpointStatus]
+    replicas: list[ReplicaStatus]
+    processes: list[ProcessStatus]
+    run_dir: str = ""
+
+
+class AdminReply(Message, frozen=True):
+    """`error` is empty when the command was carried out."""
+
+    error: str = ""
+    status: SystemStatus | None = None
+    notes: list[str] = []
+    """What was done, one line each."""

@@ -1,0 +1,30 @@
+"""The two kinds of struct that all messages are made of, and the words that several of them use."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+
+class TerminalState(StrEnum):
+    """How a request ended. Every accepted request ends in exactly one of these."""
+
+    FINISHED = "finished"
+    """The whole answer was sent."""
+    ABORTED = "aborted"
+    """The client left."""
+    REFUSED = "refused"
+    """Admission or validation said no."""
+    FAILED = "failed"
+    """It was accepted, and something of ours broke."""
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
+    """Base of messages that travel in a union; the tag is the class name."""
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True):
+    """Base of parts that are inside a message. Positional on the wire: append fields, never reorder them."""

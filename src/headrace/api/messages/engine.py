@@ -1,0 +1,166 @@
+"""What a front and its engine say to each other."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from headrace.api.messages.base import PROTOCOL_VERSION, Message, Record
+
+
+class SamplingParams(Record, frozen=True):
+    """How to choose each next token. The defaults are greedy-free OpenAI defaults (temperature 1)."""
+
+    max_tokens: int = 16
+    """Most tokens to generate, >= 1."""
+    temperature: float = 1.0
+    """>= 0; 0 takes the most likely token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all tokens."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    """Presence and frequency penalties count generated tokens only (OpenAI)."""
+    repetition_penalty: float = 1.0
+    """Counts prompt and generated tokens (CTRL, arXiv:1909.05858)."""
+    logit_bias: dict[int, float] = {}
+    num_logprobs: int = -1
+    """-1: none; 0: of the sampled token; k: also of the k most likely."""
+    seed: int = 0
+    """The random number of the token at index i of a generation is a pure function of (seed, i)."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+
+
+class GenerationRequest(Record, frozen=True):
+    """One generation: token ids in. `resume_from` are tokens already emitted elsewhere: the next token has
+    index len(resume_from), and max_tokens counts them."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    resume_from: list[int] = []
+    tenant: str = ""
+    priority: int = 0
+    cache_salt: str = ""
+    """Mixed into the block hashes, so that only requests with the same salt share cached blocks."""
+    lora: str = ""
+    grammar: str = ""
+    """LoRA name and grammar: reserved; engines that do not support them refuse the request."""
+
+
+class TokenLogprobs(Record, frozen=True):
+    """Natural-log probabilities at one position, from the logits after penalties and before temperature."""
+
+    logprob: float
+    top: list[tuple[int, float]] = []
+    """(token id, logprob), most likely first."""
+
+
+FinishReason = Literal["stop", "length", "aborted", "error"]
+
+
+class StepOutput(Record, frozen=True):
+    """What one step gave one request."""
+
+    request_id: str
+    token_ids: list[int] = []
+    finish_reason: FinishReason | None = None
+    """stop: an end or stop token, which is not in token_ids; length: max_tokens or the context is full."""
+    logprobs: list[TokenLogprobs] | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache; set on the request's first output."""
+    error: str = ""
+
+
+class EngineLoad(Record, frozen=True):
+    """The engine's state after a step."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_blocks: int = 0
+    """Free or cached: allocatable at once."""
+    num_total_blocks: int = 0
+    step_s: float = 0.0
+    num_preemptions: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_query_tokens: int = 0
+    steps: int = 0
+
+
+class EngineSpec(msgspec.Struct, frozen=True):
+    """What to start an engine process with. Zeros mean: the engine measures or decides."""
+
+    kind: Literal["native", "simulated"]
+    model: str
+    max_running: int = 32
+    """Most requests in one step's batch."""
+    token_budget: int = 512
+    """Most tokens computed in one step."""
+    block_size: int = 16
+    """Tokens per KV block, a power of two >= 8."""
+    kv_cache_bytes: int = 0
+    max_context_tokens: int = 0
+    num_threads: int = 0
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    simulated_step_s: float = 0.005
+    simulated_start_s: float = 0.0
+
+
+class Submit(Message, frozen=True):
+    request: GenerationRequest
+
+
+class Abort(Message, frozen=True):
+    request_id: str
+
+
+class Drain(Message, frozen=True):
+    """Finish what runs, then exit."""
+
+
+EngineCommand = Submit | Abort | Drain
+
+
+class EngineStarting(Message, frozen=True):
+    """Sent at the beginning of each start phase."""
+
+    phase: str
+    elapsed_s: float
+
+
+class EngineReady(Message, frozen=True):
+    """The engine takes requests."""
+
+    kind: str
+    architecture: str
+    vocab_size: int
+    max_context_tokens: int
+    block_size: int
+    num_total_blocks: int
+    max_running: int
+    path: str
+    """Which arithmetic runs: `bfloat16 mkldnn, 2 threads`."""
+    phases: dict[str, float]
+    """Seconds per start phase."""
+    version: int = PROTOCOL_VERSION
+
+
+class StepBatch(Message, frozen=True):
+    """All outputs of one step, and the load after it. Also sent once a second while idle, without outputs."""
+
+    outputs: list[StepOutput]
+    load: EngineLoad
+
+
+class EngineFailed(Message, frozen=True):
+    """The engine cannot start, or must stop. `retryable` is false for a wrong model or setting."""
+
+    error: str
+    retryable: bool = True
+
+
+EngineEvent = EngineStarting | EngineReady | StepBatch | EngineFailed

@@ -1,0 +1,85 @@
+"""What a front reports to routers and controllers, and what it is started with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from headrace.api.messages.base import Message, Record, TerminalState
+from headrace.api.messages.engine import EngineLoad, EngineReady, EngineSpec
+
+ReplicaState = Literal["starting", "ready", "draining", "failed"]
+
+
+class FinishedRequest(Record, frozen=True):
+    """One request's end, as its front measured it. Seconds count from the arrival at the front."""
+
+    request_id: str
+    state: TerminalState
+    finish_reason: str
+    tenant: str
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    ttft_s: float
+    total_s: float
+
+
+class LoadReport(Message, frozen=True):
+    """A replica is known because it reports, and gone when its lease ends. Sent at least every 50 ms while
+    busy, at once on a finish or a change of state, and every lease_s / 3 while idle."""
+
+    replica_id: str
+    endpoint: str
+    model: str
+    address: str
+    """host:port of the front's HTTP server; empty until it listens."""
+    pid: int
+    sequence: int
+    """Grows by one per report of one front process."""
+    lease_s: float
+    state: ReplicaState
+    phase: str = ""
+    """While starting: what it is doing."""
+    num_open: int = 0
+    max_open: int = 0
+    engine: EngineLoad | None = None
+    engine_info: EngineReady | None = None
+    engine_pid: int = 0
+    engine_restarts: int = 0
+    last_error: str = ""
+    is_retryable: bool = True
+    """With state failed: false when starting again cannot help (a missing model, a wrong setting)."""
+    finished: list[FinishedRequest] = []
+    generation: str = ""
+    """Hash of the spec it was started with: the controller replaces replicas whose spec changed."""
+    socket_path: str = ""
+    """UNIX socket on which the front serves gateways of its own machine; empty: only `address`."""
+
+
+class ReportAck(Message, frozen=True):
+    """Answers the reports of a draining replica; others may go unanswered.
+    `is_released`: this router will send it no more requests."""
+
+    sequence: int
+    is_released: bool = False
+
+
+class ReplicaSpec(msgspec.Struct, frozen=True):
+    """What to start a replica with (`python -m headrace.replica JSON`)."""
+
+    replica_id: str
+    endpoint: str
+    engine: EngineSpec
+    run_dir: str
+    report_sockets: list[str]
+    """Paths of the UNIX sockets that want its load reports: routers and controllers."""
+    host: str = "127.0.0.1"
+    port: int = 0
+    max_open: int = 64
+    """Most requests open in the front: running and waiting in the engine."""
+    max_body_bytes: int = 32 * 1024 * 1024
+    drain_grace_s: float = 30.0
+    lease_s: float = 3.0
+    generation: str = ""
