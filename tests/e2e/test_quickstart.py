@@ -137,7 +137,7 @@ def test_python_and_curl_snippets_of_the_page_run_as_written(
 
 def test_headrace_chat_answers_in_the_terminal(quickstart: RunningSystem) -> None:
     result = quickstart.command(
-        "chat", "--url", quickstart.url, "What is the capital of Italy?", timeout_s=60
+        "chat", "--url", quickstart.url, "--temperature", "0", "What is the capital of Italy?", timeout_s=60
     )
     assert result.returncode == 0, result.stderr
     assert "Rome" in result.stdout
