@@ -58,6 +58,7 @@ bench: $(INSTALLED_TEST)
 	$(BIN)/python -m benchmarks
 
 docs: $(INSTALLED_TEST)
+	$(BIN)/python -m docs.generate_reference
 	$(BIN)/pytest tests/unit/test_docs.py
 
 clean:

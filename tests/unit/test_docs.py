@@ -54,6 +54,12 @@ def test_decisions_are_numbered_one_page_and_complete() -> None:
         assert "**Rejected.**" in text, path
 
 
+def test_the_config_reference_is_what_the_tree_says() -> None:
+    from docs.generate_reference import PAGE, render
+
+    assert render() == PAGE.read_text(), "run `make docs`"
+
+
 def test_no_source_file_grew_beyond_the_house_rule() -> None:
     too_long = {
         str(path.relative_to(ROOT)): length

@@ -61,7 +61,7 @@ class NativeEngine(Section):
     num_threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Threads of one engine's step. 0: the machine's cores divided by the local replicas."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Arithmetic of the weights. auto: bfloat16."""
+    """Arithmetic of the weights. auto: bfloat16 where the processor has it, else float32."""
 
     @field_validator("block_size")
     @classmethod
@@ -120,7 +120,7 @@ class Gateway(Section):
     request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
     """Longest silence towards a client while it waits for its answer."""
     num_threads: Annotated[int, Field(ge=1, le=64)] = 1
-    """HAProxy threads. One relays about 100k tokens/s."""
+    """HAProxy threads. One relays about 80,000 tokens/s."""
 
     @field_validator("bind", "metrics_bind")
     @classmethod
