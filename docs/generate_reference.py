@@ -21,7 +21,7 @@ HEAD = """# Config reference
 
 Written from the config tree by `make docs`; do not edit.
 Unknown keys are refused, and all errors are shown together.
-A setting comes from the file, then the environment (`HEADRACE__GATEWAY__BIND=…`), then `--set gateway.bind=…`;
+A setting comes from the file, then the environment (`HEADRACE__GATEWAY__BIND=…`), then `--set`;
 the last one wins. `headrace config show FILE` prints the whole resolved tree.
 """
 SECTIONS = [
