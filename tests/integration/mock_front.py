@@ -44,14 +44,16 @@ class MockFront:
         self._finished: list[FinishedRequest] = []
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._is_killed = False
         self._wake = asyncio.Event()
-        self._server = await asyncio.start_server(self._on_connection, "127.0.0.1", self.port, backlog=1024)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, backlog=1024)
         self.port = self._server.sockets[0].getsockname()[1]
         self._reporter = asyncio.create_task(self._report_for_ever())
         return self
 
     async def kill(self) -> None:
         """Close everything at once, as the end of the process would."""
+        self._is_killed = True
         self._reporter.cancel()
         self._server.close()
         for writer in list(self._writers):
@@ -114,20 +116,25 @@ class MockFront:
             finished=finished if self.is_reporting_finished else [],
         )
 
-    async def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Take a connection. Not a coroutine: one that is cancelled before it runs would leave it open."""
+        if self._is_killed:
+            writer.transport.abort()
+            return
         self._writers.add(writer)
-        try:
+        task = asyncio.create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(lambda done: self._close(done, writer))
+
+    def _close(self, task: asyncio.Task[None], writer: asyncio.StreamWriter) -> None:
+        self._tasks.discard(task)
+        self._writers.discard(writer)
+        writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             while await self._serve_one(reader, writer):
                 pass
-        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass
-        finally:
-            self._tasks.discard(task)
-            self._writers.discard(writer)
-            writer.transport.abort()
 
     async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
