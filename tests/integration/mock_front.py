@@ -55,6 +55,12 @@ class MockFront:
         """Close everything at once, as the end of the process would."""
         self._is_killed = True
         self._reporter.cancel()
+        # asyncio loses a connection that was accepted but has no transport yet when its server closes (the
+        # transport's constructor asserts that the server is open). So: accept no more, let those become
+        # transports (two turns of the loop), then close.
+        asyncio.get_running_loop().remove_reader(self._server.sockets[0].fileno())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
         self._server.close()
         for writer in list(self._writers):
             writer.transport.abort()
