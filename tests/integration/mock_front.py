@@ -58,7 +58,8 @@ class MockFront:
         # asyncio loses a connection that was accepted but has no transport yet when its server closes (the
         # transport's constructor asserts that the server is open). So: accept no more, let those become
         # transports (two turns of the loop), then close.
-        asyncio.get_running_loop().remove_reader(self._server.sockets[0].fileno())
+        for listener in self._server.sockets:
+            asyncio.get_running_loop().remove_reader(listener.fileno())
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         self._server.close()
