@@ -42,9 +42,8 @@ def describe_replica(replica: ReplicaStatus) -> str:
 def greeting(status: SystemStatus, elapsed_s: float) -> str:
     """Return what is said once requests are served."""
     name = status.endpoints[0].name
-    body = (
-        f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of Italy?"}}]}}'
-    )
+    message = '{"role": "user", "content": "What is the capital of Italy?"}'
+    body = f'{{"model": "{name}", "temperature": 0, "messages": [{message}]}}'
     return (
         f"ready: {status.url} after {format_seconds(elapsed_s)}\n"
         f"try:   curl -s {status.url}/chat/completions -H 'content-type: application/json' -d '{body}'\n"
