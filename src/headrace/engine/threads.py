@@ -15,8 +15,9 @@ def limit_spinning() -> None:
     """Let OpenMP threads sleep soon when their partner is not there.
 
     By default they spin for milliseconds, which keeps the processor from the very partner they wait for as
-    soon as anything else runs on this machine. Two threads on two busy cores, SmolLM2, 32 decodes per step:
-    over 1 s per step with the default, 0.11 s so (asleep at once: 0.29 s); on quiet cores it costs a tenth.
+    soon as anything else runs on this machine. Two threads on two busy cores, SmolLM2: over 1 s per step of
+    16 decodes with the default; 0.11 s per step of 32 so (asleep at once: 0.29 s). On quiet cores the cost is
+    within the noise.
     What the user set in GOMP_SPINCOUNT or OMP_WAIT_POLICY wins.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
