@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 ENDPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
+TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+KEY_HASH = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class Section(BaseModel):
@@ -76,6 +78,8 @@ class SimulatedEngine(Section):
 
     step_ms: Annotated[float, Field(ge=0, le=60_000)] = 5.0
     """Duration of one step, in milliseconds."""
+    prefill_ms_per_token: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Added to a step per prompt token in it that the prefix cache does not hold, in milliseconds."""
     start_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
     """Time from start to ready, in seconds."""
 
@@ -104,13 +108,76 @@ class Endpoint(Section):
     """Most requests bound to one replica at a time, running or waiting in its engine."""
     drain_grace_s: Annotated[float, Field(ge=0, le=86_400)] = 30.0
     """How long a replica that is taken away may finish its open requests."""
+    placement: Literal["prefix", "least_loaded", "round_robin"] = "prefix"
+    """prefix: weigh cached prefixes and sessions against load. The others look at load or turns alone."""
+    shared_prefix: Annotated[str, Field(max_length=262_144)] = ""
+    """System prompt whose KV blocks all tenants may share. Empty: tenants share nothing."""
+
+
+class Limits(Section):
+    """What one tenant may take. 0 everywhere: no limit of its own."""
+
+    requests_per_minute: Annotated[int, Field(ge=0, le=100_000_000)] = 0
+    """Requests accepted per minute; further ones get 429 with Retry-After."""
+    tokens_per_minute: Annotated[int, Field(ge=0, le=10_000_000_000)] = 0
+    """Prompt and output tokens per minute: estimated at arrival, corrected at the end; beyond it 429."""
+    max_concurrent: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Most requests bound to replicas at a time; further ones wait in the queue."""
+    max_queued: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Most requests held per endpoint; further ones get 429 with Retry-After. 0: the endpoint's limit."""
+    max_wait_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
+    """Longest time that a request is held before it gets 503. 0: the endpoint's limit."""
+
+
+class Tenant(Section):
+    """Who pays: its keys, its share, its limits."""
+
+    keys: list[str] = []
+    """Hashes of API keys, `sha256:` and 64 hex digits. `headrace keys create` adds keys at run time."""
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Share of the work when tenants compete: twice the weight, twice the work."""
+    priority: Literal["high", "normal", "low"] = "normal"
+    """Band: while a request of a higher band waits, none of a lower one is bound."""
+    endpoints: list[str] = []
+    """Endpoints that it may use. Empty: all."""
+    limits: Limits = Limits()
+
+    @field_validator("keys")
+    @classmethod
+    def _check_keys(cls, value: list[str]) -> list[str]:
+        for position, key in enumerate(value):
+            if not KEY_HASH.fullmatch(key):  # not shown: somebody may have pasted the key itself
+                raise ValueError(
+                    f"key {position} is not `sha256:` and 64 lower-case hex digits; `headrace keys create` "
+                    "makes a key, and `printf %s KEY | sha256sum` hashes one"
+                )
+        return value
+
+
+class Tls(Section):
+    """The public address's certificate. Files are read again when they change, without a restart."""
+
+    certificate: Annotated[str, Field(min_length=1)]
+    """PEM file of the certificate and its chain."""
+    key: Annotated[str, Field(min_length=1)]
+    """PEM file of the private key."""
 
 
 class Gateway(Section):
     """The public address."""
 
     bind: str = "127.0.0.1:8000"
-    """host:port. Loopback by default: there are no keys yet, so anyone who reaches it can use it."""
+    """host:port. Other than loopback needs tenants: without keys, anyone who reaches it could use it."""
+    count: Annotated[int, Field(ge=1, le=16)] = 1
+    """Gateways (HAProxy and router) side by side on one port; one that dies costs its own connections."""
+    tls: Tls | None = None
+    """Certificate of the public address; HTTP/2 is then offered, too. Without it: plain HTTP."""
+    max_connections_per_address: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Most connections from one client address. 0: no limit of its own."""
+    replica_protocol: Literal["h2", "http1"] = "h2"
+    """What HAProxy speaks with fronts. h2: one connection carries many streams, at less CPU per token."""
+    admin_bind: str = ""
+    """host:port of the admin API, which needs the admin key. Empty: only the UNIX socket, for its owner."""
     metrics_bind: str = ""
     """host:port for Prometheus metrics of gateway and router. Empty: no metrics port."""
     max_connections: Annotated[int, Field(ge=0, le=1_000_000)] = 0
@@ -122,7 +189,7 @@ class Gateway(Section):
     num_threads: Annotated[int, Field(ge=1, le=64)] = 1
     """HAProxy threads. One relays about 80,000 tokens/s."""
 
-    @field_validator("bind", "metrics_bind")
+    @field_validator("bind", "metrics_bind", "admin_bind")
     @classmethod
     def _check_bind(cls, value: str) -> str:
         if value:
@@ -136,6 +203,10 @@ class Config(Section):
     endpoints: Annotated[dict[str, Endpoint], Field(min_length=1)]
     """Public model name -> endpoint."""
     gateway: Gateway = Gateway()
+    tenants: dict[str, Tenant] = {}
+    """Name -> tenant. Empty: no keys are asked for, and the gateway must stay on loopback."""
+    state_dir: str = ""
+    """Directory of what survives a restart: run-time keys. Empty: ~/.local/state/headrace."""
     launcher: Literal["local"] = "local"
     """Where replicas run. local: child processes of `headrace up`."""
 

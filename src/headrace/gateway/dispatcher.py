@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from headrace.api.messages import EndpointDemand, EndpointRule, FinishedRequest, TerminalState
 from headrace.gateway.replicas import Replica, ReplicaTable
 from headrace.policy.admission import AdmissionQueue, FifoQueue, HeldRequest, retry_after_s
-from headrace.policy.placement import place
+from headrace.policy.placement import LeastLoaded, Placer
+from headrace.policy.prompt import PromptHead
 
 LOG_GRACE_S = 2.0
 """After a front reported a request's end, its completion line is expected within this time."""
@@ -32,6 +33,8 @@ class Bound:
     """The request goes to this server."""
 
     server_name: str
+    explanation: str = ""
+    """The decision's reasons, for `x-headrace-route`; empty unless asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,8 @@ class Refused:
     message: str
     code: str
     retry_after_s: int
+    status: int = 503
+    """503: the system's state is the reason; 429: the tenant's limit is."""
 
 
 Answer = Callable[[Bound | Refused], None]
@@ -58,6 +63,10 @@ class Arrival:
     """The connection it came over; `owner_lost` ends its waiting."""
     client: Hashable = None
     """Whose leaving cancels it (`clients_left`)."""
+    tenant: str = ""
+    prompt: PromptHead = field(default_factory=PromptHead)
+    wants_route: bool = False
+    """The client asked for the decision's reasons (`Bound.explanation`)."""
 
 
 @dataclass(slots=True)
@@ -75,6 +84,7 @@ class EndpointState:
 
     rule: EndpointRule
     queue: AdmissionQueue
+    placer: Placer
     arrived: int = 0
     num_in_flight: int = 0
     ended: dict[TerminalState, int] = field(default_factory=lambda: dict.fromkeys(TerminalState, 0))
@@ -128,7 +138,7 @@ class Dispatcher:
         for name, rule in wanted.items():
             known = self.endpoints.get(name)
             if known is None:
-                self.endpoints[name] = EndpointState(rule, FifoQueue(rule.max_queue))
+                self.endpoints[name] = EndpointState(rule, FifoQueue(rule.max_queue), LeastLoaded())
             else:
                 known.rule = rule
                 known.queue.max_requests = rule.max_queue
@@ -202,13 +212,11 @@ class Dispatcher:
         endpoint = self.endpoints.get(endpoint_name)
         if endpoint is None:
             return
-        while len(endpoint.queue):
-            placement = place(self._replicas.choosable(endpoint_name))
-            if placement.replica_id is None:
+        while (request := endpoint.queue.peek(now_s)) is not None:
+            if not self._bind(self._held[request.request_id], endpoint, now_s):
                 return
-            request = endpoint.queue.take()
-            assert request is not None
-            self._assign(self._held.pop(request.request_id), endpoint, placement.replica_id, now_s)
+            endpoint.queue.take()
+            del self._held[request.request_id]
 
     def tick(self, now_s: float) -> None:
         """Refuse what was held too long, give up lost completions, update the measured rates."""
@@ -261,7 +269,8 @@ class Dispatcher:
         return request_id in self._ended or request_id in self._held or request_id in self._in_flight
 
     def _bind(self, arrival: Arrival, endpoint: EndpointState, now_s: float) -> bool:
-        placement = place(self._replicas.choosable(endpoint.rule.name))
+        candidates = self._replicas.choosable(endpoint.rule.name)
+        placement = endpoint.placer.place(candidates, arrival.prompt, now_s)
         if placement.replica_id is None:
             return False
         self._assign(arrival, endpoint, placement.replica_id, now_s)
@@ -273,6 +282,7 @@ class Dispatcher:
         replica.num_assigned += 1
         endpoint.num_in_flight += 1
         self._in_flight[arrival.request_id] = _InFlight(endpoint, replica, now_s)
+        endpoint.placer.bound(replica_id, arrival.prompt, now_s)
         arrival.answer(Bound(replica.server_name))
 
     def _cancel(self, request_id: str) -> None:

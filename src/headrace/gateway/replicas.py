@@ -5,7 +5,6 @@ Owns what a report may say and when a replica counts as gone. Must not know requ
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from headrace.api.config import split_address
@@ -128,7 +127,7 @@ class ReplicaTable:
         for replica in self.replicas.values():
             replica.is_serving = replica.server.path in paths
 
-    def choosable(self, endpoint: str) -> Iterable[Replica]:
+    def choosable(self, endpoint: str) -> list[Replica]:
         """Return the replicas that a request of `endpoint` may be bound to, full ones included."""
         return [
             replica

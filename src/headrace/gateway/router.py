@@ -141,13 +141,26 @@ class Router:
 
         def answer(decision: Bound | Refused) -> None:
             if isinstance(decision, Bound):
-                call.answer({b"server": decision.server_name.encode()})
+                variables = {b"server": decision.server_name.encode()}
+                if decision.explanation:
+                    variables[b"explanation"] = decision.explanation.encode()
+                call.answer(variables)
             else:
-                body = error_body(decision.message, "server_error", decision.code)
-                call.answer({b"refusal": body.encode(), b"retry_after": b"%d" % decision.retry_after_s})
+                kind = "rate_limit_error" if decision.status == 429 else "server_error"
+                body = error_body(decision.message, kind, decision.code)
+                name = b"limited" if decision.status == 429 else b"refusal"
+                call.answer({name: body.encode(), b"retry_after": b"%d" % decision.retry_after_s})
 
         client = (arguments.get(b"client"), arguments.get(b"client_port"))
-        arrival = Arrival(request_id, endpoint, answer, call.connection, client)
+        arrival = Arrival(
+            request_id,
+            endpoint,
+            answer,
+            call.connection,
+            client,
+            tenant=text_argument(arguments, b"tenant"),
+            wants_route=arguments.get(b"explain") is True,
+        )
         if self.dispatcher.arrive(arrival, self._clock.now_s()):
             self._controller.send_soon()
 

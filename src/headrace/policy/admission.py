@@ -37,6 +37,10 @@ class AdmissionQueue(Protocol):
         """Hold `request`. False if the queue is full: it must be refused. An id is offered once."""
         ...
 
+    def peek(self, now_s: float) -> HeldRequest | None:
+        """Return the request whose turn it is; it stays. None: none is held, or none may be bound now."""
+        ...
+
     def take(self) -> HeldRequest | None:
         """Remove and return the request whose turn it is."""
         ...
@@ -73,6 +77,9 @@ class FifoQueue:
             return False
         self._requests[request.request_id] = request
         return True
+
+    def peek(self, now_s: float) -> HeldRequest | None:
+        return next(iter(self._requests.values()), None)
 
     def take(self) -> HeldRequest | None:
         return self._requests.popitem(last=False)[1] if self._requests else None

@@ -6,9 +6,11 @@ Must not know addresses, servers or sockets.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+from headrace.policy.prompt import PromptHead
 
 PlacementReason = Literal["least_loaded", "no_replica", "no_room"]
 
@@ -47,6 +49,37 @@ class Placement:
     replica_id: str | None
     reason: PlacementReason
     scores: dict[str, int]
+    cached_ratio: float = 0.0
+    """Part of the prompt that is expected in the replica's prefix cache, 0 to 1."""
+
+
+class Placer(Protocol):
+    """One endpoint's placement, with what it remembers of replicas."""
+
+    def place(self, replicas: Sequence[ReplicaObservation], prompt: PromptHead, now_s: float) -> Placement:
+        """Choose a replica for a request among those that may be chosen. Remembers nothing."""
+        ...
+
+    def bound(self, replica_id: str, prompt: PromptHead, now_s: float) -> None:
+        """Note that a request was bound: its prefix is about to be cached there."""
+        ...
+
+    def forget(self, replica_id: str) -> None:
+        """The replica is gone, and its cache with it."""
+        ...
+
+
+class LeastLoaded:
+    """The placer that looks at load alone."""
+
+    def place(self, replicas: Sequence[ReplicaObservation], prompt: PromptHead, now_s: float) -> Placement:
+        return place(replicas)
+
+    def bound(self, replica_id: str, prompt: PromptHead, now_s: float) -> None:
+        pass
+
+    def forget(self, replica_id: str) -> None:
+        pass
 
 
 def load_of(replica: ReplicaObservation) -> int:

@@ -17,13 +17,18 @@ from headrace.api.messages.admin import (
     AdminCommand,
     AdminReply,
     ApplyConfig,
+    CreateKey,
     EndpointStatus,
     GetStatus,
+    KeyInfo,
+    ListKeys,
     ProcessStatus,
     ReplicaStatus,
+    RevokeKey,
     ScaleEndpoint,
     Shutdown,
     SystemStatus,
+    TenantStatus,
 )
 from headrace.api.messages.base import (
     PROTOCOL_VERSION,
@@ -55,6 +60,8 @@ from headrace.api.messages.gateway import (
     EndpointRule,
     GatewaySpec,
     ReplicaView,
+    TenantDemand,
+    TenantRule,
 )
 from headrace.api.messages.launcher import (
     LauncherCommand,
@@ -75,6 +82,7 @@ from headrace.api.messages.replica import (
     ReplicaSpec,
     ReplicaState,
     ReportAck,
+    gateway_of,
 )
 
 __all__ = [
@@ -83,6 +91,7 @@ __all__ = [
     "AdminCommand",
     "AdminReply",
     "ApplyConfig",
+    "CreateKey",
     "Demand",
     "Drain",
     "EndpointDemand",
@@ -100,9 +109,11 @@ __all__ = [
     "GatewaySpec",
     "GenerationRequest",
     "GetStatus",
+    "KeyInfo",
     "LauncherCommand",
     "LauncherError",
     "LauncherEvent",
+    "ListKeys",
     "ListProcesses",
     "LoadReport",
     "Message",
@@ -118,6 +129,7 @@ __all__ = [
     "ReplicaStatus",
     "ReplicaView",
     "ReportAck",
+    "RevokeKey",
     "SamplingParams",
     "ScaleEndpoint",
     "Shutdown",
@@ -127,6 +139,10 @@ __all__ = [
     "StopProcess",
     "Submit",
     "SystemStatus",
+    "TenantDemand",
+    "TenantRule",
+    "TenantStatus",
     "TerminalState",
     "TokenLogprobs",
+    "gateway_of",
 ]

@@ -28,7 +28,55 @@ class Shutdown(Message, frozen=True):
     """Drain everything and end."""
 
 
-AdminCommand = GetStatus | ScaleEndpoint | ApplyConfig | Shutdown
+class CreateKey(Message, frozen=True):
+    """Make an API key for a tenant. The reply's `key` shows it, this once."""
+
+    tenant: str
+    name: str = ""
+
+
+class ListKeys(Message, frozen=True):
+    tenant: str = ""
+    """Empty: of all tenants."""
+
+
+class RevokeKey(Message, frozen=True):
+    key_id: str
+
+
+AdminCommand = GetStatus | ScaleEndpoint | ApplyConfig | Shutdown | CreateKey | ListKeys | RevokeKey
+
+
+class KeyInfo(msgspec.Struct, frozen=True):
+    """An API key as it may be shown: never the key itself."""
+
+    key_id: str
+    tenant: str
+    name: str
+    hash_start: str
+    """The first 12 hex digits of its SHA-256."""
+    created_s: float
+    """Wall-clock time; 0 for keys of the config."""
+    source: Literal["config", "created"]
+
+
+class TenantStatus(msgspec.Struct, frozen=True):
+    """One tenant at one endpoint, over all gateways."""
+
+    endpoint: str
+    tenant: str
+    weight: float
+    priority: str
+    num_held: int
+    oldest_held_s: float
+    num_in_flight: int
+    arrived: int
+    finished: int
+    refused: int
+    prompt_tokens: int
+    output_tokens: int
+    share: float
+    """Its part of the endpoint's work lately, 0 to 1."""
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True):
@@ -92,6 +140,7 @@ class SystemStatus(msgspec.Struct, frozen=True):
     replicas: list[ReplicaStatus]
     processes: list[ProcessStatus]
     run_dir: str = ""
+    tenants: list[TenantStatus] = []
 
 
 class AdminReply(Message, frozen=True):
@@ -101,3 +150,6 @@ class AdminReply(Message, frozen=True):
     status: SystemStatus | None = None
     notes: list[str] = []
     """What was done, one line each."""
+    key: str = ""
+    """A new key in clear; it is stored nowhere."""
+    keys: list[KeyInfo] = []

@@ -50,6 +50,9 @@ class GenerationRequest(Record, frozen=True):
     lora: str = ""
     grammar: str = ""
     """LoRA name and grammar: reserved; engines that do not support them refuse the request."""
+    num_shared_tokens: int = 0
+    """The full KV blocks among this many first tokens are shared with other salts: a prefix that the
+    endpoint declared public. Blocks after them depend on cache_salt."""
 
 
 class TokenLogprobs(Record, frozen=True):
@@ -89,6 +92,10 @@ class EngineLoad(Record, frozen=True):
     prefix_hit_tokens: int = 0
     prefix_query_tokens: int = 0
     steps: int = 0
+    prefill_token_s: float = 0.0
+    """Measured engine time per uncached prompt token and per output token (its part of the step's fixed cost
+    included), fitted over recent steps. 0: nothing measured yet."""
+    decode_token_s: float = 0.0
 
 
 class EngineSpec(msgspec.Struct, frozen=True):
@@ -108,6 +115,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     simulated_step_s: float = 0.005
     simulated_start_s: float = 0.0
+    simulated_prefill_token_s: float = 0.0
+    """Added to a step per uncached prompt token in it."""
 
 
 class Submit(Message, frozen=True):
@@ -154,6 +163,8 @@ class StepBatch(Message, frozen=True):
 
     outputs: list[StepOutput]
     load: EngineLoad
+    evicted: list[bytes] = []
+    """Hashes of the KV blocks whose content was forgotten since the last batch."""
 
 
 class EngineFailed(Message, frozen=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from headrace.api.messages.base import Message, Record
 
 
@@ -12,6 +14,23 @@ class EndpointRule(Record, frozen=True):
     model: str
     max_queue: int
     max_wait_s: float
+    placement: Literal["prefix", "least_loaded", "round_robin"] = "prefix"
+
+
+class TenantRule(Record, frozen=True):
+    """What the router must know of a tenant. Limits: 0 is none."""
+
+    name: str
+    weight: float = 1.0
+    priority: int = 1
+    """Band: 0 high, 1 normal, 2 low."""
+    endpoints: list[str] = []
+    """Endpoints that it may use; empty: all."""
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    max_concurrent: int = 0
+    max_queued: int = 0
+    max_wait_s: float = 0.0
 
 
 class GatewaySpec(Message, frozen=True):
@@ -26,6 +45,20 @@ class GatewaySpec(Message, frozen=True):
     max_body_bytes: int = 32 * 1024 * 1024
     request_timeout_s: float = 600.0
     num_threads: int = 1
+    gateway_id: str = "g1"
+    """Tells the gateways of one system apart: begins each of their request ids (`hr-g1-...`)."""
+    tenants: list[TenantRule] = []
+    """Empty: keys are not asked for, every request is of the tenant ``."""
+    keys: dict[str, str] = {}
+    """SHA-256 of each valid key, 64 lower-case hex digits -> its tenant."""
+    certificate: str = ""
+    """PEM files of the public address; empty: plain HTTP."""
+    certificate_key: str = ""
+    max_connections_per_address: int = 0
+    replica_protocol: Literal["h2", "http1"] = "h2"
+    admin_bind: str = ""
+    admin_key_hash: str = ""
+    """SHA-256 of the admin API's key, 64 lower-case hex digits."""
 
 
 class EndpointDemand(Record, frozen=True):
@@ -40,6 +73,25 @@ class EndpointDemand(Record, frozen=True):
     aborted: int
     refused: int
     failed: int
+
+
+class TenantDemand(Record, frozen=True):
+    """One tenant at one endpoint, as one router sees it. Totals count since the router's start."""
+
+    endpoint: str
+    tenant: str
+    num_held: int
+    oldest_held_s: float
+    num_in_flight: int
+    arrived: int
+    finished: int
+    refused: int
+    prompt_tokens: int
+    output_tokens: int
+    work_s: float
+    """Measured work charged to it, in engine-seconds (tokens, where no cost was measured yet)."""
+    share: float
+    """Its part of the work that this endpoint did lately, 0 to 1."""
 
 
 class ReplicaView(Record, frozen=True):
@@ -58,3 +110,4 @@ class Demand(Message, frozen=True):
     pid: int
     endpoints: list[EndpointDemand]
     replicas: list[ReplicaView]
+    tenants: list[TenantDemand] = []

@@ -56,6 +56,17 @@ class LoadReport(Message, frozen=True):
     """Hash of the spec it was started with: the controller replaces replicas whose spec changed."""
     socket_path: str = ""
     """UNIX socket on which the front serves gateways of its own machine; empty: only `address`."""
+    open_by_gateway: dict[str, int] = {}
+    """Open requests by the gateway that sent them (`gateway_of` their ids); "": others. Sums to num_open."""
+    open_by_tenant: dict[str, int] = {}
+    """Open requests by tenant. Sums to num_open."""
+    prefix_epoch: int = 0
+    """Which prefix cache the next two lists change: another number means that it began anew, empty."""
+    prefixes_added: list[int] = []
+    """Prompt-head hashes (`policy.prompt`) that became cached since the last report on this connection; the
+    first report on a connection lists all, most recently used last."""
+    prefixes_removed: list[int] = []
+    """Prompt-head hashes whose blocks were evicted since then."""
 
 
 class ReportAck(Message, frozen=True):
@@ -64,6 +75,12 @@ class ReportAck(Message, frozen=True):
 
     sequence: int
     is_released: bool = False
+
+
+def gateway_of(request_id: str) -> str:
+    """Return the id of the gateway that made a request id (`hr-GATEWAY-...`); empty for others'."""
+    parts = request_id.split("-", 2)
+    return parts[1] if len(parts) == 3 and parts[0] == "hr" else ""
 
 
 class ReplicaSpec(msgspec.Struct, frozen=True):
@@ -83,3 +100,8 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     drain_grace_s: float = 30.0
     lease_s: float = 3.0
     generation: str = ""
+    needs_gateway: bool = False
+    """There are tenants: generation is refused to whoever did not come through a gateway, and x-headrace-*
+    headers are believed on the UNIX socket only, which only its owner may open."""
+    shared_prefix: str = ""
+    """System prompt whose KV blocks all tenants may share."""

@@ -1,0 +1,83 @@
+"""HAProxy's backends, rendered: its own answers, the endpoints' servers, the router, the metrics. Pure.
+
+Must not know the rules of the frontend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import headrace
+from headrace.api.messages import GatewaySpec
+from headrace.gateway import haproxy_answers as answers
+from headrace.gateway.haproxy_frontend import MODEL_IN_REQUEST, ROUTER_BACKEND
+from headrace.gateway.haproxy_words import bind_address, return_format, return_text
+from headrace.gateway.names import backend_name, encode_name
+from headrace.gateway.paths import GatewayPaths
+from headrace.gateway.server import Server
+
+
+def status_backend(paths: GatewayPaths) -> str:
+    version = answers.to_json({"version": headrace.__version__})
+    return f"""backend headrace-status
+  {return_text(405, answers.method_not_allowed("GET"), "unless METH_GET", ("allow", "GET"))}
+  http-request return status 200 content-type application/json file {paths.models} if {{ path /v1/models }}
+  {return_text(200, version, "if { path /version }")}
+  {return_text(200, answers.to_json({"status": "ok"}), "unless { path_beg /v1/models/ }")}
+  http-request set-var(txn.model) path,url_dec,regsub(^/v1/models/,)
+  http-request set-var(txn.card) var(txn.model),map_str({paths.model_map})
+  http-request return status 200 content-type application/json lf-string %[var(txn.card)] \
+if {{ var(txn.card) -m found }}
+  {return_format(404, answers.unknown_model([], MODEL_IN_REQUEST), "")}
+"""
+
+
+def endpoint_backend(endpoint: str, servers: Sequence[Server]) -> str:
+    """One backend per endpoint: with the router dead it balances by itself.
+
+    A failed request is sent again elsewhere until its first byte came; the request id makes that harmless.
+    503 is what a front answers that drains or whose engine restarts.
+    """
+    lines = "".join(
+        f"  server {encode_name(server.replica_id)} {server.address} {server.options}\n" for server in servers
+    )
+    return f"""backend {backend_name(endpoint)}
+  balance leastconn
+  retries 3
+  option redispatch 1
+  retry-on conn-failure empty-response 503
+  option httpchk GET /health
+  timeout check 2s
+  use-server %[var(txn.route.server)] if {{ var(txn.route.server) -m found }}
+{lines}"""
+
+
+def router_backend(paths: GatewayPaths) -> str:
+    """The agent. A dead one must not hang requests: the check notices a stopped process within 1.5 s, and
+    the connections that wait for its answers are then shut, so that those requests go on without it."""
+    return f"""backend {ROUTER_BACKEND}
+  mode tcp
+  no option http-no-delay
+  no option abortonclose
+  no log
+  timeout server 1h
+  option spop-check
+  timeout check 500ms
+  retries 0
+  server router unix@{paths.spoe_socket} check inter 300ms fastinter 100ms fall 2 rise 1 \
+on-marked-down shutdown-sessions
+"""
+
+
+def metrics_sections(spec: GatewaySpec, paths: GatewayPaths) -> str:
+    return f"""frontend headrace-metrics
+  bind {bind_address(spec.metrics_bind)}
+  no log
+  http-request use-service prometheus-exporter if {{ path /metrics/haproxy }}
+  {return_text(404, answers.unknown_path(("/metrics", "/metrics/haproxy")), "unless { path /metrics }")}
+  default_backend headrace-router-metrics
+
+backend headrace-router-metrics
+  timeout server 5s
+  server router unix@{paths.metrics_socket}
+"""

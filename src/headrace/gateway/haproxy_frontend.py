@@ -1,0 +1,73 @@
+"""HAProxy's public frontend, rendered: who may ask, what the router is asked, what is refused. Pure.
+
+The order of its rules is the order of a request's life. Must not know the backends' servers.
+"""
+
+from __future__ import annotations
+
+from headrace.api.messages import GatewaySpec
+from headrace.gateway import haproxy_answers as answers
+from headrace.gateway.haproxy_words import bind_address, return_format, return_text
+from headrace.gateway.names import backend_name
+from headrace.gateway.paths import GatewayPaths
+
+ROUTER_BACKEND = "headrace-router"
+HEAD_BYTES = 98_304
+"""The part of the body in which `model` is looked for (the buffer also holds the headers)."""
+ROUTER_HEAD_BYTES = 16_384
+"""The part of the body that the router sees: prompt hashes, session, an estimate of the work."""
+MAX_HEADER_BYTES = 32_768
+MODEL_IN_REQUEST = "%[var(txn.model),bytes(0,128),json(utf8ps)]"
+"""HAProxy's expression for the model that was asked for, safe inside a JSON string."""
+_CLIENT_ID_PATTERN = "^[A-Za-z0-9._:@/+=-]{1,128}$"
+"""What a client's x-request-id may look like; others are dropped, since it comes back in our answers."""
+
+
+def frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
+    names = [rule.name for rule in spec.endpoints]
+    limit = spec.max_body_bytes
+    headers_too_large = f"if {{ req.hdrs,length gt {MAX_HEADER_BYTES} }}"
+    body_too_large = f"if is_generation {{ req.hdr_val(content-length) gt {limit} }}"
+    no_model = "if is_generation !has_model"
+    if len(names) == 1:  # nothing to choose: the front reads the model, wherever it is in the body
+        without_model = f"http-request set-var(txn.backend) str({backend_name(names[0])}) {no_model}"
+    else:
+        without_model = return_text(400, answers.model_not_found_in_head(HEAD_BYTES), no_model)
+    return f"""frontend headrace
+  bind {bind_address(spec.bind)}
+  unique-id-format hr-{spec.gateway_id}-%{{+X}}o%Ts-%pid-%rt
+  log-format '{answers.COMPLETION_LOG_FORMAT}'
+  acl is_generation path {" ".join(answers.GENERATION_PATHS)}
+  acl is_status path {" ".join(answers.STATUS_PATHS)}
+  acl is_status path_beg /v1/models/
+  acl has_model var(txn.model) -m found
+  acl has_backend var(txn.backend) -m found
+  http-request set-log-level silent unless is_generation METH_POST
+  # What a client says about itself is not believed: our headers come from us alone.
+  http-request set-var(txn.explain) bool(true) if {{ req.hdr(x-headrace-route) -m found }}
+  http-request del-header x-headrace- -m beg
+  http-request set-header x-headrace-request-id %[unique-id]
+  http-request del-header x-request-id unless {{ req.hdr(x-request-id) -m reg {_CLIENT_ID_PATTERN} }}
+  http-request set-var(txn.client_id) req.hdr(x-request-id)
+  http-request set-var(txn.client_id) unique-id unless {{ var(txn.client_id) -m found }}
+  http-after-response set-header x-request-id %[var(txn.client_id)] if {{ var(txn.client_id) -m found }}
+  {return_text(413, answers.headers_too_large(MAX_HEADER_BYTES), headers_too_large)}
+  {return_text(404, answers.unknown_path(), "unless is_generation or is_status")}
+  {return_text(405, answers.method_not_allowed("POST"), "if is_generation !METH_POST", ("allow", "POST"))}
+  {return_text(413, answers.body_too_large(limit), body_too_large)}
+  http-request wait-for-body time 30s at-least {HEAD_BYTES} if is_generation
+  http-request set-var(txn.model) req.body,json_query('$.model') if is_generation
+  http-request set-var(txn.backend) var(txn.model),map_str({paths.endpoint_map}) if has_model
+  {return_format(404, answers.unknown_model(names, MODEL_IN_REQUEST), "if has_model !has_backend")}
+  {without_model}
+  filter spoe engine route config {paths.spoe_config}
+  http-request send-spoe-group route decide if is_generation {{ nbsrv({ROUTER_BACKEND}) gt 0 }}
+  http-request return status 503 content-type application/json hdr retry-after %[var(txn.route.retry_after)] \
+lf-string %[var(txn.route.refusal)] if {{ var(txn.route.refusal) -m found }}
+  http-request return status 429 content-type application/json hdr retry-after %[var(txn.route.retry_after)] \
+lf-string %[var(txn.route.limited)] if {{ var(txn.route.limited) -m found }}
+  http-after-response set-header x-headrace-route %[var(txn.route.explanation)] \
+if {{ var(txn.route.explanation) -m found }}
+  use_backend headrace-status if is_status
+  use_backend %[var(txn.backend)] if has_backend
+"""
