@@ -23,23 +23,27 @@ from headrace.api.messages import (
     AdminCommand,
     AdminReply,
     ApplyConfig,
+    CreateKey,
     Demand,
     GatewaySpec,
     GetStatus,
     LauncherError,
     LauncherEvent,
+    ListKeys,
     LoadReport,
     ProcessEnded,
     Processes,
     ProcessSpec,
     ProcessStarted,
     ReportAck,
+    RevokeKey,
     ScaleEndpoint,
     Shutdown,
 )
 from headrace.clock import Clock
 from headrace.control.drain import drain
 from headrace.control.gateway_state import ROUTER
+from headrace.control.identity import open_identity
 from headrace.control.probe import probe_gateway
 from headrace.control.reconciler import StartReplica, StopReplica
 from headrace.control.specs import (
@@ -56,6 +60,8 @@ from headrace.fabric.channel import Channel, listen
 from headrace.fabric.launcher import Launcher
 
 TICK_S = 0.2
+KEYS_CHECK_S = 0.5
+"""How often the key store is looked at: the CLI writes it by itself while no controller answers."""
 STOP_MARGIN_S = 15.0
 """A front ends itself when its drain grace is over; only one that does not is killed, this much later."""
 _log = logging.getLogger(__name__)
@@ -89,6 +95,9 @@ class Controller:
         self._sources = sources
         self._clock = clock
         self._state = SystemState(config, clock.now_s())
+        # The event loop must not wait long for another process that changes the keys.
+        self._identity = open_identity(config, lock_limit_s=0.5)
+        self._keys_checked_s = clock.now_s()
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
         self._routers: set[Channel] = set()
@@ -170,6 +179,11 @@ class Controller:
     def _tick(self) -> None:
         now_s = self._clock.now_s()
         self._tend_gateway(now_s)
+        if now_s - self._keys_checked_s >= KEYS_CHECK_S:
+            self._keys_checked_s = now_s
+            if self._identity.refresh():
+                _log.info("another process changed the keys")
+                self._tell_routers()
         for action in self._state.plan(now_s):
             name = action.replica_id
             _log.info("%s %s: %s", type(action).__name__, name, action.reason)
@@ -196,6 +210,8 @@ class Controller:
         is_fresh = not any(essential.num_starts for essential in processes)
         get_specs = self._sources.prepare_gateway if is_fresh else self._sources.gateway_processes
         try:
+            if is_fresh and self._keys() is None:
+                raise ConfigError(self._identity.error)
             specs = {spec.name: spec for spec in get_specs(self._gateway_spec())}
         except (HeadraceError, OSError) as error:
             for essential in due:
@@ -210,7 +226,17 @@ class Controller:
             self._launcher.start(specs[essential.name])
 
     def _gateway_spec(self) -> GatewaySpec:
-        return gateway_spec(self._state.config, self._run_directory)
+        return gateway_spec(self._state.config, self._run_directory, self._keys())
+
+    def _keys(self) -> dict[str, str] | None:
+        """The valid keys; None: they are not known, and the routers keep those that they have."""
+        return self._identity.valid_keys(self._state.config)
+
+    def _tell_routers(self) -> None:
+        if self._keys() is not None:
+            spec = self._gateway_spec()
+            for router in self._routers:
+                router.send(spec)
 
     # ---- load reports and demand ----------------
 
@@ -230,7 +256,8 @@ class Controller:
             return
         if channel not in self._routers:
             self._routers.add(channel)
-            channel.send(self._gateway_spec())  # its own may be older than the config
+            if self._keys() is not None:
+                channel.send(self._gateway_spec())  # its own may be older than the config
         self._state.gateway.on_demand(message, now_s)
         if any(endpoint.num_held for endpoint in message.endpoints):
             self._wake.set()
@@ -259,17 +286,23 @@ class Controller:
                 notes = [self._state.scale(endpoint, count)]
             case ApplyConfig(text):
                 notes = self._state.apply(_parse_applied(text))
+                notes += self._identity.describe_keyless(self._state.config)
             case Shutdown():
                 self.stop()
                 return AdminReply(notes=["draining"])
+            case CreateKey() | ListKeys() | RevokeKey():
+                reply = self._identity.obey(command, self._state.config, self._clock.wall_s())
+                if not isinstance(command, ListKeys):
+                    _log.info("%s: %s", type(command).__name__, [key.key_id for key in reply.keys])
+                    self._tell_routers()
+                return reply
         for note in notes:
             _log.info("%s", note)
         try:
             write_config(self._run_directory, self._state.config)
         except OSError as error:
             notes.append(f"a restarted controller will not know of this: {CONFIG_FILE}: {error}")
-        for router in self._routers:
-            router.send(self._gateway_spec())
+        self._tell_routers()
         return AdminReply(notes=notes)
 
     def _path(self, name: str) -> str:

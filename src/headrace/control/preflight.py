@@ -12,6 +12,7 @@ import socket
 from pathlib import Path
 
 from headrace.api.config import Config, Endpoint, split_address
+from headrace.control.key_store import KeyStore, state_directory
 from headrace.engine.model_files.resolve import resolve_model
 from headrace.errors import ConfigError, ModelError
 
@@ -34,6 +35,14 @@ def check_models(config: Config) -> Config:
     if problems:
         raise ConfigError(problems)
     return config.model_copy(update={"endpoints": endpoints})
+
+
+def check_keys(config: Config) -> Config:
+    """Return `config` with an absolute state_dir. Raises ConfigError if the keys there cannot be used."""
+    directory = state_directory(config.state_dir, os.environ)
+    if config.tenants:
+        KeyStore(directory).read()
+    return config.model_copy(update={"state_dir": str(directory)})
 
 
 def check_address(config: Config) -> Config:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
 import msgspec
 
-from headrace.api.config import Config, Endpoint
-from headrace.api.messages import EndpointRule, EngineSpec, GatewaySpec, ProcessSpec, ReplicaSpec
+from headrace.api.config import Config, Endpoint, Tenant
+from headrace.api.messages import EndpointRule, EngineSpec, GatewaySpec, ProcessSpec, ReplicaSpec, TenantRule
 from headrace.units import MIB
 
 ADMIN_SOCKET = "admin.sock"
@@ -21,6 +22,8 @@ CONTROLLER_SOCKET = "controller.sock"
 ROUTER_SOCKET = "router.sock"
 CONFIG_FILE = "config.json"
 LOG_DIRECTORY = "logs"
+PRIORITIES = ("high", "normal", "low")
+"""Bands, from the one that is served first."""
 LEASE_S = 3.0
 """How long a replica counts as present after its last load report."""
 
@@ -58,8 +61,11 @@ def threads_per_engine(config: Config) -> int:
     return max(1, len(os.sched_getaffinity(0)) // max(num_engines, 1))
 
 
-def gateway_spec(config: Config, run_directory: Path) -> GatewaySpec:
-    """Return what the gateway is started with, and told again when the config changes."""
+def gateway_spec(config: Config, run_directory: Path, keys: Mapping[str, str] | None = None) -> GatewaySpec:
+    """Return what the gateway is started with, and told again when the config or the keys change.
+
+    keys: SHA-256 of each valid key -> its tenant.
+    """
     gateway = config.gateway
     return GatewaySpec(
         run_dir=str(run_directory),
@@ -73,6 +79,23 @@ def gateway_spec(config: Config, run_directory: Path) -> GatewaySpec:
         max_body_bytes=gateway.max_body_mb * MIB,
         request_timeout_s=gateway.request_timeout_s,
         num_threads=gateway.num_threads,
+        tenants=[_tenant_rule(name, tenant) for name, tenant in config.tenants.items()],
+        keys=dict(keys or {}),
+    )
+
+
+def _tenant_rule(name: str, tenant: Tenant) -> TenantRule:
+    limits = tenant.limits
+    return TenantRule(
+        name=name,
+        weight=tenant.weight,
+        priority=PRIORITIES.index(tenant.priority),
+        endpoints=tenant.endpoints,
+        requests_per_minute=limits.requests_per_minute,
+        tokens_per_minute=limits.tokens_per_minute,
+        max_concurrent=limits.max_concurrent,
+        max_queued=limits.max_queued,
+        max_wait_s=limits.max_wait_s,
     )
 
 
@@ -89,6 +112,8 @@ def _replica_spec(config: Config, name: str, replica_id: str, run_directory: Pat
         drain_grace_s=endpoint.drain_grace_s,
         lease_s=LEASE_S,
         generation=generation_of(config, name) if replica_id else "",
+        needs_gateway=bool(config.tenants),
+        shared_prefix=endpoint.shared_prefix,
     )
 
 
