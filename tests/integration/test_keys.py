@@ -84,7 +84,8 @@ def test_a_key_works_within_a_second_of_being_made_and_stops_within_a_second_of_
         assert [card["id"] for card in models(system, key).json()["data"]] == ["chat"]
         assert chat(system, key).status_code == 200
         assert chat(system, key, model="big").json()["error"]["code"] == "model_not_found"
-        assert system.client("chat", key).models.retrieve("chat").id == "chat"
+        with system.client("chat", key) as client:
+            assert client.models.retrieve("chat").id == "chat"
 
         address = system.status().replicas[0].address
         direct = httpx.post(f"http://{address}/v1/completions", json={"model": "chat", "prompt": "a"})
