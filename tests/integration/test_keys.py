@@ -139,7 +139,7 @@ def test_a_key_made_before_the_first_start_works_and_outlives_system_and_control
         (state / "keys.json").chmod(0o600)
         os.kill(controller.pid, signal.SIGKILL)
         system.wait_until_ready(LIMIT_S)
-        for name in ("router", "haproxy"):
+        for name in ("router-g1", "haproxy-g1"):
             (process,) = [p for p in system.status().processes if p.name == name]
             psutil.Process(process.pid).kill()
             until(lambda: _is_answering(system))

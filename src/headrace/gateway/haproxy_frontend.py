@@ -11,11 +11,12 @@ from headrace.gateway.haproxy_identity import identity_rules, lookup
 from headrace.gateway.haproxy_words import bind_address, return_format, return_text
 from headrace.gateway.names import backend_name
 from headrace.gateway.paths import GatewayPaths
+from headrace.policy.prompt import HEAD_BYTES as PROMPT_HEAD_BYTES
 
 ROUTER_BACKEND = "headrace-router"
 HEAD_BYTES = 98_304
 """The part of the body in which `model` is looked for (the buffer also holds the headers)."""
-ROUTER_HEAD_BYTES = 16_384
+ROUTER_HEAD_BYTES = PROMPT_HEAD_BYTES
 """The part of the body that the router sees: prompt hashes, session, an estimate of the work."""
 MAX_HEADER_BYTES = 32_768
 MODEL_IN_REQUEST = "%[var(txn.model),bytes(0,128),json(utf8ps)]"

@@ -113,12 +113,12 @@ async def test_without_tenants_haproxy_has_no_map_and_is_not_asked(path: Path) -
 
 
 async def test_a_file_that_cannot_be_written_is_tried_again(tmp_path: Path) -> None:
-    keys = KeyMap(str(tmp_path / "missing" / "keys.map"), FakeHaproxy({}))
+    keys = KeyMap(str(tmp_path / "gone" / "missing" / "keys.map"), FakeHaproxy({}))
     keys.want({A: "acme"}, has_map=True)
     assert not await keys.run_round()
-    (tmp_path / "missing").mkdir()
+    (tmp_path / "gone").mkdir()
     assert await keys.run_round()
-    assert content_of(tmp_path / "missing" / "keys.map") == {A: "acme"}
+    assert content_of(tmp_path / "gone" / "missing" / "keys.map") == {A: "acme"}
 
 
 async def test_the_loop_wakes_for_new_keys_and_tries_again_by_itself(path: Path) -> None:
