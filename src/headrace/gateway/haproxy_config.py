@@ -13,6 +13,7 @@ import headrace
 from headrace.api.messages import GatewaySpec
 from headrace.errors import ConfigError
 from headrace.gateway import haproxy_answers as answers
+from headrace.gateway.haproxy_admin import admin_sections
 from headrace.gateway.haproxy_backends import (
     alive_section,
     endpoint_backend,
@@ -78,6 +79,8 @@ def render_config(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -
         *(endpoint_backend(name, members) for name, members in by_endpoint.items()),
         router_backend(paths),
     ]
+    if spec.admin_bind:
+        sections.append(admin_sections(spec, paths))
     if spec.metrics_bind:
         sections.append(metrics_sections(spec, paths))
     return "\n".join(sections)

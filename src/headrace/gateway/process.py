@@ -19,7 +19,7 @@ from headrace.api.messages import GatewaySpec, ProcessSpec, haproxy_name, router
 from headrace.errors import ConfigError
 from headrace.gateway.files import write_files
 from headrace.gateway.haproxy_config import render_files
-from headrace.gateway.haproxy_identity import render_key_map
+from headrace.gateway.haproxy_identity import admin_keys, render_key_map
 from headrace.gateway.paths import GatewayPaths
 
 SIGNAL_DRAIN = 10
@@ -34,11 +34,15 @@ def prepare(spec: GatewaySpec) -> list[ProcessSpec]:
     shared among gateways, so it must be free of others before the first one starts. Raises ConfigError.
     """
     files = render_files(spec, [], fd_limit())
-    for setting, address in (("gateway.bind", spec.bind), ("gateway.metrics_bind", spec.metrics_bind)):
+    for setting, address in (
+        ("gateway.bind", spec.bind),
+        ("gateway.metrics_bind", spec.metrics_bind),
+        ("gateway.admin_bind", spec.admin_bind),
+    ):
         if address:
             check_port_is_free(address, setting)
     try:
-        write_files({**files, GatewayPaths(spec.run_dir, spec.gateway_id).key_map: render_key_map(spec.keys)})
+        write_files({**files, **_key_files(spec)})
     except OSError as error:
         raise ConfigError(f"the run directory {spec.run_dir} cannot be written: {error}") from error
     return process_specs(spec)
@@ -68,6 +72,14 @@ def process_specs(spec: GatewaySpec) -> list[ProcessSpec]:
         stop_signal=SIGNAL_DRAIN,
     )
     return [router, haproxy]
+
+
+def _key_files(spec: GatewaySpec) -> dict[str, str]:
+    paths = GatewayPaths(spec.run_dir, spec.gateway_id)
+    return {
+        paths.key_map: render_key_map(spec.keys),
+        paths.admin_key_map: render_key_map(admin_keys(spec)),
+    }
 
 
 def _for_argv(spec: GatewaySpec) -> GatewaySpec:
