@@ -19,6 +19,7 @@ from headrace.api.messages import GatewaySpec, ProcessSpec, haproxy_name, router
 from headrace.errors import ConfigError
 from headrace.gateway.files import write_files
 from headrace.gateway.haproxy_config import render_files
+from headrace.gateway.haproxy_identity import render_key_map
 from headrace.gateway.paths import GatewayPaths
 
 SIGNAL_DRAIN = 10
@@ -37,7 +38,7 @@ def prepare(spec: GatewaySpec) -> list[ProcessSpec]:
         if address:
             check_port_is_free(address, setting)
     try:
-        write_files(files)
+        write_files({**files, GatewayPaths(spec.run_dir, spec.gateway_id).key_map: render_key_map(spec.keys)})
     except OSError as error:
         raise ConfigError(f"the run directory {spec.run_dir} cannot be written: {error}") from error
     return process_specs(spec)
@@ -49,7 +50,7 @@ def process_specs(spec: GatewaySpec) -> list[ProcessSpec]:
     paths = GatewayPaths(spec.run_dir, spec.gateway_id)
     router = ProcessSpec(
         name=router_name(spec.gateway_id),
-        argv=[sys.executable, "-m", "headrace.gateway", msgspec.json.encode(spec).decode()],
+        argv=[sys.executable, "-m", "headrace.gateway", msgspec.json.encode(_for_argv(spec)).decode()],
         log_path=paths.log(f"{router_name(spec.gateway_id)}.log"),
         stop_signal=SIGNAL_TERMINATE,
     )
@@ -67,6 +68,12 @@ def process_specs(spec: GatewaySpec) -> list[ProcessSpec]:
         stop_signal=SIGNAL_DRAIN,
     )
     return [router, haproxy]
+
+
+def _for_argv(spec: GatewaySpec) -> GatewaySpec:
+    """Everybody on the machine can read a process's arguments, and one argument has at most 128 kB. The
+    router takes the keys from keys.map, and then from the controller."""
+    return msgspec.structs.replace(spec, keys={}, admin_key_hash="")
 
 
 def fd_limit() -> int:

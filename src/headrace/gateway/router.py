@@ -23,6 +23,7 @@ from headrace.gateway.completions import Completion, CompletionDecoder, classify
 from headrace.gateway.dispatcher import Arrival, Bound, Dispatcher, Refused
 from headrace.gateway.haproxy_answers import error_body
 from headrace.gateway.haproxy_runtime import HaproxyRuntime
+from headrace.gateway.key_map import KeyMap
 from headrace.gateway.metrics_server import serve_metrics
 from headrace.gateway.names import endpoint_of_backend
 from headrace.gateway.paths import GatewayPaths
@@ -34,6 +35,7 @@ from headrace.observability.line_log import BackgroundLog, RotatingFile
 from headrace.observability.request_record import RequestRecord
 from headrace.observability.request_statistics import RequestStatistics
 from headrace.observability.router_metrics import RouterMetrics, RouterSnapshot
+from headrace.policy.prompt import read_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ class Router:
         self._clock = clock
         self._paths = GatewayPaths(spec.run_dir, spec.gateway_id)
         runtime = HaproxyRuntime(self._paths.runtime_socket, self._paths.master_socket)
-        self.replicas = ReplicaTable(spec.run_dir)
+        self.replicas = ReplicaTable(spec.run_dir, spec.gateway_id)
         self._seen_revision = 0
         self._num_answered_by_haproxy = 0
         self.statistics = RequestStatistics()
@@ -65,6 +67,8 @@ class Router:
         self.recorder = RequestRecorder(spec.gateway_id, clock, self._on_record)
         self.dispatcher = Dispatcher(spec.endpoints, self.replicas, self.recorder)
         self.keeper = ServerKeeper(spec, fd_limit, runtime, self._on_servers_changed)
+        self.keys = KeyMap(self._paths.key_map, runtime)
+        self.keys.want(None, bool(spec.tenants))
         self.agent = SpoeAgent(self._on_notify, self._on_spoe_lost)
         self._completions = CompletionDecoder()
         self._controller = ControllerLink(
@@ -83,6 +87,7 @@ class Router:
             async with asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(self.keeper.run()),
+                    group.create_task(self.keys.run()),
                     group.create_task(self._controller.run()),
                     group.create_task(self._tick_for_ever()),
                 ]
@@ -122,7 +127,7 @@ class Router:
             "ignored_reports": self.replicas.num_ignored_reports,
             "ignored_completions": self._completions.num_ignored,
             "spoe_errors": self.agent.num_protocol_errors,
-            "haproxy_failures": self.keeper.num_failures,
+            "haproxy_failures": self.keeper.num_failures + self.keys.num_failures,
             "haproxy_reloads": self.keeper.num_reloads,
             "incomplete_records": self.recorder.num_incomplete,
             "dropped_log_lines": self._request_log.num_dropped,
@@ -175,6 +180,13 @@ class Router:
         tenant = text_argument(arguments, b"tenant")
         self.recorder.arrived(request_id, endpoint, tenant, text_argument(arguments, b"path"), now_s)
         client = (arguments.get(b"client"), arguments.get(b"client_port"))
+        head, size = arguments.get(b"head"), arguments.get(b"size")
+        prompt = read_prompt(
+            head if isinstance(head, bytes) else b"",
+            size if isinstance(size, int) else 0,
+            tenant,
+            text_argument(arguments, b"session"),
+        )
         arrival = Arrival(
             request_id,
             endpoint,
@@ -182,6 +194,7 @@ class Router:
             call.connection,
             client,
             tenant=tenant,
+            prompt=prompt,
             wants_route=arguments.get(b"explain") is True,
         )
         if self.dispatcher.arrive(arrival, now_s):
@@ -217,6 +230,7 @@ class Router:
             self.dispatcher.front_finished(finished, now_s)
             self.recorder.front_finished(finished)
         if replica is not None:
+            self.dispatcher.replica_reported(replica, report)
             self._on_replicas_changed()
             self.dispatcher.pump(replica.endpoint, now_s)
         if report.state == "draining":
@@ -254,7 +268,8 @@ class Router:
     async def _tick_for_ever(self) -> None:
         while True:
             now_s = self._clock.now_s()
-            self.replicas.expire(now_s)
+            for replica in self.replicas.expire(now_s):
+                self.dispatcher.replica_gone(replica)
             self._on_replicas_changed()
             self.dispatcher.tick(now_s)
             self.recorder.tick(now_s)
@@ -269,7 +284,8 @@ class Router:
             logger.error("gateway spec refused: its directory and id cannot change while running")
             return
         try:
-            self.keeper.set_spec(spec)
+            self.keeper.set_spec(spec)  # takes effect in a later turn: the keys' file is written by then
+            self.keys.want(spec.keys, bool(spec.tenants))
         except ConfigError as error:
             logger.error("gateway spec refused: %s", error)
             return
