@@ -125,7 +125,7 @@ global
 # unread messages on Linux (net.unix.max_dgram_qlen); the ring also keeps events while the router restarts.
 ring completions
   format raw
-  maxlen 1024
+  maxlen 2048
   size 4194304
   timeout connect 1s
   timeout server 10s

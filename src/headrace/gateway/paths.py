@@ -97,6 +97,11 @@ class GatewayPaths:
         return self.path("metrics.sock")
 
     @property
+    def request_log(self) -> str:
+        """One JSON line per request."""
+        return self.log(f"requests-{self.gateway_id}.jsonl")
+
+    @property
     def controller_socket(self) -> str:
         return f"{self.run_dir}/{CONTROLLER_SOCKET}"
 

@@ -28,8 +28,12 @@ from headrace.gateway.metrics_server import serve_metrics
 from headrace.gateway.names import endpoint_of_backend
 from headrace.gateway.paths import GatewayPaths
 from headrace.gateway.replicas import ReplicaTable
+from headrace.gateway.request_recorder import RequestRecorder
 from headrace.gateway.servers import ServerKeeper
 from headrace.gateway.spoe import Arguments, SpoeAgent, SpoeCall, SpoeConnection, text_argument
+from headrace.observability.line_log import BackgroundLog, RotatingFile
+from headrace.observability.request_record import RequestRecord
+from headrace.observability.request_statistics import RequestStatistics
 from headrace.observability.router_metrics import RouterMetrics, RouterSnapshot
 from headrace.policy.prompt import read_prompt
 
@@ -37,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
 DEMAND_PERIOD_S = 0.2
+REQUEST_LOG_BYTES = 64 * 1024 * 1024
+"""A gateway's request log, twice: the file and the one before it."""
 BACKLOG = 4096
 """Connections waiting to be accepted. A UNIX socket refuses at once when it is full, unlike TCP."""
 
@@ -52,7 +58,14 @@ class Router:
         self.replicas = ReplicaTable(spec.run_dir, spec.gateway_id)
         self._seen_revision = 0
         self._num_answered_by_haproxy = 0
-        self.dispatcher = Dispatcher(spec.endpoints, self.replicas)
+        self.statistics = RequestStatistics()
+        self._request_log = BackgroundLog(
+            RotatingFile(Path(self._paths.request_log), REQUEST_LOG_BYTES),
+            "request-log",
+            stops_at_error=False,
+        )
+        self.recorder = RequestRecorder(spec.gateway_id, clock, self._on_record)
+        self.dispatcher = Dispatcher(spec.endpoints, self.replicas, self.recorder)
         self.keeper = ServerKeeper(spec, fd_limit, runtime, self._on_servers_changed)
         self.keys = KeyMap(self._paths.key_map, runtime)
         self.keys.want(None, bool(spec.tenants))
@@ -90,6 +103,8 @@ class Router:
             for server in servers:
                 server.close()
             self._closed_peers.close()
+            self.recorder.flush()
+            self._request_log.close()
             _unlink(self._sockets())
 
     def demand(self) -> Demand:
@@ -114,8 +129,10 @@ class Router:
             "spoe_errors": self.agent.num_protocol_errors,
             "haproxy_failures": self.keeper.num_failures + self.keys.num_failures,
             "haproxy_reloads": self.keeper.num_reloads,
+            "incomplete_records": self.recorder.num_incomplete,
+            "dropped_log_lines": self._request_log.num_dropped,
         }
-        return RouterSnapshot(self.demand(), totals)
+        return RouterSnapshot(self.demand(), totals, self.statistics)
 
     # ---- sockets
 
@@ -147,6 +164,7 @@ class Router:
             raise ProtocolError(f"SPOE message {name!r} without id or endpoint")
 
         def answer(decision: Bound | Refused) -> None:
+            self.recorder.answered(request_id, decision, self._clock.now_s())
             if isinstance(decision, Bound):
                 variables = {b"server": decision.server_name.encode()}
                 if decision.explanation:
@@ -158,9 +176,11 @@ class Router:
                 name = b"limited" if decision.status == 429 else b"refusal"
                 call.answer({name: body.encode(), b"retry_after": b"%d" % decision.retry_after_s})
 
+        now_s = self._clock.now_s()
+        tenant = text_argument(arguments, b"tenant")
+        self.recorder.arrived(request_id, endpoint, tenant, text_argument(arguments, b"path"), now_s)
         client = (arguments.get(b"client"), arguments.get(b"client_port"))
         head, size = arguments.get(b"head"), arguments.get(b"size")
-        tenant = text_argument(arguments, b"tenant")
         prompt = read_prompt(
             head if isinstance(head, bytes) else b"",
             size if isinstance(size, int) else 0,
@@ -177,8 +197,12 @@ class Router:
             prompt=prompt,
             wants_route=arguments.get(b"explain") is True,
         )
-        if self.dispatcher.arrive(arrival, self._clock.now_s()):
+        if self.dispatcher.arrive(arrival, now_s):
             self._controller.send_soon()
+
+    def _on_record(self, record: RequestRecord) -> None:
+        self.statistics.observe(record)
+        self._request_log.write(record)
 
     def _on_spoe_lost(self, connection: SpoeConnection) -> None:
         self.dispatcher.owner_lost(connection, self._clock.now_s())
@@ -187,8 +211,10 @@ class Router:
         endpoint = endpoint_of_backend(completion.backend)
         if endpoint is None:
             self._num_answered_by_haproxy += 1
+            self.recorder.answered_by_haproxy(completion)
         else:
             self.dispatcher.complete(completion.id, endpoint, classify(completion))
+            self.recorder.completed(completion)
             self.dispatcher.pump(endpoint, self._clock.now_s())
 
     # ---- replicas report
@@ -202,6 +228,7 @@ class Router:
             return
         for finished in report.finished:
             self.dispatcher.front_finished(finished, now_s)
+            self.recorder.front_finished(finished)
         if replica is not None:
             self.dispatcher.replica_reported(replica, report)
             self._on_replicas_changed()
@@ -245,6 +272,7 @@ class Router:
                 self.dispatcher.replica_gone(replica)
             self._on_replicas_changed()
             self.dispatcher.tick(now_s)
+            self.recorder.tick(now_s)
             if self.dispatcher.num_held:
                 self.dispatcher.clients_left(self._closed_peers.find())
             await asyncio.sleep(TICK_S)
