@@ -50,7 +50,7 @@ class Router:
         self.replicas = ReplicaTable(spec.run_dir)
         self._seen_revision = 0
         self._num_answered_by_haproxy = 0
-        self.dispatcher = Dispatcher(spec.endpoints, self.replicas)
+        self.dispatcher = Dispatcher(spec.endpoints, self.replicas, tenants=spec.tenants)
         self.keeper = ServerKeeper(spec, fd_limit, runtime, self._on_servers_changed)
         self.agent = SpoeAgent(self._on_notify, self._on_spoe_lost)
         self._completions = CompletionDecoder()
@@ -93,8 +93,14 @@ class Router:
             ReplicaView(replica.replica_id, replica.num_in_flight, replica.is_serving)
             for replica in self.replicas.replicas.values()
         ]
-        endpoints = self.dispatcher.demand(self._clock.now_s())
-        return Demand(router_id="router", pid=os.getpid(), endpoints=endpoints, replicas=replicas)
+        now_s = self._clock.now_s()
+        return Demand(
+            router_id="router",
+            pid=os.getpid(),
+            endpoints=self.dispatcher.demand(now_s),
+            replicas=replicas,
+            tenants=self.dispatcher.tenant_demands(now_s),
+        )
 
     def snapshot(self) -> RouterSnapshot:
         """Return what the metrics show."""
@@ -184,8 +190,7 @@ class Router:
         except ProtocolError as error:
             self._on_report_error(error)
             return
-        for finished in report.finished:
-            self.dispatcher.front_finished(finished, now_s)
+        self.dispatcher.take_report(report, replica, now_s)
         if replica is not None:
             self._on_replicas_changed()
             self.dispatcher.pump(replica.endpoint, now_s)
@@ -245,6 +250,7 @@ class Router:
         self._spec = spec
         self._closed_peers.watch(*split_address(spec.bind))
         self.dispatcher.set_rules(spec.endpoints)
+        self.dispatcher.set_tenants(spec.tenants, self._clock.now_s())
 
 
 def _unlink(paths: Iterable[str]) -> None:
