@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headrace.gateway.arrivals import Arrival, Bound
+from headrace.gateway.decisions import Decision, DecisionLog
 from headrace.gateway.dispatch_tenants import Charge, TenantBook
 from headrace.gateway.endpoint_state import EndpointState
 from headrace.gateway.flights import Flights, InFlight
 from headrace.gateway.replicas import ReplicaTable
 from headrace.policy.admission import HeldRequest
 from headrace.policy.limits import Refusal, TenantLimits
-from headrace.policy.placement import Placement
+from headrace.policy.placement import Placement, explain
 
 
 @dataclass(slots=True)
@@ -35,6 +36,8 @@ class Binder:
         self._flights = flights
         self.endpoints: dict[str, EndpointState] = {}
         self.held: dict[str, Held] = {}
+        self.decisions = DecisionLog()
+        """Where the last requests went, and why."""
         self._to_pump: set[str] = set()
 
     def __repr__(self) -> str:
@@ -50,7 +53,7 @@ class Binder:
             return False
         work = self._tenants.charge_bound(endpoint, held.charge, placement.cached_ratio)
         endpoint.queue.serve(arrival.tenant, work)
-        self._bind(held, endpoint, placement, "nobody waits", now_s)
+        self._bind(held, endpoint, placement, "", now_s)
         return True
 
     def hold(
@@ -109,7 +112,7 @@ class Binder:
             placement = self._place(held.arrival, endpoint, now_s)
             if placement.replica_id is None:
                 return
-            turn = queue.explain() if held.arrival.wants_route else ""
+            turn = f"; queue={queue.explain()}" if held.arrival.wants_route else ""
             queue.take(self._tenants.charge_bound(endpoint, held.charge, placement.cached_ratio))
             del self.held[request.request_id]
             self._bind(held, endpoint, placement, turn, now_s)
@@ -125,8 +128,9 @@ class Binder:
         assert replica_id is not None
         replica = self._replicas.replicas[replica_id]
         self._flights.enter(arrival.request_id, InFlight(endpoint, replica, now_s, held.charge))
-        endpoint.placer.bound(replica_id, arrival.prompt, now_s)
-        explanation = f"queue: {turn}; placement: {placement.reason}" if arrival.wants_route else ""
+        endpoint.placer.bound(placement, arrival.prompt, now_s)
+        self.decisions.add(arrival.request_id, Decision(placement, arrival.prompt.num_bytes, now_s))
+        explanation = explain(placement) + turn if arrival.wants_route else ""
         ratio = placement.cached_ratio
         arrival.answer(Bound(replica.server_name, explanation, replica_id, placement.reason, ratio))
 

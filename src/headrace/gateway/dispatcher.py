@@ -20,6 +20,7 @@ from headrace.api.messages import (
 )
 from headrace.gateway.arrivals import Arrival, Bound, NobodyListens, Refused, RequestListener
 from headrace.gateway.binding import Binder, Held
+from headrace.gateway.decisions import make_placer
 from headrace.gateway.dispatch_tenants import Charge, TenantBook
 from headrace.gateway.endpoint_state import EndpointState
 from headrace.gateway.flights import LOG_GRACE_S, ORPHAN_LIMIT_S, RECONCILE_AFTER_S, Flights, InFlight
@@ -27,7 +28,6 @@ from headrace.gateway.replicas import Replica, ReplicaTable
 from headrace.policy.admission import HeldRequest
 from headrace.policy.fairness import FairQueue
 from headrace.policy.limits import Refusal
-from headrace.policy.placement import LeastLoaded
 
 __all__ = [
     "LOG_GRACE_S",
@@ -63,6 +63,8 @@ class Dispatcher:
         self._held = self._binder.held
         self._retired: set[str] = set()
         self._second_started_s = 0.0
+        self.decisions = self._binder.decisions
+        """Where the last requests went, and why."""
         self.num_lost_completions = 0
         self.num_unseen_completions = 0
         """Requests that HAProxy served without asking: the router was away."""
@@ -88,8 +90,10 @@ class Dispatcher:
             known = self.endpoints.get(name)
             if known is None:
                 queue = FairQueue(rule.max_queue, self._tenants.shares)
-                self.endpoints[name] = EndpointState(rule, queue, LeastLoaded())
+                self.endpoints[name] = EndpointState(rule, queue, make_placer(rule.placement))
             else:
+                if known.rule.placement != rule.placement:
+                    known.placer = make_placer(rule.placement)
                 known.rule = rule
                 known.queue.max_requests = rule.max_queue
 
@@ -197,6 +201,25 @@ class Dispatcher:
             counts = {}  # not counted by tenant, or nonsense
         for limits in self._tenants.observe_open(report.replica_id, counts):
             self._binder.bring_back(limits)
+
+    def replica_reported(self, replica: Replica, report: LoadReport) -> None:
+        """Tell the endpoint's placer what changed in a replica's prefix cache, and how long prompts were."""
+        endpoint = self.endpoints.get(replica.endpoint)
+        if endpoint is None:
+            return
+        placer = endpoint.placer
+        epoch = (replica.num_connections, report.prefix_epoch)
+        placer.report(replica.replica_id, epoch, report.prefixes_added, report.prefixes_removed)
+        for finished in report.finished:
+            decision = self.decisions.get(finished.request_id)
+            if decision is not None:
+                placer.finished(decision.num_prompt_bytes, finished.num_prompt_tokens)
+
+    def replica_gone(self, replica: Replica) -> None:
+        """Forget what a replica had cached."""
+        endpoint = self.endpoints.get(replica.endpoint)
+        if endpoint is not None:
+            endpoint.placer.forget(replica.replica_id)
 
     def clients_left(self, clients: Set[Hashable]) -> None:
         """Cancel the requests held for clients that closed their connections."""
