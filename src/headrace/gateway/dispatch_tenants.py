@@ -105,13 +105,15 @@ class TenantBook:
             return
         num_prompt, num_output = finished.num_prompt_tokens, finished.num_output_tokens
         charge.is_settled = num_prompt + num_output > 0
+        work = endpoint.work.work(num_prompt - finished.num_cached_tokens, num_output)
         if charge.account is None:  # HAProxy served it without asking: only the front knows whose it was
             charge.limits = self.limits.get(finished.tenant)
             if charge.limits is None:
                 return
             charge.tenant, charge.account = finished.tenant, endpoint.account(finished.tenant)
-        work = endpoint.work.work(num_prompt - finished.num_cached_tokens, num_output)
-        endpoint.queue.charge(charge.tenant, work - charge.work)
+            endpoint.queue.charge_elsewhere(charge.tenant, work)
+        else:
+            endpoint.queue.charge(charge.tenant, work - charge.work)
         account = charge.account
         account.work_s += work - charge.work
         account.recent_work_s = max(0.0, account.recent_work_s + work - charge.work)
