@@ -65,7 +65,7 @@ class Router:
             stops_at_error=False,
         )
         self.recorder = RequestRecorder(spec.gateway_id, clock, self._on_record)
-        self.dispatcher = Dispatcher(spec.endpoints, self.replicas, self.recorder)
+        self.dispatcher = Dispatcher(spec.endpoints, self.replicas, self.recorder, spec.tenants)
         self.keeper = ServerKeeper(spec, fd_limit, runtime, self._on_servers_changed)
         self.keys = KeyMap(self._paths.key_map, runtime)
         self.keys.want(None, bool(spec.tenants))
@@ -113,9 +113,13 @@ class Router:
             ReplicaView(replica.replica_id, replica.num_in_flight, replica.is_serving)
             for replica in self.replicas.replicas.values()
         ]
-        endpoints = self.dispatcher.demand(self._clock.now_s())
+        now_s = self._clock.now_s()
         return Demand(
-            router_id=self._spec.gateway_id, pid=os.getpid(), endpoints=endpoints, replicas=replicas
+            router_id=self._spec.gateway_id,
+            pid=os.getpid(),
+            endpoints=self.dispatcher.demand(now_s),
+            replicas=replicas,
+            tenants=self.dispatcher.tenant_demands(now_s),
         )
 
     def snapshot(self) -> RouterSnapshot:
@@ -227,8 +231,8 @@ class Router:
             self._on_report_error(error)
             return
         for finished in report.finished:
-            self.dispatcher.front_finished(finished, now_s)
             self.recorder.front_finished(finished)
+        self.dispatcher.take_report(report, replica, now_s)
         if replica is not None:
             self.dispatcher.replica_reported(replica, report)
             self._on_replicas_changed()
@@ -292,6 +296,7 @@ class Router:
         self._spec = spec
         self._closed_peers.watch(*split_address(spec.bind))
         self.dispatcher.set_rules(spec.endpoints)
+        self.dispatcher.set_tenants(spec.tenants, self._clock.now_s())
 
 
 def _unlink(paths: Iterable[str]) -> None:

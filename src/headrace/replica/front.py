@@ -150,6 +150,8 @@ class Front:
             finished=finished,
             generation=spec.generation,
             socket_path=self._socket_path,
+            open_by_gateway=self._ledger.open_by_gateway(),
+            open_by_tenant=self._ledger.open_by_tenant(),
         )
 
     def _report_interval_s(self) -> float:
