@@ -34,6 +34,12 @@ class StepCost:
         """Steps without and with prompt tokens."""
         self._num_unsolved = 0
         self._solution = (0.0, 0.0, 0.0)
+        self._kind = (0, 0)
+        """Prompt tokens and decoding requests of the last steps, which are added to the sums together: while
+        a batch decodes, hundreds in a row are alike."""
+        self._num_alike = 0
+        self._alike_s = 0.0
+        self._limit_s = math.inf
 
     def __repr__(self) -> str:
         a, b, d = self.coefficients
@@ -43,25 +49,40 @@ class StepCost:
         """Take one step: how long it took, and what was in it. One of nothing or of no time says nothing."""
         if not (0 < seconds < math.inf) or num_prompt_tokens + num_decoding <= 0:
             return
-        p, d = num_prompt_tokens / _TOKENS, num_decoding / _REQUESTS
-        has_prompt = num_prompt_tokens > 0
-        self._num_of_kind[has_prompt] += 1
-        x, y, z = self._solution
-        if self._num_of_kind[has_prompt] > _MIN_EXPECTED and x + y + z > 0:
-            seconds = min(seconds, _MAX_OUTLIER * (x + y * p + z * d))
-        keep = self._keep
-        sums = self._sums
-        new = (1.0, p, d, p * p, p * d, d * d, seconds, seconds * p, seconds * d)
-        self._sums = [old * keep + value for old, value in zip(sums, new)]
-        self._num_decoding = self._num_decoding * keep + (num_decoding > 0)
-        self._num_unsolved += 1
-        if self._num_unsolved >= _SOLVE_EVERY or self._solution == (0.0, 0.0, 0.0):
-            self._solution = self._solve()
-            self._num_unsolved = 0
+        kind = (num_prompt_tokens, num_decoding)
+        if kind != self._kind or self._num_alike >= _SOLVE_EVERY:
+            self._add_alike()
+            self._kind = kind
+            self._limit_s = self._longest_s()
+        self._num_alike += 1
+        self._alike_s += min(seconds, self._limit_s)
+
+    def _add_alike(self) -> None:
+        """Add the last steps, all of one kind, to the sums; solve now and then."""
+        num = self._num_alike
+        num_prompt_tokens, num_decoding = self._kind
+        if num:
+            p, d = num_prompt_tokens / _TOKENS, num_decoding / _REQUESTS
+            seconds = self._alike_s
+            new = (num, num * p, num * d, num * p * p, num * p * d, num * d * d)
+            keep = self._keep**num
+            sums = self._sums
+            self._sums = [
+                old * keep + value for old, value in zip(sums, (*new, seconds, seconds * p, seconds * d))
+            ]
+            self._num_decoding = self._num_decoding * keep + num * (num_decoding > 0)
+            self._num_of_kind[num_prompt_tokens > 0] += num
+            self._num_alike, self._alike_s = 0, 0.0
+            self._num_unsolved += num
+            if self._num_unsolved >= _SOLVE_EVERY or self._solution == (0.0, 0.0, 0.0):
+                self._solution = self._solve()
+                self._num_unsolved = 0
 
     @property
     def coefficients(self) -> tuple[float, float, float]:
         """(a, b, d): seconds per step, per prompt token, per decoding request. None is negative."""
+        if self._num_alike and self._solution == (0.0, 0.0, 0.0):
+            self._add_alike()
         x, y, z = self._solution
         return x, y / _TOKENS, z / _REQUESTS
 
@@ -73,11 +94,20 @@ class StepCost:
     @property
     def decode_token_s(self) -> float:
         """Engine time per output token, its part of the step's fixed cost included; 0: not measured yet."""
+        a, _, d = self.coefficients
         if self._num_decoding <= 0:
             return 0.0
-        a, _, d = self.coefficients
         mean_batch = self._sums[2] * _REQUESTS / self._num_decoding
         return d + a / mean_batch
+
+    def _longest_s(self) -> float:
+        """Return the longest time that the next steps, of the present kind, may count as."""
+        num_prompt_tokens, num_decoding = self._kind
+        x, y, z = self._solution
+        if self._num_of_kind[num_prompt_tokens > 0] <= _MIN_EXPECTED or x + y + z <= 0:
+            return math.inf
+        expected_s = x + y * num_prompt_tokens / _TOKENS + z * num_decoding / _REQUESTS
+        return _MAX_OUTLIER * expected_s if expected_s > 0 else math.inf
 
     def _solve(self) -> tuple[float, float, float]:
         """Solve for coefficients >= 0: one that comes out negative is set to 0, the rest is solved again."""
