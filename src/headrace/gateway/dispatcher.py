@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Set
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from headrace.api.messages import EndpointDemand, EndpointRule, FinishedRequest, LoadReport, TerminalState
 from headrace.gateway.decisions import Decision, DecisionLog, make_placer
@@ -36,6 +37,10 @@ class Bound:
     server_name: str
     explanation: str = ""
     """The decision's reasons, for `x-headrace-route`; empty unless asked for."""
+    replica_id: str = field(default="", compare=False)
+    reason: str = field(default="", compare=False)
+    """`Placement.reason`, and the part of the prompt that it expects in the replica's prefix cache."""
+    cached_ratio: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,21 @@ class Refused:
 
 
 Answer = Callable[[Bound | Refused], None]
+
+
+class RequestListener(Protocol):
+    """Who wants to know of each request's end."""
+
+    def ended(self, request_id: str, endpoint: str, state: TerminalState) -> None:
+        """A request reached its one terminal state. Called once per request, arrived or not."""
+        ...
+
+
+class NobodyListens:
+    """The listener of a dispatcher that stands alone."""
+
+    def ended(self, request_id: str, endpoint: str, state: TerminalState) -> None:
+        pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +130,14 @@ class EndpointState:
 class Dispatcher:
     """Decides for each request, and remembers it until its end."""
 
-    def __init__(self, rules: Iterable[EndpointRule], replicas: ReplicaTable) -> None:
+    def __init__(
+        self,
+        rules: Iterable[EndpointRule],
+        replicas: ReplicaTable,
+        listener: RequestListener | None = None,
+    ) -> None:
         self._replicas = replicas
+        self._listener = listener or NobodyListens()
         self.endpoints: dict[str, EndpointState] = {}
         self._held: dict[str, Arrival] = {}
         self._in_flight: dict[str, _InFlight] = {}
@@ -312,7 +338,9 @@ class Dispatcher:
         self._in_flight[arrival.request_id] = _InFlight(endpoint, replica, now_s)
         endpoint.placer.bound(placement, arrival.prompt, now_s)
         self.decisions.add(arrival.request_id, Decision(placement, arrival.prompt.num_bytes, now_s))
-        arrival.answer(Bound(replica.server_name, explain(placement) if arrival.wants_route else ""))
+        explanation = explain(placement) if arrival.wants_route else ""
+        ratio = placement.cached_ratio
+        arrival.answer(Bound(replica.server_name, explanation, replica_id, placement.reason, ratio))
 
     def _cancel(self, request_id: str) -> None:
         endpoint = self.endpoints[self._held.pop(request_id).endpoint]
@@ -342,6 +370,7 @@ class Dispatcher:
         self._ended[request_id] = None
         if len(self._ended) > MAX_ENDED_REMEMBERED:
             self._ended.popitem(last=False)
+        self._listener.ended(request_id, endpoint.rule.name, state)
 
     def _reconcile(self, now_s: float) -> None:
         """End requests whose completion line was lost: by what their fronts said, or because a replica
