@@ -23,13 +23,16 @@ from headrace.gateway.completions import Completion, CompletionDecoder, classify
 from headrace.gateway.dispatcher import Arrival, Bound, Dispatcher, Refused
 from headrace.gateway.haproxy_answers import error_body
 from headrace.gateway.haproxy_runtime import HaproxyRuntime
+from headrace.gateway.key_map import KeyMap
 from headrace.gateway.metrics_server import serve_metrics
-from headrace.gateway.names import endpoint_of_backend
+from headrace.gateway.names import endpoint_of_backend, shared_name
 from headrace.gateway.paths import GatewayPaths
-from headrace.gateway.replicas import ReplicaTable
+from headrace.gateway.replicas import Replica, ReplicaTable
 from headrace.gateway.servers import ServerKeeper
 from headrace.gateway.spoe import Arguments, SpoeAgent, SpoeCall, SpoeConnection, text_argument
 from headrace.observability.router_metrics import RouterMetrics, RouterSnapshot
+from headrace.policy.answer_size import is_short_stream
+from headrace.policy.prompt import read_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +48,15 @@ class Router:
     def __init__(self, spec: GatewaySpec, clock: Clock, fd_limit: int) -> None:
         self._spec = spec
         self._clock = clock
-        self._paths = GatewayPaths(spec.run_dir)
+        self._paths = GatewayPaths(spec.run_dir, spec.gateway_id)
         runtime = HaproxyRuntime(self._paths.runtime_socket, self._paths.master_socket)
-        self.replicas = ReplicaTable(spec.run_dir)
+        self.replicas = ReplicaTable(spec.run_dir, spec.gateway_id, uses_h2=spec.replica_protocol == "h2")
         self._seen_revision = 0
         self._num_answered_by_haproxy = 0
         self.dispatcher = Dispatcher(spec.endpoints, self.replicas)
         self.keeper = ServerKeeper(spec, fd_limit, runtime, self._on_servers_changed)
+        self.keys = KeyMap(self._paths.key_map, runtime)
+        self.keys.want(None, bool(spec.tenants))
         self.agent = SpoeAgent(self._on_notify, self._on_spoe_lost)
         self._completions = CompletionDecoder()
         self._controller = ControllerLink(
@@ -70,6 +75,7 @@ class Router:
             async with asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(self.keeper.run()),
+                    group.create_task(self.keys.run()),
                     group.create_task(self._controller.run()),
                     group.create_task(self._tick_for_ever()),
                 ]
@@ -94,7 +100,9 @@ class Router:
             for replica in self.replicas.replicas.values()
         ]
         endpoints = self.dispatcher.demand(self._clock.now_s())
-        return Demand(router_id="router", pid=os.getpid(), endpoints=endpoints, replicas=replicas)
+        return Demand(
+            router_id=self._spec.gateway_id, pid=os.getpid(), endpoints=endpoints, replicas=replicas
+        )
 
     def snapshot(self) -> RouterSnapshot:
         """Return what the metrics show."""
@@ -105,7 +113,7 @@ class Router:
             "ignored_reports": self.replicas.num_ignored_reports,
             "ignored_completions": self._completions.num_ignored,
             "spoe_errors": self.agent.num_protocol_errors,
-            "haproxy_failures": self.keeper.num_failures,
+            "haproxy_failures": self.keeper.num_failures + self.keys.num_failures,
             "haproxy_reloads": self.keeper.num_reloads,
         }
         return RouterSnapshot(self.demand(), totals)
@@ -141,7 +149,7 @@ class Router:
 
         def answer(decision: Bound | Refused) -> None:
             if isinstance(decision, Bound):
-                variables = {b"server": decision.server_name.encode()}
+                variables = {b"server": self._server_name(decision, head, size).encode()}
                 if decision.explanation:
                     variables[b"explanation"] = decision.explanation.encode()
                 call.answer(variables)
@@ -152,17 +160,39 @@ class Router:
                 call.answer({name: body.encode(), b"retry_after": b"%d" % decision.retry_after_s})
 
         client = (arguments.get(b"client"), arguments.get(b"client_port"))
+        head, size = arguments.get(b"head"), arguments.get(b"size")
+        tenant = text_argument(arguments, b"tenant")
+        prompt = read_prompt(
+            head if isinstance(head, bytes) else b"",
+            size if isinstance(size, int) else 0,
+            tenant,
+            text_argument(arguments, b"session"),
+        )
         arrival = Arrival(
             request_id,
             endpoint,
             answer,
             call.connection,
             client,
-            tenant=text_argument(arguments, b"tenant"),
+            tenant=tenant,
+            prompt=prompt,
             wants_route=arguments.get(b"explain") is True,
         )
         if self.dispatcher.arrive(arrival, self._clock.now_s()):
             self._controller.send_soon()
+
+    def _server_name(self, decision: Bound, head: object, num_bytes: object) -> str:
+        """Return the replica's server on HTTP/2 if it has one and the answer is certainly short."""
+        replica = self.replicas.replicas.get(decision.replica_id)
+        if (
+            replica is not None
+            and replica.is_shared_serving
+            and isinstance(head, bytes)
+            and len(head) == num_bytes
+            and is_short_stream(head)
+        ):
+            return shared_name(decision.server_name)
+        return decision.server_name
 
     def _on_spoe_lost(self, connection: SpoeConnection) -> None:
         self.dispatcher.owner_lost(connection, self._clock.now_s())
@@ -187,10 +217,11 @@ class Router:
         for finished in report.finished:
             self.dispatcher.front_finished(finished, now_s)
         if replica is not None:
+            self.dispatcher.replica_reported(replica, report)
             self._on_replicas_changed()
             self.dispatcher.pump(replica.endpoint, now_s)
         if report.state == "draining":
-            is_released = replica is None or self.keeper.is_released(replica.server.path)
+            is_released = replica is None or self._is_released(replica)
             connection.acknowledge(ReportAck(report.sequence, is_released))
 
     def _on_report_lost(self, connection: ReportConnection) -> None:
@@ -208,13 +239,16 @@ class Router:
         self.replicas.mark_serving(self.keeper.serving)
         self.keeper.want(self.replicas.wanted_servers(), self.replicas.known_paths)
 
+    def _is_released(self, replica: Replica) -> bool:
+        return all(self.keeper.is_released(path) for path in replica.paths)
+
     def _on_servers_changed(self) -> None:
         now_s = self._clock.now_s()
         self.replicas.mark_serving(self.keeper.serving)
         for endpoint in list(self.dispatcher.endpoints):
             self.dispatcher.pump(endpoint, now_s)
         for replica in self.replicas.replicas.values():
-            if replica.state == "draining" and self.keeper.is_released(replica.server.path):
+            if replica.state == "draining" and self._is_released(replica):
                 connection = replica.connection
                 if isinstance(connection, ReportConnection):
                     connection.acknowledge(ReportAck(replica.sequence, is_released=True))
@@ -224,7 +258,8 @@ class Router:
     async def _tick_for_ever(self) -> None:
         while True:
             now_s = self._clock.now_s()
-            self.replicas.expire(now_s)
+            for replica in self.replicas.expire(now_s):
+                self.dispatcher.replica_gone(replica)
             self._on_replicas_changed()
             self.dispatcher.tick(now_s)
             if self.dispatcher.num_held:
@@ -234,11 +269,12 @@ class Router:
     def _on_spec(self, spec: GatewaySpec) -> None:
         if spec == self._spec:
             return
-        if spec.run_dir != self._spec.run_dir:
-            logger.error("gateway spec refused: the run directory cannot change while running")
+        if (spec.run_dir, spec.gateway_id) != (self._spec.run_dir, self._spec.gateway_id):
+            logger.error("gateway spec refused: its directory and id cannot change while running")
             return
         try:
-            self.keeper.set_spec(spec)
+            self.keeper.set_spec(spec)  # takes effect in a later turn: the keys' file is written by then
+            self.keys.want(spec.keys, bool(spec.tenants))
         except ConfigError as error:
             logger.error("gateway spec refused: %s", error)
             return

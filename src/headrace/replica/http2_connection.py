@@ -32,14 +32,16 @@ CallSoon = Callable[[Callable[[], None]], object]
 class Http2Connection(asyncio.Protocol):
     """Streams of one client. Born when its preface was received."""
 
-    def __init__(self, owner: ConnectionOwner, blocks: AnswerBlocks, call_soon: CallSoon) -> None:
+    def __init__(
+        self, owner: ConnectionOwner, blocks: AnswerBlocks, call_soon: CallSoon, is_trusted: bool = False
+    ) -> None:
         self._owner = owner
         self._call_soon = call_soon
         self._limits = owner.limits
         self.blocks = blocks
         self.max_queued_bytes = owner.limits.max_write_buffer_bytes
         self._transport: asyncio.Transport | None = None
-        self._intake = RequestIntake(self, owner)
+        self._intake = RequestIntake(self, owner, is_trusted)
         self.streams: dict[int, Http2Stream] = {}
         self._queued: dict[Http2Stream, None] = {}
         """Streams with bytes that wait, in the order of their turns."""

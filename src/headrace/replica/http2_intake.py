@@ -67,8 +67,9 @@ class _HeaderBlock:
 class RequestIntake:
     """Turns HEADERS, CONTINUATION and DATA of one connection into requests."""
 
-    def __init__(self, table: StreamTable, owner: ConnectionOwner) -> None:
+    def __init__(self, table: StreamTable, owner: ConnectionOwner, is_trusted: bool) -> None:
         self._table = table
+        self._is_trusted = is_trusted
         self._owner = owner
         self._limits = owner.limits
         self._decoder = HpackDecoder(owner.limits.max_head_bytes)
@@ -249,6 +250,7 @@ class RequestIntake:
             self._owner.clock.now_s(),
             is_http_1_0=False,
             keep_alive=True,
+            is_trusted=self._is_trusted,
         )
         self._table.hand_over(stream, request)
 

@@ -51,7 +51,9 @@ class HttpServer:
     async def listen(self, host: str, port: int) -> str:
         """Start to serve; return host:port with the real port. Raises OSError if the address is taken."""
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(self._make_entry, host, port, backlog=1024)
+        server = await loop.create_server(
+            lambda: self._make_entry(is_trusted=False), host, port, backlog=1024
+        )
         self._servers.append(server)
         name = server.sockets[0].getsockname()
         self._schedule_sweep()
@@ -68,16 +70,20 @@ class HttpServer:
             os.chmod(path, 0o600)
             # A connection beyond the backlog is refused, not delayed as with TCP.
             loop = asyncio.get_running_loop()
-            server = await loop.create_unix_server(self._make_entry, sock=listener, backlog=4096)
+            server = await loop.create_unix_server(
+                lambda: self._make_entry(is_trusted=True), sock=listener, backlog=4096
+            )
         except OSError:
             listener.close()
             raise
         self._servers.append(server)
 
-    def _make_entry(self) -> HttpEntry:
+    def _make_entry(self, *, is_trusted: bool) -> HttpEntry:
         call_soon = asyncio.get_running_loop().call_soon
         return HttpEntry(
-            self, lambda: HttpConnection(self), lambda: Http2Connection(self, self._blocks, call_soon)
+            self,
+            lambda: HttpConnection(self, is_trusted=is_trusted),
+            lambda: Http2Connection(self, self._blocks, call_soon, is_trusted=is_trusted),
         )
 
     def _schedule_sweep(self) -> None:
