@@ -109,6 +109,7 @@ def gateway_spec(config: Config, run_directory: Path, keys: Mapping[str, str] | 
         num_threads=gateway.num_threads,
         tenants=[_tenant_rule(name, tenant) for name, tenant in config.tenants.items()],
         keys=dict(keys or {}),
+        replica_protocol=gateway.replica_protocol,
     )
 
 

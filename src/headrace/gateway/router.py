@@ -25,9 +25,9 @@ from headrace.gateway.haproxy_answers import error_body
 from headrace.gateway.haproxy_runtime import HaproxyRuntime
 from headrace.gateway.key_map import KeyMap
 from headrace.gateway.metrics_server import serve_metrics
-from headrace.gateway.names import endpoint_of_backend
+from headrace.gateway.names import endpoint_of_backend, shared_name
 from headrace.gateway.paths import GatewayPaths
-from headrace.gateway.replicas import ReplicaTable
+from headrace.gateway.replicas import Replica, ReplicaTable
 from headrace.gateway.request_recorder import RequestRecorder
 from headrace.gateway.servers import ServerKeeper
 from headrace.gateway.spoe import Arguments, SpoeAgent, SpoeCall, SpoeConnection, text_argument
@@ -35,6 +35,7 @@ from headrace.observability.line_log import BackgroundLog, RotatingFile
 from headrace.observability.request_record import RequestRecord
 from headrace.observability.request_statistics import RequestStatistics
 from headrace.observability.router_metrics import RouterMetrics, RouterSnapshot
+from headrace.policy.answer_size import is_short_stream
 from headrace.policy.prompt import read_prompt
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Router:
         self._clock = clock
         self._paths = GatewayPaths(spec.run_dir, spec.gateway_id)
         runtime = HaproxyRuntime(self._paths.runtime_socket, self._paths.master_socket)
-        self.replicas = ReplicaTable(spec.run_dir, spec.gateway_id)
+        self.replicas = ReplicaTable(spec.run_dir, spec.gateway_id, uses_h2=spec.replica_protocol == "h2")
         self._seen_revision = 0
         self._num_answered_by_haproxy = 0
         self.statistics = RequestStatistics()
@@ -170,7 +171,7 @@ class Router:
         def answer(decision: Bound | Refused) -> None:
             self.recorder.answered(request_id, decision, self._clock.now_s())
             if isinstance(decision, Bound):
-                variables = {b"server": decision.server_name.encode()}
+                variables = {b"server": self._server_name(decision, head, size).encode()}
                 if decision.explanation:
                     variables[b"explanation"] = decision.explanation.encode()
                 call.answer(variables)
@@ -208,6 +209,19 @@ class Router:
         self.statistics.observe(record)
         self._request_log.write(record)
 
+    def _server_name(self, decision: Bound, head: object, num_bytes: object) -> str:
+        """Return the replica's server on HTTP/2 if it has one and the answer is certainly short."""
+        replica = self.replicas.replicas.get(decision.replica_id)
+        if (
+            replica is not None
+            and replica.is_shared_serving
+            and isinstance(head, bytes)
+            and len(head) == num_bytes
+            and is_short_stream(head)
+        ):
+            return shared_name(decision.server_name)
+        return decision.server_name
+
     def _on_spoe_lost(self, connection: SpoeConnection) -> None:
         self.dispatcher.owner_lost(connection, self._clock.now_s())
 
@@ -238,7 +252,7 @@ class Router:
             self._on_replicas_changed()
             self.dispatcher.pump(replica.endpoint, now_s)
         if report.state == "draining":
-            is_released = replica is None or self.keeper.is_released(replica.server.path)
+            is_released = replica is None or self._is_released(replica)
             connection.acknowledge(ReportAck(report.sequence, is_released))
 
     def _on_report_lost(self, connection: ReportConnection) -> None:
@@ -256,13 +270,16 @@ class Router:
         self.replicas.mark_serving(self.keeper.serving)
         self.keeper.want(self.replicas.wanted_servers(), self.replicas.known_paths)
 
+    def _is_released(self, replica: Replica) -> bool:
+        return all(self.keeper.is_released(path) for path in replica.paths)
+
     def _on_servers_changed(self) -> None:
         now_s = self._clock.now_s()
         self.replicas.mark_serving(self.keeper.serving)
         for endpoint in list(self.dispatcher.endpoints):
             self.dispatcher.pump(endpoint, now_s)
         for replica in self.replicas.replicas.values():
-            if replica.state == "draining" and self.keeper.is_released(replica.server.path):
+            if replica.state == "draining" and self._is_released(replica):
                 connection = replica.connection
                 if isinstance(connection, ReportConnection):
                     connection.acknowledge(ReportAck(replica.sequence, is_released=True))

@@ -161,6 +161,7 @@ class Front:
             prefix_epoch=prefixes.epoch,
             prefixes_added=prefixes.added,
             prefixes_removed=prefixes.removed,
+            speaks_h2=True,
         )
 
     def _report_interval_s(self) -> float:
