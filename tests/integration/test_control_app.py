@@ -136,10 +136,10 @@ async def test_a_killed_controller_comes_back_and_touches_nothing(rig: Rig) -> N
 async def test_router_and_haproxy_are_started_again(rig: Rig) -> None:
     rig.start(chat={})
     before = pids(await rig.until(lambda status: status.is_ready))
-    for name in ("router", "haproxy"):
+    for name in ("router-g1", "haproxy-g1"):
         os.kill(before[name], signal.SIGKILL)
-    after = await rig.until(lambda s: s.is_ready and pids(s)["router"] not in (0, before["router"]))
-    after = await rig.until(lambda s: s.is_ready and pids(s)["haproxy"] not in (0, before["haproxy"]))
+    after = await rig.until(lambda s: s.is_ready and pids(s)["router-g1"] not in (0, before["router-g1"]))
+    after = await rig.until(lambda s: s.is_ready and pids(s)["haproxy-g1"] not in (0, before["haproxy-g1"]))
     assert pids(after)["front chat-1"] == before["front chat-1"]
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Set
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from headrace.api.messages import EndpointDemand, EndpointRule, FinishedRequest, TerminalState
+from headrace.api.messages import EndpointDemand, EndpointRule, FinishedRequest, LoadReport, TerminalState
+from headrace.gateway.decisions import Decision, DecisionLog, make_placer
 from headrace.gateway.replicas import Replica, ReplicaTable
 from headrace.policy.admission import AdmissionQueue, FifoQueue, HeldRequest, retry_after_s
-from headrace.policy.placement import LeastLoaded, Placer
+from headrace.policy.placement import Placement, Placer, explain
 from headrace.policy.prompt import PromptHead
 
 LOG_GRACE_S = 2.0
@@ -35,6 +37,10 @@ class Bound:
     server_name: str
     explanation: str = ""
     """The decision's reasons, for `x-headrace-route`; empty unless asked for."""
+    replica_id: str = field(default="", compare=False)
+    reason: str = field(default="", compare=False)
+    """`Placement.reason`, and the part of the prompt that it expects in the replica's prefix cache."""
+    cached_ratio: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,21 @@ class Refused:
 
 
 Answer = Callable[[Bound | Refused], None]
+
+
+class RequestListener(Protocol):
+    """Who wants to know of each request's end."""
+
+    def ended(self, request_id: str, endpoint: str, state: TerminalState) -> None:
+        """A request reached its one terminal state. Called once per request, arrived or not."""
+        ...
+
+
+class NobodyListens:
+    """The listener of a dispatcher that stands alone."""
+
+    def ended(self, request_id: str, endpoint: str, state: TerminalState) -> None:
+        pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +130,22 @@ class EndpointState:
 class Dispatcher:
     """Decides for each request, and remembers it until its end."""
 
-    def __init__(self, rules: Iterable[EndpointRule], replicas: ReplicaTable) -> None:
+    def __init__(
+        self,
+        rules: Iterable[EndpointRule],
+        replicas: ReplicaTable,
+        listener: RequestListener | None = None,
+    ) -> None:
         self._replicas = replicas
+        self._listener = listener or NobodyListens()
         self.endpoints: dict[str, EndpointState] = {}
         self._held: dict[str, Arrival] = {}
         self._in_flight: dict[str, _InFlight] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._retired: set[str] = set()
         self._second_started_s = 0.0
+        self.decisions = DecisionLog()
+        """Where the last requests went, and why."""
         self.num_lost_completions = 0
         self.num_unseen_completions = 0
         """Requests that HAProxy served without asking: the router was away."""
@@ -138,8 +167,12 @@ class Dispatcher:
         for name, rule in wanted.items():
             known = self.endpoints.get(name)
             if known is None:
-                self.endpoints[name] = EndpointState(rule, FifoQueue(rule.max_queue), LeastLoaded())
+                self.endpoints[name] = EndpointState(
+                    rule, FifoQueue(rule.max_queue), make_placer(rule.placement)
+                )
             else:
+                if known.rule.placement != rule.placement:
+                    known.placer = make_placer(rule.placement)
                 known.rule = rule
                 known.queue.max_requests = rule.max_queue
 
@@ -190,6 +223,25 @@ class Dispatcher:
             bound.front_state = finished.state
             bound.front_reported_s = now_s
             self._free_slot(bound)
+
+    def replica_reported(self, replica: Replica, report: LoadReport) -> None:
+        """Tell the endpoint's placer what changed in a replica's prefix cache, and how long prompts were."""
+        endpoint = self.endpoints.get(replica.endpoint)
+        if endpoint is None:
+            return
+        placer = endpoint.placer
+        epoch = (replica.num_connections, report.prefix_epoch)
+        placer.report(replica.replica_id, epoch, report.prefixes_added, report.prefixes_removed)
+        for finished in report.finished:
+            decision = self.decisions.get(finished.request_id)
+            if decision is not None:
+                placer.finished(decision.num_prompt_bytes, finished.num_prompt_tokens)
+
+    def replica_gone(self, replica: Replica) -> None:
+        """Forget what a replica had cached."""
+        endpoint = self.endpoints.get(replica.endpoint)
+        if endpoint is not None:
+            endpoint.placer.forget(replica.replica_id)
 
     def clients_left(self, clients: Set[Hashable]) -> None:
         """Cancel the requests held for clients that closed their connections."""
@@ -273,17 +325,22 @@ class Dispatcher:
         placement = endpoint.placer.place(candidates, arrival.prompt, now_s)
         if placement.replica_id is None:
             return False
-        self._assign(arrival, endpoint, placement.replica_id, now_s)
+        self._assign(arrival, endpoint, placement, placement.replica_id, now_s)
         return True
 
-    def _assign(self, arrival: Arrival, endpoint: EndpointState, replica_id: str, now_s: float) -> None:
+    def _assign(
+        self, arrival: Arrival, endpoint: EndpointState, placement: Placement, replica_id: str, now_s: float
+    ) -> None:
         replica = self._replicas.replicas[replica_id]
         replica.num_in_flight += 1
         replica.num_assigned += 1
         endpoint.num_in_flight += 1
         self._in_flight[arrival.request_id] = _InFlight(endpoint, replica, now_s)
-        endpoint.placer.bound(replica_id, arrival.prompt, now_s)
-        arrival.answer(Bound(replica.server_name))
+        endpoint.placer.bound(placement, arrival.prompt, now_s)
+        self.decisions.add(arrival.request_id, Decision(placement, arrival.prompt.num_bytes, now_s))
+        explanation = explain(placement) if arrival.wants_route else ""
+        ratio = placement.cached_ratio
+        arrival.answer(Bound(replica.server_name, explanation, replica_id, placement.reason, ratio))
 
     def _cancel(self, request_id: str) -> None:
         endpoint = self.endpoints[self._held.pop(request_id).endpoint]
@@ -313,6 +370,7 @@ class Dispatcher:
         self._ended[request_id] = None
         if len(self._ended) > MAX_ENDED_REMEMBERED:
             self._ended.popitem(last=False)
+        self._listener.ended(request_id, endpoint.rule.name, state)
 
     def _reconcile(self, now_s: float) -> None:
         """End requests whose completion line was lost: by what their fronts said, or because a replica

@@ -14,14 +14,15 @@ from headrace.api.messages import GatewaySpec
 from headrace.errors import ConfigError
 from headrace.gateway import haproxy_answers as answers
 from headrace.gateway.haproxy_backends import (
+    alive_section,
     endpoint_backend,
     metrics_sections,
     router_backend,
     status_backend,
 )
 from headrace.gateway.haproxy_frontend import ROUTER_BACKEND, ROUTER_HEAD_BYTES, frontend_section
+from headrace.gateway.haproxy_identity import identity_files
 from headrace.gateway.haproxy_words import milliseconds, quote
-from headrace.gateway.names import backend_name
 from headrace.gateway.paths import GatewayPaths, check_run_dir
 from headrace.gateway.server import Server
 
@@ -51,28 +52,19 @@ def size_max_connections(spec: GatewaySpec, fd_limit: int) -> int:
 
 
 def render_files(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -> dict[str, str]:
-    """Return {path: content} of every file that HAProxy reads. Raises ConfigError."""
-    paths = GatewayPaths(spec.run_dir)
+    """Return {path: content} of every file that HAProxy reads, but for keys.map. Raises ConfigError."""
+    paths = GatewayPaths(spec.run_dir, spec.gateway_id)
     check_run_dir(spec.run_dir)
-    names = [rule.name for rule in spec.endpoints]
-    models = answers.models_list(names)
-    if len(models) > BUFFER_BYTES // 2:
-        raise ConfigError(
-            f"{len(names)} endpoints make a /v1/models answer of {len(models)} bytes; "
-            f"at most {BUFFER_BYTES // 2} fit. Use fewer endpoints or shorter names."
-        )
     return {
         paths.config: render_config(spec, servers, fd_limit),
         paths.spoe_config: render_spoe(spec),
-        paths.endpoint_map: "".join(f"{name} {backend_name(name)}\n" for name in names),
-        paths.models: models,
-        paths.model_map: "".join(f"{name} {answers.model_card(name)}\n" for name in names),
+        **identity_files(spec, paths),
     }
 
 
 def render_config(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -> str:
     """Return haproxy.cfg. Servers of endpoints that the spec does not have are left out."""
-    paths = GatewayPaths(spec.run_dir)
+    paths = GatewayPaths(spec.run_dir, spec.gateway_id)
     by_endpoint: dict[str, list[Server]] = {rule.name: [] for rule in spec.endpoints}
     for server in sorted(servers):
         if server.endpoint in by_endpoint:
@@ -81,7 +73,8 @@ def render_config(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -
         _global_section(spec, paths, size_max_connections(spec, fd_limit)),
         _defaults_section(spec),
         frontend_section(spec, paths),
-        status_backend(paths),
+        alive_section(paths),
+        status_backend(spec, paths),
         *(endpoint_backend(name, members) for name, members in by_endpoint.items()),
         router_backend(paths),
     ]

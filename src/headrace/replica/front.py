@@ -21,7 +21,7 @@ from headrace.api.run_paths import front_socket_path
 from headrace.clock import Clock
 from headrace.errors import ModelError
 from headrace.observability.front_metrics import FrontMetrics
-from headrace.replica.access_log import AccessLog
+from headrace.observability.line_log import BackgroundLog
 from headrace.replica.answer import AnswerServices, FailOnEngineLoss
 from headrace.replica.engine_client import EngineClient, EngineTimeLimits
 from headrace.replica.generation import Generator
@@ -58,7 +58,7 @@ class Front:
         self._clock = clock
         is_simulated = spec.engine.kind == "simulated"
         self._metrics = FrontMetrics(spec.endpoint, spec.replica_id)
-        self._access_log = AccessLog(sys.stderr.buffer)
+        self._access_log = BackgroundLog(sys.stderr.buffer, "access-log")
         self._reporter = Reporter(spec.report_sockets, self._make_report, self._report_interval_s)
         self._ledger = Ledger(self._metrics, self._access_log, clock, self._reporter)
         self._engine = EngineClient(
@@ -72,7 +72,7 @@ class Front:
         services = AnswerServices(self._engine, self._ledger, self._metrics, FailOnEngineLoss())
         fingerprint = "headrace-simulated" if is_simulated else "headrace-native"
         self._generator = Generator(spec.endpoint, spec.max_open, fingerprint, services, self._engine, clock)
-        self._routes = Routes(self, self._generator, self._metrics)
+        self._routes = Routes(self, self._generator, self._metrics, spec.needs_gateway)
         headers = f"x-headrace-replica: {spec.replica_id}\r\n"
         headers += "x-headrace-engine: simulated\r\n" if is_simulated else ""
         heads = AnswerHeads(headers, clock.wall_s)
@@ -171,6 +171,11 @@ class Front:
             self._access_log.close()
             return 2
         await self._listen_unix()
+        if self._spec.needs_gateway and not self._socket_path:
+            # Nobody could be served: without the socket there is no telling a gateway from anybody else.
+            print(f"front: cannot listen on a UNIX socket in {self._spec.run_dir}", file=sys.stderr)
+            self._access_log.close()
+            return 2
         _log.info("%s listens on %s", self._spec.replica_id, self._address)
         reporting = asyncio.create_task(self._reporter.run())
         self._engine.start()

@@ -12,7 +12,7 @@ from typing import Protocol
 from headrace.api.messages import FinishedRequest, TerminalState
 from headrace.clock import Clock
 from headrace.observability.front_metrics import FrontMetrics
-from headrace.replica.access_log import LineLog
+from headrace.observability.line_log import LineLog
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +95,7 @@ class Ledger:
                 "time": round(self._clock.wall_s(), 3),
                 "request_id": record.request_id,
                 "client_request_id": record.client_request_id,
+                "tenant": record.tenant,
                 "path": record.path,
                 "status": record.status,
                 "state": state.value,

@@ -62,6 +62,8 @@ from headrace.api.messages.gateway import (
     ReplicaView,
     TenantDemand,
     TenantRule,
+    haproxy_name,
+    router_name,
 )
 from headrace.api.messages.launcher import (
     LauncherCommand,
@@ -145,4 +147,6 @@ __all__ = [
     "TerminalState",
     "TokenLogprobs",
     "gateway_of",
+    "haproxy_name",
+    "router_name",
 ]

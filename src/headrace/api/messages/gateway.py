@@ -61,6 +61,16 @@ class GatewaySpec(Message, frozen=True):
     """SHA-256 of the admin API's key, 64 lower-case hex digits."""
 
 
+def router_name(gateway_id: str) -> str:
+    """Return the name of a gateway's router process, for the launcher and in status."""
+    return f"router-{gateway_id}"
+
+
+def haproxy_name(gateway_id: str) -> str:
+    """Return the name of a gateway's HAProxy process."""
+    return f"haproxy-{gateway_id}"
+
+
 class EndpointDemand(Record, frozen=True):
     """One endpoint as one router sees it. Totals count since the router's start."""
 
@@ -107,6 +117,7 @@ class Demand(Message, frozen=True):
     """Router -> controller, every 200 ms and at once when a request finds no replica."""
 
     router_id: str
+    """The gateway's id: `g1`."""
     pid: int
     endpoints: list[EndpointDemand]
     replicas: list[ReplicaView]
