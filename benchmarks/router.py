@@ -1,6 +1,6 @@
 """Decisions of the router: how many per second of one core, how fast, and what held requests cost in memory.
 
-The real router process, asked over its socket as HAProxy asks; replicas report and requests complete meanwhile.
+The real router process, asked over its socket as HAProxy asks; meanwhile replicas report and requests end.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def run(*, is_quick: bool) -> Report:
     report = Report(
         "router",
         "The router's decisions",
-        f"The real router process, with HAProxy beside it but idle. A client in the benchmark's process sends "
+        "The real router process, with HAProxy beside it but idle. A client in the benchmark's process sends "
         f"NOTIFY frames with all arguments of the rendered spoe.conf and {HEAD_BYTES:,} bytes of body "
         f"({NUM_QUESTIONS} prompts of {NUM_TENANTS} tenants with limits; the first kilobyte of a tenant's "
         f"prompts is the same) over {NUM_CONNECTIONS} pipelined connections. {NUM_REPLICAS} replicas report "
-        "every 50 ms: each decision's end, and blocks cached and evicted; each end also arrives as a completion "
-        "line. All of it is in the router's CPU time.",
+        "every 50 ms: each decision's end, and blocks cached and evicted; each end also arrives as a "
+        "completion line. All of it is in the router's CPU time.",
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         loads = runner.run(measure_loads(window_s))
@@ -91,6 +91,7 @@ class Driver:
         self._clients: list[SpopClient] = []
         self._open: dict[int, tuple[float, str, int]] = {}
         self._num_sent = 0
+        self._start_s = 0.0
         self.is_closed_loop = False
         self.window = Window("")
 
@@ -132,7 +133,8 @@ class Driver:
         self.window, self.is_closed_loop = window, True
         for client in self._clients:
             self.ask(client, DEPTH)
-        end_s = time.monotonic() + seconds
+        self._start_s = time.monotonic()
+        end_s = self._start_s + seconds
         while time.monotonic() < end_s:
             self._surroundings.flush()
             await asyncio.sleep(0.002)
@@ -143,9 +145,8 @@ class Driver:
         """Ask at Poisson times. The loop turns without rest: timers are too coarse for these rates."""
         self.window = window
         source = random.Random(int(rate))
-        start_s = due_s = time.monotonic()
-        flush_s = start_s
-        while due_s < start_s + seconds:
+        self._start_s = due_s = flush_s = time.monotonic()
+        while due_s < self._start_s + seconds:
             now_s = time.monotonic()
             while due_s <= now_s:
                 self.ask(self._clients[self._num_sent % len(self._clients)], 1)
@@ -158,6 +159,7 @@ class Driver:
 
     async def _drain(self) -> None:
         await wait_until(lambda: not self._open)
+        self.window.elapsed_s = time.monotonic() - self._start_s
         self._surroundings.flush()
         await asyncio.sleep(0.1)  # two report periods: the ends reach the router
 
@@ -193,12 +195,11 @@ async def measure_loads(window_s: float) -> list[Window]:
         await driver.run_closed(Window("warm-up"), 1.0)
         windows = [Window("full load"), *(Window(f"{rate:,}/s", rate) for rate in RATES)]
         for window in windows:
-            cpu_s, start_s = _cpu_s(router), time.monotonic()
+            cpu_s = _cpu_s(router)
             if window.rate:
                 await driver.run_open(window, window_s, window.rate)
             else:
                 await driver.run_closed(window, window_s)
-            window.elapsed_s = time.monotonic() - start_s
             window.cpu_s = _cpu_s(router) - cpu_s
         driver.close()
         gc.unfreeze()
@@ -330,6 +331,6 @@ def _write(report: Report, windows: list[Window], held: Held) -> None:
         "The client takes most of another core; with anything else on the machine, both wait for each other. "
         "CPU per decision suffers less from that than times and rates.",
         "Answer times count from the write of the question to the reading of its answer, in the client.",
-        "Under full load frames arrive many at a time, which is cheaper than one by one; HAProxy at a low rate "
-        "sends one by one, as the rates here do.",
+        "Under full load frames arrive many at a time, which is cheaper than one by one; HAProxy at a low "
+        "rate sends one by one, as the rates here do.",
     ]

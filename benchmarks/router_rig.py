@@ -1,4 +1,4 @@
-"""The real router (and HAProxy beside it, idle) with replicas that are made up here: what it hears from outside.
+"""The real router, HAProxy idle beside it, and replicas that are made up: what a router hears from outside.
 
 Owns the processes, the load reports, the completion lines and the controller's socket. Must not know who asks
 the router, or what it decides.
@@ -12,7 +12,7 @@ import os
 import subprocess
 import tempfile
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from headrace.api.messages import (
     FinishedRequest,
     GatewaySpec,
     LoadReport,
+    ProcessSpec,
     TenantRule,
     TerminalState,
 )
@@ -40,7 +41,7 @@ NUM_TENANTS = 20
 REPORT_PERIOD_S = 0.05
 MAX_OPEN = 60_000
 CACHED_PROMPTS = 128
-"""Prompts that a replica's cache holds: with more of them around, blocks are added and evicted all the time."""
+"""Prompts that a replica's cache holds: fewer than are around, so blocks come and go all the time."""
 START_LIMIT_S = 20.0
 
 
@@ -156,7 +157,7 @@ class Surroundings:
             self.replicas[replica.server] = replica
             _, writer = await asyncio.open_unix_connection(self.paths.router_socket)
             self._writers.append(writer)
-            self._keep(self._report_for_ever(replica, writer, number))
+            self._tasks.add(asyncio.create_task(self._report_for_ever(replica, writer, number)))
         await wait_until(
             lambda: (
                 self.demand is not None
@@ -185,10 +186,6 @@ class Surroundings:
             if writer is not None:
                 writer.transport.abort()
 
-    def _keep(self, coroutine: object) -> None:
-        task = asyncio.ensure_future(coroutine)  # type: ignore[call-overload]
-        self._tasks.add(task)
-
     async def _report_for_ever(self, replica: FakeReplica, writer: asyncio.StreamWriter, number: int) -> None:
         await asyncio.sleep(REPORT_PERIOD_S * number / NUM_REPLICAS)  # fronts are not in step
         while True:
@@ -210,12 +207,17 @@ async def _answer_health(reader: asyncio.StreamReader, writer: asyncio.StreamWri
     writer.close()
 
 
-async def wait_until(condition: object, limit_s: float = START_LIMIT_S) -> None:
+async def wait_until(condition: Callable[[], bool], limit_s: float = START_LIMIT_S) -> None:
     """Poll a condition until it holds. Raises TimeoutError."""
-    assert callable(condition)
     async with asyncio.timeout(limit_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110, most are conditions of another process
             await asyncio.sleep(0.02)
+
+
+def start(spec: ProcessSpec) -> subprocess.Popen[bytes]:
+    """Start one of the gateway's processes, its output in its log."""
+    with Path(spec.log_path).open("wb") as log:
+        return subprocess.Popen(spec.argv, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 @asynccontextmanager
@@ -227,15 +229,9 @@ async def gateway() -> AsyncIterator[tuple[Surroundings, psutil.Process]]:
         surroundings = Surroundings(spec)
         await surroundings.open()
         (run_dir / "logs").mkdir(exist_ok=True)
-        processes = []
+        processes: list[subprocess.Popen[bytes]] = []
         try:
-            for one in prepare(spec):
-                with Path(one.log_path).open("wb") as log:
-                    processes.append(
-                        subprocess.Popen(
-                            one.argv, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-                        )
-                    )
+            processes += [start(one) for one in prepare(spec)]
             await wait_until(lambda: Path(surroundings.paths.spoe_socket).exists())
             await wait_until(lambda: Path(surroundings.paths.completions_socket).exists())
             await surroundings.connect()

@@ -96,7 +96,7 @@ def _words(source: random.Random, num_bytes: int) -> str:
 
 
 class SpopClient(asyncio.Protocol):
-    """One connection. `on_answers` gets (stream ids with their server, empty if refused) of each piece read."""
+    """One connection. `on_answers` gets the stream ids that were answered, and their servers ("": none)."""
 
     def __init__(self, on_answers: Callable[[SpopClient, list[tuple[int, str]]], None]) -> None:
         self._on_answers = on_answers
