@@ -136,14 +136,16 @@ class Surroundings:
         self._lines: list[bytes] = []
         self._writers: list[asyncio.StreamWriter] = []
         self._completions: asyncio.StreamWriter | None = None
+        self._servers: list[asyncio.Server] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._health_address = ""
 
     async def open(self) -> None:
         """Listen as controller and as the replicas' health check. Call it before the router starts."""
-        await asyncio.start_unix_server(self._hear_demand, self.paths.controller_socket)
-        server = await asyncio.start_server(_answer_health, "127.0.0.1", 0)
-        host, port = server.sockets[0].getsockname()[:2]
+        controller = await asyncio.start_unix_server(self._hear_demand, self.paths.controller_socket)
+        health = await asyncio.start_server(_answer_health, "127.0.0.1", 0)
+        self._servers += [controller, health]
+        host, port = health.sockets[0].getsockname()[:2]
         self._health_address = f"{host}:{port}"
 
     async def connect(self) -> None:
@@ -182,6 +184,8 @@ class Surroundings:
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
+        for server in self._servers:
+            server.close()
         for writer in [*self._writers, self._completions]:
             if writer is not None:
                 writer.transport.abort()
