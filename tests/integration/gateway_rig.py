@@ -20,6 +20,7 @@ from tests.integration.mock_front import MockFront
 
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import Demand, EndpointDemand, EndpointRule, GatewaySpec, ProcessSpec
+from headrace.fabric.child import death_with_parent
 from headrace.gateway.process import prepare
 
 DEADLINE_S = 10.0
@@ -109,6 +110,9 @@ class Gateway:
         self.specs = {spec.name: spec for spec in prepare(self.spec)}
         self.start_process("router")
         await wait_for((Path(self.run_dir) / "spoe.sock").exists, "the router listens")
+        if "relay" in self.specs:
+            self.start_process("relay")
+            await wait_for((Path(self.run_dir) / "relay.sock").exists, "the relay listens")
         self.start_process("haproxy")
         await self.wait_until_haproxy_answers()
         return self
@@ -133,6 +137,7 @@ class Gateway:
                 stderr=log,
                 env={**os.environ, **spec.environment},
                 start_new_session=True,
+                preexec_fn=death_with_parent(),  # a test run that is killed leaves nothing behind
             )
 
     def signal(self, name: str, number: int) -> None:

@@ -67,6 +67,16 @@ class GatewayPaths:
         return self.path("metrics.sock")
 
     @property
+    def relay_socket(self) -> str:
+        """Where the relay takes requests whose model is not in the head of their body."""
+        return self.path("relay.sock")
+
+    @property
+    def internal_socket(self) -> str:
+        """HAProxy's listener for the relay alone: what its headers say of identity is believed."""
+        return self.path("internal.sock")
+
+    @property
     def controller_socket(self) -> str:
         return self.path("controller.sock")
 

