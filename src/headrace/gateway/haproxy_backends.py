@@ -55,12 +55,11 @@ def endpoint_backend(endpoint: str, servers: Sequence[Server]) -> str:
 def relay_backend(paths: GatewayPaths, timeout_s: float) -> str:
     """The relay. timeout_s: longest silence, beyond all limits of the second pass, whose word comes first.
 
-    A refused connection is tried again while the controller restarts the relay. One that hangs is noticed by
-    its checks within 4 s; the requests that it has are then cut.
+    A dead relay's requests get 503 with Retry-After until the controller has restarted it. One that hangs is
+    noticed by its checks within 4 s; the requests that it has are then cut.
     """
     return f"""backend {RELAY_BACKEND}
   timeout server {milliseconds(timeout_s)}
-  retries 3
   http-reuse never
   option httpchk GET /health
   timeout check 1s
