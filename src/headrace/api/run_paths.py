@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 MAX_SOCKET_PATH_BYTES = 100
 """The kernel takes 107 (unix(7), sun_path); HAProxy wants room for a suffix."""
 
@@ -9,7 +11,10 @@ MAX_SOCKET_PATH_BYTES = 100
 def front_socket_path(run_dir: str, replica_id: str) -> str:
     """Return the path of the UNIX socket on which a front serves gateways of its own machine.
 
-    Empty if it would be too long for a socket: then there is only the TCP address.
+    An id that is too long for a socket's name, or that would lead out of the directory, is replaced by its
+    hash. Empty if even that is too long: then there is only the TCP address.
     """
     path = f"{run_dir}/front-{replica_id}.sock"
+    if "/" in replica_id or len(path.encode()) > MAX_SOCKET_PATH_BYTES:
+        path = f"{run_dir}/front-{sha256(replica_id.encode()).hexdigest()[:16]}.sock"
     return path if len(path.encode()) <= MAX_SOCKET_PATH_BYTES else ""

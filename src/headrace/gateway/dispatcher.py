@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Set
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from headrace.api.messages import EndpointDemand, EndpointRule, FinishedRequest, TerminalState
 from headrace.gateway.replicas import Replica, ReplicaTable
 from headrace.policy.admission import AdmissionQueue, FifoQueue, HeldRequest, retry_after_s
-from headrace.policy.placement import LeastLoaded, Placer
+from headrace.policy.placement import LeastLoaded, Placement, Placer
 from headrace.policy.prompt import PromptHead
 
 LOG_GRACE_S = 2.0
@@ -35,6 +36,10 @@ class Bound:
     server_name: str
     explanation: str = ""
     """The decision's reasons, for `x-headrace-route`; empty unless asked for."""
+    replica_id: str = field(default="", compare=False)
+    reason: str = field(default="", compare=False)
+    """`Placement.reason`, and the part of the prompt that it expects in the replica's prefix cache."""
+    cached_ratio: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,21 @@ class Refused:
 
 
 Answer = Callable[[Bound | Refused], None]
+
+
+class RequestListener(Protocol):
+    """Who wants to know of each request's end."""
+
+    def ended(self, request_id: str, endpoint: str, state: TerminalState) -> None:
+        """A request reached its one terminal state. Called once per request, arrived or not."""
+        ...
+
+
+class NobodyListens:
+    """The listener of a dispatcher that stands alone."""
+
+    def ended(self, request_id: str, endpoint: str, state: TerminalState) -> None:
+        pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +129,14 @@ class EndpointState:
 class Dispatcher:
     """Decides for each request, and remembers it until its end."""
 
-    def __init__(self, rules: Iterable[EndpointRule], replicas: ReplicaTable) -> None:
+    def __init__(
+        self,
+        rules: Iterable[EndpointRule],
+        replicas: ReplicaTable,
+        listener: RequestListener | None = None,
+    ) -> None:
         self._replicas = replicas
+        self._listener = listener or NobodyListens()
         self.endpoints: dict[str, EndpointState] = {}
         self._held: dict[str, Arrival] = {}
         self._in_flight: dict[str, _InFlight] = {}
@@ -278,17 +304,22 @@ class Dispatcher:
         placement = endpoint.placer.place(candidates, arrival.prompt, now_s)
         if placement.replica_id is None:
             return False
-        self._assign(arrival, endpoint, placement.replica_id, now_s)
+        self._assign(arrival, endpoint, placement, placement.replica_id, now_s)
         return True
 
-    def _assign(self, arrival: Arrival, endpoint: EndpointState, replica_id: str, now_s: float) -> None:
+    def _assign(
+        self, arrival: Arrival, endpoint: EndpointState, placement: Placement, replica_id: str, now_s: float
+    ) -> None:
         replica = self._replicas.replicas[replica_id]
         replica.num_in_flight += 1
         replica.num_assigned += 1
         endpoint.num_in_flight += 1
         self._in_flight[arrival.request_id] = _InFlight(endpoint, replica, now_s)
         endpoint.placer.bound(replica_id, arrival.prompt, now_s)
-        arrival.answer(Bound(replica.server_name))
+        ratio = placement.cached_ratio
+        arrival.answer(
+            Bound(replica.server_name, replica_id=replica_id, reason=placement.reason, cached_ratio=ratio)
+        )
 
     def _cancel(self, request_id: str) -> None:
         endpoint = self.endpoints[self._held.pop(request_id).endpoint]
@@ -318,6 +349,7 @@ class Dispatcher:
         self._ended[request_id] = None
         if len(self._ended) > MAX_ENDED_REMEMBERED:
             self._ended.popitem(last=False)
+        self._listener.ended(request_id, endpoint.rule.name, state)
 
     def _reconcile(self, now_s: float) -> None:
         """End requests whose completion line was lost: by what their fronts said, or because a replica

@@ -72,7 +72,7 @@ class Front:
         services = AnswerServices(self._engine, self._ledger, self._metrics, FailOnEngineLoss())
         fingerprint = "headrace-simulated" if is_simulated else "headrace-native"
         self._generator = Generator(spec.endpoint, spec.max_open, fingerprint, services, self._engine, clock)
-        self._routes = Routes(self, self._generator, self._metrics)
+        self._routes = Routes(self, self._generator, self._metrics, spec.needs_gateway)
         headers = f"x-headrace-replica: {spec.replica_id}\r\n"
         headers += "x-headrace-engine: simulated\r\n" if is_simulated else ""
         heads = AnswerHeads(headers, clock.wall_s)
@@ -171,6 +171,11 @@ class Front:
             self._access_log.close()
             return 2
         await self._listen_unix()
+        if self._spec.needs_gateway and not self._socket_path:
+            # Nobody could be served: without the socket there is no telling a gateway from anybody else.
+            print(f"front: cannot listen on a UNIX socket in {self._spec.run_dir}", file=sys.stderr)
+            self._access_log.close()
+            return 2
         _log.info("%s listens on %s", self._spec.replica_id, self._address)
         reporting = asyncio.create_task(self._reporter.run())
         self._engine.start()

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from headrace.api.config import TENANT_NAME
 from headrace.api.messages import GenerationRequest, SamplingParams, TerminalState
 from headrace.api.openai import (
     ChatCompletionRequest,
@@ -300,7 +301,10 @@ def open_record(request: HttpRequest) -> RequestRecord:
     client = request.headers.get("x-request-id", "")
     if not _HEADER_VALUE.fullmatch(client):
         client = internal
-    return RequestRecord(internal, client, request.path, request.arrived_s)
+    tenant = request.headers.get("x-headrace-tenant", "") if request.is_trusted else ""
+    if not TENANT_NAME.fullmatch(tenant):
+        tenant = ""
+    return RequestRecord(internal, client, request.path, request.arrived_s, tenant)
 
 
 def split_prompts(prompt: str | list[Any]) -> list[str | list[int]]:

@@ -109,8 +109,9 @@ class ConnectionOwner(Protocol):
 class HttpConnection(asyncio.Protocol):
     """Requests of one client, answered one after the other in their order."""
 
-    def __init__(self, owner: ConnectionOwner) -> None:
+    def __init__(self, owner: ConnectionOwner, is_trusted: bool = False) -> None:
         self._owner = owner
+        self._is_trusted = is_trusted
         self._limits = owner.limits
         self.heads = owner.heads
         self._parser = httptools.HttpRequestParser(self)
@@ -201,6 +202,7 @@ class HttpConnection(asyncio.Protocol):
             self._last_data_s,
             self._parser.get_http_version() == "1.0",
             self._parser.should_keep_alive(),
+            self._is_trusted,
         )
         self._queue.append(request)
         self._begin_message()

@@ -63,6 +63,8 @@ class HttpRequest:
     """When its last byte came, on the server's clock."""
     is_http_1_0: bool
     keep_alive: bool
+    is_trusted: bool = False
+    """It came over the UNIX socket, which only the owner of the system may open: from a gateway."""
 
 
 class AnswerHeads:

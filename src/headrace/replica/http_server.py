@@ -63,7 +63,9 @@ class HttpServer:
             os.chmod(path, 0o600)
             # A connection beyond the backlog is refused, not delayed as with TCP.
             loop = asyncio.get_running_loop()
-            server = await loop.create_unix_server(lambda: HttpConnection(self), sock=listener, backlog=4096)
+            server = await loop.create_unix_server(
+                lambda: HttpConnection(self, is_trusted=True), sock=listener, backlog=4096
+            )
         except OSError:
             listener.close()
             raise

@@ -95,6 +95,7 @@ class Ledger:
                 "time": round(self._clock.wall_s(), 3),
                 "request_id": record.request_id,
                 "client_request_id": record.client_request_id,
+                "tenant": record.tenant,
                 "path": record.path,
                 "status": record.status,
                 "state": state.value,

@@ -16,7 +16,7 @@ import msgspec
 import headrace
 from headrace.api.messages import ReplicaState
 from headrace.api.openai import DetokenizeRequest, ModelCard, ModelList, RequestDecoder, TokenizeRequest
-from headrace.errors import InvalidRequest, MethodNotAllowed, NotFound, RequestError
+from headrace.errors import InvalidRequest, MethodNotAllowed, NotFound, RequestError, Unauthorized
 from headrace.observability.front_metrics import FrontMetrics
 from headrace.replica.generation import CHAT_PATH, COMPLETIONS_PATH, Generator, open_record
 from headrace.replica.http_connection import Responder
@@ -46,10 +46,14 @@ class FrontView(Protocol):
 class Routes:
     """Answers every request that the HTTP server hands over."""
 
-    def __init__(self, front: FrontView, generator: Generator, metrics: FrontMetrics) -> None:
+    def __init__(
+        self, front: FrontView, generator: Generator, metrics: FrontMetrics, needs_gateway: bool = False
+    ) -> None:
+        """needs_gateway: work is done only for requests that came through a gateway (`is_trusted`)."""
         self._front = front
         self._generator = generator
         self._metrics = metrics
+        self._needs_gateway = needs_gateway
         self._tokenize_decoder = RequestDecoder(TokenizeRequest)
         self._detokenize_decoder = RequestDecoder(DetokenizeRequest)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -67,6 +71,8 @@ class Routes:
 
     def handle(self, request: HttpRequest, responder: Responder) -> None:
         """Answer `request`, now or later, through `responder`."""
+        if self._needs_gateway and not request.is_trusted:
+            _forget_claims(request)
         try:
             self._find(request, responder)(request, responder)
         except RequestError as error:
@@ -82,6 +88,11 @@ class Routes:
             )
         method, handler = route
         if request.method == method or (request.method == "HEAD" and method == "GET"):
+            if method == "POST" and self._needs_gateway and not request.is_trusted:
+                raise Unauthorized(
+                    "this address does no work by itself: there are tenants, and keys are checked by the "
+                    "gateway. Send the request to the gateway's address (gateway.bind) with an API key"
+                )
             return handler
         if request.method == "OPTIONS":
             return lambda _request, _responder: responder.send(200, b"", _allow(method))
@@ -153,6 +164,12 @@ class Routes:
 
 def _send_json(responder: Responder, status: int, body: Any, headers: str = "") -> None:
     responder.send(status, msgspec.json.encode(body), headers)
+
+
+def _forget_claims(request: HttpRequest) -> None:
+    """Drop what only a gateway may say of a request."""
+    headers = request.headers
+    request.headers = {name: headers[name] for name in headers if not name.startswith("x-headrace-")}
 
 
 def _allow(method: str) -> str:

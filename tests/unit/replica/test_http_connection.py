@@ -362,3 +362,12 @@ def test_100_continue_is_sent_when_it_is_asked_for_and_nothing_is_open() -> None
     head = b"POST /x HTTP/1.1\r\nexpect: 100-continue\r\ncontent-length: 3\r\n\r\n"
     assert wire.send(head) == b"HTTP/1.1 100 Continue\r\n\r\n"
     assert b"3 bytes" in wire.send(b"abc")
+
+
+def test_requests_are_trusted_only_on_connections_that_are() -> None:
+    wire = Wire()
+    wire.send(b"GET /a HTTP/1.1\r\nx-headrace-tenant: rich\r\n\r\n")
+    wire.connection = HttpConnection(wire.owner, is_trusted=True)
+    wire.connection.connection_made(wire.transport)
+    wire.send(b"GET /b HTTP/1.1\r\n\r\n")
+    assert [request.is_trusted for request in wire.owner.requests] == [False, True]
