@@ -17,6 +17,7 @@ import msgspec
 from headrace.api.config import split_address
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import Demand, GatewaySpec, LoadReport, ReplicaSpec, ReplicaView
+from headrace.api.run_paths import alive_socket_path, relay_socket_path, router_socket_path
 
 INTERVAL_S = 0.1
 
@@ -88,15 +89,15 @@ async def router(spec: GatewaySpec) -> None:
         states.pop(name, None)
         writer.close()
 
-    path = Path(spec.run_dir) / "router.sock"
-    path.unlink(missing_ok=True)
+    path = router_socket_path(spec.run_dir, spec.gateway_id)
+    remove(path)
     await asyncio.start_unix_server(listen, path)
     while True:
         try:
             reader, writer = await asyncio.open_unix_connection(f"{spec.run_dir}/controller.sock")
             while not reader.at_eof():
                 views = [ReplicaView(name, 0, state == "ready") for name, state in states.items()]
-                writer.write(encode_frame(Demand("router", os.getpid(), [], views)))
+                writer.write(encode_frame(Demand(spec.gateway_id, os.getpid(), [], views)))
                 await writer.drain()
                 await asyncio.sleep(INTERVAL_S)
         except OSError:
@@ -104,18 +105,34 @@ async def router(spec: GatewaySpec) -> None:
         await asyncio.sleep(0.05)
 
 
-async def haproxy(spec: GatewaySpec) -> None:
-    """Answers HTTP."""
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-        await writer.drain()
-        writer.close()
-
-    host, port = split_address(spec.bind)
-    server = await asyncio.start_server(answer, host, port)
+async def relay(spec: GatewaySpec) -> None:
+    """Answers HTTP on its socket."""
+    path = relay_socket_path(spec.run_dir, spec.gateway_id)
+    remove(path)
+    server = await asyncio.start_unix_server(answer_http, path)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, sys.exit, 0)
     await server.serve_forever()
+
+
+async def answer_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+    await writer.drain()
+    writer.close()
+
+
+async def haproxy(spec: GatewaySpec) -> None:
+    """Answers HTTP, on the public port that it shares with others and on its own socket."""
+    host, port = split_address(spec.bind)
+    alive_socket = alive_socket_path(spec.run_dir, spec.gateway_id)
+    remove(alive_socket)
+    await asyncio.start_unix_server(answer_http, alive_socket)
+    server = await asyncio.start_server(answer_http, host, port, reuse_port=True)
+    await server.serve_forever()
+
+
+def remove(path: str) -> None:
+    Path(path).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
@@ -124,4 +141,4 @@ if __name__ == "__main__":
         asyncio.run(front(msgspec.json.decode(argument, type=ReplicaSpec)))
     else:
         gateway = msgspec.json.decode(argument, type=GatewaySpec)
-        asyncio.run(router(gateway) if role == "router" else haproxy(gateway))
+        asyncio.run({"router": router, "haproxy": haproxy, "relay": relay}[role](gateway))

@@ -21,6 +21,7 @@ from tests.integration.mock_front import MockFront
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import Demand, EndpointDemand, EndpointRule, GatewaySpec, ProcessSpec
 from headrace.fabric.child import death_with_parent
+from headrace.gateway.paths import GatewayPaths
 from headrace.gateway.process import prepare
 
 DEADLINE_S = 10.0
@@ -97,6 +98,7 @@ class Gateway:
         self.spec = GatewaySpec(
             run_dir=self.run_dir, bind=f"127.0.0.1:{self.port}", endpoints=endpoints, **settings
         )
+        self.paths = GatewayPaths(self.run_dir, self.spec.gateway_id)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.fronts: list[MockFront] = []
         self.demand: Demand | None = None
@@ -107,12 +109,12 @@ class Gateway:
         self._controller = await asyncio.start_unix_server(
             self._on_router, os.path.join(self.run_dir, "controller.sock")
         )
-        self.specs = {spec.name: spec for spec in prepare(self.spec)}
+        self.specs = {spec.name.partition("-")[0]: spec for spec in prepare(self.spec)}
         self.start_process("router")
-        await wait_for((Path(self.run_dir) / "spoe.sock").exists, "the router listens")
+        await wait_for(Path(self.paths.spoe_socket).exists, "the router listens")
         if "relay" in self.specs:
             self.start_process("relay")
-            await wait_for((Path(self.run_dir) / "relay.sock").exists, "the relay listens")
+            await wait_for(Path(self.paths.relay_socket).exists, "the relay listens")
         self.start_process("haproxy")
         await self.wait_until_haproxy_answers()
         return self
@@ -170,7 +172,7 @@ class Gateway:
 
     async def add_front(self, replica_id: str, endpoint: str = "chat", **settings: Any) -> MockFront:
         """Start a mock front and wait until HAProxy has it as a server."""
-        front = MockFront(replica_id, endpoint, os.path.join(self.run_dir, "router.sock"), **settings)
+        front = MockFront(replica_id, endpoint, self.paths.router_socket, **settings)
         self.fronts.append(await front.start())
         await wait_for(lambda: self.is_serving(replica_id), f"{replica_id} serves: {self.log('router')}")
         return front

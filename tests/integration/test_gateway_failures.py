@@ -62,11 +62,11 @@ async def test_replicas_join_and_leave_under_load_without_a_reload_or_an_error()
 
 
 def haproxy_log(gateway: Gateway) -> str:
-    return (Path(gateway.run_dir) / "logs" / "haproxy.log").read_text()
+    return Path(gateway.specs["haproxy"].log_path).read_text()
 
 
 def config_of(gateway: Gateway) -> str:
-    return (Path(gateway.run_dir) / "haproxy.cfg").read_text()
+    return Path(gateway.paths.config).read_text()
 
 
 async def test_a_replica_killed_before_the_first_byte_is_replaced_by_another() -> None:
@@ -220,7 +220,7 @@ async def test_nonsense_on_the_routers_sockets_harms_nobody() -> None:
         nonsense = (b"\xff" * 64, b"\x00\x00\x00\x05hello", b"GET / HTTP/1.1\r\n\r\n", b"x" * 20_000)
         for name in ("router.sock", "spoe.sock", "completions.sock", "metrics.sock"):
             for data in nonsense:
-                reader, writer = await asyncio.open_unix_connection(f"{gateway.run_dir}/{name}")
+                reader, writer = await asyncio.open_unix_connection(gateway.paths.path(name))
                 writer.write(data)
                 writer.write_eof()
                 with contextlib.suppress(OSError):

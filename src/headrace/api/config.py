@@ -179,9 +179,9 @@ class Gateway(Section):
     admin_bind: str = ""
     """host:port of the admin API, which needs the admin key. Empty: only the UNIX socket, for its owner."""
     metrics_bind: str = ""
-    """host:port for Prometheus metrics of gateway and router. Empty: no metrics port."""
+    """host:port for Prometheus metrics; of several gateways each takes the next port. Empty: none."""
     max_connections: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    """Most client connections. 0: as many as the file-descriptor limit allows."""
+    """Most client connections of each gateway. 0: as many as the file-descriptor limit allows."""
     max_body_mb: Annotated[int, Field(ge=1, le=1024)] = 32
     """Longest request body in MiB; a longer one gets 413."""
     request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0

@@ -8,6 +8,32 @@ MAX_SOCKET_PATH_BYTES = 100
 """The kernel takes 107 (unix(7), sun_path); HAProxy wants room for a suffix."""
 
 
+CONTROLLER_SOCKET = "controller.sock"
+LOG_DIRECTORY = "logs"
+_ROUTER_SOCKET = "router.sock"
+
+
+def gateway_directory(run_dir: str, gateway_id: str) -> str:
+    """Return where one gateway's sockets and files are."""
+    return f"{run_dir}/{gateway_id}"
+
+
+def router_socket_path(run_dir: str, gateway_id: str) -> str:
+    """Return the path of the UNIX socket on which a gateway's router takes load reports."""
+    return f"{gateway_directory(run_dir, gateway_id)}/{_ROUTER_SOCKET}"
+
+
+def alive_socket_path(run_dir: str, gateway_id: str) -> str:
+    """Return the path of the UNIX socket on which a gateway's HAProxy says that it lives: the public port is
+    shared with the other gateways."""
+    return f"{gateway_directory(run_dir, gateway_id)}/alive.sock"
+
+
+def relay_socket_path(run_dir: str, gateway_id: str) -> str:
+    """Return the path of the UNIX socket on which a gateway's relay takes requests."""
+    return f"{gateway_directory(run_dir, gateway_id)}/relay.sock"
+
+
 def front_socket_path(run_dir: str, replica_id: str) -> str:
     """Return the path of the UNIX socket on which a front serves gateways of its own machine.
 

@@ -37,18 +37,13 @@ from headrace.api.messages import (
     ScaleEndpoint,
     Shutdown,
 )
+from headrace.api.run_paths import CONTROLLER_SOCKET, alive_socket_path, relay_socket_path
 from headrace.clock import Clock
 from headrace.control.drain import drain
-from headrace.control.gateway_state import ROUTER
+from headrace.control.essentials import Essential
 from headrace.control.probe import probe_gateway
 from headrace.control.reconciler import StartReplica, StopReplica
-from headrace.control.specs import (
-    ADMIN_SOCKET,
-    CONFIG_FILE,
-    CONTROLLER_SOCKET,
-    gateway_spec,
-    replica_process,
-)
+from headrace.control.specs import ADMIN_SOCKET, CONFIG_FILE, gateway_specs, replica_process
 from headrace.control.status import describe
 from headrace.control.system_state import SystemState
 from headrace.errors import ConfigError, HeadraceError
@@ -56,6 +51,8 @@ from headrace.fabric.channel import Channel, listen
 from headrace.fabric.launcher import Launcher
 
 TICK_S = 0.2
+RELAY_GRACE_S = 30.0
+"""For a relay that is not needed any more: what it passes on may end."""
 STOP_MARGIN_S = 15.0
 """A front ends itself when its drain grace is over; only one that does not is killed, this much later."""
 _log = logging.getLogger(__name__)
@@ -66,7 +63,7 @@ class ProcessSources:
     """Where specs of processes come from; tests put programs of their own in their place."""
 
     prepare_gateway: Callable[[GatewaySpec], list[ProcessSpec]]
-    """For a fresh start: writes the gateway's files and returns the specs of `haproxy` and `router`."""
+    """For a fresh start: writes one gateway's files and returns the specs of its processes."""
     gateway_processes: Callable[[GatewaySpec], list[ProcessSpec]]
     """The same specs without touching the files, which hold the running replicas."""
     prepare_replica: Callable[[Config, str, str, Path], ProcessSpec] = replica_process
@@ -91,7 +88,8 @@ class Controller:
         self._state = SystemState(config, clock.now_s())
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
-        self._routers: set[Channel] = set()
+        self._routers: dict[Channel, str] = {}
+        """Connections of routers, with their gateways' ids."""
 
     def __repr__(self) -> str:
         return f"Controller({self._state})"
@@ -111,9 +109,10 @@ class Controller:
         try:
             async with asyncio.TaskGroup() as group:
                 events = group.create_task(self._take_events())
-                probes = group.create_task(self._probe())
+                probes = [group.create_task(self._probe(name)) for name in self._state.gateway.pairs]
                 await self._tick_until_stopped()
-                probes.cancel()
+                for probe in probes:
+                    probe.cancel()
                 await drain(self._launcher, self._state, self._wake, self._clock)
                 events.cancel()
         finally:
@@ -151,12 +150,17 @@ class Controller:
             case Processes():
                 pass
 
-    async def _probe(self) -> None:
+    async def _probe(self, gateway_id: str) -> None:
+        pair = self._state.gateway.pairs[gateway_id]
+        run_dir = str(self._run_directory)
+        sockets = alive_socket_path(run_dir, gateway_id), relay_socket_path(run_dir, gateway_id)
         while True:
-            has_answered = await probe_gateway(self._state.config.gateway.bind)
-            if has_answered != self._state.gateway.has_answered:
+            has_answered, has_relay_answered = await asyncio.gather(*map(probe_gateway, sockets))
+            if has_relay_answered:
+                pair.relay.heard_s = self._clock.now_s()
+            if has_answered != pair.has_answered:
                 self._wake.set()
-            self._state.gateway.on_probe(has_answered, self._clock.now_s())
+            self._state.gateway.on_probe(gateway_id, has_answered, self._clock.now_s())
             await asyncio.sleep(1.0 if has_answered else 0.1)
 
     async def _tick_until_stopped(self) -> None:
@@ -183,24 +187,29 @@ class Controller:
 
     def _tend_gateway(self, now_s: float) -> None:
         processes = self._state.gateway.processes.values()
-        router = self._state.gateway.processes[ROUTER]
-        if router.is_hung(now_s):
-            # Costs no request: HAProxy balances by itself meanwhile. HAProxy is never judged like this: at
-            # its limit of connections it does not answer the probe, and killing it would cut all streams.
-            _log.warning("the router has said nothing for a while: killing it")
-            router.is_stopping = True
-            self._launcher.stop(ROUTER, 0.0)
+        for pair in self._state.gateway.pairs.values():
+            for essential in (pair.router, pair.relay):
+                if essential.is_hung(now_s):
+                    # A hung router's end costs no request: HAProxy balances by itself meanwhile. HAProxy is
+                    # never judged like this: at its limit of connections it answers no probe, and killing it
+                    # would cut all streams.
+                    _log.warning("%s has said nothing for a while: killing it", essential.name)
+                    self._stop_essential(essential, 0.0)
+            if pair.relay.is_superfluous():
+                self._stop_essential(pair.relay, RELAY_GRACE_S)
         due = [essential for essential in processes if essential.is_due(now_s)]
         if not due:
             return
         is_fresh = not any(essential.num_starts for essential in processes)
         get_specs = self._sources.prepare_gateway if is_fresh else self._sources.gateway_processes
         try:
-            specs = {spec.name: spec for spec in get_specs(self._gateway_spec())}
+            specs = {
+                spec.name: spec for gateway in self._gateway_specs().values() for spec in get_specs(gateway)
+            }
         except (HeadraceError, OSError) as error:
             for essential in due:
                 self._state.gateway.on_ended(essential.name, str(error), now_s)
-            _log.error("the gateway cannot be prepared: %s", error)
+            _log.error("the gateways cannot be prepared: %s", error)
             return
         for essential in due:
             _log.info(
@@ -209,8 +218,12 @@ class Controller:
             essential.on_start(now_s)
             self._launcher.start(specs[essential.name])
 
-    def _gateway_spec(self) -> GatewaySpec:
-        return gateway_spec(self._state.config, self._run_directory)
+    def _stop_essential(self, essential: Essential, grace_s: float) -> None:
+        essential.is_stopping = True
+        self._launcher.stop(essential.name, grace_s)
+
+    def _gateway_specs(self) -> dict[str, GatewaySpec]:
+        return gateway_specs(self._state.config, self._run_directory)
 
     # ---- load reports and demand ----------------
 
@@ -228,15 +241,15 @@ class Controller:
             if before != message.state:
                 self._wake.set()
             return
-        if channel not in self._routers:
-            self._routers.add(channel)
-            channel.send(self._gateway_spec())  # its own may be older than the config
+        if channel not in self._routers and message.router_id in self._state.gateway.pairs:
+            self._routers[channel] = message.router_id
+            channel.send(self._gateway_specs()[message.router_id])  # its own may be older than the config
         self._state.gateway.on_demand(message, now_s)
         if any(endpoint.num_held for endpoint in message.endpoints):
             self._wake.set()
 
     def _on_report_close(self, channel: Channel, reason: str) -> None:
-        self._routers.discard(channel)
+        self._routers.pop(channel, None)
 
     # ---- the CLI ----------------
 
@@ -268,8 +281,9 @@ class Controller:
             write_config(self._run_directory, self._state.config)
         except OSError as error:
             notes.append(f"a restarted controller will not know of this: {CONFIG_FILE}: {error}")
-        for router in self._routers:
-            router.send(self._gateway_spec())
+        specs = self._gateway_specs()
+        for router, gateway_id in self._routers.items():
+            router.send(specs[gateway_id])
         return AdminReply(notes=notes)
 
     def _path(self, name: str) -> str:

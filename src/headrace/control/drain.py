@@ -1,4 +1,4 @@
-"""The end of a system: the gateway takes no more and refuses what it holds, replicas finish what is open.
+"""The end of a system: gateways take no more and refuse what they hold, replicas finish what is open.
 
 Owns the order and its limits. Must not know: how processes are stopped, or what they do meanwhile.
 """
@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from headrace.clock import Clock
 from headrace.control.essentials import Essential
-from headrace.control.gateway_state import HAPROXY, ROUTER
 from headrace.control.system_state import SystemState
 from headrace.fabric.launcher import Launcher
 
 GATEWAY_GRACE_S = 2.0
-"""For router and HAProxy once no replica is left: nothing that they hold can still succeed."""
+"""For routers and HAProxies once no replica is left: nothing that they hold can still succeed."""
 MARGIN_S = 15.0
 """A front ends itself when its grace is over; this much later what is left is killed."""
 HEARTBEAT_S = 0.5
@@ -26,33 +25,36 @@ HEARTBEAT_S = 0.5
 async def drain(launcher: Launcher, state: SystemState, wake: asyncio.Event, clock: Clock) -> None:
     """Stop everything that the launcher runs for us. `wake` is set whenever an event was taken.
 
-    HAProxy first stops listening and goes on relaying what is open; it goes last. The router stays while
-    fronts leave, because they wait for its word, and refuses at once what it holds.
+    The HAProxies first stop listening and go on relaying what is open; they go last. Relays pass on what
+    HAProxy sends them until then. The routers stay while fronts leave, because they wait for their word, and
+    refuse at once what they hold.
     """
     slots = list(state.fleet.slots.values())
     longest_s = max((slot.drain_grace_s for slot in slots), default=0.0) + MARGIN_S
-    router, haproxy = (state.gateway.processes[name] for name in (ROUTER, HAPROXY))
+    pairs = state.gateway.pairs.values()
 
-    def stop(essential: Essential, grace_s: float) -> None:
-        if essential.is_alive:
-            essential.is_stopping = True
-            launcher.stop(essential.name, grace_s)
+    def stop(essentials: Iterable[Essential], grace_s: float) -> None:
+        for essential in essentials:
+            if essential.is_alive:
+                essential.is_stopping = True
+                launcher.stop(essential.name, grace_s)
 
     def has_replicas() -> bool:
         return any(slot.is_alive for slot in state.fleet.slots.values())
 
     def has_gateway() -> bool:
-        return router.is_alive or haproxy.is_alive
+        return any(essential.is_alive for essential in state.gateway.processes.values())
 
-    stop(haproxy, longest_s)
+    stop((pair.haproxy for pair in pairs), longest_s)
     for slot in slots:
         if slot.is_alive:
             slot.is_stopping, slot.keeps_slot = True, False
             is_serving = slot.phase in ("ready", "draining")
             launcher.stop(slot.replica_id, slot.drain_grace_s + MARGIN_S if is_serving else 1.0)
     await _wait_while(has_replicas, longest_s + 1.0, launcher, wake, clock)
-    stop(router, GATEWAY_GRACE_S)
-    stop(haproxy, GATEWAY_GRACE_S)
+    stop((pair.router for pair in pairs), GATEWAY_GRACE_S)
+    stop((pair.relay for pair in pairs), GATEWAY_GRACE_S)
+    stop((pair.haproxy for pair in pairs), GATEWAY_GRACE_S)
     await _wait_while(has_gateway, GATEWAY_GRACE_S + MARGIN_S, launcher, wake, clock)
 
 

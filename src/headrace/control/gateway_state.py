@@ -1,67 +1,103 @@
-"""What the controller knows of the gateway: router and HAProxy as processes, and the router's demand.
+"""What the controller knows of the gateways: router, HAProxy and relay of each, and the routers' demand.
 
-Owns both Essentials and the last Demand. Pure: events and `now_s` come in.
-Must not know: HAProxy's words, sockets, launchers.
+Owns the Essentials and each router's last Demand. Gateways know nothing of each other; here their words are
+added up. Pure: events and `now_s` come in. Must not know: HAProxy's words, sockets, launchers.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
-from headrace.api.messages import Demand, EndpointDemand, ProcessState
+from headrace.api.messages import Demand, EndpointDemand, ProcessState, haproxy_name, relay_name, router_name
 from headrace.control.essentials import Essential
 
-ROUTER = "router"
-HAPROXY = "haproxy"
 DEMAND_FRESH_S = 2.0
 """A Demand older than this says nothing about now."""
-_NO_DEMAND = EndpointDemand("", 0, 0.0, 0, 0, 0, 0, 0, 0)
+
+
+@dataclass(slots=True)
+class GatewayPair:
+    """One gateway: its processes, and what its router last said."""
+
+    gateway_id: str
+    router: Essential
+    haproxy: Essential
+    relay: Essential
+    demand: Demand | None = None
+    demand_s: float = field(default=-math.inf)
+    has_answered: bool = False
+    """HAProxy answered its last probe."""
+
+    @classmethod
+    def of(cls, gateway_id: str) -> GatewayPair:
+        names = router_name(gateway_id), haproxy_name(gateway_id), relay_name(gateway_id)
+        router, haproxy, relay = (Essential(name) for name in names)
+        return cls(gateway_id, router, haproxy, relay)
+
+    def fresh_demand(self, now_s: float) -> Demand | None:
+        """What the router said lately; None if it said nothing."""
+        return self.demand if now_s - self.demand_s <= DEMAND_FRESH_S else None
 
 
 class GatewayState:
-    """Router, HAProxy, and what the router last said."""
+    """All gateways of one system."""
 
-    def __init__(self) -> None:
-        self.processes = {name: Essential(name) for name in (ROUTER, HAPROXY)}
-        self._demand: Demand | None = None
-        self._demand_s = -math.inf
+    def __init__(self, gateway_ids: Iterable[str]) -> None:
+        self.pairs = {gateway_id: GatewayPair.of(gateway_id) for gateway_id in gateway_ids}
+        self.processes = {
+            essential.name: essential
+            for pair in self.pairs.values()
+            for essential in (pair.router, pair.haproxy, pair.relay)
+        }
         self._last_request_s: dict[str, float] = {}
-        self.has_answered = False
-        """HAProxy answered its last probe."""
 
     def __repr__(self) -> str:
         return f"GatewayState({', '.join(f'{p.name} {p.state}' for p in self.processes.values())})"
+
+    @property
+    def has_answered(self) -> bool:
+        """Every HAProxy answered its last probe."""
+        return all(pair.has_answered for pair in self.pairs.values())
+
+    def want_relays(self, is_wanted: bool) -> None:
+        """Set whether the gateways need their relays: several endpoints."""
+        for pair in self.pairs.values():
+            pair.relay.is_wanted = is_wanted
 
     def adopt(self, process: ProcessState, now_s: float) -> None:
         """Take over a process that ran before this controller."""
         self.processes[process.name].on_adopted(process, now_s)
 
     def on_demand(self, demand: Demand, now_s: float) -> None:
-        """Take the router's view. One of an earlier router process is ignored."""
-        router = self.processes[ROUTER]
-        if router.pid and demand.pid != router.pid:
+        """Take a router's view. One of an unknown or an earlier router process is ignored."""
+        pair = self.pairs.get(demand.router_id)
+        if pair is None or (pair.router.pid and demand.pid != pair.router.pid):
             return
-        self._demand, self._demand_s = demand, now_s
-        router.heard_s = now_s
+        pair.demand, pair.demand_s = demand, now_s
+        pair.router.heard_s = now_s
         for endpoint in demand.endpoints:
             # Held requests wake an endpoint; those in flight keep it awake.
             name = endpoint.endpoint
             if endpoint.num_held or (endpoint.num_in_flight and name in self._last_request_s):
                 self._last_request_s[name] = now_s
 
-    def on_probe(self, has_answered: bool, now_s: float) -> None:
-        """Take the result of asking HAProxy something."""
-        self.has_answered = has_answered
+    def on_probe(self, gateway_id: str, has_answered: bool, now_s: float) -> None:
+        """Take the result of asking a HAProxy something."""
+        pair = self.pairs[gateway_id]
+        pair.has_answered = has_answered
         if has_answered:
-            self.processes[HAPROXY].heard_s = now_s
+            pair.haproxy.heard_s = now_s
 
     def on_ended(self, name: str, error: str, now_s: float) -> None:
-        """The router or HAProxy ended or could not be started."""
+        """A router, HAProxy or relay ended or could not be started."""
         self.processes[name].on_ended(now_s, error)
-        if name == ROUTER:
-            self._demand = None
-        else:
-            self.has_answered = False
+        for pair in self.pairs.values():
+            if name == pair.router.name:
+                pair.demand = None
+            elif name == pair.haproxy.name:
+                pair.has_answered = False
 
     def note_requests(self, endpoint: str, now_s: float) -> None:
         """Count `endpoint` as used now: nobody remembers when it last was."""
@@ -71,20 +107,39 @@ class GatewayState:
         """Count `endpoint` as never used: the user wants it at zero."""
         self._last_request_s.pop(endpoint, None)
 
+    def demands(self) -> Iterator[Demand]:
+        """Yield each router's last word."""
+        for pair in self.pairs.values():
+            if pair.demand is not None:
+                yield pair.demand
+
     def demand_of(self, endpoint: str) -> EndpointDemand:
-        """The router's last word on `endpoint`; zeros if there is none."""
-        if self._demand is not None:
-            for entry in self._demand.endpoints:
-                if entry.endpoint == endpoint:
-                    return entry
-        return _NO_DEMAND
+        """The routers' last words on `endpoint`, added up; zeros if there are none."""
+        entries = [
+            entry for demand in self.demands() for entry in demand.endpoints if entry.endpoint == endpoint
+        ]
+        return EndpointDemand(
+            endpoint=endpoint,
+            num_held=sum(entry.num_held for entry in entries),
+            oldest_held_s=max((entry.oldest_held_s for entry in entries), default=0.0),
+            num_in_flight=sum(entry.num_in_flight for entry in entries),
+            arrived=sum(entry.arrived for entry in entries),
+            finished=sum(entry.finished for entry in entries),
+            aborted=sum(entry.aborted for entry in entries),
+            refused=sum(entry.refused for entry in entries),
+            failed=sum(entry.failed for entry in entries),
+        )
 
     def idle_s(self, endpoint: str, now_s: float) -> float:
         """Seconds since `endpoint` last held or served a request."""
         return now_s - self._last_request_s.get(endpoint, -math.inf)
 
     def serving_replicas(self, now_s: float) -> frozenset[str] | None:
-        """Replicas that the gateway sends requests to. None: the router has not said so lately."""
-        if self._demand is None or now_s - self._demand_s > DEMAND_FRESH_S:
-            return None
-        return frozenset(view.replica_id for view in self._demand.replicas if view.is_serving)
+        """Replicas that every gateway sends requests to. None: some router has not said so lately."""
+        serving: list[frozenset[str]] = []
+        for pair in self.pairs.values():
+            demand = pair.fresh_demand(now_s)
+            if demand is None:
+                return None
+            serving.append(frozenset(view.replica_id for view in demand.replicas if view.is_serving))
+        return frozenset.intersection(*serving)

@@ -15,6 +15,9 @@ from headrace.api.config import Config, Endpoint, split_address
 from headrace.engine.model_files.resolve import resolve_model
 from headrace.errors import ConfigError, ModelError
 
+_PORT_ATTEMPTS = 20
+"""For free metrics ports that follow each other, when any will do (port 0)."""
+
 
 def check_models(config: Config) -> Config:
     """Return `config` with absolute model paths. Raises ConfigError with every model that cannot be had."""
@@ -40,7 +43,7 @@ def check_address(config: Config) -> Config:
     """Return `config` with a free port in place of port 0. Raises ConfigError if an address cannot be had."""
     gateway = config.gateway
     bind = _check_bind("gateway.bind", gateway.bind)
-    metrics_bind = _check_bind("gateway.metrics_bind", gateway.metrics_bind) if gateway.metrics_bind else ""
+    metrics_bind = _check_metrics_binds(gateway.metrics_bind, gateway.count) if gateway.metrics_bind else ""
     changed = gateway.model_copy(update={"bind": bind, "metrics_bind": metrics_bind})
     return config.model_copy(update={"gateway": changed})
 
@@ -49,6 +52,29 @@ def _absolute(model: str) -> str:
     """The controller outlives this working directory, and `apply` may come from another one."""
     path = Path(model).expanduser()
     return str(path.absolute()) if path.exists() and resolve_model(model).path == path else model
+
+
+def _check_metrics_binds(bind: str, count: int) -> str:
+    """Each gateway has a metrics port of its own: this one and the `count - 1` that follow."""
+    field = "gateway.metrics_bind"
+    host, port = bind.rpartition(":")[0], split_address(bind)[1]
+    if port + count - 1 > 65_535:
+        raise ConfigError(
+            f"{field}: {bind} and the {count - 1} ports after it, one per gateway, go beyond 65535; "
+            "choose a lower port"
+        )
+    for attempt in range(_PORT_ATTEMPTS):
+        first = _check_bind(field, bind)
+        first_port = split_address(first)[1]
+        try:
+            for number in range(1, count):
+                _check_bind(field, f"{host}:{first_port + number}")
+        except (ConfigError, OverflowError):
+            if port != 0 or attempt == _PORT_ATTEMPTS - 1:
+                raise
+        else:
+            break
+    return first
 
 
 def _check_bind(field: str, bind: str) -> str:

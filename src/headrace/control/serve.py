@@ -220,7 +220,7 @@ def describe_unready(status: SystemStatus | None) -> str:
     lines += [
         f"{process.name} is {process.state}: {process.last_error or 'no word'}"
         for process in status.processes
-        if process.name in ("router", "haproxy") and process.state != "running"
+        if process.name.startswith(("router-", "haproxy-", "relay-")) and process.state != "running"
     ]
     return "; ".join(lines) or "the gateway does not answer yet"
 

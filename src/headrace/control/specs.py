@@ -12,15 +12,13 @@ from pathlib import Path
 
 import msgspec
 
-from headrace.api.config import Config, Endpoint
+from headrace.api.config import Config, Endpoint, split_address
 from headrace.api.messages import EndpointRule, EngineSpec, GatewaySpec, ProcessSpec, ReplicaSpec
+from headrace.api.run_paths import CONTROLLER_SOCKET, LOG_DIRECTORY, router_socket_path
 from headrace.units import MIB
 
 ADMIN_SOCKET = "admin.sock"
-CONTROLLER_SOCKET = "controller.sock"
-ROUTER_SOCKET = "router.sock"
 CONFIG_FILE = "config.json"
-LOG_DIRECTORY = "logs"
 LEASE_S = 3.0
 """How long a replica counts as present after its last load report."""
 
@@ -58,8 +56,30 @@ def threads_per_engine(config: Config) -> int:
     return max(1, len(os.sched_getaffinity(0)) // max(num_engines, 1))
 
 
+def gateway_ids(config: Config) -> list[str]:
+    """Return the ids of the gateways: g1, g2, ..."""
+    return [f"g{number}" for number in range(1, config.gateway.count + 1)]
+
+
+def gateway_specs(config: Config, run_directory: Path) -> dict[str, GatewaySpec]:
+    """Return what each gateway is started with, by its id. They differ in the id and in the metrics port."""
+    spec = gateway_spec(config, run_directory)
+    return {
+        gateway_id: msgspec.structs.replace(
+            spec, gateway_id=gateway_id, metrics_bind=metrics_address(spec.metrics_bind, index)
+        )
+        for index, gateway_id in enumerate(gateway_ids(config))
+    }
+
+
+def metrics_address(bind: str, index: int) -> str:
+    """Return where the gateway number `index` (from 0) offers its metrics: each has its own port, because a
+    scraper must get every gateway's numbers, not those of one that the kernel picks."""
+    return f"{bind.rpartition(':')[0]}:{split_address(bind)[1] + index}" if bind else ""
+
+
 def gateway_spec(config: Config, run_directory: Path) -> GatewaySpec:
-    """Return what the gateway is started with, and told again when the config changes."""
+    """Return what the first gateway is started with, and told again when the config changes."""
     gateway = config.gateway
     return GatewaySpec(
         run_dir=str(run_directory),
@@ -83,7 +103,10 @@ def _replica_spec(config: Config, name: str, replica_id: str, run_directory: Pat
         endpoint=name,
         engine=_engine_spec(endpoint),
         run_dir=str(run_directory),
-        report_sockets=[str(run_directory / ROUTER_SOCKET), str(run_directory / CONTROLLER_SOCKET)],
+        report_sockets=[
+            *(router_socket_path(str(run_directory), gateway_id) for gateway_id in gateway_ids(config)),
+            str(run_directory / CONTROLLER_SOCKET),
+        ],
         max_open=endpoint.max_open,
         max_body_bytes=config.gateway.max_body_mb * MIB,
         drain_grace_s=endpoint.drain_grace_s,

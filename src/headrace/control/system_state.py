@@ -21,21 +21,20 @@ from headrace.control.reconciler import (
     choose_count,
     reconcile,
 )
-from headrace.control.specs import generation_of
+from headrace.control.specs import gateway_ids, generation_of
 from headrace.errors import ConfigError
 
-_FIXED_GATEWAY_FIELDS = ("bind", "metrics_bind", "max_connections", "num_threads")
+_FIXED_GATEWAY_FIELDS = ("bind", "count", "metrics_bind", "max_connections", "num_threads")
 
 
 class SystemState:
     """One running system as its controller sees it."""
 
     def __init__(self, config: Config, started_s: float) -> None:
-        self.config = config
         self.started_s = started_s
         self.fleet = Fleet()
-        self.gateway = GatewayState()
-        self._generations = _generations(config)
+        self.gateway = GatewayState(gateway_ids(config))
+        self._take(config)
 
     def __repr__(self) -> str:
         return f"SystemState({self.fleet}, {self.gateway})"
@@ -110,6 +109,7 @@ class SystemState:
     def _take(self, config: Config) -> None:
         self.config = config
         self._generations = _generations(config)
+        self.gateway.want_relays(len(config.endpoints) > 1)
 
     # ---- decisions ----------------
 
@@ -141,7 +141,7 @@ class SystemState:
         return actions
 
     def is_ready(self, now_s: float) -> bool:
-        """The gateway answers, and every endpoint has the replicas it wants, of the current config."""
+        """All gateways answer, and every endpoint has the replicas it wants, of the current config."""
         serving = self.gateway.serving_replicas(now_s)
         if not self.gateway.has_answered or serving is None or not self.fleet.is_settled(now_s):
             return False

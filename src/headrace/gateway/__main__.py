@@ -30,7 +30,7 @@ def main() -> int:
         print(f"not a GatewaySpec: {error}", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    setproctitle.setproctitle("headrace: router")
+    setproctitle.setproctitle(f"headrace: router {spec.gateway_id}")
     die_with_parent()
     limit = fd_limit()
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))

@@ -17,6 +17,16 @@ from headrace.gateway.paths import GatewayPaths
 from headrace.gateway.server import Server
 
 
+def alive_section(paths: GatewayPaths) -> str:
+    """Answers the controller's probes, for this one process: the kernel spreads the connections to the public
+    port over all gateways. HAProxy does not start without that port, so an answer here means both."""
+    return f"""frontend headrace-alive
+  bind unix@{paths.alive_socket} mode 600
+  no log
+  http-request return status 200
+"""
+
+
 def status_backend(paths: GatewayPaths) -> str:
     version = answers.to_json({"version": headrace.__version__})
     return f"""backend headrace-status

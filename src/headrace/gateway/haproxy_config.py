@@ -14,6 +14,7 @@ from headrace.api.messages import GatewaySpec
 from headrace.errors import ConfigError
 from headrace.gateway import haproxy_answers as answers
 from headrace.gateway.haproxy_backends import (
+    alive_section,
     endpoint_backend,
     metrics_sections,
     relay_backend,
@@ -59,7 +60,7 @@ def size_max_connections(spec: GatewaySpec, fd_limit: int) -> int:
 
 def render_files(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -> dict[str, str]:
     """Return {path: content} of every file that HAProxy reads. Raises ConfigError."""
-    paths = GatewayPaths(spec.run_dir)
+    paths = GatewayPaths(spec.run_dir, spec.gateway_id)
     check_run_dir(spec.run_dir)
     names = [rule.name for rule in spec.endpoints]
     models = answers.models_list(names)
@@ -79,7 +80,7 @@ def render_files(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) ->
 
 def render_config(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -> str:
     """Return haproxy.cfg. Servers of endpoints that the spec does not have are left out."""
-    paths = GatewayPaths(spec.run_dir)
+    paths = GatewayPaths(spec.run_dir, spec.gateway_id)
     by_endpoint: dict[str, list[Server]] = {rule.name: [] for rule in spec.endpoints}
     for server in sorted(servers):
         if server.endpoint in by_endpoint:
@@ -88,6 +89,7 @@ def render_config(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -
         _global_section(spec, paths, size_max_connections(spec, fd_limit)),
         _defaults_section(spec),
         frontend_section(spec, paths),
+        alive_section(paths),
         status_backend(paths),
         *(endpoint_backend(name, members) for name, members in by_endpoint.items()),
         router_backend(paths),

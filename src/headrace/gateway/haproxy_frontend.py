@@ -1,7 +1,7 @@
 """HAProxy's frontends, rendered: who may ask, what the router is asked, what is refused. Pure.
 
-The order of their rules is the order of a request's life. The public one judges clients; the internal one takes
-requests back from the relay, which read their whole body, and believes what the public one wrote into them.
+The order of their rules is the order of a request's life. The public one judges clients; the internal one
+takes requests back from the relay, which read their whole body, and believes what the public one wrote there.
 Must not know the backends' servers.
 """
 

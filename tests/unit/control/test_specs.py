@@ -33,7 +33,7 @@ def test_a_replica_is_told_everything_that_the_config_says() -> None:
         3,
     )
     assert (spec.max_open, spec.endpoint, spec.run_dir) == (5, "chat", "/run/x")
-    assert spec.report_sockets == ["/run/x/router.sock", "/run/x/controller.sock"]
+    assert spec.report_sockets == ["/run/x/g1/router.sock", "/run/x/controller.sock"]
     assert spec.generation == generation_of(config(native=native, max_open=5), "chat")
 
 

@@ -38,9 +38,10 @@ class World:
         self.clock = VirtualClock(100.0)
         self.launcher = FakeLauncher()
         self.state = SystemState(config, self.clock.now_s())
-        self.state.gateway.processes["haproxy"].on_start(100.0)
-        self.state.gateway.processes["router"].on_start(100.0)
-        self.state.gateway.on_probe(True, 100.0)
+        for process in self.state.gateway.processes.values():
+            process.on_start(100.0)
+        for gateway_id in self.state.gateway.pairs:
+            self.state.gateway.on_probe(gateway_id, True, 100.0)
         self.held: dict[str, int] = {}
 
     def turn(self) -> None:
@@ -83,7 +84,8 @@ class World:
             for name in self.state.config.endpoints
         ]
         views = [ReplicaView(name, 0, True) for name in self.state.fleet.slots]
-        self.state.gateway.on_demand(Demand("router", 0, endpoints, views), self.clock.now_s())
+        for gateway_id in self.state.gateway.pairs:
+            self.state.gateway.on_demand(Demand(gateway_id, 0, endpoints, views), self.clock.now_s())
 
     def settle(self, num_turns: int = 20) -> None:
         for _ in range(num_turns):

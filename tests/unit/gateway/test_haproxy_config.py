@@ -49,7 +49,7 @@ def short_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_haproxy_accepts_every_name_that_the_config_accepts(short_dir: Path, names: list[str]) -> None:
     servers = [Server(name, f"{name}-1", "127.0.0.1", 9000, 4) for name in names]
     files = render_files(spec_of(short_dir, *names), servers, FD_LIMIT)
-    check_with_haproxy(files, short_dir / "haproxy.cfg")
+    check_with_haproxy(files, short_dir / "g1" / "haproxy.cfg")
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_haproxy_accepts_hostile_and_many_names_and_every_setting(
 ) -> None:
     servers = [Server(name, f"{name}-{n}", "::1", 9000 + n) for name in names[:3] for n in range(3)]
     files = render_files(spec_of(short_dir, *names, **settings), servers, FD_LIMIT)
-    check_with_haproxy(files, short_dir / "haproxy.cfg")
+    check_with_haproxy(files, short_dir / "g1" / "haproxy.cfg")
 
 
 def test_rendering_is_pure_and_in_a_fixed_order() -> None:

@@ -130,7 +130,7 @@ class Rig:
         self.haproxy = FakeHaproxy()
         self.num_changes = 0
         self.keeper = ServerKeeper(self.spec, 20_000, self.haproxy, self._on_change)
-        self.config = directory / "haproxy.cfg"
+        self.config = directory / "g1" / "haproxy.cfg"
 
     def _on_change(self) -> None:
         self.num_changes += 1

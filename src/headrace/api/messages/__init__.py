@@ -63,6 +63,9 @@ from headrace.api.messages.gateway import (
     ReplicaView,
     TenantDemand,
     TenantRule,
+    haproxy_name,
+    relay_name,
+    router_name,
 )
 from headrace.api.messages.launcher import (
     LauncherCommand,
@@ -121,11 +124,11 @@ __all__ = [
     "ProcessEnded",
     "ProcessSpec",
     "ProcessStarted",
-    "RelaySpec",
     "ProcessState",
     "ProcessStatus",
     "Processes",
     "Record",
+    "RelaySpec",
     "ReplicaSpec",
     "ReplicaState",
     "ReplicaStatus",
@@ -147,4 +150,7 @@ __all__ = [
     "TerminalState",
     "TokenLogprobs",
     "gateway_of",
+    "haproxy_name",
+    "relay_name",
+    "router_name",
 ]

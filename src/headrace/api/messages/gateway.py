@@ -61,6 +61,21 @@ class GatewaySpec(Message, frozen=True):
     """SHA-256 of the admin API's key, 64 lower-case hex digits."""
 
 
+def router_name(gateway_id: str) -> str:
+    """Return the name of a gateway's router process, for the launcher and in status."""
+    return f"router-{gateway_id}"
+
+
+def haproxy_name(gateway_id: str) -> str:
+    """Return the name of a gateway's HAProxy process."""
+    return f"haproxy-{gateway_id}"
+
+
+def relay_name(gateway_id: str) -> str:
+    """Return the name of a gateway's relay process."""
+    return f"relay-{gateway_id}"
+
+
 class RelaySpec(Message, frozen=True):
     """What to start the relay with (`python -m headrace.replica.relay JSON`)."""
 
@@ -125,6 +140,7 @@ class Demand(Message, frozen=True):
     """Router -> controller, every 200 ms and at once when a request finds no replica."""
 
     router_id: str
+    """The gateway's id: `g1`."""
     pid: int
     endpoints: list[EndpointDemand]
     replicas: list[ReplicaView]
