@@ -97,7 +97,7 @@ class System:
         """The address for OpenAI clients, ending in /v1."""
         from headrace.control.status import gateway_url
 
-        return gateway_url(self.config.gateway.bind)
+        return gateway_url(self.config.gateway)
 
     def client(self, endpoint: str = "") -> openai.OpenAI:
         """Return the official client. endpoint: checked to exist; requests name it as their `model`."""

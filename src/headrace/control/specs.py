@@ -93,6 +93,9 @@ def gateway_spec(config: Config, run_directory: Path) -> GatewaySpec:
         max_body_bytes=gateway.max_body_mb * MIB,
         request_timeout_s=gateway.request_timeout_s,
         num_threads=gateway.num_threads,
+        certificate=gateway.tls.certificate if gateway.tls else "",
+        certificate_key=gateway.tls.key if gateway.tls else "",
+        max_connections_per_address=gateway.max_connections_per_address,
     )
 
 

@@ -24,7 +24,7 @@ from headrace.control.reconciler import (
 from headrace.control.specs import gateway_ids, generation_of
 from headrace.errors import ConfigError
 
-_FIXED_GATEWAY_FIELDS = ("bind", "count", "metrics_bind", "max_connections", "num_threads")
+_FIXED_GATEWAY_FIELDS = ("bind", "count", "metrics_bind", "max_connections", "num_threads", "tls")
 
 
 class SystemState:

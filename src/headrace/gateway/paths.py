@@ -90,6 +90,11 @@ class GatewayPaths:
         return self.path("metrics.sock")
 
     @property
+    def certificate(self) -> str:
+        """Certificate, chain and key of the public address in one file, as HAProxy loads them."""
+        return self.path("gateway.pem")
+
+    @property
     def relay_socket(self) -> str:
         """Where the relay takes requests whose model is not in the head of their body."""
         return relay_socket_path(self.run_dir, self.gateway_id)

