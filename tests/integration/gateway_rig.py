@@ -20,6 +20,7 @@ from tests.integration.mock_front import MockFront
 
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import Demand, EndpointDemand, EndpointRule, GatewaySpec, ProcessSpec
+from headrace.control.probe import probe_gateway
 from headrace.fabric.child import death_with_parent
 from headrace.gateway.paths import GatewayPaths
 from headrace.gateway.process import prepare
@@ -123,7 +124,10 @@ class Gateway:
         end_s = asyncio.get_running_loop().time() + DEADLINE_S
         while True:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-                if (await self.get("/health")).status == 200:
+                if self.spec.certificate:  # this client speaks plain text
+                    if await probe_gateway(self.paths.alive_socket):
+                        return
+                elif (await self.get("/health")).status == 200:
                     return
             assert asyncio.get_running_loop().time() < end_s, (
                 f"HAProxy does not answer: {self.log('haproxy')}"

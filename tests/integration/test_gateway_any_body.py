@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tests.integration.gateway_rig import Client, Gateway, HttpAnswer, running_gateway, wait_for
 
-from headrace.api.messages import EndpointRule
+from headrace.api.messages import EndpointRule, TenantRule
 
 pytestmark = pytest.mark.slow
 TWO_ENDPOINTS = (EndpointRule("chat", "mock", 1024, 30.0), EndpointRule("other", "mock", 8, 5.0))
@@ -69,6 +69,22 @@ async def test_a_long_prompt_in_the_sdks_order_is_served_and_counted_once(gatewa
     await wait_for(lambda: gateway.endpoint().finished == 1, "both are counted")
     for demand in (gateway.endpoint(), gateway.endpoint("other")):
         assert (demand.arrived, demand.num_in_flight, demand.num_held) == (1, 0, 0)
+
+
+async def test_a_tenant_keeps_its_identity_and_its_endpoints_on_the_way() -> None:
+    keys = {hashlib.sha256(name.encode()).hexdigest(): name for name in ("acme", "tiny")}
+    tenants = [TenantRule("acme"), TenantRule("tiny", endpoints=["chat"])]
+    async with running_gateway(*TWO_ENDPOINTS, tenants=tenants, keys=keys) as gateway:
+        chat, other = await gateway.add_front("chat-1"), await gateway.add_front("other-1", "other")
+        acme, tiny = ({"authorization": f"Bearer {name}"} for name in ("acme", "tiny"))
+        assert (await ask(gateway, sdk_body(MB))).status == 401
+        assert (await ask(gateway, sdk_body(MB, "other"), acme)).status == 200
+        assert other.headers_seen[0]["x-headrace-tenant"] == "acme"
+        assert "authorization" not in other.headers_seen[0]
+        assert (await ask(gateway, sdk_body(MB, "nope"), acme)).status == 404
+        # The tenant with one endpoint needs no relay: that endpoint's front reads the model.
+        assert (await ask(gateway, sdk_body(MB), {**tiny, "x-headrace-tenant": "acme"})).status == 200
+        assert chat.headers_seen[0]["x-headrace-tenant"] == "tiny"
 
 
 async def test_a_chunked_body_needs_no_length(gateway: Gateway) -> None:

@@ -149,7 +149,7 @@ async def test_sockets_and_files_are_for_their_owner_only() -> None:
 async def test_a_port_in_use_is_said_with_its_owner_and_what_to_do() -> None:
     async with running_gateway() as gateway:
         with pytest.raises(
-            ConfigError, match=r"127\.0\.0\.1:\d+ is in use by .*choose another gateway\.bind"
+            ConfigError, match=r"127\.0\.0\.1:\d+ is in use by .*another: --set gateway\.bind="
         ):
             prepare(gateway.spec)
 

@@ -85,7 +85,13 @@ def gateway_spec(config: Config, run_directory: Path) -> GatewaySpec:
         run_dir=str(run_directory),
         bind=gateway.bind,
         endpoints=[
-            EndpointRule(name, endpoint.model, endpoint.queue.max_requests, endpoint.queue.max_wait_s)
+            EndpointRule(
+                name,
+                endpoint.model,
+                endpoint.queue.max_requests,
+                endpoint.queue.max_wait_s,
+                endpoint.placement,
+            )
             for name, endpoint in config.endpoints.items()
         ],
         metrics_bind=gateway.metrics_bind,
@@ -115,6 +121,7 @@ def _replica_spec(config: Config, name: str, replica_id: str, run_directory: Pat
         drain_grace_s=endpoint.drain_grace_s,
         lease_s=LEASE_S,
         generation=generation_of(config, name) if replica_id else "",
+        shared_prefix=endpoint.shared_prefix,
     )
 
 
@@ -132,4 +139,5 @@ def _engine_spec(endpoint: Endpoint) -> EngineSpec:
         dtype=native.dtype,
         simulated_step_s=simulated.step_ms / 1000,
         simulated_start_s=simulated.start_s,
+        simulated_prefill_token_s=simulated.prefill_ms_per_token / 1000,
     )

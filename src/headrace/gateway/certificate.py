@@ -1,4 +1,4 @@
-"""The public address's certificate: read from the user's files, checked, made into the one file HAProxy loads.
+"""The public address's certificate: the user's files read, checked, and made into the one that HAProxy loads.
 
 Owns what makes a pair usable, and the words for what does not. Must not know who asks, or HAProxy.
 Source: RFC 5280 (4.1, the certificate's structure), X.690 (DER).

@@ -1,4 +1,4 @@
-"""HAProxy's certificate kept equal to the user's files: looked at every few seconds, changed without a restart.
+"""HAProxy's certificate kept equal to the user's files: looked at every few seconds, no restart.
 
 Owns the decision when a new pair is taken, and the last reason why not. A pair that cannot be used changes
 nothing: the old one stays. Must not know what makes a pair usable (`certificate`).
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from headrace.clock import Clock
@@ -35,14 +34,12 @@ class CertificateKeeper:
         target: str,
         runtime: HaproxyRuntime,
         clock: Clock,
-        on_problem: Callable[[], None] = lambda: None,
     ) -> None:
         self._certificate = certificate
         self._key = key
         self._target = target
         self._runtime = runtime
         self._clock = clock
-        self._on_problem = on_problem
         self._seen: _Signature | None = None
         self._valid_until_s = 0.0
         self._error = ""
@@ -57,7 +54,9 @@ class CertificateKeeper:
             return f"{self._error} (the earlier certificate stays in use)"
         left_s = self._valid_until_s - self._clock.wall_s()
         if self._valid_until_s and left_s < EXPIRY_WARNING_S:
-            return f"gateway.tls.certificate: {self._certificate} expires in {max(left_s, 0) / 86_400:.1f} days"
+            return (
+                f"gateway.tls.certificate: {self._certificate} expires in {max(left_s, 0) / 86_400:.1f} days"
+            )
         return ""
 
     async def run(self) -> None:
@@ -90,8 +89,6 @@ class CertificateKeeper:
         self._seen = signature
         if self._error and self._error != before:
             logger.warning("%s", self.problem)
-        if self._error != before:
-            self._on_problem()
 
 
 def _signature(*paths: str) -> _Signature:

@@ -12,10 +12,11 @@ from collections.abc import Callable, Hashable, Iterable, Set
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from headrace.api.messages import EndpointDemand, EndpointRule, FinishedRequest, TerminalState
+from headrace.api.messages import EndpointDemand, EndpointRule, FinishedRequest, LoadReport, TerminalState
+from headrace.gateway.decisions import Decision, DecisionLog, make_placer
 from headrace.gateway.replicas import Replica, ReplicaTable
 from headrace.policy.admission import AdmissionQueue, FifoQueue, HeldRequest, retry_after_s
-from headrace.policy.placement import LeastLoaded, Placement, Placer
+from headrace.policy.placement import Placement, Placer, explain
 from headrace.policy.prompt import PromptHead
 
 LOG_GRACE_S = 2.0
@@ -143,6 +144,8 @@ class Dispatcher:
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._retired: set[str] = set()
         self._second_started_s = 0.0
+        self.decisions = DecisionLog()
+        """Where the last requests went, and why."""
         self.num_lost_completions = 0
         self.num_unseen_completions = 0
         """Requests that HAProxy served without asking: the router was away."""
@@ -164,8 +167,12 @@ class Dispatcher:
         for name, rule in wanted.items():
             known = self.endpoints.get(name)
             if known is None:
-                self.endpoints[name] = EndpointState(rule, FifoQueue(rule.max_queue), LeastLoaded())
+                self.endpoints[name] = EndpointState(
+                    rule, FifoQueue(rule.max_queue), make_placer(rule.placement)
+                )
             else:
+                if known.rule.placement != rule.placement:
+                    known.placer = make_placer(rule.placement)
                 known.rule = rule
                 known.queue.max_requests = rule.max_queue
 
@@ -216,6 +223,25 @@ class Dispatcher:
             bound.front_state = finished.state
             bound.front_reported_s = now_s
             self._free_slot(bound)
+
+    def replica_reported(self, replica: Replica, report: LoadReport) -> None:
+        """Tell the endpoint's placer what changed in a replica's prefix cache, and how long prompts were."""
+        endpoint = self.endpoints.get(replica.endpoint)
+        if endpoint is None:
+            return
+        placer = endpoint.placer
+        epoch = (replica.num_connections, report.prefix_epoch)
+        placer.report(replica.replica_id, epoch, report.prefixes_added, report.prefixes_removed)
+        for finished in report.finished:
+            decision = self.decisions.get(finished.request_id)
+            if decision is not None:
+                placer.finished(decision.num_prompt_bytes, finished.num_prompt_tokens)
+
+    def replica_gone(self, replica: Replica) -> None:
+        """Forget what a replica had cached."""
+        endpoint = self.endpoints.get(replica.endpoint)
+        if endpoint is not None:
+            endpoint.placer.forget(replica.replica_id)
 
     def clients_left(self, clients: Set[Hashable]) -> None:
         """Cancel the requests held for clients that closed their connections."""
@@ -315,11 +341,11 @@ class Dispatcher:
         replica.num_assigned += 1
         endpoint.num_in_flight += 1
         self._in_flight[arrival.request_id] = _InFlight(endpoint, replica, now_s)
-        endpoint.placer.bound(replica_id, arrival.prompt, now_s)
+        endpoint.placer.bound(placement, arrival.prompt, now_s)
+        self.decisions.add(arrival.request_id, Decision(placement, arrival.prompt.num_bytes, now_s))
+        explanation = explain(placement) if arrival.wants_route else ""
         ratio = placement.cached_ratio
-        arrival.answer(
-            Bound(replica.server_name, replica_id=replica_id, reason=placement.reason, cached_ratio=ratio)
-        )
+        arrival.answer(Bound(replica.server_name, explanation, replica_id, placement.reason, ratio))
 
     def _cancel(self, request_id: str) -> None:
         endpoint = self.endpoints[self._held.pop(request_id).endpoint]

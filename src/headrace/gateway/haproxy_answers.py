@@ -62,6 +62,22 @@ def model_required() -> str:
     )
 
 
+def no_key() -> str:
+    return error_body(
+        "No API key was sent. Send `Authorization: Bearer KEY`; whoever runs this system makes one with "
+        "`headrace keys create`.",
+        code="invalid_api_key",
+    )
+
+
+def unknown_key() -> str:
+    """401 for a key that is not, or no longer, valid. It is not shown: it may be a mistyped valid one."""
+    return error_body(
+        "This API key is not valid. Check it, or ask whoever runs this system for another one.",
+        code="invalid_api_key",
+    )
+
+
 def unknown_path(known: Sequence[str] = (*GENERATION_PATHS, *STATUS_PATHS)) -> str:
     return error_body(f"This path does not exist. Known paths: {', '.join(known)}.", code="not_found")
 

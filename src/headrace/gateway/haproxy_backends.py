@@ -11,6 +11,7 @@ import headrace
 from headrace.api.messages import GatewaySpec
 from headrace.gateway import haproxy_answers as answers
 from headrace.gateway.haproxy_frontend import MODEL_IN_REQUEST, RELAY_BACKEND, ROUTER_BACKEND
+from headrace.gateway.haproxy_identity import lookup
 from headrace.gateway.haproxy_words import bind_address, milliseconds, return_format, return_text
 from headrace.gateway.names import backend_name, encode_name
 from headrace.gateway.paths import GatewayPaths
@@ -27,15 +28,25 @@ def alive_section(paths: GatewayPaths) -> str:
 """
 
 
-def status_backend(paths: GatewayPaths) -> str:
+def status_backend(spec: GatewaySpec, paths: GatewayPaths) -> str:
     version = answers.to_json({"version": headrace.__version__})
+    if spec.tenants:
+        models = f"""http-request set-var(txn.models) var(txn.endpoints),map_str({paths.model_map}) \
+if {{ path /v1/models }}
+  http-request return status 200 content-type application/json lf-string %[var(txn.models)] \
+if {{ path /v1/models }}"""
+    else:
+        models = (
+            f"http-request return status 200 content-type application/json file {paths.models} "
+            "if { path /v1/models }"
+        )
     return f"""backend headrace-status
   {return_text(405, answers.method_not_allowed("GET"), "unless METH_GET", ("allow", "GET"))}
-  http-request return status 200 content-type application/json file {paths.models} if {{ path /v1/models }}
+  {models}
   {return_text(200, version, "if { path /version }")}
   {return_text(200, answers.to_json({"status": "ok"}), "unless { path_beg /v1/models/ }")}
   http-request set-var(txn.model) path,url_dec,regsub(^/v1/models/,)
-  http-request set-var(txn.card) var(txn.model),map_str({paths.model_map})
+  http-request set-var(txn.card) {lookup(spec, "txn.model")},map_str({paths.model_map})
   http-request return status 200 content-type application/json lf-string %[var(txn.card)] \
 if {{ var(txn.card) -m found }}
   {return_format(404, answers.unknown_model([], MODEL_IN_REQUEST), "")}

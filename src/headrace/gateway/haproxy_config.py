@@ -28,8 +28,8 @@ from headrace.gateway.haproxy_frontend import (
     internal_frontend,
     needs_relay,
 )
+from headrace.gateway.haproxy_identity import identity_files
 from headrace.gateway.haproxy_words import milliseconds, quote
-from headrace.gateway.names import backend_name
 from headrace.gateway.paths import GatewayPaths, check_run_dir
 from headrace.gateway.server import Server
 
@@ -59,22 +59,13 @@ def size_max_connections(spec: GatewaySpec, fd_limit: int) -> int:
 
 
 def render_files(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -> dict[str, str]:
-    """Return {path: content} of every file that HAProxy reads. Raises ConfigError."""
+    """Return {path: content} of every file that HAProxy reads, but for keys.map. Raises ConfigError."""
     paths = GatewayPaths(spec.run_dir, spec.gateway_id)
     check_run_dir(spec.run_dir)
-    names = [rule.name for rule in spec.endpoints]
-    models = answers.models_list(names)
-    if len(models) > BUFFER_BYTES // 2:
-        raise ConfigError(
-            f"{len(names)} endpoints make a /v1/models answer of {len(models)} bytes; "
-            f"at most {BUFFER_BYTES // 2} fit. Use fewer endpoints or shorter names."
-        )
     return {
         paths.config: render_config(spec, servers, fd_limit),
         paths.spoe_config: render_spoe(spec),
-        paths.endpoint_map: "".join(f"{name} {backend_name(name)}\n" for name in names),
-        paths.models: models,
-        paths.model_map: "".join(f"{name} {answers.model_card(name)}\n" for name in names),
+        **identity_files(spec, paths),
     }
 
 
@@ -90,7 +81,7 @@ def render_config(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -
         _defaults_section(spec),
         frontend_section(spec, paths),
         alive_section(paths),
-        status_backend(paths),
+        status_backend(spec, paths),
         *(endpoint_backend(name, members) for name, members in by_endpoint.items()),
         router_backend(paths),
     ]

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from headrace.api.messages import GatewaySpec
 from headrace.gateway import haproxy_answers as answers
+from headrace.gateway.haproxy_identity import identity_rules, lookup
 from headrace.gateway.haproxy_words import bind_address, return_format, return_text
 from headrace.gateway.names import backend_name
 from headrace.gateway.paths import GatewayPaths
+from headrace.policy.prompt import HEAD_BYTES as PROMPT_HEAD_BYTES
 
 ROUTER_BACKEND = "headrace-router"
 RELAY_BACKEND = "headrace-relay"
@@ -20,7 +22,7 @@ HEAD_BYTES = 98_304
 RELAYED_FROM_BYTES = 65_536
 """A body without a model of which so much is in the buffer may go on beyond it: the relay reads it. Less than
 HEAD_BYTES, because long headers leave less of the buffer to the body."""
-ROUTER_HEAD_BYTES = 16_384
+ROUTER_HEAD_BYTES = PROMPT_HEAD_BYTES
 """The part of the body that the router sees: prompt hashes, session, an estimate of the work."""
 MAX_HEADER_BYTES = 32_768
 MODEL_IN_REQUEST = "%[var(txn.model),bytes(0,128),json(utf8ps)]"
@@ -39,18 +41,9 @@ def frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
     limit = spec.max_body_bytes
     headers_too_large = f"if {{ req.hdrs,length gt {MAX_HEADER_BYTES} }}"
     body_too_large = f"if is_generation {{ req.hdr_val(content-length) gt {limit} }}"
-    no_model = "if is_generation !has_model"
-    if len(names) == 1:  # nothing to choose: the front reads the model, wherever it is in the body
-        without_model = f"http-request set-var(txn.backend) str({backend_name(names[0])}) {no_model}"
-    else:
-        without_model = f"""http-request set-var(txn.backend) str({RELAY_BACKEND}) {no_model} \
-{{ req.body_len ge {RELAYED_FROM_BYTES} }}
-  {return_text(400, answers.model_required(), f"{no_model} !is_relayed")}
-  # The identity that was checked here travels with the request; the internal listener believes it.
-  http-request set-header x-headrace-tenant %[var(txn.tenant)] if is_relayed {{ var(txn.tenant) -m found }}
-  http-request set-header x-headrace-route 1 if is_relayed {{ var(txn.explain) -m found }}"""
+    known = [] if spec.tenants else names  # a tenant learns of no other's endpoints
     return f"""frontend headrace
-  bind {bind_address(spec.bind)}
+  bind {bind_address(spec.bind)}{_tls(spec, paths)}
   unique-id-format hr-{spec.gateway_id}-%{{+X}}o%Ts-%pid-%rt
   log-format '{answers.COMPLETION_LOG_FORMAT}'
   acl is_generation path {" ".join(answers.GENERATION_PATHS)}
@@ -70,22 +63,51 @@ def frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
   http-after-response set-header x-request-id %[var(txn.client_id)] if {{ var(txn.client_id) -m found }}
   {return_text(413, answers.headers_too_large(MAX_HEADER_BYTES), headers_too_large)}
   {return_text(404, answers.unknown_path(), "unless is_generation or is_status")}
+{identity_rules(spec, paths)}
   {return_text(405, answers.method_not_allowed("POST"), "if is_generation !METH_POST", ("allow", "POST"))}
   {return_text(413, answers.body_too_large(limit), body_too_large)}
   http-request wait-for-body time 30s at-least {HEAD_BYTES} if is_generation
   http-request set-var(txn.model) req.body,json_query('$.model') if is_generation
-  http-request set-var(txn.backend) var(txn.model),map_str({paths.endpoint_map}) if has_model
-  {return_format(404, answers.unknown_model(names, MODEL_IN_REQUEST), "if has_model !has_backend")}
-  {without_model}
+  http-request set-var(txn.backend) {lookup(spec, "txn.model")},map_str({paths.endpoint_map}) if has_model
+  {return_format(404, answers.unknown_model(known, MODEL_IN_REQUEST), "if has_model !has_backend")}
+{_rules_without_model(spec, paths)}
 {_decide_rules(paths)}  use_backend headrace-status if is_status
   use_backend %[var(txn.backend)] if has_backend
 """
 
 
+def _tls(spec: GatewaySpec, paths: GatewayPaths) -> str:
+    """What makes the public address speak TLS, and HTTP/2 to clients that offer it."""
+    if not spec.certificate:
+        return ""
+    return f" ssl crt {paths.certificate} ssl-min-ver TLSv1.2 alpn h2,http/1.1"
+
+
+def _rules_without_model(spec: GatewaySpec, paths: GatewayPaths) -> str:
+    """What becomes of a request without a model in the head of its body."""
+    condition = "if is_generation !has_model"
+    rules = []
+    if spec.tenants:  # found where the tenant has only one endpoint
+        only_one = f"var(txn.endpoints),map_str({paths.endpoint_map})"
+        rules.append(f"  http-request set-var(txn.backend) {only_one} {condition}")
+    elif len(spec.endpoints) == 1:  # nothing to choose: the front reads the model, wherever it is in the body
+        backend = backend_name(spec.endpoints[0].name)
+        return f"  http-request set-var(txn.backend) str({backend}) {condition}"
+    if needs_relay(spec):
+        is_long = f"{{ req.body_len ge {RELAYED_FROM_BYTES} }}"
+        rules += [
+            f"  http-request set-var(txn.backend) str({RELAY_BACKEND}) {condition} !has_backend {is_long}",
+            "  http-request set-header x-headrace-route 1 if is_relayed { var(txn.explain) -m found }",
+        ]
+    rules.append(f"  {return_text(400, answers.model_required(), f'{condition} !has_backend')}")
+    return "\n".join(rules)
+
+
 def internal_frontend(spec: GatewaySpec, paths: GatewayPaths) -> str:
     """The second pass of a relayed request: same id, same tenant, its model in a header. Limits and keys were
     applied in the first pass, which the router was not told of: the request counts once."""
-    names = [rule.name for rule in spec.endpoints]
+    known = [] if spec.tenants else [rule.name for rule in spec.endpoints]
+    find_backend = f"{lookup(spec, 'txn.model')},map_str({paths.endpoint_map})"
     return f"""frontend headrace-internal
   bind unix@{paths.internal_socket} mode 600
   unique-id-format %[req.hdr(x-headrace-request-id)]
@@ -95,6 +117,7 @@ def internal_frontend(spec: GatewaySpec, paths: GatewayPaths) -> str:
   acl has_backend var(txn.backend) -m found
   acl is_relayed always_false
   http-request set-var(txn.tenant) req.hdr(x-headrace-tenant)
+  http-request set-var(txn.endpoints) var(txn.tenant),map_str({paths.tenant_map})
   http-request set-var(txn.explain) bool(true) if {{ req.hdr(x-headrace-route) -m found }}
   http-request set-var(txn.client_id) req.hdr(x-request-id)
   http-request set-var(txn.client_id) unique-id unless {{ var(txn.client_id) -m found }}
@@ -104,8 +127,8 @@ def internal_frontend(spec: GatewaySpec, paths: GatewayPaths) -> str:
   http-request del-header x-headrace-route
   {return_text(400, answers.model_required(), "unless is_generation has_model")}
   http-request wait-for-body time 30s at-least {ROUTER_HEAD_BYTES}
-  http-request set-var(txn.backend) var(txn.model),map_str({paths.endpoint_map})
-  {return_format(404, answers.unknown_model(names, MODEL_IN_REQUEST), "unless has_backend")}
+  http-request set-var(txn.backend) {find_backend}
+  {return_format(404, answers.unknown_model(known, MODEL_IN_REQUEST), "unless has_backend")}
 {_decide_rules(paths)}  use_backend %[var(txn.backend)]
 """
 

@@ -6,6 +6,7 @@ Owns the commands' grammar and what their answers mean. Must not know which serv
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from headrace.errors import HeadraceError
@@ -14,6 +15,8 @@ from headrace.gateway.server import Server
 MAX_REPLY_BYTES = 4 * 1024 * 1024
 COMMAND_TIMEOUT_S = 2.0
 RELOAD_TIMEOUT_S = 10.0
+MAP_CHUNK = 300
+"""Entries per command: a command must fit into HAProxy's buffer."""
 
 
 class HaproxyUnavailable(HeadraceError):
@@ -81,6 +84,24 @@ class HaproxyRuntime:
             await self._command(f"abort ssl cert {path}")
             raise HaproxyRefused(f"commit ssl cert: {reply.strip()[:500]}")
 
+    async def show_map(self, path: str) -> dict[str, str]:
+        """Return the entries of the map that was read from the file `path`."""
+        return parse_map(await self._command(f"show map {path}"))
+
+    async def add_to_map(self, path: str, entries: Mapping[str, str]) -> None:
+        """Add entries, whose keys the map does not have yet."""
+        lines = [f"{key} {value}\n" for key, value in entries.items()]
+        for start in range(0, len(lines), MAP_CHUNK):
+            payload = "".join(lines[start : start + MAP_CHUNK])
+            _expect(await self._command(f"add map {path} <<\n{payload}"), "")
+
+    async def delete_from_map(self, path: str, keys: Sequence[str]) -> None:
+        """Delete entries; those that are gone already do not matter."""
+        for start in range(0, len(keys), MAP_CHUNK):
+            commands = ";".join(f"del map {path} {key}" for key in keys[start : start + MAP_CHUNK])
+            reply = await self._command(commands)
+            _expect(reply.replace("Key not found.", ""), "")
+
     async def reload(self) -> None:
         """Make the master load its config again in a new worker; the old one finishes its requests."""
         reply = await self._command("reload", self._master_socket, RELOAD_TIMEOUT_S)
@@ -106,7 +127,9 @@ async def _exchange(socket: str, command: str) -> str:
         while data := await reader.read(65_536):
             reply += data
             if len(reply) > MAX_REPLY_BYTES:
-                raise HaproxyRefused(f"{command.split()[0]}: the answer is longer than {MAX_REPLY_BYTES} bytes")
+                raise HaproxyRefused(
+                    f"{command.split()[0]}: the answer is longer than {MAX_REPLY_BYTES} bytes"
+                )
         return reply.decode("utf-8", "replace")
     finally:
         writer.transport.abort()
@@ -117,6 +140,21 @@ def _expect(reply: str, wanted: str) -> None:
     text = reply.strip()
     if (wanted and wanted not in text) or (not wanted and text):
         raise HaproxyRefused(text or "empty answer")
+
+
+def parse_map(text: str) -> dict[str, str]:
+    """Read `show map FILE` (HAProxy management guide, 9.3): a reference, a key and a value per line.
+
+    Raises HaproxyRefused if it is not of that form: HAProxy has no such map.
+    """
+    entries: dict[str, str] = {}
+    for line in text.splitlines():
+        fields = line.split(" ", 2)
+        if len(fields) == 3 and fields[0].startswith("0x"):
+            entries[fields[1]] = fields[2]
+        elif line.strip():
+            raise HaproxyRefused(f"show map: {line.strip()[:200]}")
+    return entries
 
 
 def parse_servers_state(text: str) -> dict[str, ServerState]:

@@ -54,6 +54,14 @@ class GatewayPaths:
         return self.path("endpoints.map")
 
     @property
+    def key_map(self) -> str:
+        return self.path("keys.map")
+
+    @property
+    def tenant_map(self) -> str:
+        return self.path("tenants.map")
+
+    @property
     def models(self) -> str:
         return self.path("models.json")
 

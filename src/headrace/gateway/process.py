@@ -6,6 +6,7 @@ Must not start processes itself.
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import socket
 import sys
@@ -22,6 +23,7 @@ from headrace.gateway.certificate import load_certificate
 from headrace.gateway.files import write_files
 from headrace.gateway.haproxy_config import relay_answer_timeout_s, render_files
 from headrace.gateway.haproxy_frontend import needs_relay
+from headrace.gateway.haproxy_identity import render_key_map
 from headrace.gateway.paths import GatewayPaths
 from headrace.units import MIB
 
@@ -46,7 +48,7 @@ def prepare(spec: GatewaySpec) -> list[ProcessSpec]:
         if address:
             check_port_is_free(address, setting)
     try:
-        write_files(files)
+        write_files({**files, GatewayPaths(spec.run_dir, spec.gateway_id).key_map: render_key_map(spec.keys)})
     except OSError as error:
         raise ConfigError(f"the run directory {spec.run_dir} cannot be written: {error}") from error
     return process_specs(spec)
@@ -58,7 +60,7 @@ def process_specs(spec: GatewaySpec) -> list[ProcessSpec]:
     paths = GatewayPaths(spec.run_dir, spec.gateway_id)
     router = ProcessSpec(
         name=router_name(spec.gateway_id),
-        argv=[sys.executable, "-m", "headrace.gateway", msgspec.json.encode(spec).decode()],
+        argv=[sys.executable, "-m", "headrace.gateway", msgspec.json.encode(_for_argv(spec)).decode()],
         log_path=paths.log(f"{router_name(spec.gateway_id)}.log"),
         stop_signal=SIGNAL_TERMINATE,
     )
@@ -94,14 +96,21 @@ def _relay_process(spec: GatewaySpec, paths: GatewayPaths) -> ProcessSpec:
     )
 
 
+def _for_argv(spec: GatewaySpec) -> GatewaySpec:
+    """Everybody on the machine can read a process's arguments, and one argument has at most 128 kB. The
+    router takes the keys from keys.map, and then from the controller."""
+    return msgspec.structs.replace(spec, keys={}, admin_key_hash="")
+
+
 def fd_limit() -> int:
     """Return the hard limit of file descriptors, to which HAProxy and the router raise themselves."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return 1 << 20 if hard == resource.RLIM_INFINITY else hard
 
 
-def check_port_is_free(address: str, setting: str) -> None:
-    """Raise ConfigError, naming the process that has it, if `host:port` cannot be bound."""
+def check_port_is_free(address: str, setting: str) -> int:
+    """Return the port of `host:port`, any free one for port 0. Raises ConfigError, naming the process that
+    has it and what to do, if it cannot be bound."""
     host, port = split_address(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -109,12 +118,19 @@ def check_port_is_free(address: str, setting: str) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise ConfigError(
-                    f"{setting}: {address} is in use by {_owner_of(port)}; choose another {setting}, "
-                    f"or stop that process"
-                ) from None
-            raise ConfigError(f"{setting}: {address} cannot be bound: {error.strerror}") from error
+            raise ConfigError(f"{setting}: {_why_not_bound(address, port, setting, error)}") from None
+        free_port: int = probe.getsockname()[1]
+        return free_port
+
+
+def _why_not_bound(address: str, port: int, setting: str, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        other = f"{address.rpartition(':')[0]}:{port + 1 if port < 65535 else 0}"
+        owner = _owner_of(port)
+        return f"{address} is in use by {owner}. Stop it, or choose another: --set {setting}={other}"
+    if error.errno == errno.EACCES:
+        return f"{address} is not allowed for user {os.getuid()}; ports below 1024 belong to root"
+    return f"{address} cannot be used: {error.strerror}"
 
 
 def _owner_of(port: int) -> str:

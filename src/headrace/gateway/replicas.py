@@ -5,6 +5,7 @@ Owns what a report may say and when a replica counts as gone. Must not know requ
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from headrace.api.config import split_address
@@ -19,6 +20,8 @@ CLOSED_GRACE_S = 0.3
 MAX_LEASE_S = 60.0
 MAX_REPLICAS = 4096
 FORGET_AFTER_S = 60.0
+MAX_TOKEN_S = 10.0
+"""A replica that claims to need longer per token is not believed."""
 
 
 @dataclass(slots=True)
@@ -33,8 +36,20 @@ class Replica:
     sequence: int
     lease_end_s: float
     num_open: int
+    """Open there by its last report, as far as they may be of this gateway."""
     max_open: int
     connection: object
+    num_open_elsewhere: int = 0
+    """Open there by its last report, and sent by others."""
+    max_running: int = 0
+    """Most requests in one step of its engine; 0: unknown."""
+    num_waiting: int = 0
+    num_free_tokens: int = -1
+    """Room in its KV memory; -1: unknown."""
+    prefill_token_s: float = 0.0
+    decode_token_s: float = 0.0
+    num_connections: int = 0
+    """Grows with each connection that it reports over: the first report on each lists all its prefixes."""
     num_in_flight: int = 0
     num_assigned: int = 0
     is_connected: bool = True
@@ -54,6 +69,8 @@ class ReplicaTable:
     """All replicas that reported and whose leases have not ended."""
 
     run_dir: str = ""
+    gateway_id: str = ""
+    """Our own, to tell our requests from those of others in a replica's report."""
     replicas: dict[str, Replica] = field(default_factory=dict)
     known_paths: dict[str, float] = field(default_factory=dict)
     """Server path -> when its replica was last there; what the ServerKeeper may take away."""
@@ -91,9 +108,10 @@ class ReplicaTable:
         replica.state = report.state
         replica.sequence = report.sequence
         replica.lease_end_s = now_s + report.lease_s
-        replica.num_open = report.num_open
         replica.max_open = report.max_open
+        replica.num_connections += replica.connection is not connection
         replica.connection = connection
+        self._observe_load(replica, report)
         replica.is_connected = True
         return replica
 
@@ -147,10 +165,32 @@ class ReplicaTable:
             if replica.state == "ready" and replica.is_connected
         ]
 
+    def _observe_load(self, replica: Replica, report: LoadReport) -> None:
+        """Take the figures that placement looks at. Impossible ones count as unknown."""
+        ours = report.num_open
+        if report.open_by_gateway:
+            ours = min(ours, max(0, report.open_by_gateway.get(self.gateway_id, 0)))
+        replica.num_open = ours
+        replica.num_open_elsewhere = report.num_open - ours
+        info, engine = report.engine_info, report.engine
+        replica.max_running = max(0, info.max_running) if info is not None else 0
+        if engine is None:
+            replica.num_waiting, replica.num_free_tokens = 0, -1
+            return
+        replica.num_waiting = max(0, engine.num_waiting)
+        is_known = info is not None and info.block_size > 0 and engine.num_total_blocks > 0
+        replica.num_free_tokens = engine.num_free_blocks * info.block_size if info and is_known else -1
+        replica.prefill_token_s = _cost(engine.prefill_token_s)
+        replica.decode_token_s = _cost(engine.decode_token_s)
+
     def _is_newer(self, replica: Replica, report: LoadReport, connection: object) -> bool:
         if report.pid == replica.pid:
             return report.sequence > replica.sequence
         return connection is not replica.connection  # a restarted front comes over a new connection
+
+
+def _cost(token_s: float) -> float:
+    return token_s if math.isfinite(token_s) and 0 < token_s <= MAX_TOKEN_S else 0.0
 
 
 def _check(report: LoadReport, run_dir: str, known: Server | None) -> Server:

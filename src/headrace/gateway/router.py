@@ -17,6 +17,7 @@ from headrace.api.config import split_address
 from headrace.api.messages import Demand, GatewaySpec, LoadReport, ReplicaView, ReportAck
 from headrace.clock import Clock
 from headrace.errors import ConfigError, ProtocolError
+from headrace.gateway.certificate_keeper import CertificateKeeper
 from headrace.gateway.channels import CompletionConnection, ControllerLink, ReportConnection
 from headrace.gateway.closed_peers import ClosedPeers
 from headrace.gateway.completions import Completion, CompletionDecoder, classify
@@ -24,6 +25,7 @@ from headrace.gateway.dispatcher import Arrival, Bound, Dispatcher, Refused
 from headrace.gateway.haproxy_answers import error_body
 from headrace.gateway.haproxy_frontend import RELAY_BACKEND
 from headrace.gateway.haproxy_runtime import HaproxyRuntime
+from headrace.gateway.key_map import KeyMap
 from headrace.gateway.metrics_server import serve_metrics
 from headrace.gateway.names import endpoint_of_backend
 from headrace.gateway.paths import GatewayPaths
@@ -31,6 +33,7 @@ from headrace.gateway.replicas import ReplicaTable
 from headrace.gateway.servers import ServerKeeper
 from headrace.gateway.spoe import Arguments, SpoeAgent, SpoeCall, SpoeConnection, text_argument
 from headrace.observability.router_metrics import RouterMetrics, RouterSnapshot
+from headrace.policy.prompt import read_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +51,14 @@ class Router:
         self._clock = clock
         self._paths = GatewayPaths(spec.run_dir, spec.gateway_id)
         runtime = HaproxyRuntime(self._paths.runtime_socket, self._paths.master_socket)
-        self.replicas = ReplicaTable(spec.run_dir)
+        self.replicas = ReplicaTable(spec.run_dir, spec.gateway_id)
         self._seen_revision = 0
         self._num_answered_by_haproxy = 0
         self.dispatcher = Dispatcher(spec.endpoints, self.replicas)
         self.keeper = ServerKeeper(spec, fd_limit, runtime, self._on_servers_changed)
+        self.keys = KeyMap(self._paths.key_map, runtime)
+        self.keys.want(None, bool(spec.tenants))
+        self.certificate = _certificate_keeper(spec, self._paths, runtime, clock)
         self.agent = SpoeAgent(self._on_notify, self._on_spoe_lost)
         self._completions = CompletionDecoder()
         self._controller = ControllerLink(
@@ -71,9 +77,12 @@ class Router:
             async with asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(self.keeper.run()),
+                    group.create_task(self.keys.run()),
                     group.create_task(self._controller.run()),
                     group.create_task(self._tick_for_ever()),
                 ]
+                if self.certificate is not None:
+                    tasks.append(group.create_task(self.certificate.run()))
                 await stop.wait()
                 for server in servers:
                     server.close()
@@ -96,7 +105,11 @@ class Router:
         ]
         endpoints = self.dispatcher.demand(self._clock.now_s())
         return Demand(
-            router_id=self._spec.gateway_id, pid=os.getpid(), endpoints=endpoints, replicas=replicas
+            router_id=self._spec.gateway_id,
+            pid=os.getpid(),
+            endpoints=endpoints,
+            replicas=replicas,
+            certificate_problem=self.certificate.problem if self.certificate is not None else "",
         )
 
     def snapshot(self) -> RouterSnapshot:
@@ -108,7 +121,7 @@ class Router:
             "ignored_reports": self.replicas.num_ignored_reports,
             "ignored_completions": self._completions.num_ignored,
             "spoe_errors": self.agent.num_protocol_errors,
-            "haproxy_failures": self.keeper.num_failures,
+            "haproxy_failures": self.keeper.num_failures + self.keys.num_failures,
             "haproxy_reloads": self.keeper.num_reloads,
         }
         return RouterSnapshot(self.demand(), totals)
@@ -155,13 +168,22 @@ class Router:
                 call.answer({name: body.encode(), b"retry_after": b"%d" % decision.retry_after_s})
 
         client = (arguments.get(b"client"), arguments.get(b"client_port"))
+        head, size = arguments.get(b"head"), arguments.get(b"size")
+        tenant = text_argument(arguments, b"tenant")
+        prompt = read_prompt(
+            head if isinstance(head, bytes) else b"",
+            size if isinstance(size, int) else 0,
+            tenant,
+            text_argument(arguments, b"session"),
+        )
         arrival = Arrival(
             request_id,
             endpoint,
             answer,
             call.connection,
             client,
-            tenant=text_argument(arguments, b"tenant"),
+            tenant=tenant,
+            prompt=prompt,
             wants_route=arguments.get(b"explain") is True,
         )
         if self.dispatcher.arrive(arrival, self._clock.now_s()):
@@ -193,6 +215,7 @@ class Router:
         for finished in report.finished:
             self.dispatcher.front_finished(finished, now_s)
         if replica is not None:
+            self.dispatcher.replica_reported(replica, report)
             self._on_replicas_changed()
             self.dispatcher.pump(replica.endpoint, now_s)
         if report.state == "draining":
@@ -230,7 +253,8 @@ class Router:
     async def _tick_for_ever(self) -> None:
         while True:
             now_s = self._clock.now_s()
-            self.replicas.expire(now_s)
+            for replica in self.replicas.expire(now_s):
+                self.dispatcher.replica_gone(replica)
             self._on_replicas_changed()
             self.dispatcher.tick(now_s)
             if self.dispatcher.num_held:
@@ -244,13 +268,23 @@ class Router:
             logger.error("gateway spec refused: its directory and id cannot change while running")
             return
         try:
-            self.keeper.set_spec(spec)
+            self.keeper.set_spec(spec)  # takes effect in a later turn: the keys' file is written by then
+            self.keys.want(spec.keys, bool(spec.tenants))
         except ConfigError as error:
             logger.error("gateway spec refused: %s", error)
             return
         self._spec = spec
         self._closed_peers.watch(*split_address(spec.bind))
         self.dispatcher.set_rules(spec.endpoints)
+
+
+def _certificate_keeper(
+    spec: GatewaySpec, paths: GatewayPaths, runtime: HaproxyRuntime, clock: Clock
+) -> CertificateKeeper | None:
+    if not spec.certificate:
+        return None
+    pair = spec.certificate, spec.certificate_key
+    return CertificateKeeper(*pair, paths.certificate, runtime, clock)
 
 
 def _unlink(paths: Iterable[str]) -> None:

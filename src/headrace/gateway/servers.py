@@ -137,12 +137,14 @@ class ServerKeeper:
         )
 
     def set_spec(self, spec: GatewaySpec) -> None:
-        """Take a new spec; the files are rewritten and HAProxy is reloaded. Raises ConfigError."""
-        render_files(spec, [], self._fd_limit)  # refused before anything changed
+        """Take a new spec; HAProxy is reloaded if its files change with it. Raises ConfigError."""
+        files = render_files(spec, [], self._fd_limit)  # refused before anything changed
+        is_different = files != render_files(self._spec, [], self._fd_limit)
         self._spec = spec
-        self._needs_reload = True
-        self._reload_not_before_s = 0.0
-        self._wake.set()
+        if is_different:
+            self._needs_reload = True
+            self._reload_not_before_s = 0.0
+            self._wake.set()
 
     async def run(self) -> None:
         """Run for ever. Cancel it to stop."""

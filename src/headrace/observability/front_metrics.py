@@ -6,8 +6,7 @@ Must not know HTTP, text or engines.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -18,33 +17,9 @@ from prometheus_client.core import (
 )
 
 from headrace.api.messages import EngineLoad, TerminalState
+from headrace.observability.histogram import LATENCY_BOUNDS_S, Histogram
 
-_LATENCY_BOUNDS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _ITL_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
-
-
-class Histogram:
-    """Counts of observations per bucket; a bound belongs to its bucket."""
-
-    __slots__ = ("_bounds", "counts", "total")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = tuple(bounds)
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self._bounds, value)] += 1
-        self.total += value
-
-    def cumulative(self) -> list[tuple[str, float]]:
-        """Return (upper bound, observations up to it), the last one for +Inf."""
-        rows: list[tuple[str, float]] = []
-        seen = 0
-        for bound, count in zip((*(str(b) for b in self._bounds), "+Inf"), self.counts, strict=True):
-            seen += count
-            rows.append((bound, seen))
-        return rows
 
 
 class FrontMetrics:
@@ -64,9 +39,9 @@ class FrontMetrics:
         self.num_engine_restarts = 0
         self.is_ready = False
         self.engine_load = EngineLoad()
-        self.time_to_first_token = Histogram(_LATENCY_BOUNDS_S)
+        self.time_to_first_token = Histogram(LATENCY_BOUNDS_S)
         self.inter_token_latency = Histogram(_ITL_BOUNDS_S)
-        self.e2e_latency = Histogram(_LATENCY_BOUNDS_S)
+        self.e2e_latency = Histogram(LATENCY_BOUNDS_S)
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 

@@ -1,12 +1,28 @@
 """What the router may know of a prompt: chained hashes of its head, its size, its session. Pure.
 
 The front computes the same hashes over the same bytes, so that its reports and the router's index speak of
-the same prefixes. Must not know tokens, tokenizers or replicas.
+the same prefixes. The head may be cut off anywhere and need not be JSON at all: nothing here raises.
+Must not know tokens, tokenizers or replicas.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
+
+HEAD_BYTES = 16_384
+"""The part of a body that is looked at. Longer prompts of one session are known by the session."""
+BLOCK_BYTES = 256
+"""About 64 tokens of English, four KV blocks. Half of it would double the time for hashing and matching;
+twice as much would give away 64 tokens more of every shared prefix."""
+MAX_SESSION_BYTES = 256
+_TAIL_BYTES = 2048
+"""Fields behind the prompt are looked for in this many last bytes: searching the whole prompt for fields that
+are not there would cost as much as hashing it."""
+_MAX_DIGITS = 9
+_MAX_SPACES = 64
+_SPACE = b" \t\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +32,89 @@ class PromptHead:
     hashes: tuple[int, ...] = ()
     """64-bit hash of each full block of the prompt's head and all before it, tenant's salt included."""
     num_bytes: int = 0
-    """Size of the prompt, about: the body's size."""
+    """Size of the prompt, about: the body's size from the prompt's beginning."""
     session: str = ""
     """Who asked before may be served where the context is. Empty: unknown."""
     max_output_tokens: int = 0
     """What the request allows, as far as the head says so; 0: unknown."""
+
+
+def read_prompt(head: bytes, body_bytes: int, salt: str, session_header: str = "") -> PromptHead:
+    """Read the first bytes of a generation request's body; at most HEAD_BYTES count.
+
+    `salt`: the tenant; hashes and sessions of different tenants never meet. `session_header`: x-session-id,
+    which goes before the body's `prompt_cache_key` and `user`.
+    """
+    if len(head) > HEAD_BYTES:
+        head = head[:HEAD_BYTES]
+    start = _find_value(head, b'"messages"')
+    if start < 0:
+        start = _find_value(head, b'"prompt"')
+    root = xxh3_64_intdigest(b"headrace prompt\0" + salt.encode("utf-8", "surrogatepass"))
+    rest = head if start < 0 else head[:start] + head[max(start, len(head) - _TAIL_BYTES) :]
+    session = session_header[:MAX_SESSION_BYTES].encode("utf-8", "replace")
+    if not session:
+        session = _find_text(rest, b'"prompt_cache_key"') or _find_text(rest, b'"user"')
+    return PromptHead(
+        () if start < 0 else chain_blocks(root, head, start),
+        max(0, body_bytes - max(start, 0)),
+        xxh3_64_hexdigest(session, root) if session else "",
+        _find_number(rest, b'"max_tokens"') or _find_number(rest, b'"max_completion_tokens"'),
+    )
+
+
+def chain_blocks(root: int, head: bytes, start: int) -> tuple[int, ...]:
+    """Return the hash of each full block of `head` from `start`: of its bytes, seeded with the one before."""
+    digest = xxh3_64_intdigest
+    hashes = []
+    for begin in range(start, len(head) - BLOCK_BYTES + 1, BLOCK_BYTES):
+        root = digest(head[begin : begin + BLOCK_BYTES], root)
+        hashes.append(root)
+    return tuple(hashes)
+
+
+def _find_value(head: bytes, key: bytes) -> int:
+    """Return where the value of `key`, in its quotes, begins; -1 if it is not there.
+
+    Inside a JSON string the key's quotes would be escaped, so they do not match. The same text as a value
+    has no colon behind it. A key of the same name deeper in the tree is taken, too, if it comes first: that
+    costs affinity and nothing else.
+    """
+    at = head.find(key)
+    for _ in range(4):
+        if at < 0:
+            return -1
+        after = at + len(key)
+        if head[after : after + 1] != b":":
+            after = _skip_space(head, after)
+        if head[after : after + 1] == b":":
+            after += 1
+            return after if head[after : after + 1] in b'["' else _skip_space(head, after)
+        at = head.find(key, after)
+    return -1
+
+
+def _skip_space(head: bytes, at: int) -> int:
+    """Skip at most _MAX_SPACES: a head full of spaces must cost nothing."""
+    end = min(len(head), at + _MAX_SPACES)
+    while at < end and head[at] in _SPACE:
+        at += 1
+    return at
+
+
+def _find_text(head: bytes, key: bytes) -> bytes:
+    at = _find_value(head, key)
+    if at < 0 or head[at : at + 1] != b'"':
+        return b""
+    end = head.find(b'"', at + 1, at + 1 + MAX_SESSION_BYTES)
+    return head[at + 1 : end] if end >= 0 else head[at + 1 : at + 1 + MAX_SESSION_BYTES]
+
+
+def _find_number(head: bytes, key: bytes) -> int:
+    at = _find_value(head, key)
+    if at < 0:
+        return 0
+    end = at
+    while end - at < _MAX_DIGITS and head[end : end + 1].isdigit():
+        end += 1
+    return int(head[at:end]) if end > at else 0

@@ -21,7 +21,7 @@ from headrace.api.run_paths import front_socket_path
 from headrace.clock import Clock
 from headrace.errors import ModelError
 from headrace.observability.front_metrics import FrontMetrics
-from headrace.replica.access_log import AccessLog
+from headrace.observability.line_log import BackgroundLog
 from headrace.replica.answer import AnswerServices, FailOnEngineLoss
 from headrace.replica.engine_client import EngineClient, EngineTimeLimits
 from headrace.replica.generation import Generator
@@ -58,7 +58,7 @@ class Front:
         self._clock = clock
         is_simulated = spec.engine.kind == "simulated"
         self._metrics = FrontMetrics(spec.endpoint, spec.replica_id)
-        self._access_log = AccessLog(sys.stderr.buffer)
+        self._access_log = BackgroundLog(sys.stderr.buffer, "access-log")
         self._reporter = Reporter(spec.report_sockets, self._make_report, self._report_interval_s)
         self._ledger = Ledger(self._metrics, self._access_log, clock, self._reporter)
         self._engine = EngineClient(

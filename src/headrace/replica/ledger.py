@@ -12,7 +12,7 @@ from typing import Protocol
 from headrace.api.messages import FinishedRequest, TerminalState
 from headrace.clock import Clock
 from headrace.observability.front_metrics import FrontMetrics
-from headrace.replica.access_log import LineLog
+from headrace.observability.line_log import LineLog
 
 
 @dataclass(slots=True, eq=False)

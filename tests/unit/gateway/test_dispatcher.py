@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from headrace.api.messages import EndpointRule, FinishedRequest, LoadReport, TerminalState
+from headrace.gateway.decisions import Decision, DecisionLog
 from headrace.gateway.dispatcher import (
     LOG_GRACE_S,
     ORPHAN_LIMIT_S,
@@ -20,6 +21,8 @@ from headrace.gateway.dispatcher import (
     Refused,
 )
 from headrace.gateway.replicas import ReplicaTable
+from headrace.policy.placement import Placement, RoundRobin
+from headrace.policy.prompt import PromptHead
 
 CHAT = EndpointRule("chat", "m", 3, 10.0)
 
@@ -301,3 +304,59 @@ class DispatcherMachine(RuleBasedStateMachine):
 
 TestDispatcherMachine = DispatcherMachine.TestCase
 TestDispatcherMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_the_reasons_are_told_to_who_asks_and_the_last_decisions_are_kept() -> None:
+    world = World()
+    world.report()
+    answers: list[Bound | Refused] = []
+    prompt = PromptHead((1, 2), 700)
+    world.dispatcher.arrive(
+        Arrival("a", "chat", answers.append, None, prompt=prompt, wants_route=True), world.now_s
+    )
+    world.arrive("b")
+    (bound,) = answers
+    assert isinstance(bound, Bound)
+    assert bound.explanation == "replica=chat-1; reason=least_loaded; cached=0.00; score=0"
+    assert world.answers["b"] == [Bound("chat-1")]
+    decision = world.dispatcher.decisions.get("a")
+    assert decision is not None
+    assert (decision.placement.replica_id, decision.num_prompt_bytes) == ("chat-1", 700)
+
+
+def test_the_log_of_decisions_is_bounded() -> None:
+    log = DecisionLog(3)
+    for number in range(10):
+        log.add(str(number), Decision(Placement("r", "prefix"), 1, 0.0))
+    assert (len(log), log.get("6"), log.get("7") is None) == (3, None, False)
+
+
+def test_a_request_goes_where_its_prefix_is_reported_until_the_replica_is_gone() -> None:
+    world = World()
+    prompt = PromptHead((1, 2, 3), 800)
+    for replica_id in ("chat-1", "chat-2"):
+        world.report(replica_id)
+    reported = LoadReport("chat-2", "chat", "m", "127.0.0.1:9000", 1, 99, 60.0, "ready", prefix_epoch=1,
+                          prefixes_added=[1, 2, 3], max_open=2)  # fmt: skip
+    world.dispatcher.replica_reported(world.table.replicas["chat-2"], reported)
+
+    def reason(request_id: str) -> tuple[str | None, str]:
+        arrival = Arrival(request_id, "chat", lambda _: None, None, prompt=prompt)
+        world.dispatcher.arrive(arrival, world.now_s)
+        decision = world.dispatcher.decisions.get(request_id)
+        assert decision is not None
+        world.complete(request_id)
+        return decision.placement.replica_id, decision.placement.reason
+
+    assert reason("a") == ("chat-2", "prefix")
+    world.dispatcher.replica_gone(world.table.replicas["chat-2"])
+    assert reason("b") == ("chat-1", "least_loaded")
+
+
+def test_a_new_rule_changes_the_placer_and_an_unchanged_one_does_not() -> None:
+    world = World()
+    before = world.dispatcher.endpoints["chat"].placer
+    world.dispatcher.set_rules([CHAT])
+    assert world.dispatcher.endpoints["chat"].placer is before
+    world.dispatcher.set_rules([EndpointRule("chat", "m", 3, 10.0, "round_robin")])
+    assert isinstance(world.dispatcher.endpoints["chat"].placer, RoundRobin)

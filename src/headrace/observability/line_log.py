@@ -1,0 +1,119 @@
+"""One JSON line per request, written by a thread. Never a prompt, never an answer, never a key.
+
+Owns that thread, so that a full pipe or a slow disk delays no stream; bounded: beyond the bound lines are
+dropped, and the next line that fits says how many. Must not know what the lines mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import msgspec
+
+MAX_WAITING_LINES = 8192
+GATHER_S = 0.05
+"""The thread writes what gathered in this time, so that a line costs its request no thread switch."""
+
+
+class LineLog(Protocol):
+    """Takes one line of named fields: a mapping, or a Struct."""
+
+    def write(self, fields: dict[str, Any]) -> None: ...
+
+
+class LineSink(Protocol):
+    """Where whole lines go. Raises OSError or ValueError when they cannot."""
+
+    def write(self, data: bytes, /) -> object: ...
+
+    def flush(self) -> object: ...
+
+
+class RotatingFile:
+    """A file of mode 0600 that is renamed to `PATH.1`, in place of the last such one, before it grows beyond
+    `max_bytes`: at most twice that is kept. Opened by its first line; a failed write is tried anew by the next."""
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        self._path = path
+        self._max_bytes = max_bytes
+        self._file: BinaryIO | None = None
+
+    def write(self, data: bytes, /) -> None:
+        file = self._file or self._open()
+        if file.tell() and file.tell() + len(data) > self._max_bytes:
+            file = self._rotate()
+        file.write(data)
+
+    def flush(self) -> None:
+        """Files are opened unbuffered."""
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> BinaryIO:
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._file = open(descriptor, "ab", buffering=0)
+        return self._file
+
+    def _rotate(self) -> BinaryIO:
+        self.close()
+        self._path.replace(self._path.with_name(f"{self._path.name}.1"))
+        return self._open()
+
+
+class BackgroundLog:
+    """Writes lines to `sink` in the background, until closed. `stops_at_error`: nobody reads any more, as with
+    a pipe; else the lines are counted as dropped and later ones tried."""
+
+    def __init__(self, sink: LineSink, name: str, *, stops_at_error: bool = True) -> None:
+        self._sink = sink
+        self._stops_at_error = stops_at_error
+        self._encode = msgspec.json.Encoder().encode
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self.num_dropped = 0
+        self._num_told = 0
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def write(self, fields: dict[str, Any] | msgspec.Struct) -> None:
+        """Queue one line. Never blocks."""
+        if self._lines.qsize() >= MAX_WAITING_LINES:
+            self.num_dropped += 1
+            return
+        line = self._encode(fields)
+        if self.num_dropped != self._num_told:
+            line = b'%b,"dropped_lines":%d}' % (line[:-1], self.num_dropped - self._num_told)
+            self._num_told = self.num_dropped
+        self._lines.put(line + b"\n")
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Write what is queued, for at most `timeout_s`."""
+        self._closing.set()
+        self._lines.put(None)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        is_open = True
+        while is_open:
+            lines = [self._lines.get()]
+            self._closing.wait(GATHER_S)
+            with contextlib.suppress(queue.Empty):
+                while len(lines) <= MAX_WAITING_LINES:
+                    lines.append(self._lines.get_nowait())
+            is_open = None not in lines
+            whole = [line for line in lines if line is not None]
+            try:
+                self._sink.write(b"".join(whole))
+                self._sink.flush()
+            except (OSError, ValueError):
+                self.num_dropped += len(whole)
+                if self._stops_at_error:
+                    return  # nobody reads any more; the bound keeps the queue small

@@ -1,0 +1,58 @@
+"""Tenants' sets of endpoints and the maps that carry them."""
+
+from __future__ import annotations
+
+import pytest
+
+from headrace.api.messages import EndpointRule, GatewaySpec, TenantRule
+from headrace.errors import ConfigError
+from headrace.gateway.haproxy_identity import endpoint_sets, identity_files, identity_rules
+from headrace.gateway.paths import GatewayPaths
+
+PATHS = GatewayPaths("/run/x")
+
+
+def spec_of(names: list[str], *tenants: TenantRule) -> GatewaySpec:
+    return GatewaySpec(
+        "/run/x", "127.0.0.1:1", [EndpointRule(name, "m", 1, 1.0) for name in names], tenants=[*tenants]
+    )
+
+
+def test_tenants_with_equal_lists_share_a_set_and_an_empty_list_is_all() -> None:
+    tenants = [
+        TenantRule("a"),
+        TenantRule("b", endpoints=["y", "x"]),
+        TenantRule("c", endpoints=["x"]),
+        TenantRule("d", endpoints=["x", "gone"]),
+    ]
+    sets, set_of = endpoint_sets(spec_of(["x", "y"], *tenants))
+    assert sets == {"s0": ["x", "y"], "s1": ["x"]}
+    assert set_of == {"a": "s0", "b": "s0", "c": "s1", "d": "s1"}
+
+
+def test_the_maps_name_what_each_set_may_use_and_its_only_endpoint() -> None:
+    files = identity_files(spec_of(["x", "y"], TenantRule("a"), TenantRule("c", endpoints=["x"])), PATHS)
+    assert files[PATHS.endpoint_map].splitlines() == ["s0/x ep-x", "s0/y ep-y", "s1/x ep-x", "s1 ep-x"]
+    assert files[PATHS.tenant_map].splitlines() == ["a s0", "c s1"]
+    lists = dict(line.split(" ", 1) for line in files[PATHS.model_map].splitlines())
+    assert '"y"' in lists["s0"]
+    assert '"y"' not in lists["s1"]
+    assert PATHS.key_map not in files
+
+
+def test_too_many_different_lists_are_refused() -> None:
+    names = [f"e{number}" for number in range(401)]
+    tenants = [
+        TenantRule(f"t{number}", endpoints=names[:number] + names[number + 1 :])
+        for number in range(len(names))
+    ]
+    assert identity_files(spec_of(names, *tenants[:250]), PATHS)
+    with pytest.raises(ConfigError, match="401 different lists of 401 endpoints"):
+        identity_files(spec_of(names, *tenants), PATHS)
+
+
+def test_keys_are_taken_off_requests_even_without_tenants() -> None:
+    assert "http_auth_bearer" not in identity_rules(spec_of(["x"]), PATHS)
+    for spec in (spec_of(["x"]), spec_of(["x"], TenantRule("a"))):
+        assert "del-header authorization" in identity_rules(spec, PATHS)
+        assert "del-header x-api-key" in identity_rules(spec, PATHS)
