@@ -55,10 +55,10 @@ def unknown_model(names: Sequence[str], model: str) -> str:
     return body.replace("%", "%%").replace("@", model)
 
 
-def model_not_found_in_head(head_bytes: int) -> str:
+def model_required() -> str:
     return error_body(
-        f"No string field `model` was found in the first {head_bytes} bytes of the body, which must be a "
-        "JSON object. Several models are served: name one; in a long body put `model` before `messages`.",
+        "No string field `model` was found in the body, which must be a JSON object. "
+        "Several models are served: name one.",
         code="model_required",
         param="model",
     )

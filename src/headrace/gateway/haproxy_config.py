@@ -17,10 +17,17 @@ from headrace.gateway.haproxy_backends import (
     alive_section,
     endpoint_backend,
     metrics_sections,
+    relay_backend,
     router_backend,
     status_backend,
 )
-from headrace.gateway.haproxy_frontend import ROUTER_BACKEND, ROUTER_HEAD_BYTES, frontend_section
+from headrace.gateway.haproxy_frontend import (
+    ROUTER_BACKEND,
+    ROUTER_HEAD_BYTES,
+    frontend_section,
+    internal_frontend,
+    needs_relay,
+)
 from headrace.gateway.haproxy_identity import identity_files
 from headrace.gateway.haproxy_words import milliseconds, quote
 from headrace.gateway.paths import GatewayPaths, check_run_dir
@@ -80,6 +87,9 @@ def render_config(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -
         *(endpoint_backend(name, members) for name, members in by_endpoint.items()),
         router_backend(paths),
     ]
+    if needs_relay(spec):
+        relay_timeout_s = relay_answer_timeout_s(spec) + 30
+        sections += [internal_frontend(spec, paths), relay_backend(paths, relay_timeout_s)]
     if spec.metrics_bind:
         sections.append(metrics_sections(spec, paths))
     return "\n".join(sections)
@@ -159,6 +169,11 @@ def _defaults_section(spec: GatewaySpec) -> str:
   option abortonclose
 {errors}
 """
+
+
+def relay_answer_timeout_s(spec: GatewaySpec) -> float:
+    """Longest silence that the relay bears: held, and then served, at the limits of both."""
+    return spec.request_timeout_s + _longest_hold_s(spec) + 30
 
 
 def _longest_hold_s(spec: GatewaySpec) -> float:

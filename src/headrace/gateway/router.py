@@ -17,11 +17,13 @@ from headrace.api.config import split_address
 from headrace.api.messages import Demand, GatewaySpec, LoadReport, ReplicaView, ReportAck
 from headrace.clock import Clock
 from headrace.errors import ConfigError, ProtocolError
+from headrace.gateway.certificate_keeper import CertificateKeeper
 from headrace.gateway.channels import CompletionConnection, ControllerLink, ReportConnection
 from headrace.gateway.closed_peers import ClosedPeers
 from headrace.gateway.completions import Completion, CompletionDecoder, classify
 from headrace.gateway.dispatcher import Arrival, Bound, Dispatcher, Refused
 from headrace.gateway.haproxy_answers import error_body
+from headrace.gateway.haproxy_frontend import RELAY_BACKEND
 from headrace.gateway.haproxy_runtime import HaproxyRuntime
 from headrace.gateway.key_map import KeyMap
 from headrace.gateway.metrics_server import serve_metrics
@@ -70,6 +72,7 @@ class Router:
         self.keeper = ServerKeeper(spec, fd_limit, runtime, self._on_servers_changed)
         self.keys = KeyMap(self._paths.key_map, runtime)
         self.keys.want(None, bool(spec.tenants))
+        self.certificate = _certificate_keeper(spec, self._paths, runtime, clock)
         self.agent = SpoeAgent(self._on_notify, self._on_spoe_lost)
         self._completions = CompletionDecoder()
         self._controller = ControllerLink(
@@ -92,6 +95,8 @@ class Router:
                     group.create_task(self._controller.run()),
                     group.create_task(self._tick_for_ever()),
                 ]
+                if self.certificate is not None:
+                    tasks.append(group.create_task(self.certificate.run()))
                 await stop.wait()
                 for server in servers:
                     server.close()
@@ -121,6 +126,7 @@ class Router:
             endpoints=self.dispatcher.demand(now_s),
             replicas=replicas,
             tenants=self.dispatcher.tenant_demands(now_s),
+            certificate_problem=self.certificate.problem if self.certificate is not None else "",
         )
 
     def snapshot(self) -> RouterSnapshot:
@@ -227,7 +233,10 @@ class Router:
 
     def _on_completion(self, completion: Completion) -> None:
         endpoint = endpoint_of_backend(completion.backend)
-        if endpoint is None:
+        if completion.backend == RELAY_BACKEND:
+            # The first pass ended. The second has the same id, and its own line unless it is held.
+            self.dispatcher.client_left(completion.id)
+        elif endpoint is None:
             self._num_answered_by_haproxy += 1
             self.recorder.answered_by_haproxy(completion)
         else:
@@ -314,6 +323,15 @@ class Router:
         self._closed_peers.watch(*split_address(spec.bind))
         self.dispatcher.set_rules(spec.endpoints)
         self.dispatcher.set_tenants(spec.tenants, self._clock.now_s())
+
+
+def _certificate_keeper(
+    spec: GatewaySpec, paths: GatewayPaths, runtime: HaproxyRuntime, clock: Clock
+) -> CertificateKeeper | None:
+    if not spec.certificate:
+        return None
+    pair = spec.certificate, spec.certificate_key
+    return CertificateKeeper(*pair, paths.certificate, runtime, clock)
 
 
 def _unlink(paths: Iterable[str]) -> None:
