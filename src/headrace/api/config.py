@@ -158,7 +158,7 @@ class Tls(Section):
     """The public address's certificate. Files are read again when they change, without a restart."""
 
     certificate: Annotated[str, Field(min_length=1)]
-    """PEM file of the certificate and its chain."""
+    """PEM file of the certificate and its chain. A relative path counts from the command's directory."""
     key: Annotated[str, Field(min_length=1)]
     """PEM file of the private key."""
 

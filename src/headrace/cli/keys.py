@@ -106,9 +106,9 @@ def admin_key(
     store.admin_key_hash()  # complains about a file that would not be believed
     path = store.admin_key_path()
     typer.echo(str(path))
-    bind = known.gateway.admin_bind if known is not None else ""
-    if bind:
-        _tell(f'curl -s http://{bind}/admin/v1/status -H "authorization: Bearer $(cat {path})"')
+    if known is not None and known.gateway.admin_bind:
+        url = f"{'https' if known.gateway.tls else 'http'}://{known.gateway.admin_bind}"
+        _tell(f'curl -s {url}/admin/v1/status -H "authorization: Bearer $(cat {path})"')
     else:
         _tell("the admin API is off; set gateway.admin_bind, for example to 127.0.0.1:8001")
 

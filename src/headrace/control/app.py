@@ -40,9 +40,15 @@ from headrace.api.messages import (
     ScaleEndpoint,
     Shutdown,
 )
-from headrace.api.run_paths import ADMIN_HTTP_SOCKET, CONTROLLER_SOCKET, alive_socket_path
+from headrace.api.run_paths import (
+    ADMIN_HTTP_SOCKET,
+    CONTROLLER_SOCKET,
+    alive_socket_path,
+    relay_socket_path,
+)
 from headrace.clock import Clock
 from headrace.control.drain import drain
+from headrace.control.essentials import Essential
 from headrace.control.identity import open_identity
 from headrace.control.probe import probe_gateway
 from headrace.control.reconciler import StartReplica, StopReplica
@@ -56,6 +62,8 @@ from headrace.fabric.launcher import Launcher
 TICK_S = 0.2
 KEYS_CHECK_S = 0.5
 """How often the key store is looked at: the CLI writes it by itself while no controller answers."""
+RELAY_GRACE_S = 30.0
+"""For a relay that is not needed any more: what it passes on may end."""
 STOP_MARGIN_S = 15.0
 """A front ends itself when its drain grace is over; only one that does not is killed, this much later."""
 _log = logging.getLogger(__name__)
@@ -66,7 +74,7 @@ class ProcessSources:
     """Where specs of processes come from; tests put programs of their own in their place."""
 
     prepare_gateway: Callable[[GatewaySpec], list[ProcessSpec]]
-    """For a fresh start: writes one gateway's files and returns the specs of its two processes."""
+    """For a fresh start: writes one gateway's files and returns the specs of its processes."""
     gateway_processes: Callable[[GatewaySpec], list[ProcessSpec]]
     """The same specs without touching the files, which hold the running replicas."""
     prepare_replica: Callable[[Config, str, str, Path], ProcessSpec] = replica_process
@@ -160,8 +168,12 @@ class Controller:
 
     async def _probe(self, gateway_id: str) -> None:
         pair = self._state.gateway.pairs[gateway_id]
+        run_dir = str(self._run_directory)
+        sockets = alive_socket_path(run_dir, gateway_id), relay_socket_path(run_dir, gateway_id)
         while True:
-            has_answered = await probe_gateway(alive_socket_path(str(self._run_directory), gateway_id))
+            has_answered, has_relay_answered = await asyncio.gather(*map(probe_gateway, sockets))
+            if has_relay_answered:
+                pair.relay.heard_s = self._clock.now_s()
             if has_answered != pair.has_answered:
                 self._wake.set()
             self._state.gateway.on_probe(gateway_id, has_answered, self._clock.now_s())
@@ -196,13 +208,16 @@ class Controller:
 
     def _tend_gateway(self, now_s: float) -> None:
         processes = self._state.gateway.processes.values()
-        for router in (pair.router for pair in self._state.gateway.pairs.values()):
-            if router.is_hung(now_s):
-                # Costs no request: HAProxy balances by itself meanwhile. HAProxy is never judged like this:
-                # at its limit of connections it answers no probe, and killing it would cut all streams.
-                _log.warning("%s has said nothing for a while: killing it", router.name)
-                router.is_stopping = True
-                self._launcher.stop(router.name, 0.0)
+        for pair in self._state.gateway.pairs.values():
+            for essential in (pair.router, pair.relay):
+                if essential.is_hung(now_s):
+                    # A hung router's end costs no request: HAProxy balances by itself meanwhile. HAProxy is
+                    # never judged like this: at its limit of connections it answers no probe, and killing it
+                    # would cut all streams.
+                    _log.warning("%s has said nothing for a while: killing it", essential.name)
+                    self._stop_essential(essential, 0.0)
+            if pair.relay.is_superfluous():
+                self._stop_essential(pair.relay, RELAY_GRACE_S)
         due = [essential for essential in processes if essential.is_due(now_s)]
         if not due:
             return
@@ -225,6 +240,10 @@ class Controller:
             )
             essential.on_start(now_s)
             self._launcher.start(specs[essential.name])
+
+    def _stop_essential(self, essential: Essential, grace_s: float) -> None:
+        essential.is_stopping = True
+        self._launcher.stop(essential.name, grace_s)
 
     def _gateway_specs(self) -> dict[str, GatewaySpec]:
         identity = self._identity

@@ -97,7 +97,7 @@ class System:
         """The address for OpenAI clients, ending in /v1."""
         from headrace.control.status import gateway_url
 
-        return gateway_url(self.config.gateway.bind)
+        return gateway_url(self.config.gateway)
 
     def create_key(self, tenant: str, name: str = "") -> str:
         """Make an API key and return it; it is kept nowhere. Raises CommandRefused."""
@@ -227,7 +227,7 @@ def describe_unready(status: SystemStatus | None) -> str:
     lines += [
         f"{process.name} is {process.state}: {process.last_error or 'no word'}"
         for process in status.processes
-        if process.name.startswith(("router-", "haproxy-")) and process.state != "running"
+        if process.name.startswith(("router-", "haproxy-", "relay-")) and process.state != "running"
     ]
     return "; ".join(lines) or "the gateway does not answer yet"
 

@@ -113,6 +113,10 @@ def gateway_spec(config: Config, run_directory: Path, keys: Mapping[str, str] | 
         num_threads=gateway.num_threads,
         tenants=[_tenant_rule(name, tenant) for name, tenant in config.tenants.items()],
         keys=dict(keys or {}),
+        certificate=gateway.tls.certificate if gateway.tls else "",
+        certificate_key=gateway.tls.key if gateway.tls else "",
+        max_connections_per_address=gateway.max_connections_per_address,
+        replica_protocol=gateway.replica_protocol,
     )
 
 

@@ -24,18 +24,25 @@ from headrace.control.reconciler import (
 from headrace.control.specs import gateway_ids, generation_of
 from headrace.errors import ConfigError
 
-_FIXED_GATEWAY_FIELDS = ("bind", "admin_bind", "count", "metrics_bind", "max_connections", "num_threads")
+_FIXED_GATEWAY_FIELDS = (
+    "bind",
+    "admin_bind",
+    "count",
+    "metrics_bind",
+    "max_connections",
+    "num_threads",
+    "tls",
+)
 
 
 class SystemState:
     """One running system as its controller sees it."""
 
     def __init__(self, config: Config, started_s: float) -> None:
-        self.config = config
         self.started_s = started_s
         self.fleet = Fleet()
         self.gateway = GatewayState(gateway_ids(config))
-        self._generations = _generations(config)
+        self._take(config)
 
     def __repr__(self) -> str:
         return f"SystemState({self.fleet}, {self.gateway})"
@@ -110,6 +117,7 @@ class SystemState:
     def _take(self, config: Config) -> None:
         self.config = config
         self._generations = _generations(config)
+        self.gateway.want_relays(len(config.endpoints) > 1)
 
     # ---- decisions ----------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from headrace.api.messages import GatewaySpec
 from headrace.api.run_paths import ADMIN_HTTP_SOCKET
 from headrace.gateway import haproxy_answers as answers
+from headrace.gateway.haproxy_frontend import tls_options
 from headrace.gateway.haproxy_words import bind_address, return_text
 from headrace.gateway.paths import GatewayPaths
 
@@ -25,7 +26,7 @@ def admin_sections(spec: GatewaySpec, paths: GatewayPaths) -> str:
         "controller_unavailable",
     )
     return f"""frontend headrace-admin
-  bind {bind_address(spec.admin_bind)}
+  bind {bind_address(spec.admin_bind)}{tls_options(spec, paths)}
   no log
   http-request del-header x-headrace- -m beg
   {return_text(401, answers.no_admin_key(), "unless { http_auth_bearer -m found }", challenge)}

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from headrace.api.config import Config, Tenant
+from headrace.api.config import Config, Gateway, Tenant, Tls
 from headrace.api.config_loader import parse_config
 from headrace.api.messages import ReplicaSpec, TenantRule
 from headrace.control import specs
@@ -87,6 +87,7 @@ def test_the_first_tenant_replaces_replicas_and_further_changes_of_tenants_do_no
 
 
 def test_the_url_is_one_that_a_client_can_use() -> None:
-    assert gateway_url("0.0.0.0:80") == "http://127.0.0.1:80/v1"
-    assert gateway_url("[::]:80") == "http://[::1]:80/v1"
-    assert gateway_url("127.0.0.1:8000") == "http://127.0.0.1:8000/v1"
+    assert gateway_url(Gateway(bind="0.0.0.0:80")) == "http://127.0.0.1:80/v1"
+    assert gateway_url(Gateway(bind="[::]:80")) == "http://[::1]:80/v1"
+    tls = Tls(certificate="c.pem", key="k.pem")
+    assert gateway_url(Gateway(bind="127.0.0.1:8000", tls=tls)) == "https://127.0.0.1:8000/v1"
