@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from headrace.api.config import Config, Endpoint, split_address
+from headrace.control.key_store import KeyStore, state_directory
 from headrace.engine.model_files.resolve import resolve_model
 from headrace.errors import ConfigError, ModelError
 from headrace.gateway.certificate import load_certificate
@@ -50,6 +51,14 @@ def check_certificate(config: Config) -> None:
     """Raise ConfigError unless the public address's certificate, if there is one, can be used now."""
     if config.gateway.tls is not None:
         load_certificate(config.gateway.tls.certificate, config.gateway.tls.key, time.time())
+
+
+def check_keys(config: Config) -> Config:
+    """Return `config` with an absolute state_dir. Raises ConfigError if the keys there cannot be used."""
+    directory = state_directory(config.state_dir, os.environ)
+    if config.tenants:
+        KeyStore(directory).read()
+    return config.model_copy(update={"state_dir": str(directory)})
 
 
 def check_address(config: Config) -> Config:

@@ -13,7 +13,7 @@ from headrace.gateway import haproxy_answers as answers
 from headrace.gateway.haproxy_frontend import MODEL_IN_REQUEST, RELAY_BACKEND, ROUTER_BACKEND
 from headrace.gateway.haproxy_identity import lookup
 from headrace.gateway.haproxy_words import bind_address, milliseconds, return_format, return_text
-from headrace.gateway.names import backend_name, encode_name
+from headrace.gateway.names import backend_name
 from headrace.gateway.paths import GatewayPaths
 from headrace.gateway.server import Server
 
@@ -59,9 +59,7 @@ def endpoint_backend(endpoint: str, servers: Sequence[Server]) -> str:
     A failed request is sent again elsewhere until its first byte came; the request id makes that harmless.
     503 is what a front answers that drains or whose engine restarts.
     """
-    lines = "".join(
-        f"  server {encode_name(server.replica_id)} {server.address} {server.options}\n" for server in servers
-    )
+    lines = "".join(f"  server {server.name} {server.address} {server.options}\n" for server in servers)
     return f"""backend {backend_name(endpoint)}
   balance leastconn
   retries 3

@@ -35,6 +35,8 @@ from headrace.gateway.server import Server
 
 BUFFER_BYTES = 131_072
 """tune.bufsize. A longer head makes every open request dearer; the rest of a body streams through."""
+H2_STREAMS = 256
+"""Streams of one connection to a front: each connection costs a front one write per engine step."""
 _FDS_RESERVED = 256
 """Listeners, health checks, SPOE connections, logs, pipes between master and worker."""
 _FDS_PER_CONNECTION = 3
@@ -129,13 +131,15 @@ global
   hard-stop-after {milliseconds(spec.request_timeout_s + 60)}
   tune.bufsize {BUFFER_BYTES}
   tune.maxrewrite 4096
+  tune.h2.be.max-concurrent-streams {H2_STREAMS}
+  tune.h2.be.initial-window-size {2 * BUFFER_BYTES}
   log ring@completions format raw local0 info
 
 # Completions reach the router over a stream socket through this buffer. A datagram socket drops all but 10
 # unread messages on Linux (net.unix.max_dgram_qlen); the ring also keeps events while the router restarts.
 ring completions
   format raw
-  maxlen 1024
+  maxlen 2048
   size 4194304
   timeout connect 1s
   timeout server 10s

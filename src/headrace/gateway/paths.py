@@ -98,6 +98,11 @@ class GatewayPaths:
         return self.path("metrics.sock")
 
     @property
+    def request_log(self) -> str:
+        """One JSON line per request."""
+        return self.log(f"requests-{self.gateway_id}.jsonl")
+
+    @property
     def certificate(self) -> str:
         """Certificate, chain and key of the public address in one file, as HAProxy loads them."""
         return self.path("gateway.pem")

@@ -20,8 +20,8 @@ from headrace.api.messages import RelaySpec
 from headrace.api.openai import RequestDecoder, describe_error
 from headrace.clock import Clock
 from headrace.errors import InvalidRequest, Overloaded, PayloadTooLarge, ReplicaLost, RequestError
-from headrace.replica.http_connection import retry_header
 from headrace.replica.http_messages import AnswerHeads, RequestTimeout
+from headrace.replica.http_responder import retry_header
 
 MAX_HEAD_BYTES = 65_536
 """HAProxy lets half of it through."""
