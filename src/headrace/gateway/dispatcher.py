@@ -195,7 +195,7 @@ class Dispatcher:
             return
         load = report.engine
         if load is not None:
-            endpoint.work.observe_costs(load.prefill_token_s, load.decode_token_s, now_s)
+            endpoint.observe_costs(load.prefill_token_s, load.decode_token_s, now_s)
         counts = report.open_by_tenant
         if sum(counts.values()) != report.num_open or min(counts.values(), default=0) < 0:
             counts = {}  # not counted by tenant, or nonsense
