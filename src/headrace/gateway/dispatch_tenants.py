@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from headrace.api.messages import FinishedRequest, TenantRule, TerminalState
 from headrace.gateway.endpoint_state import EndpointState, TenantAccount
-from headrace.policy.fairness import Share
 from headrace.policy.limits import TenantLimits
 from headrace.policy.prompt import PromptHead
+from headrace.policy.virtual_counters import Share
 from headrace.policy.work import MAX_TOKENS
 
 MAX_ELSEWHERE_REMEMBERED = 65_536

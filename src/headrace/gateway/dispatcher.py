@@ -174,6 +174,7 @@ class Dispatcher:
                 bound.front_reported_s = now_s
                 bound.free_slot()
                 self._binder.bring_back(bound.charge.limits)
+                self._binder.has_room_at(bound.endpoint)
             return
         endpoint = self.endpoints.get(endpoint_name)
         if endpoint is None or request_id in self._held:

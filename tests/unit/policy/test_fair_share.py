@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from headrace.policy.admission import AdmissionQueue, FifoQueue, HeldRequest
-from headrace.policy.fairness import FairQueue, Share
+from headrace.policy.fairness import FairQueue
 from headrace.policy.prompt import PromptHead
+from headrace.policy.virtual_counters import Share
 from headrace.policy.work import LengthMean, WorkModel
 
 STEP_S = 0.02

@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from headrace.policy import fairness
 from headrace.policy.admission import FifoQueue, HeldRequest
-from headrace.policy.fairness import CREDIT_S, MAX_LEAD_S, FairQueue, Share
+from headrace.policy.fairness import FairQueue
+from headrace.policy.virtual_counters import CREDIT_S, MAX_LEAD_S, Share
 
 TENANTS = ("a", "b", "c", "d")
 
