@@ -225,9 +225,14 @@ class Dispatcher:
     def clients_left(self, clients: Set[Hashable]) -> None:
         """Cancel the requests held for clients that closed their connections."""
         for request_id in [key for key, held in self._held.items() if held.arrival.client in clients]:
-            answer = self._held[request_id].arrival.answer
+            self.client_left(request_id)
+
+    def client_left(self, request_id: str) -> None:
+        """Cancel one request if it is held: its client closed the connection."""
+        held = self._held.get(request_id)
+        if held is not None:
             self._cancel(request_id)
-            answer(Refused("The client left.", "cancelled", 1))
+            held.arrival.answer(Refused("The client left.", "cancelled", 1))
 
     def owner_lost(self, owner: object, now_s: float) -> None:
         """Forget the requests held for a connection that is gone: HAProxy goes on without us, or died."""
