@@ -16,8 +16,10 @@ MODEL_CREATED_S = 1_700_000_000
 """OpenAI's model objects need a creation time; an endpoint has none that a client could use."""
 
 COMPLETION_LOG_FORMAT = (
-    '{"id":"%ID","backend":"%[var(txn.backend)]","server":"%s","status":%ST,"termination":"%ts",'
-    '"first_byte_ms":%Tr,"total_ms":%Ta,"bytes_in":%U,"bytes_out":%B,"retries":"%rc"}'
+    '{"id":"%ID","client_id":"%[var(txn.client_id)]","tenant":"%[var(txn.tenant)]","path":"%HP",'
+    '"backend":"%[var(txn.backend)]","server":"%s","status":%ST,"termination":"%ts","request_ms":%TR,'
+    '"wait_ms":%Tw,"connect_ms":%Tc,"first_byte_ms":%Tr,"total_ms":%Ta,"bytes_in":%U,"bytes_out":%B,'
+    '"retries":"%rc"}'
 )
 """One line of JSON per request at its end (HAProxy 2.8, configuration manual 8.2.4)."""
 
@@ -53,10 +55,10 @@ def unknown_model(names: Sequence[str], model: str) -> str:
     return body.replace("%", "%%").replace("@", model)
 
 
-def model_not_found_in_head(head_bytes: int) -> str:
+def model_required() -> str:
     return error_body(
-        f"No string field `model` was found in the first {head_bytes} bytes of the body, which must be a "
-        "JSON object. Several models are served: name one; in a long body put `model` before `messages`.",
+        "No string field `model` was found in the body, which must be a JSON object. "
+        "Several models are served: name one.",
         code="model_required",
         param="model",
     )
