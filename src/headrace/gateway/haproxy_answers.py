@@ -80,6 +80,26 @@ def unknown_key() -> str:
     )
 
 
+def no_admin_key() -> str:
+    return error_body(
+        "The admin API needs the admin key: `headrace keys admin` says where it is. Send it as "
+        "`Authorization: Bearer KEY`.",
+        code="invalid_api_key",
+    )
+
+
+def wrong_admin_key() -> str:
+    return error_body(
+        "This is not the admin key. Tenants' keys do not count here; `headrace keys admin` says where the "
+        "admin key is.",
+        code="invalid_api_key",
+    )
+
+
+def admin_body_too_large(max_bytes: int) -> str:
+    return error_body(f"The body is longer than {max_bytes} bytes, the limit.", code="payload_too_large")
+
+
 def unknown_path(known: Sequence[str] = (*GENERATION_PATHS, *STATUS_PATHS)) -> str:
     return error_body(f"This path does not exist. Known paths: {', '.join(known)}.", code="not_found")
 

@@ -46,7 +46,7 @@ def frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
     body_too_large = f"if is_generation {{ req.hdr_val(content-length) gt {limit} }}"
     known = [] if spec.tenants else names  # a tenant learns of no other's endpoints
     return f"""frontend headrace
-  bind {bind_address(spec.bind)}{_tls(spec, paths)}
+  bind {bind_address(spec.bind)}{tls_options(spec, paths)}
 {_connection_limit(spec)}  unique-id-format hr-{spec.gateway_id}-%{{+X}}o%Ts-%pid-%rt
   log-format '{answers.COMPLETION_LOG_FORMAT}'
   acl is_generation path {" ".join(answers.GENERATION_PATHS)}
@@ -82,8 +82,8 @@ def frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
 """
 
 
-def _tls(spec: GatewaySpec, paths: GatewayPaths) -> str:
-    """What makes the public address speak TLS, and HTTP/2 to clients that offer it."""
+def tls_options(spec: GatewaySpec, paths: GatewayPaths) -> str:
+    """Return what makes an address speak TLS, and HTTP/2 to clients that offer it."""
     if not spec.certificate:
         return ""
     return f" ssl crt {paths.certificate} ssl-min-ver TLSv1.2 alpn h2,http/1.1"
