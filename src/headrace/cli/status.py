@@ -117,7 +117,7 @@ def _endpoints(system: SystemStatus) -> Table:
 
 def _tenants(system: SystemStatus) -> Table:
     """In 80 columns: priority with weight, prompt and output tokens together; long waits are in the notes."""
-    numbers = (">share", ">held", ">open", ">finished", ">refused", ">tokens")
+    numbers = (">share", ">held", ">open", ">done", ">refused", ">tokens")
     table = _table("tenant", "endpoint", "priority", *numbers)
     for tenant in system.tenants:
         table.add_row(
