@@ -25,6 +25,7 @@ from headrace.gateway.dispatcher import Arrival, Bound, Dispatcher, Refused
 from headrace.gateway.replicas import ReplicaTable
 from headrace.policy.prompt import PromptHead
 
+pytestmark = pytest.mark.slow
 STEP_S = 0.01
 REPORT_PERIOD_S = 0.05
 MAX_OPEN = 24
@@ -164,14 +165,14 @@ def connect(system: System, tenant: str, num_clients: int, output: tuple[int, in
         system.send(Client(tenant, system.rng.randrange(system.num_gateways), output))
 
 
-@pytest.mark.parametrize("num_gateways", [1, 2, 4])
+@pytest.mark.parametrize("num_gateways", [2, 4])
 def test_shares_hold_across_gateways(num_gateways: int) -> None:
     weights = {"one": 1.0, "two": 2.0, "four": 4.0}
     system = System([TenantRule(name, weight) for name, weight in weights.items()], num_gateways)
     connect(system, "one", 200)  # a flood, of the least weight
     connect(system, "two", 60, (100, 200))
     connect(system, "four", 80, (10, 30))
-    system.run(60.0)
+    system.run(30.0)
     shares = [system.work_s[name] / weight for name, weight in weights.items()]
     jain = sum(shares) ** 2 / (3 * sum(share**2 for share in shares))
     assert jain >= 0.98, dict(system.work_s)
@@ -188,18 +189,18 @@ def test_requests_at_a_time_exceed_the_limit_only_by_what_one_report_period_hide
     system.run(3.0)
     assert limit <= system.most_open["a"] <= limit * num_gateways
     counts = []
-    for _ in range(2000):
+    for _ in range(1000):
         system.run(STEP_S / 2)
         counts.append(sum(request.client.tenant == "a" for request in system.open.values()))
     assert limit - 1 <= sum(counts) / len(counts) <= most_on_average
 
 
-@pytest.mark.parametrize("num_gateways", [1, 2, 4])
+@pytest.mark.parametrize("num_gateways", [1, 3])
 def test_tokens_per_minute_hold_across_gateways_within_what_is_in_flight(num_gateways: int) -> None:
     limit = 30_000
     system = System([TenantRule("a", tokens_per_minute=limit), TenantRule("b")], num_gateways)
     connect(system, "a", 40)
-    minutes = 4
+    minutes = 2
     system.run(60.0 * minutes)
     most = max(110, 200) * MAX_OPEN  # what may be in flight elsewhere, unreported
     assert system.num_tokens["a"] <= limit * (minutes + 1) + (num_gateways - 1) * most
