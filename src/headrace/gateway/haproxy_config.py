@@ -13,6 +13,7 @@ import headrace
 from headrace.api.messages import GatewaySpec
 from headrace.errors import ConfigError
 from headrace.gateway import haproxy_answers as answers
+from headrace.gateway.haproxy_admin import admin_sections
 from headrace.gateway.haproxy_backends import (
     alive_section,
     endpoint_backend,
@@ -90,6 +91,8 @@ def render_config(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -
     if needs_relay(spec):
         relay_timeout_s = relay_answer_timeout_s(spec) + 30
         sections += [internal_frontend(spec, paths), relay_backend(paths, relay_timeout_s)]
+    if spec.admin_bind:
+        sections.append(admin_sections(spec, paths))
     if spec.metrics_bind:
         sections.append(metrics_sections(spec, paths))
     return "\n".join(sections)

@@ -24,6 +24,7 @@ from headrace.gateway.completions import Completion, CompletionDecoder, classify
 from headrace.gateway.dispatcher import Arrival, Bound, Dispatcher, Refused
 from headrace.gateway.haproxy_answers import error_body
 from headrace.gateway.haproxy_frontend import RELAY_BACKEND
+from headrace.gateway.haproxy_identity import admin_keys
 from headrace.gateway.haproxy_runtime import HaproxyRuntime
 from headrace.gateway.key_map import KeyMap
 from headrace.gateway.metrics_server import serve_metrics
@@ -72,6 +73,8 @@ class Router:
         self.keeper = ServerKeeper(spec, fd_limit, runtime, self._on_servers_changed)
         self.keys = KeyMap(self._paths.key_map, runtime)
         self.keys.want(None, bool(spec.tenants))
+        self.admin_keys = KeyMap(self._paths.admin_key_map, runtime)
+        self.admin_keys.want(None, bool(spec.admin_bind))
         self.certificate = _certificate_keeper(spec, self._paths, runtime, clock)
         self.agent = SpoeAgent(self._on_notify, self._on_spoe_lost)
         self._completions = CompletionDecoder()
@@ -92,6 +95,7 @@ class Router:
                 tasks = [
                     group.create_task(self.keeper.run()),
                     group.create_task(self.keys.run()),
+                    group.create_task(self.admin_keys.run()),
                     group.create_task(self._controller.run()),
                     group.create_task(self._tick_for_ever()),
                 ]
@@ -316,6 +320,7 @@ class Router:
         try:
             self.keeper.set_spec(spec)  # takes effect in a later turn: the keys' file is written by then
             self.keys.want(spec.keys, bool(spec.tenants))
+            self.admin_keys.want(admin_keys(spec), bool(spec.admin_bind))
         except ConfigError as error:
             logger.error("gateway spec refused: %s", error)
             return
