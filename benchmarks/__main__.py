@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-NAMES = ("gateway", "tokens", "engine", "start", "memory")
+NAMES = ("gateway", "tokens", "engine", "start", "memory", "placement")
 
 
 def main() -> int:

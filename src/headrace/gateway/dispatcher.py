@@ -16,7 +16,7 @@ from headrace.api.messages import EndpointDemand, EndpointRule, FinishedRequest,
 from headrace.gateway.decisions import Decision, DecisionLog, make_placer
 from headrace.gateway.replicas import Replica, ReplicaTable
 from headrace.policy.admission import AdmissionQueue, FifoQueue, HeldRequest, retry_after_s
-from headrace.policy.placement import Placement, Placer, explain
+from headrace.policy.placement import CacheChanges, Placement, Placer, explain
 from headrace.policy.prompt import PromptHead
 
 LOG_GRACE_S = 2.0
@@ -224,14 +224,15 @@ class Dispatcher:
             bound.front_reported_s = now_s
             self._free_slot(bound)
 
-    def replica_reported(self, replica: Replica, report: LoadReport) -> None:
+    def replica_reported(self, replica: Replica, report: LoadReport, now_s: float) -> None:
         """Tell the endpoint's placer what changed in a replica's prefix cache, and how long prompts were."""
         endpoint = self.endpoints.get(replica.endpoint)
         if endpoint is None:
             return
         placer = endpoint.placer
         epoch = (replica.num_connections, report.prefix_epoch)
-        placer.report(replica.replica_id, epoch, report.prefixes_added, report.prefixes_removed)
+        changes = CacheChanges(epoch, report.prefixes_added, report.prefixes_removed)
+        placer.report(replica, changes, now_s)
         for finished in report.finished:
             decision = self.decisions.get(finished.request_id)
             if decision is not None:

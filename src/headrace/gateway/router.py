@@ -203,7 +203,7 @@ class Router:
         for finished in report.finished:
             self.dispatcher.front_finished(finished, now_s)
         if replica is not None:
-            self.dispatcher.replica_reported(replica, report)
+            self.dispatcher.replica_reported(replica, report, now_s)
             self._on_replicas_changed()
             self.dispatcher.pump(replica.endpoint, now_s)
         if report.state == "draining":
