@@ -264,7 +264,7 @@ class Router:
             self.recorder.front_finished(finished)
         self.dispatcher.take_report(report, replica, now_s)
         if replica is not None:
-            self.dispatcher.replica_reported(replica, report)
+            self.dispatcher.replica_reported(replica, report, now_s)
             self._on_replicas_changed()
             self.dispatcher.pump(replica.endpoint, now_s)
         if report.state == "draining":

@@ -354,7 +354,7 @@ def test_a_request_goes_where_its_prefix_is_reported_until_the_replica_is_gone()
         world.report(replica_id)
     reported = LoadReport("chat-2", "chat", "m", "127.0.0.1:9000", 1, 99, 60.0, "ready", prefix_epoch=1,
                           prefixes_added=[1, 2, 3], max_open=2)  # fmt: skip
-    world.dispatcher.replica_reported(world.table.replicas["chat-2"], reported)
+    world.dispatcher.replica_reported(world.table.replicas["chat-2"], reported, world.now_s)
 
     def reason(request_id: str) -> tuple[str | None, str]:
         arrival = Arrival(request_id, "chat", lambda _: None, None, prompt=prompt)
