@@ -20,6 +20,8 @@ from tests.integration.mock_front import MockFront
 
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import Demand, EndpointDemand, EndpointRule, GatewaySpec, ProcessSpec
+from headrace.control.probe import probe_gateway
+from headrace.fabric.child import death_with_parent
 from headrace.gateway.paths import GatewayPaths
 from headrace.gateway.process import prepare
 
@@ -111,6 +113,9 @@ class Gateway:
         self.specs = {spec.name.partition("-")[0]: spec for spec in prepare(self.spec)}
         self.start_process("router")
         await wait_for(Path(self.paths.spoe_socket).exists, "the router listens")
+        if "relay" in self.specs:
+            self.start_process("relay")
+            await wait_for(Path(self.paths.relay_socket).exists, "the relay listens")
         self.start_process("haproxy")
         await self.wait_until_haproxy_answers()
         return self
@@ -119,7 +124,10 @@ class Gateway:
         end_s = asyncio.get_running_loop().time() + DEADLINE_S
         while True:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-                if (await self.get("/health")).status == 200:
+                if self.spec.certificate:  # this client speaks plain text
+                    if await probe_gateway(self.paths.alive_socket):
+                        return
+                elif (await self.get("/health")).status == 200:
                     return
             assert asyncio.get_running_loop().time() < end_s, (
                 f"HAProxy does not answer: {self.log('haproxy')}"
@@ -135,6 +143,7 @@ class Gateway:
                 stderr=log,
                 env={**os.environ, **spec.environment},
                 start_new_session=True,
+                preexec_fn=death_with_parent(),  # a test run that is killed leaves nothing behind
             )
 
     def signal(self, name: str, number: int) -> None:

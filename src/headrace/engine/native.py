@@ -24,6 +24,7 @@ from headrace.engine.request import EngineRequest, check_request
 from headrace.engine.sampler import Sampled, Sampler
 from headrace.engine.scheduler import Decision, Scheduler
 from headrace.engine.step_batch import StepInputBuilder
+from headrace.engine.step_cost import StepCost
 from headrace.errors import InvalidRequest, ModelError
 
 
@@ -46,6 +47,7 @@ class NativeEngine:
         self._arrivals = count()
         self._steps = 0
         self._step_s = 0.0
+        self._cost = StepCost()
 
     def __repr__(self) -> str:
         return f"<NativeEngine {self._runner.architecture}, step {self._steps}, {self._scheduler!r}>"
@@ -109,7 +111,9 @@ class NativeEngine:
         outputs = self._update(decision, requests, sampled)
         self._steps += 1
         self._step_s = self._clock.now_s() - begin_s
-        return StepBatch(outputs, self.load())
+        num_decoding = sum(item.num_new_tokens == 1 for item in decision.scheduled)
+        self._cost.observe(self._step_s, decision.num_tokens - num_decoding, num_decoding)
+        return StepBatch(outputs, self.load(), self._scheduler.pool.take_forgotten())
 
     def load(self) -> EngineLoad:
         scheduler = self._scheduler
@@ -123,6 +127,8 @@ class NativeEngine:
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             prefix_query_tokens=scheduler.prefix_query_tokens,
             steps=self._steps,
+            prefill_token_s=self._cost.prefill_token_s,
+            decode_token_s=self._cost.decode_token_s,
         )
 
     def check_integrity(self) -> None:

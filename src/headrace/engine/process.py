@@ -119,7 +119,7 @@ class EngineLoop:
             if self._engine.has_work():
                 batch = self._engine.step()
                 if self._refusals:
-                    batch = StepBatch(self._take_refusals() + batch.outputs, batch.load)
+                    batch = StepBatch(self._take_refusals() + batch.outputs, batch.load, batch.evicted)
                 self._send(batch)
             elif self._refusals or self._clock.now_s() >= self._next_heartbeat_s:
                 self._send(StepBatch(self._take_refusals(), self._engine.load()))

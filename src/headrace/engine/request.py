@@ -28,6 +28,11 @@ def check_request(request: GenerationRequest, vocab_size: int, max_context_token
         raise InvalidRequest("the prompt has no tokens; send at least one", param="prompt")
     _check_ids("prompt", prompt, vocab_size)
     _check_ids("resume_from", request.resume_from, vocab_size)
+    if not 0 <= request.num_shared_tokens <= len(prompt):
+        raise InvalidRequest(
+            f"num_shared_tokens is {request.num_shared_tokens}; it must be 0 to {len(prompt)}",
+            param="num_shared_tokens",
+        )
     num_context = len(prompt) + len(request.resume_from)
     if num_context >= max_context_tokens:
         raise InvalidRequest(
@@ -93,6 +98,7 @@ class EngineRequest:
         "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
+        "num_shared_tokens",
         "order",
         "penalties",
         "request_id",
@@ -129,6 +135,7 @@ class EngineRequest:
         self.block_hashes: list[BlockHash] = []
         """Of the full blocks of token_ids, as far as they were needed."""
         self.root_hash = root_hash(request.cache_salt)
+        self.num_shared_tokens = request.num_shared_tokens
         self.penalties = Penalties.of(sampling, self.stop_token_ids)
 
     def __repr__(self) -> str:

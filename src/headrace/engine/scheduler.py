@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from headrace.engine.kv_cache.block_pool import BlockPool
-from headrace.engine.kv_cache.prefix_cache import chain_hashes
+from headrace.engine.kv_cache.prefix_cache import extend_hashes
 from headrace.engine.request import EngineRequest
 
 _order = attrgetter("order")
@@ -216,11 +216,14 @@ class Scheduler:
             self.pool.cache(request.block_table[index], request.block_hashes[index])
 
     def _extend_hashes(self, request: EngineRequest, num_blocks: int) -> None:
-        hashes = request.block_hashes
-        if len(hashes) < num_blocks:
-            parent = hashes[-1] if hashes else request.root_hash
-            tokens = request.token_ids[len(hashes) << self._block_shift : num_blocks << self._block_shift]
-            hashes.extend(chain_hashes(parent, tokens, self._block_size))
+        extend_hashes(
+            request.block_hashes,
+            request.token_ids,
+            num_blocks,
+            self._block_size,
+            request.root_hash,
+            request.num_shared_tokens,
+        )
 
     def _release(self, request: EngineRequest) -> None:
         self.pool.release(request.block_table)

@@ -55,10 +55,10 @@ def unknown_model(names: Sequence[str], model: str) -> str:
     return body.replace("%", "%%").replace("@", model)
 
 
-def model_not_found_in_head(head_bytes: int) -> str:
+def model_required() -> str:
     return error_body(
-        f"No string field `model` was found in the first {head_bytes} bytes of the body, which must be a "
-        "JSON object. Several models are served: name one; in a long body put `model` before `messages`.",
+        "No string field `model` was found in the body, which must be a JSON object. "
+        "Several models are served: name one.",
         code="model_required",
         param="model",
     )
@@ -78,6 +78,26 @@ def unknown_key() -> str:
         "This API key is not valid. Check it, or ask whoever runs this system for another one.",
         code="invalid_api_key",
     )
+
+
+def no_admin_key() -> str:
+    return error_body(
+        "The admin API needs the admin key: `headrace keys admin` says where it is. Send it as "
+        "`Authorization: Bearer KEY`.",
+        code="invalid_api_key",
+    )
+
+
+def wrong_admin_key() -> str:
+    return error_body(
+        "This is not the admin key. Tenants' keys do not count here; `headrace keys admin` says where the "
+        "admin key is.",
+        code="invalid_api_key",
+    )
+
+
+def admin_body_too_large(max_bytes: int) -> str:
+    return error_body(f"The body is longer than {max_bytes} bytes, the limit.", code="payload_too_large")
 
 
 def unknown_path(known: Sequence[str] = (*GENERATION_PATHS, *STATUS_PATHS)) -> str:

@@ -18,7 +18,7 @@ from headrace.observability.front_metrics import FrontMetrics
 from headrace.replica.answer_shape import AnswerShape, ChoiceText
 from headrace.replica.engine_client import EngineStream
 from headrace.replica.frames import DONE, error_frame
-from headrace.replica.http_connection import Responder
+from headrace.replica.http_responder import Responder
 from headrace.replica.ledger import Ledger, RequestRecord
 from headrace.replica.logprobs import LogprobEntry, LogprobQueue
 from headrace.replica.text import StopStrings, TextDecoder, TokenBytes

@@ -56,6 +56,22 @@ class EngineStream(Protocol):
         ...
 
 
+class CacheWatcher(Protocol):
+    """Who follows the engine's prefix cache. Must not raise."""
+
+    def on_ready(self, block_size: int) -> None:
+        """An engine is ready, its cache empty."""
+        ...
+
+    def on_step(self, batch: StepBatch) -> None: ...
+
+    def on_abort(self, request_id: str) -> None: ...
+
+    def on_lost(self) -> None:
+        """The engine is gone, and its cache with it."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class EngineTimeLimits:
     """How long an engine may say nothing before it is killed and started again."""
@@ -78,6 +94,7 @@ class EngineClient:
         on_change: Callable[[], None],
         time_limits: EngineTimeLimits | None = None,
         restart_policy: RestartPolicy | None = None,
+        cache_watcher: CacheWatcher | None = None,
     ) -> None:
         self._spec = spec
         self._title = title
@@ -85,6 +102,7 @@ class EngineClient:
         self._on_change = on_change
         self._time_limits = time_limits or EngineTimeLimits()
         self._restart_policy = restart_policy or RestartPolicy()
+        self._cache_watcher = cache_watcher
         self._streams: dict[str, EngineStream] = {}
         self._process: EngineProcess | None = None
         self._timers: list[asyncio.TimerHandle] = []
@@ -128,6 +146,8 @@ class EngineClient:
         """Take a request back. Its stream hears nothing more; unknown ids are ignored."""
         if self._streams.pop(request_id, None) is not None and self._process is not None:
             self._process.send(Abort(request_id))
+            if self._cache_watcher is not None:
+                self._cache_watcher.on_abort(request_id)
 
     def has_request(self, request_id: str) -> bool:
         return request_id in self._streams
@@ -234,10 +254,14 @@ class EngineClient:
             return
         self.info = event
         self._ready_at_s = now_s
+        if self._cache_watcher is not None:
+            self._cache_watcher.on_ready(event.block_size)
         self._set_state("ready", "")
 
     def _hand_out(self, batch: StepBatch, now_s: float) -> None:
         self.load = batch.load
+        if self._cache_watcher is not None:
+            self._cache_watcher.on_step(batch)
         streams = self._streams
         touched: list[EngineStream] = []
         for output in batch.outputs:
@@ -262,6 +286,8 @@ class EngineClient:
         if self.state == "ready":
             self._set_state("starting", "restarting the engine", error)
         self.load = None
+        if self._cache_watcher is not None:
+            self._cache_watcher.on_lost()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.on_engine_lost(error)

@@ -28,6 +28,8 @@ from headrace.replica.generation import Generator
 from headrace.replica.http_messages import AnswerHeads, HttpLimits
 from headrace.replica.http_server import HttpServer
 from headrace.replica.ledger import Ledger
+from headrace.replica.prefix_digest import PrefixDigest, PrefixNews
+from headrace.replica.prompt_caching import PromptCaching, shared_prefix_tokens
 from headrace.replica.report import BUSY_INTERVAL_S, Reporter
 from headrace.replica.restart import RestartPolicy
 from headrace.replica.routes import Routes
@@ -59,7 +61,10 @@ class Front:
         is_simulated = spec.engine.kind == "simulated"
         self._metrics = FrontMetrics(spec.endpoint, spec.replica_id)
         self._access_log = BackgroundLog(sys.stderr.buffer, "access-log")
-        self._reporter = Reporter(spec.report_sockets, self._make_report, self._report_interval_s)
+        self._digest = PrefixDigest()
+        self._reporter = Reporter(
+            spec.report_sockets, self._make_report, self._report_interval_s, self._digest
+        )
         self._ledger = Ledger(self._metrics, self._access_log, clock, self._reporter)
         self._engine = EngineClient(
             spec.engine,
@@ -68,6 +73,7 @@ class Front:
             self._reporter.notify,
             limits.engine,
             RestartPolicy(),
+            self._digest,
         )
         services = AnswerServices(self._engine, self._ledger, self._metrics, FailOnEngineLoss())
         fingerprint = "headrace-simulated" if is_simulated else "headrace-native"
@@ -126,7 +132,7 @@ class Front:
         self._ledger.check_integrity()
         return metrics
 
-    def _make_report(self, finished: list[FinishedRequest]) -> LoadReport:
+    def _make_report(self, finished: list[FinishedRequest], prefixes: PrefixNews) -> LoadReport:
         self._sequence += 1
         spec, engine = self._spec, self._engine
         return LoadReport(
@@ -150,6 +156,12 @@ class Front:
             finished=finished,
             generation=spec.generation,
             socket_path=self._socket_path,
+            open_by_gateway=self._ledger.open_by_gateway(),
+            open_by_tenant=self._ledger.open_by_tenant(),
+            prefix_epoch=prefixes.epoch,
+            prefixes_added=prefixes.added,
+            prefixes_removed=prefixes.removed,
+            speaks_h2=True,
         )
 
     def _report_interval_s(self) -> float:
@@ -214,7 +226,9 @@ class Front:
             self._engine.fail(f"the model's tokenizer could not be loaded: {type(error).__name__}: {error}")
         else:
             self._encoder = PromptEncoder(model.tokenizer)
-            self._generator.set_model(model, self._encoder)
+            shared = await shared_prefix_tokens(self._spec.shared_prefix, model, self._encoder)
+            caching = PromptCaching(self._spec.endpoint, self._digest, shared)
+            self._generator.set_model(model, self._encoder, caching)
             self._reporter.notify()
 
     async def _drain(self) -> None:

@@ -30,9 +30,10 @@ from headrace.replica.answer import Answer, AnswerServices, GenerationFailed, Te
 from headrace.replica.answer_shape import AnswerShape
 from headrace.replica.chat import flatten_messages
 from headrace.replica.engine_client import EngineClient
-from headrace.replica.http_connection import Responder
 from headrace.replica.http_messages import HttpRequest
+from headrace.replica.http_responder import Responder
 from headrace.replica.ledger import RequestRecord
+from headrace.replica.prompt_caching import PromptCaching
 from headrace.replica.text_model import PromptEncoder, TextModel
 from headrace.replica.validate import (
     ModelLimits,
@@ -85,6 +86,7 @@ class Generator:
         self._completion_decoder = RequestDecoder(CompletionRequest)
         self._model: TextModel | None = None
         self._encoder: PromptEncoder | None = None
+        self._caching: PromptCaching | None = None
         self._preparing: set[asyncio.Task[None]] = set()
         self._answers: set[Answer] = set()
         self._has_failed_open = False
@@ -94,9 +96,9 @@ class Generator:
     def __repr__(self) -> str:
         return f"Generator({len(self._preparing)} preparing, {len(self._answers)} answers)"
 
-    def set_model(self, model: TextModel, encoder: PromptEncoder) -> None:
+    def set_model(self, model: TextModel, encoder: PromptEncoder, caching: PromptCaching) -> None:
         """The model's text side is loaded; requests can be taken once the engine is ready too."""
-        self._model, self._encoder = model, encoder
+        self._model, self._encoder, self._caching = model, encoder, caching
 
     def has_model(self) -> bool:
         return self._model is not None
@@ -173,7 +175,11 @@ class Generator:
         answer = Answer(shape, record, responder, self._services, headers)
         assert self._model is not None
         rules = TextRules(self._model.tokenizer.token_bytes, prompt.stops)
-        answer.submit(self._engine_requests(record, prompt), rules)
+        requests = self._engine_requests(record, prompt)
+        answer.submit(requests, rules)
+        assert self._caching is not None
+        if len(prompt.token_ids) == 1:  # of several, the head does not say where each begins
+            self._caching.admit(requests[0], request.body)
         return answer
 
     def _limits(self) -> ModelLimits:
@@ -262,12 +268,21 @@ class Generator:
             # The same request came again while its first try is open, after a broken connection for example.
             attempt += 1
             base = f"{record.request_id}~{attempt}"
+        assert self._caching is not None
+        cache_salt = self._caching.salt_of(record.tenant)
         requests = []
         for k in range(total):
             seeded = msgspec.structs.replace(sampling, seed=sampling.seed + k % n)
             token_ids = prompt.token_ids[k // n]
             requests.append(
-                GenerationRequest(_choice_id(base, k, total), token_ids, seeded, tenant=record.tenant)
+                GenerationRequest(
+                    _choice_id(base, k, total),
+                    token_ids,
+                    seeded,
+                    tenant=record.tenant,
+                    cache_salt=cache_salt,
+                    num_shared_tokens=self._caching.num_shared(token_ids),
+                )
             )
         return requests
 

@@ -2,7 +2,7 @@
 
 Owns one connection per socket path, each with its own pace: a dead or hung listener delays no other.
 Of the load only the newest report counts; finished requests are kept, up to a bound, until each listener
-got them. Must not know what is reported.
+got them; of the prefix cache each router is told the changes. Must not know what is reported.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import FinishedRequest, LoadReport, ReportAck
 from headrace.errors import ProtocolError
+from headrace.replica.prefix_digest import PrefixDigest, PrefixFeed, PrefixNews
 
 MIN_RETRY_S = 0.05
 MAX_RETRY_S = 1.0
@@ -26,13 +27,19 @@ _MAX_PER_REPORT = 512
 _CONTROLLER_SOCKET = "controller.sock"
 _log = logging.getLogger(__name__)
 
-MakeReport = Callable[[list[FinishedRequest]], LoadReport]
+MakeReport = Callable[[list[FinishedRequest], PrefixNews], LoadReport]
 
 
 class ReportSink:
     """One listener: connects, reports, reads acknowledgements, and starts over when the connection ends."""
 
-    def __init__(self, path: str, make_report: MakeReport, interval_s: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        path: str,
+        make_report: MakeReport,
+        interval_s: Callable[[], float],
+        digest: PrefixDigest | None = None,
+    ) -> None:
         self._path = path
         self._make_report = make_report
         self._interval_s = interval_s
@@ -40,6 +47,9 @@ class ReportSink:
         self._news = asyncio.Event()
         self.is_router = Path(path).name != _CONTROLLER_SOCKET
         """Routers send requests, so a drain waits for their release; controllers do not."""
+        self._prefixes: PrefixFeed | None = None
+        if digest is not None and self.is_router:
+            self._prefixes = digest.subscribe()
         self.is_connected = False
         self.is_released = False
 
@@ -81,12 +91,15 @@ class ReportSink:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Return when the listener closed the connection. Raises OSError, TimeoutError, ProtocolError."""
         self.is_connected = True
+        if self._prefixes is not None:
+            self._prefixes.restart()
         reading = asyncio.create_task(self._read(reader))
         try:
             while not reading.done():
                 self._news.clear()
                 finished = [self._finished[i] for i in range(min(len(self._finished), _MAX_PER_REPORT))]
-                writer.write(encode_frame(self._make_report(finished)))
+                news = PrefixNews() if self._prefixes is None else self._prefixes.take()
+                writer.write(encode_frame(self._make_report(finished, news)))
                 async with asyncio.timeout(_IO_LIMIT_S):
                     await writer.drain()
                 self._forget(finished)
@@ -122,8 +135,14 @@ class ReportSink:
 class Reporter:
     """All listeners of one front."""
 
-    def __init__(self, paths: list[str], make_report: MakeReport, interval_s: Callable[[], float]) -> None:
-        self.sinks = [ReportSink(path, make_report, interval_s) for path in paths]
+    def __init__(
+        self,
+        paths: list[str],
+        make_report: MakeReport,
+        interval_s: Callable[[], float],
+        digest: PrefixDigest | None = None,
+    ) -> None:
+        self.sinks = [ReportSink(path, make_report, interval_s, digest) for path in paths]
 
     def on_busy(self) -> None:
         """The replica was idle and is busy now: report at once, and often."""

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.clock import VirtualClock
-from headrace.replica.http_connection import HttpConnection, Responder
+from headrace.replica.http_connection import HttpConnection
 from headrace.replica.http_messages import AnswerHeads, HttpLimits, HttpRequest
+from headrace.replica.http_responder import Responder
 
 
 class MemoryTransport(asyncio.Transport):

@@ -13,6 +13,7 @@ import pytest
 
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import FinishedRequest, LoadReport, ReportAck, TerminalState
+from headrace.replica.prefix_digest import PrefixNews
 from headrace.replica.report import Reporter
 
 pytestmark = pytest.mark.slow
@@ -73,7 +74,7 @@ class World:
     def path(self, name: str) -> str:
         return str(self.directory / name)
 
-    def make_report(self, finished: list[FinishedRequest]) -> LoadReport:
+    def make_report(self, finished: list[FinishedRequest], _prefixes: PrefixNews) -> LoadReport:
         self.sequence += 1
         return LoadReport("chat-1", "chat", "m", "", 1, self.sequence, 3.0, "ready", finished=finished)
 

@@ -89,6 +89,10 @@ class BlockPool:
             if self._references[block] == 1:
                 self._cache.forget(block)
 
+    def take_forgotten(self) -> list[BlockHash]:
+        """Return the hashes of the blocks whose content was forgotten since the last call."""
+        return self._cache.take_forgotten()
+
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Raise AssertionError, showing the sum that failed, unless `tables` explain every reference."""
         expected = Counter(block for table in tables for block in table)

@@ -6,10 +6,10 @@ Pure. Must not know reference counts, requests, or what lies in a block.
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
-import numpy as np
 import xxhash
 
 BlockHash = bytes
@@ -26,13 +26,40 @@ def chain_hashes(parent: BlockHash, token_ids: Sequence[int], block_size: int) -
 
     A block's hash covers its parent's hash and its own tokens, so it stands for the whole prefix.
     """
-    packed = np.asarray(token_ids, dtype="<i4").tobytes()
+    packed = array("i", token_ids).tobytes()  # numpy would take four times as long for a list
     block_bytes = block_size * _TOKEN_BYTES
     hashes = []
     for start in range(0, len(packed) - block_bytes + 1, block_bytes):
         parent = xxhash.xxh3_128_digest(parent + packed[start : start + block_bytes])
         hashes.append(parent)
     return hashes
+
+
+def extend_hashes(
+    hashes: list[BlockHash],
+    token_ids: Sequence[int],
+    num_blocks: int,
+    block_size: int,
+    root: BlockHash,
+    num_shared_tokens: int = 0,
+) -> None:
+    """Extend `hashes` to those of the first `num_blocks` full blocks of `token_ids`; they are full.
+
+    `root`: of the request's salt. The full blocks within the first `num_shared_tokens` are hashed without
+    salt, so that every request which begins with the same tokens shares them; the salt is mixed in behind
+    them.
+    """
+    num_shared = num_shared_tokens // block_size
+    if len(hashes) < min(num_shared, num_blocks):
+        parent = hashes[-1] if hashes else root_hash("")
+        part = token_ids[len(hashes) * block_size : min(num_shared, num_blocks) * block_size]
+        hashes += chain_hashes(parent, part, block_size)
+    if len(hashes) < num_blocks:
+        parent = hashes[-1] if hashes else root
+        if hashes and len(hashes) == num_shared:
+            parent = xxhash.xxh3_128_digest(root + parent)
+        part = token_ids[len(hashes) * block_size : num_blocks * block_size]
+        hashes += chain_hashes(parent, part, block_size)
 
 
 class PrefixCache:
@@ -43,6 +70,7 @@ class PrefixCache:
         self._hash_of: dict[int, BlockHash] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()
         """Least recently released first."""
+        self._forgotten: list[BlockHash] = []
 
     def __len__(self) -> int:
         """All cached blocks, referenced or not."""
@@ -84,7 +112,9 @@ class PrefixCache:
     def evict(self) -> int:
         """Forget the evictable block that was released longest ago, and return it."""
         block, _ = self._evictable.popitem(last=False)
-        del self._block_of[self._hash_of.pop(block)]
+        block_hash = self._hash_of.pop(block)
+        del self._block_of[block_hash]
+        self._forgotten.append(block_hash)
         return block
 
     def forget(self, block: int) -> None:
@@ -92,6 +122,12 @@ class PrefixCache:
         block_hash = self._hash_of.pop(block, None)
         if block_hash is not None:
             del self._block_of[block_hash]
+            self._forgotten.append(block_hash)
+
+    def take_forgotten(self) -> list[BlockHash]:
+        """Return the hashes of the blocks that were evicted or forgotten since the last call: of one step."""
+        forgotten, self._forgotten = self._forgotten, []
+        return forgotten
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the two directions disagree, or a block is evictable but not cached."""
