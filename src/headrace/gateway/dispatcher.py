@@ -174,6 +174,7 @@ class Dispatcher:
                 bound.front_reported_s = now_s
                 bound.free_slot()
                 self._binder.bring_back(bound.charge.limits)
+                self._binder.has_room_at(bound.endpoint)
             return
         endpoint = self.endpoints.get(endpoint_name)
         if endpoint is None or request_id in self._held:
@@ -195,7 +196,7 @@ class Dispatcher:
             return
         load = report.engine
         if load is not None:
-            endpoint.work.observe_costs(load.prefill_token_s, load.decode_token_s, now_s)
+            endpoint.observe_costs(load.prefill_token_s, load.decode_token_s, now_s)
         counts = report.open_by_tenant
         if sum(counts.values()) != report.num_open or min(counts.values(), default=0) < 0:
             counts = {}  # not counted by tenant, or nonsense

@@ -115,6 +115,19 @@ def body_too_large(max_bytes: int) -> str:
     )
 
 
+def url_too_long(max_bytes: int) -> str:
+    return error_body(f"The URL is longer than {max_bytes} bytes, the limit.", code="uri_too_long")
+
+
+def too_many_connections(limit: int) -> str:
+    return error_body(
+        f"More than {limit} connections are open from your address, the limit "
+        "(gateway.max_connections_per_address). Close some, or wait for answers.",
+        "rate_limit_error",
+        "too_many_connections",
+    )
+
+
 def headers_too_large(max_bytes: int) -> str:
     return error_body(f"The headers are longer than {max_bytes} bytes, the limit.", code="payload_too_large")
 

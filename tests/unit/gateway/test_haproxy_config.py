@@ -59,8 +59,8 @@ def test_haproxy_accepts_every_name_that_the_config_accepts(short_dir: Path, nam
     [
         (["a/b_c:d.e-f", "_".join("x" * 60), "x" * 128], {"metrics_bind": "[::1]:8001"}),
         ([f"model-{number}" for number in range(300)], {"num_threads": 4, "max_connections": 100}),
-        ([], {"request_timeout_s": 0.5, "max_body_bytes": 1}),
         (["chat"], {"admin_bind": "127.0.0.1:8001", "admin_key_hash": "0" * 64}),
+        ([], {"request_timeout_s": 0.5, "max_body_bytes": 1, "max_connections_per_address": 5}),
         (["chat", "org/m"], {"tenants": [TenantRule("acme"), TenantRule("b.c-d_e", endpoints=["chat"])]}),
     ],
 )
