@@ -185,9 +185,10 @@ def _join(gateway_id: str, request_id: str, parts: _Parts, wall_s: float) -> Req
 
 def _replica(line: Completion, bound: Bound | None) -> str:
     """The one that answered: HAProxy may have gone on to another one than the router chose."""
-    if bound is not None and line.server in (bound.server_name, ""):
+    name, _ = split_shared_name(line.server)
+    if bound is not None and name in (bound.server_name, ""):
         return bound.replica_id
-    return "" if line.server.startswith("<") else decode_name(split_shared_name(line.server)[0])
+    return "" if name.startswith("<") else decode_name(name)
 
 
 def _text(value: str) -> str:

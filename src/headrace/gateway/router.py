@@ -31,6 +31,7 @@ from headrace.gateway.metrics_server import serve_metrics
 from headrace.gateway.names import endpoint_of_backend, shared_name
 from headrace.gateway.paths import GatewayPaths
 from headrace.gateway.replicas import Replica, ReplicaTable
+from headrace.gateway.report_checks import without_nonsense
 from headrace.gateway.request_recorder import RequestRecorder
 from headrace.gateway.servers import ServerKeeper
 from headrace.gateway.spoe import Arguments, SpoeAgent, SpoeCall, SpoeConnection, text_argument
@@ -140,6 +141,7 @@ class Router:
             "unseen_completions": self.dispatcher.num_unseen_completions,
             "answered_by_haproxy": self._num_answered_by_haproxy,
             "ignored_reports": self.replicas.num_ignored_reports,
+            "ignored_ends": self.replicas.num_ignored_ends,
             "ignored_completions": self._completions.num_ignored,
             "spoe_errors": self.agent.num_protocol_errors,
             "haproxy_failures": self.keeper.num_failures + self.keys.num_failures,
@@ -255,6 +257,8 @@ class Router:
 
     def _on_report(self, connection: ReportConnection, report: LoadReport) -> None:
         now_s = self._clock.now_s()
+        report, num_impossible = without_nonsense(report)
+        self.replicas.num_ignored_ends += num_impossible
         try:
             replica = self.replicas.observe(report, connection, now_s)
         except ProtocolError as error:

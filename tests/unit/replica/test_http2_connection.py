@@ -30,7 +30,7 @@ EMPTY_SETTINGS = frames.pack_settings({})
 
 
 class Transport(MemoryTransport):
-    """Counts writes, too."""
+    """Counts writes, too. Its peer closes as soon as our side ended."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,6 +39,10 @@ class Transport(MemoryTransport):
     def write(self, data: Any) -> None:
         self.num_writes += 1
         super().write(data)
+
+    def write_eof(self) -> None:
+        super().write_eof()
+        self.is_closed = True
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         pass
