@@ -57,32 +57,44 @@ class PrefixPlacer:
         return self._tokens_per_byte
 
     def place(self, replicas: Sequence[ReplicaObservation], prompt: PromptHead, now_s: float) -> Placement:
+        # The router's hottest loop: columns instead of an object per replica.
         matched = self.index.match(prompt.hashes, now_s) if prompt.hashes else {}
         session = self._sessions.get(prompt.session) if prompt.session else None
-        able: list[_Candidate] = []
+        wanted = session[0] if session is not None else None
+        able: list[ReplicaObservation] = []
+        loads: list[int] = []
+        cached: list[int] = []  # bytes of the prompt
         for replica in replicas:
             load = load_of(replica)
             if has_room(replica, load):
                 num = matched.get(replica.replica_id, 0)
-                num_cached = min(num * BLOCK_BYTES, prompt.num_bytes)
-                if session is not None and session[0] == replica.replica_id:
+                num_cached = min(num * BLOCK_BYTES, prompt.num_bytes) if num else 0
+                if session is not None and wanted == replica.replica_id:
                     num_cached = self._cached_by_session(replica.replica_id, prompt, num, session[1])
-                able.append(_Candidate(replica, load, num_cached))
+                able.append(replica)
+                loads.append(load)
+                cached.append(num_cached)
         if not able:
             return must_wait({replica.replica_id: float(load_of(replica)) for replica in replicas})
-        is_measured = self._estimate(able, prompt, now_s)
-        limit = min([candidate.score for candidate in able])
-        limit = limit * (1 + _TIE_RATIO) + _TIE_S if is_measured else limit + LOAD_WINDOW
-        wanted = session[0] if session is not None else None
-        best, best_key = able[0], None
-        for candidate in able:
-            if candidate.score <= limit:
-                replica = candidate.replica
-                preference = replica.replica_id != wanted if is_measured else -candidate.num_cached
-                key = (preference, candidate.load, replica.num_assigned)
+        costs = self._estimate(able, loads, cached, prompt, now_s)
+        scores = costs[0] if costs is not None else [float(load) for load in loads]
+        limit = min(scores)
+        limit = limit * (1 + _TIE_RATIO) + _TIE_S if costs is not None else limit + LOAD_WINDOW
+        best, best_key = 0, None
+        for position, score in enumerate(scores):
+            if score <= limit:
+                replica = able[position]
+                preference = replica.replica_id != wanted if costs is not None else -cached[position]
+                key = (preference, loads[position], replica.num_assigned)
                 if best_key is None or key < best_key:
-                    best, best_key = candidate, key
-        return _placement(best, able, prompt, wanted)
+                    best, best_key = position, key
+        return Placement(
+            able[best].replica_id,
+            _reason(able[best].replica_id, cached[best], max(cached), wanted),
+            {replica.replica_id: score for replica, score in zip(able, scores)},
+            cached[best] / prompt.num_bytes if prompt.num_bytes else 0.0,
+            costs[1][best] if costs is not None else 0.0,
+        )
 
     def bound(self, placement: Placement, prompt: PromptHead, now_s: float) -> None:
         replica_id = placement.replica_id
@@ -122,61 +134,52 @@ class PrefixPlacer:
             num_bytes = 0
         return min(max(num_bytes, num_matched * BLOCK_BYTES), prompt.num_bytes)
 
-    def _estimate(self, able: Sequence[_Candidate], prompt: PromptHead, now_s: float) -> bool:
-        """Give each candidate its cost in seconds. False: nothing is measured yet, loads stay the scores."""
-        prefill_token_s = _mean([candidate.replica.prefill_token_s for candidate in able])
+    def _estimate(
+        self,
+        able: Sequence[ReplicaObservation],
+        loads: Sequence[int],
+        cached: Sequence[int],
+        prompt: PromptHead,
+        now_s: float,
+    ) -> tuple[list[float], list[float]] | None:
+        """Return each replica's cost and the prefill in it, in seconds. None: nothing is
+        measured yet."""
+        prefill_token_s = _mean([replica.prefill_token_s for replica in able])
         if prefill_token_s <= 0:
-            return False
-        decode_token_s = _mean([candidate.replica.decode_token_s for candidate in able])
+            return None
+        decode_token_s = _mean([replica.decode_token_s for replica in able])
         horizon = min(HORIZON_TOKENS, prompt.max_output_tokens or HORIZON_TOKENS)
-        for candidate in able:
-            replica, load = candidate.replica, candidate.load
+        num_bytes, tokens_per_byte, busy_until_s = prompt.num_bytes, self._tokens_per_byte, self._busy_until_s
+        scores, prefills_s = [], []
+        for replica, load, num_cached in zip(able, loads, cached):
             token_s = replica.prefill_token_s or prefill_token_s
-            num_tokens = (prompt.num_bytes - candidate.num_cached) * self._tokens_per_byte
-            candidate.prefill_s = score = num_tokens * token_s
+            num_tokens = (num_bytes - num_cached) * tokens_per_byte
+            score = prefill_s = num_tokens * token_s
             if load:
-                backlog_s = self._busy_until_s.get(replica.replica_id, 0.0) - now_s
+                backlog_s = busy_until_s.get(replica.replica_id, 0.0) - now_s
                 if backlog_s > 0:
                     score += backlog_s
                 score += (replica.decode_token_s or decode_token_s) * horizon * load
-            num_missing = num_tokens + horizon - replica.num_free_tokens
-            if num_missing > 0 and replica.num_free_tokens >= 0:
-                score += num_missing * token_s  # pushes out what others have to compute again
-            candidate.score = score
-        return True
+            num_free = replica.num_free_tokens
+            if 0 <= num_free < num_tokens + horizon:
+                # It pushes out what others have to compute again.
+                score += (num_tokens + horizon - num_free) * token_s
+            scores.append(score)
+            prefills_s.append(prefill_s)
+        return scores, prefills_s
 
 
-class _Candidate:
-    """A replica that may be chosen, while one decision is made."""
-
-    __slots__ = ("load", "num_cached", "prefill_s", "replica", "score")
-
-    def __init__(self, replica: ReplicaObservation, load: int, num_cached: int) -> None:
-        self.replica = replica
-        self.load = load
-        self.num_cached = num_cached
-        """Bytes of the prompt."""
-        self.score = float(load)
-        self.prefill_s = 0.0
-
-
-def _placement(
-    best: _Candidate, able: Sequence[_Candidate], prompt: PromptHead, wanted: str | None
-) -> Placement:
-    replica_id = best.replica.replica_id
-    reason: PlacementReason
-    if best.num_cached < max([candidate.num_cached for candidate in able]):
-        reason = "spread"
-    elif best.num_cached == 0:
-        reason = "least_loaded"
-    else:
-        reason = "session" if wanted == replica_id else "prefix"
-    scores = {candidate.replica.replica_id: candidate.score for candidate in able}
-    ratio = best.num_cached / prompt.num_bytes if prompt.num_bytes else 0.0
-    return Placement(replica_id, reason, scores, ratio, best.prefill_s)
+def _reason(replica_id: str, num_cached: int, most_cached: int, wanted: str | None) -> PlacementReason:
+    if num_cached < most_cached:
+        return "spread"
+    if num_cached == 0:
+        return "least_loaded"
+    return "session" if wanted == replica_id else "prefix"
 
 
 def _mean(costs: Sequence[float]) -> float:
     """Return the mean of what was measured; 0 if nothing was."""
+    if costs[0] > 0 and min(costs) == max(costs):
+        return costs[0]  # replicas of one kind
     measured = [cost for cost in costs if cost > 0]
     return sum(measured) / len(measured) if measured else 0.0
