@@ -7,13 +7,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PURE := policy engine.kv_cache engine.scheduler control.reconciler
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
+# What headrace is measured beside; each in an environment of its own under .peers.
+PEERS := ray-serve vllm-router smg
 
-.PHONY: help up test check lint format type imports unit integration e2e test-slow bench docs clean
+.PHONY: help up test check lint format type imports unit fuzz integration e2e test-slow bench peers docs clean
 help:
 	@echo "make up      install, then serve SmolLM2-135M-Instruct at http://127.0.0.1:8000/v1"
 	@echo "make test    everything that CI runs: check, unit, integration, end to end"
 	@echo "make check   format, lint, types, import contracts"
 	@echo "make bench   the benchmarks of benchmarks/ (minutes)"
+	@echo "make peers   install what \`make bench\` compares with, into .peers (about 1 GB, a minute or two)"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,7 +32,7 @@ $(INSTALLED_TEST): $(INSTALLED)
 up: $(INSTALLED)
 	$(BIN)/headrace up examples/quickstart.yaml
 
-test: check unit integration e2e
+test: check unit fuzz integration e2e
 
 check: lint type imports
 
@@ -50,6 +53,11 @@ imports: $(INSTALLED_TEST)
 unit: $(INSTALLED_TEST)
 	$(BIN)/pytest tests/unit $(foreach package,$(PURE),--cov=headrace.$(package)) --cov-branch --cov-fail-under=95
 
+# SECONDS per fuzzer; without it one round of fixed examples each.
+SECONDS ?= 0
+fuzz: $(INSTALLED_TEST)
+	HEADRACE_FUZZ_SECONDS=$(SECONDS) $(BIN)/pytest tests/fuzz --timeout $(shell expr $(SECONDS) + 120)
+
 integration: $(INSTALLED_TEST)
 	$(BIN)/pytest tests/integration
 
@@ -58,6 +66,15 @@ e2e: $(INSTALLED_TEST)
 
 bench: $(INSTALLED_TEST)
 	$(BIN)/python -m benchmarks
+
+peers: $(PEERS:%=.peers/%/.installed)
+	@du -sh $(PEERS:%=.peers/%)
+
+.peers/%/.installed: benchmarks/peers/requirements-%.txt
+	@echo "installing $* into .peers/$*"
+	$(PYTHON) -m venv .peers/$*
+	.peers/$*/bin/python -m pip --disable-pip-version-check install -q -r $<
+	@touch $@
 
 docs: $(INSTALLED_TEST)
 	$(BIN)/python -m docs.generate_reference

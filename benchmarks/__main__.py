@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-NAMES = ("gateway", "tokens", "engine", "start", "memory", "placement")
+NAMES = ("gateway", "tokens", "peers", "router", "engine", "start", "memory", "placement")
 
 
 def main() -> int:
@@ -15,15 +15,20 @@ def main() -> int:
         "names", nargs="*", metavar="NAME", help=f"all (the default), or of: {', '.join(NAMES)}"
     )
     parser.add_argument("--quick", action="store_true", help="short and rough: to see that it runs")
+    parser.add_argument("--only", default="", metavar="PEER,…", help="peers: measure beside these alone")
     parser.add_argument("--no-report", action="store_true", help="print, and write no file")
     arguments = parser.parse_args()
     names = list(NAMES) if arguments.names in ([], ["all"]) else arguments.names
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         parser.error(f"no benchmark {', '.join(unknown)}; there are: {', '.join(NAMES)}, all")
+    only = [peer for peer in arguments.only.split(",") if peer]
+    if only and names != ["peers"]:
+        parser.error("--only belongs to `peers` alone: python -m benchmarks peers --only NAME,…")
     for name in names:
+        options = {"only": only} if only else {}
         print(f"== {name}", file=sys.stderr, flush=True)
-        report = importlib.import_module(f"benchmarks.{name}").run(is_quick=arguments.quick)
+        report = importlib.import_module(f"benchmarks.{name}").run(is_quick=arguments.quick, **options)
         print(report.to_markdown())
         if not arguments.no_report:
             for path in report.write():

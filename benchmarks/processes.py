@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -28,12 +28,36 @@ def role_of(process: psutil.Process) -> str:
         return ""
 
 
-def find_processes(root_pid: int | None = None) -> dict[int, tuple[str, psutil.Process]]:
-    """Return pid -> (role, process) of the system's processes below `root_pid` (default: this one)."""
+@dataclass(frozen=True)
+class ForeignTree:
+    """Another program's processes, which this one started: the root, and how their roles are told."""
+
+    root_pid: int
+    role_of: Callable[[psutil.Process], str]
+
+
+def find_processes(
+    root_pid: int | None = None, foreign: ForeignTree | None = None
+) -> dict[int, tuple[str, psutil.Process]]:
+    """Return pid -> (role, process) of the system's processes below `root_pid` (default: this one). Those of
+    `foreign` get roles of their own, which begin with `peer `."""
     root = psutil.Process(root_pid)
     below = [*root.children(recursive=True), *([root] if root_pid is not None else [])]
     found = {process.pid: (role_of(process), process) for process in below}
+    if foreign is not None:
+        for process in tree_of(foreign.root_pid):
+            role = foreign.role_of(process)
+            found[process.pid] = (f"peer {role}" if role else "", process)
     return {pid: (role, process) for pid, (role, process) in found.items() if role}
+
+
+def tree_of(root_pid: int) -> list[psutil.Process]:
+    """Return a process and all below it; empty when it is gone."""
+    try:
+        root = psutil.Process(root_pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.Error:
+        return []
 
 
 @dataclass(frozen=True)
@@ -53,10 +77,10 @@ class CpuSample:
         return spent
 
 
-def sample_cpu() -> CpuSample:
-    """Sample all processes of the system under test."""
+def sample_cpu(foreign: ForeignTree | None = None) -> CpuSample:
+    """Sample all processes of the system under test, and those of `foreign`."""
     spent: dict[int, tuple[str, float]] = {}
-    for pid, (role, process) in find_processes().items():
+    for pid, (role, process) in find_processes(foreign=foreign).items():
         try:
             times = process.cpu_times()
         except psutil.Error:
@@ -81,7 +105,7 @@ class CpuWindow:
 
 
 @contextmanager
-def cpu_window(after_s: float, length_s: float) -> Iterator[CpuWindow]:
+def cpu_window(after_s: float, length_s: float, foreign: ForeignTree | None = None) -> Iterator[CpuWindow]:
     """Sample from a thread `after_s` seconds into the block and again `length_s` later. The block must last
     longer than both."""
     window = CpuWindow()
@@ -89,9 +113,9 @@ def cpu_window(after_s: float, length_s: float) -> Iterator[CpuWindow]:
 
     def watch() -> None:
         if not is_over.wait(after_s):
-            window.samples.append(sample_cpu())
+            window.samples.append(sample_cpu(foreign))
         if not is_over.wait(length_s):
-            window.samples.append(sample_cpu())
+            window.samples.append(sample_cpu(foreign))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 
 import httpx
+import openai
 import psutil
 import pytest
 
@@ -185,6 +186,31 @@ def test_bad_requests_lose_nothing_else_in_flight(system: RunningSystem) -> None
         assert httpx.get(f"{system.url}/nothing", timeout=30).status_code == 404
         load.wait_for(8)
     assert set(load.outcomes) == {"finished"}, load.outcomes
+
+
+def test_a_long_body_finds_its_model_wherever_it_stands_and_survives_the_relays_end(
+    system: RunningSystem,
+) -> None:
+    client = openai.OpenAI(base_url=system.url, api_key="none", max_retries=0, timeout=30)
+    with pytest.raises(openai.BadRequestError, match="context") as caught:  # said by the front: it got there
+        client.chat.completions.create(model="chat", messages=[{"role": "user", "content": "x " * 500_000}])
+    assert caught.value.response.headers["x-headrace-replica"].startswith("chat-")
+
+    # A field that is ignored, before the model: as long as a prompt, without its tokens.
+    message = {"role": "user", "content": "Hello"}
+    tree = {"metadata": {"note": "x" * 5_000_000}, "messages": [message], "max_tokens": 5, "model": "chat"}
+
+    def ask() -> httpx.Response:
+        return httpx.post(f"{system.url}/chat/completions", json=tree, timeout=30)
+
+    assert ask().status_code == 200
+    relay = system.find_process("headrace: relay")
+    relay.kill()
+    wait_replaced(system, "headrace: relay", relay.pid)
+    wait_until(lambda: ask().status_code == 200, 10, "the new relay is used")
+    too_long = {**tree, "metadata": {"note": "x" * 40_000_000}}
+    response = httpx.post(f"{system.url}/chat/completions", json=too_long, timeout=30)
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "payload_too_large")
 
 
 def test_clients_that_leave_free_their_place(system: RunningSystem) -> None:

@@ -12,12 +12,13 @@ import msgspec
 from setproctitle import setproctitle
 
 from headrace.api.config import Config
-from headrace.api.messages import GatewaySpec, ProcessSpec, haproxy_name, router_name
+from headrace.api.messages import GatewaySpec, ProcessSpec, haproxy_name, relay_name, router_name
 from headrace.clock import SystemClock
-from headrace.control import reconciler
+from headrace.control import essentials, reconciler
 from headrace.control.app import Controller, ProcessSources, read_config
 from headrace.control.specs import replica_process
 from headrace.fabric.local import LocalLauncher
+from headrace.gateway.haproxy_frontend import needs_relay
 from headrace.gateway.paths import GatewayPaths
 
 FAKES = str(Path(__file__).with_name("fake_processes.py"))
@@ -28,6 +29,8 @@ def prepare_gateway(spec: GatewaySpec) -> list[ProcessSpec]:
     paths = GatewayPaths(spec.run_dir, spec.gateway_id)
     Path(paths.directory).mkdir(exist_ok=True)
     names = {"haproxy": haproxy_name(spec.gateway_id), "router": router_name(spec.gateway_id)}
+    if needs_relay(spec):
+        names["relay"] = relay_name(spec.gateway_id)
     return [
         ProcessSpec(name, [sys.executable, FAKES, role, text], log_path=paths.log(f"{name}.log"))
         for role, name in names.items()
@@ -52,5 +55,6 @@ if __name__ == "__main__":
     # The same decisions at a faster pace: the real pace is checked on a virtual clock.
     reconciler.FIRST_RESTART_DELAY_S = 0.05
     reconciler.LOST_AFTER_S = 1.0
+    essentials.HUNG_AFTER_S = 3.0
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d %(message)s")
     asyncio.run(run(Path(sys.argv[1])))

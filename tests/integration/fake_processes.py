@@ -17,7 +17,7 @@ import msgspec
 from headrace.api.config import split_address
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import Demand, GatewaySpec, LoadReport, ReplicaSpec, ReplicaView
-from headrace.api.run_paths import alive_socket_path, router_socket_path
+from headrace.api.run_paths import alive_socket_path, relay_socket_path, router_socket_path
 
 INTERVAL_S = 0.1
 
@@ -105,20 +105,29 @@ async def router(spec: GatewaySpec) -> None:
         await asyncio.sleep(0.05)
 
 
+async def relay(spec: GatewaySpec) -> None:
+    """Answers HTTP on its socket."""
+    path = relay_socket_path(spec.run_dir, spec.gateway_id)
+    remove(path)
+    server = await asyncio.start_unix_server(answer_http, path)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, sys.exit, 0)
+    await server.serve_forever()
+
+
+async def answer_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+    await writer.drain()
+    writer.close()
+
+
 async def haproxy(spec: GatewaySpec) -> None:
     """Answers HTTP, on the public port that it shares with others and on its own socket."""
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-        await writer.drain()
-        writer.close()
-
     host, port = split_address(spec.bind)
     alive_socket = alive_socket_path(spec.run_dir, spec.gateway_id)
     remove(alive_socket)
-    await asyncio.start_unix_server(answer, alive_socket)
-    server = await asyncio.start_server(answer, host, port, reuse_port=True)
+    await asyncio.start_unix_server(answer_http, alive_socket)
+    server = await asyncio.start_server(answer_http, host, port, reuse_port=True)
     await server.serve_forever()
 
 
@@ -132,4 +141,4 @@ if __name__ == "__main__":
         asyncio.run(front(msgspec.json.decode(argument, type=ReplicaSpec)))
     else:
         gateway = msgspec.json.decode(argument, type=GatewaySpec)
-        asyncio.run(router(gateway) if role == "router" else haproxy(gateway))
+        asyncio.run({"router": router, "haproxy": haproxy, "relay": relay}[role](gateway))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
 import json
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ class MockFront:
     served: list[str] = field(default_factory=list)
     headers_seen: list[dict[str, str]] = field(default_factory=list)
     bodies_seen: list[bytes] = field(default_factory=list)
+    """The first 200 bytes of each."""
+    body_hashes: list[bytes] = field(default_factory=list)
     fail_before_first_byte: bool = False
     is_released: asyncio.Event = field(default_factory=asyncio.Event)
     port: int = 0
@@ -159,6 +162,7 @@ class MockFront:
         request_id = headers["x-headrace-request-id"]
         self.headers_seen.append(headers)
         self.bodies_seen.append(body[:200])
+        self.body_hashes.append(hashlib.sha256(body).digest())
         self.open_requests.add(request_id)
         state = TerminalState.ABORTED
         try:

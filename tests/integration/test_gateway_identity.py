@@ -53,7 +53,7 @@ async def wait_for_status(gateway: Gateway, key: str, status: int, limit_s: floa
 
 
 def num_workers(gateway: Gateway) -> int:
-    return (Path(gateway.run_dir) / "logs" / "haproxy.log").read_text().count("New worker")
+    return Path(gateway.specs["haproxy"].log_path).read_text().count("New worker")
 
 
 async def test_a_key_is_a_tenant_and_neither_it_nor_a_claim_reaches_the_front() -> None:
@@ -148,7 +148,7 @@ async def test_keys_come_and_go_within_a_second_without_a_reload() -> None:
 
 
 def keys_file(gateway: Gateway) -> Path:
-    return Path(gateway.run_dir) / "keys.map"
+    return Path(gateway.paths.key_map)
 
 
 async def wait_for_list(gateway: Gateway, key: str, count: int) -> None:

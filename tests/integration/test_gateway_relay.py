@@ -97,17 +97,15 @@ async def test_requests_without_a_replica_get_openai_shaped_answers() -> None:
         assert answer.status == 400  # beyond HAProxy's buffer: it speaks for itself
 
 
-async def test_the_model_is_found_in_the_head_of_a_long_body_and_asked_for_when_it_lies_beyond() -> None:
+async def test_the_model_of_a_long_body_is_found_in_its_head_and_beyond_it() -> None:
     long = "x" * 300_000
     async with running_gateway(*TWO_ENDPOINTS) as gateway:
         front = await gateway.add_front("chat-1")
         body = json.dumps({"messages": "y" * 60_000, "model": "chat", "more": long}).encode()
         assert (await gateway.request("POST", "/v1/completions", body)).status == 200
         body = json.dumps({"messages": long, "model": "chat"}).encode()
-        answer = await gateway.request("POST", "/v1/completions", body)
-        assert (answer.status, answer.error()["param"]) == (400, "model")
-        assert "before `messages`" in answer.error()["message"]
-        assert len(front.served) == 1
+        assert (await gateway.request("POST", "/v1/completions", body)).status == 200
+        assert len(front.served) == 2
     async with running_gateway() as gateway:  # one endpoint: nothing to choose
         await gateway.add_front("chat-1")
         body = json.dumps({"messages": long, "model": "chat"}).encode()
@@ -151,7 +149,7 @@ async def test_sockets_and_files_are_for_their_owner_only() -> None:
 async def test_a_port_in_use_is_said_with_its_owner_and_what_to_do() -> None:
     async with running_gateway() as gateway:
         with pytest.raises(
-            ConfigError, match=r"127\.0\.0\.1:\d+ is in use by .*choose another gateway\.bind"
+            ConfigError, match=r"127\.0\.0\.1:\d+ is in use by .*another: --set gateway\.bind="
         ):
             prepare(gateway.spec)
 

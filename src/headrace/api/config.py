@@ -158,7 +158,7 @@ class Tls(Section):
     """The public address's certificate. Files are read again when they change, without a restart."""
 
     certificate: Annotated[str, Field(min_length=1)]
-    """PEM file of the certificate and its chain."""
+    """PEM file of the certificate and its chain. A relative path counts from the command's directory."""
     key: Annotated[str, Field(min_length=1)]
     """PEM file of the private key."""
 
@@ -210,6 +210,13 @@ class Config(Section):
     launcher: Literal["local"] = "local"
     """Where replicas run. local: child processes of `headrace up`."""
 
+    @model_validator(mode="after")
+    def _check_tenants(self) -> Config:
+        problems = [*_tenant_problems(self.tenants, self.endpoints), *_bind_problems(self)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
     @field_validator("endpoints")
     @classmethod
     def _check_names(cls, value: dict[str, Endpoint]) -> dict[str, Endpoint]:
@@ -220,6 +227,56 @@ class Config(Section):
                     "and begin with a letter or digit"
                 )
         return value
+
+
+def _tenant_problems(tenants: dict[str, Tenant], endpoints: dict[str, Endpoint]) -> list[str]:
+    problems: list[str] = []
+    owners: dict[str, str] = {}
+    for name, tenant in tenants.items():
+        if not TENANT_NAME.fullmatch(name):
+            problems.append(
+                f"tenants: name {name!r}: use 1 to 64 letters, digits or . _ - "
+                "and begin with a letter or digit"
+            )
+        unknown = [endpoint for endpoint in tenant.endpoints if endpoint not in endpoints]
+        if unknown:
+            problems.append(
+                f"tenants.{name}.endpoints: {', '.join(unknown)}: no such endpoint; there are: "
+                f"{', '.join(endpoints)}"
+            )
+        for key in tenant.keys:
+            owner = owners.setdefault(key, name)
+            if owner != name:
+                problems.append(
+                    f"tenants.{name}.keys: {key[:19]}... is a key of tenant {owner}, too; a key says who "
+                    "asks, so it belongs to one tenant"
+                )
+    return problems
+
+
+def _bind_problems(config: Config) -> list[str]:
+    gateway, problems = config.gateway, []
+    for field, address in (("bind", gateway.bind), ("admin_bind", gateway.admin_bind)):
+        if not address or is_loopback(address):
+            continue
+        if not config.tenants:
+            problems.append(
+                f"gateway.{field}: {address} can be reached from other machines, and without tenants nobody "
+                "is asked for a key. Add a `tenants` section and make a key (headrace keys create), or bind "
+                "to 127.0.0.1"
+            )
+        elif field == "admin_bind" and gateway.tls is None:
+            problems.append(
+                f"gateway.admin_bind: {address} can be reached from other machines, and without gateway.tls "
+                "the admin key would cross the network in clear. Set gateway.tls, or bind to 127.0.0.1"
+            )
+    return problems
+
+
+def is_loopback(address: str) -> bool:
+    """Whether `host:port` can be reached from its own machine only."""
+    host, _ = split_address(address)
+    return host == "localhost" or ipaddress.ip_address(host).is_loopback
 
 
 def split_address(value: str) -> tuple[str, int]:

@@ -72,7 +72,7 @@ def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError([_describe(item, source) for item in error.errors()]) from error
+        raise ConfigError([line for item in error.errors() for line in _describe(item, source)]) from error
 
 
 def dump_config(config: Config) -> str:
@@ -121,8 +121,15 @@ def _assign(tree: dict[str, Any], keys: Sequence[str], value: Any, name: str) ->
     tree[keys[-1]] = value
 
 
-def _describe(item: Any, source: str) -> str:
+def _describe(item: Any, source: str) -> list[str]:
+    """Return one line per problem; a rule about several sections names the paths itself."""
     location = item["loc"]
+    if not location and item["type"] == "value_error":
+        return [f"{source}: {line}" for line in item["msg"].removeprefix("Value error, ").splitlines()]
+    return [_describe_field(item, location, source)]
+
+
+def _describe_field(item: Any, location: Sequence[Any], source: str) -> str:
     path = ".".join(str(part) for part in location)
     got = item["input"]
     shown = (

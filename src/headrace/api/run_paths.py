@@ -9,6 +9,7 @@ MAX_SOCKET_PATH_BYTES = 100
 
 
 CONTROLLER_SOCKET = "controller.sock"
+ADMIN_HTTP_SOCKET = "admin-http.sock"
 LOG_DIRECTORY = "logs"
 _ROUTER_SOCKET = "router.sock"
 
@@ -27,6 +28,11 @@ def alive_socket_path(run_dir: str, gateway_id: str) -> str:
     """Return the path of the UNIX socket on which a gateway's HAProxy says that it lives: the public port is
     shared with the other gateways."""
     return f"{gateway_directory(run_dir, gateway_id)}/alive.sock"
+
+
+def relay_socket_path(run_dir: str, gateway_id: str) -> str:
+    """Return the path of the UNIX socket on which a gateway's relay takes requests."""
+    return f"{gateway_directory(run_dir, gateway_id)}/relay.sock"
 
 
 def front_socket_path(run_dir: str, replica_id: str) -> str:

@@ -16,9 +16,9 @@ def apply(config: ConfigPath = None, settings: Settings = None, name: Name = DEF
     """Give a running system a new config. Replicas that it changes are replaced one by one."""
     from headrace.api.messages import ApplyConfig
     from headrace.control.admin import ask
-    from headrace.control.preflight import check_models
+    from headrace.control.preflight import check_keys, check_models
 
-    checked = check_models(load(config, settings))
+    checked = check_keys(check_models(load(config, settings)))
     reply = ask(find_run_directory(name), ApplyConfig(checked.model_dump_json()))
     for note in reply.notes:
         typer.echo(note)

@@ -20,9 +20,10 @@ config_app = typer.Typer(
 @config_app.command()
 def check(config: ConfigPath = None, settings: Settings = None) -> None:
     """Say whether a config would work here: its fields, its models, the libraries they need."""
-    from headrace.control.preflight import check_models
+    from headrace.control.preflight import check_certificate, check_keys, check_models
 
-    checked = check_models(load(config, settings))
+    checked = check_keys(check_models(load(config, settings)))
+    check_certificate(checked)
     for name, endpoint in checked.endpoints.items():
         count = f"{endpoint.replicas.min} to {endpoint.replicas.max} replicas"
         typer.echo(f"{name}: {endpoint.model} on the {endpoint.engine} engine, {count}")

@@ -23,6 +23,7 @@ COMMANDS = {
     "apply": ("headrace.cli.change", "apply"),
     "scale": ("headrace.cli.change", "scale"),
     "status": ("headrace.cli.status", "status"),
+    "keys": ("headrace.cli.keys", "keys_app"),
     "chat": ("headrace.cli.chat", "chat"),
     "bench": ("headrace.cli.bench", "bench"),
     "config": ("headrace.cli.config", "config_app"),

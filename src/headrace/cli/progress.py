@@ -25,9 +25,11 @@ class Progress(Protocol):
     def close(self) -> None: ...
 
 
-def make_progress(began_s: float) -> Progress:
-    """Return what suits stderr. began_s: when the command began, on the monotonic clock."""
-    return LiveProgress(began_s) if sys.stderr.isatty() else PlainProgress(began_s)
+def make_progress(began_s: float, needs_key: bool = False) -> Progress:
+    """Return what suits stderr. began_s: when the command began, on the monotonic clock. needs_key: requests
+    need an API key."""
+    kind = LiveProgress if sys.stderr.isatty() else PlainProgress
+    return kind(began_s, needs_key)
 
 
 def describe_replica(replica: ReplicaStatus) -> str:
@@ -39,14 +41,15 @@ def describe_replica(replica: ReplicaStatus) -> str:
     return replica.state
 
 
-def greeting(status: SystemStatus, elapsed_s: float) -> str:
+def greeting(status: SystemStatus, elapsed_s: float, needs_key: bool = False) -> str:
     """Return what is said once requests are served."""
     name = status.endpoints[0].name
     message = '{"role": "user", "content": "What is the capital of Italy?"}'
     body = f'{{"model": "{name}", "temperature": 0, "messages": [{message}]}}'
+    key = '-H "authorization: Bearer $HEADRACE_API_KEY" ' if needs_key else ""
     return (
         f"ready: {status.url} after {format_seconds(elapsed_s)}\n"
-        f"try:   curl -s {status.url}/chat/completions -H 'content-type: application/json' -d '{body}'\n"
+        f"try:   curl -s {status.url}/chat/completions {key}-H 'content-type: application/json' -d '{body}'\n"
         "look:  headrace status    stop: Ctrl-C"
     )
 
@@ -54,8 +57,9 @@ def greeting(status: SystemStatus, elapsed_s: float) -> str:
 class PlainProgress:
     """A line for every change, for logs and pipes."""
 
-    def __init__(self, began_s: float) -> None:
+    def __init__(self, began_s: float, needs_key: bool = False) -> None:
         self._began_s = began_s
+        self._needs_key = needs_key
         self._said: dict[str, str] = {}
 
     def show(self, status: SystemStatus) -> None:
@@ -66,7 +70,7 @@ class PlainProgress:
                 self.notice(f"{replica.replica_id} {words}")
 
     def ready(self, status: SystemStatus) -> None:
-        print(greeting(status, time.monotonic() - self._began_s), flush=True)
+        print(greeting(status, time.monotonic() - self._began_s, self._needs_key), flush=True)
 
     def notice(self, text: str) -> None:
         elapsed_s = time.monotonic() - self._began_s
@@ -80,11 +84,12 @@ class LiveProgress:
     """One line per replica, drawn over and over. Without rich's refresh thread: the process that holds
     children must have one thread only."""
 
-    def __init__(self, began_s: float) -> None:
+    def __init__(self, began_s: float, needs_key: bool = False) -> None:
         from rich.console import Console
         from rich.live import Live
 
         self._began_s = began_s
+        self._needs_key = needs_key
         self._console = Console(stderr=True)
         self._live = Live(console=self._console, auto_refresh=False, transient=False)
         self._is_live = False
@@ -105,7 +110,7 @@ class LiveProgress:
 
     def ready(self, status: SystemStatus) -> None:
         self.close()
-        print(greeting(status, time.monotonic() - self._began_s), flush=True)
+        print(greeting(status, time.monotonic() - self._began_s, self._needs_key), flush=True)
 
     def notice(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False)

@@ -136,6 +136,7 @@ def _notes(system: SystemStatus) -> list[str]:
     notes = [
         f"{endpoint.name}: {endpoint.desired} wanted, {endpoint.reason}" for endpoint in system.endpoints
     ]
+    notes += system.warnings
     for replica in system.replicas:
         if replica.state == "starting" and replica.phase:
             notes.append(f"{replica.replica_id}: {replica.phase}")

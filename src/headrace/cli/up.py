@@ -44,12 +44,15 @@ def up(
     began_s = time.monotonic()
     from headrace.cli.progress import make_progress
     from headrace.control.hold import hold_system
-    from headrace.control.preflight import check_address, check_models
+    from headrace.control.identity import open_identity
+    from headrace.control.preflight import check_address, check_keys, check_models
     from headrace.errors import HeadraceError
 
     directory = find_run_directory(name)
-    checked = check_address(check_models(load(config, settings)))
-    progress = make_progress(began_s)
+    checked = check_address(check_keys(check_models(load(config, settings))))
+    progress = make_progress(began_s, bool(checked.tenants))
+    for note in open_identity(checked).describe_keyless(checked):
+        progress.notice(note)
     outcome = _Outcome()
 
     async def watch(supervisor: Supervisor, run_directory: Path) -> None:

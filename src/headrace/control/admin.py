@@ -22,6 +22,10 @@ class NotRunning(HeadraceError):
     """No controller answers: the system is not running, or its controller is just being restarted."""
 
 
+class NoAnswer(NotRunning):
+    """The controller was asked and did not answer: nobody knows whether the command was carried out."""
+
+
 class CommandRefused(HeadraceError):
     """The controller did not carry the command out; the message says why."""
 
@@ -39,7 +43,7 @@ def ask(run_directory: Path, command: AdminCommand, limit_s: float = ANSWER_LIMI
                     return _checked(reply)
     except OSError as error:
         raise _not_running(run_directory, error) from None
-    raise NotRunning(f"the controller of {run_directory} closed the connection without an answer; try again")
+    raise NoAnswer(f"the controller of {run_directory} closed the connection without an answer; try again")
 
 
 async def ask_async(
@@ -59,7 +63,7 @@ async def ask_async(
                 writer.transport.abort()
     except OSError as error:  # TimeoutError is one
         raise _not_running(run_directory, error) from None
-    raise NotRunning(f"the controller of {run_directory} closed the connection without an answer; try again")
+    raise NoAnswer(f"the controller of {run_directory} closed the connection without an answer; try again")
 
 
 def _checked(reply: AdminReply) -> AdminReply:
@@ -70,7 +74,9 @@ def _checked(reply: AdminReply) -> AdminReply:
 
 def _not_running(run_directory: Path, error: OSError) -> NotRunning:
     if isinstance(error, TimeoutError):
-        return NotRunning(f"the controller of {run_directory} does not answer; see {run_directory}/logs")
+        return NoAnswer(f"the controller of {run_directory} does not answer; see {run_directory}/logs")
+    if isinstance(error, ConnectionResetError | BrokenPipeError):
+        return NoAnswer(f"the controller of {run_directory} ended while it was asked; try again in a second")
     if not run_directory.is_dir():
         return NotRunning(
             f"no system called {run_directory.name!r} is running. Start it with: headrace up CONFIG.yaml"

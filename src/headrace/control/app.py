@@ -23,23 +23,33 @@ from headrace.api.messages import (
     AdminCommand,
     AdminReply,
     ApplyConfig,
+    CreateKey,
     Demand,
     GatewaySpec,
     GetStatus,
     LauncherError,
     LauncherEvent,
+    ListKeys,
     LoadReport,
     ProcessEnded,
     Processes,
     ProcessSpec,
     ProcessStarted,
     ReportAck,
+    RevokeKey,
     ScaleEndpoint,
     Shutdown,
 )
-from headrace.api.run_paths import CONTROLLER_SOCKET, alive_socket_path
+from headrace.api.run_paths import (
+    ADMIN_HTTP_SOCKET,
+    CONTROLLER_SOCKET,
+    alive_socket_path,
+    relay_socket_path,
+)
 from headrace.clock import Clock
 from headrace.control.drain import drain
+from headrace.control.essentials import Essential
+from headrace.control.identity import open_identity
 from headrace.control.probe import probe_gateway
 from headrace.control.reconciler import StartReplica, StopReplica
 from headrace.control.specs import ADMIN_SOCKET, CONFIG_FILE, gateway_specs, replica_process
@@ -50,6 +60,10 @@ from headrace.fabric.channel import Channel, listen
 from headrace.fabric.launcher import Launcher
 
 TICK_S = 0.2
+KEYS_CHECK_S = 0.5
+"""How often the key store is looked at: the CLI writes it by itself while no controller answers."""
+RELAY_GRACE_S = 30.0
+"""For a relay that is not needed any more: what it passes on may end."""
 STOP_MARGIN_S = 15.0
 """A front ends itself when its drain grace is over; only one that does not is killed, this much later."""
 _log = logging.getLogger(__name__)
@@ -60,7 +74,7 @@ class ProcessSources:
     """Where specs of processes come from; tests put programs of their own in their place."""
 
     prepare_gateway: Callable[[GatewaySpec], list[ProcessSpec]]
-    """For a fresh start: writes one gateway's files and returns the specs of its two processes."""
+    """For a fresh start: writes one gateway's files and returns the specs of its processes."""
     gateway_processes: Callable[[GatewaySpec], list[ProcessSpec]]
     """The same specs without touching the files, which hold the running replicas."""
     prepare_replica: Callable[[Config, str, str, Path], ProcessSpec] = replica_process
@@ -83,6 +97,9 @@ class Controller:
         self._sources = sources
         self._clock = clock
         self._state = SystemState(config, clock.now_s())
+        # The event loop must not wait long for another process that changes the keys.
+        self._identity = open_identity(config, lock_limit_s=0.5)
+        self._keys_checked_s = clock.now_s()
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
         self._routers: dict[Channel, str] = {}
@@ -106,11 +123,13 @@ class Controller:
         try:
             async with asyncio.TaskGroup() as group:
                 events = group.create_task(self._take_events())
+                admin = group.create_task(self._serve_admin_http())
                 probes = [group.create_task(self._probe(name)) for name in self._state.gateway.pairs]
                 await self._tick_until_stopped()
                 for probe in probes:
                     probe.cancel()
                 await drain(self._launcher, self._state, self._wake, self._clock)
+                admin.cancel()
                 events.cancel()
         finally:
             for server in servers:
@@ -149,8 +168,12 @@ class Controller:
 
     async def _probe(self, gateway_id: str) -> None:
         pair = self._state.gateway.pairs[gateway_id]
+        run_dir = str(self._run_directory)
+        sockets = alive_socket_path(run_dir, gateway_id), relay_socket_path(run_dir, gateway_id)
         while True:
-            has_answered = await probe_gateway(alive_socket_path(str(self._run_directory), gateway_id))
+            has_answered, has_relay_answered = await asyncio.gather(*map(probe_gateway, sockets))
+            if has_relay_answered:
+                pair.relay.heard_s = self._clock.now_s()
             if has_answered != pair.has_answered:
                 self._wake.set()
             self._state.gateway.on_probe(gateway_id, has_answered, self._clock.now_s())
@@ -167,6 +190,11 @@ class Controller:
     def _tick(self) -> None:
         now_s = self._clock.now_s()
         self._tend_gateway(now_s)
+        if now_s - self._keys_checked_s >= KEYS_CHECK_S:
+            self._keys_checked_s = now_s
+            if self._identity.refresh():
+                _log.info("another process changed the keys")
+                self._tell_routers()
         for action in self._state.plan(now_s):
             name = action.replica_id
             _log.info("%s %s: %s", type(action).__name__, name, action.reason)
@@ -180,19 +208,24 @@ class Controller:
 
     def _tend_gateway(self, now_s: float) -> None:
         processes = self._state.gateway.processes.values()
-        for router in (pair.router for pair in self._state.gateway.pairs.values()):
-            if router.is_hung(now_s):
-                # Costs no request: HAProxy balances by itself meanwhile. HAProxy is never judged like this:
-                # at its limit of connections it answers no probe, and killing it would cut all streams.
-                _log.warning("%s has said nothing for a while: killing it", router.name)
-                router.is_stopping = True
-                self._launcher.stop(router.name, 0.0)
+        for pair in self._state.gateway.pairs.values():
+            for essential in (pair.router, pair.relay):
+                if essential.is_hung(now_s):
+                    # A hung router's end costs no request: HAProxy balances by itself meanwhile. HAProxy is
+                    # never judged like this: at its limit of connections it answers no probe, and killing it
+                    # would cut all streams.
+                    _log.warning("%s has said nothing for a while: killing it", essential.name)
+                    self._stop_essential(essential, 0.0)
+            if pair.relay.is_superfluous():
+                self._stop_essential(pair.relay, RELAY_GRACE_S)
         due = [essential for essential in processes if essential.is_due(now_s)]
         if not due:
             return
         is_fresh = not any(essential.num_starts for essential in processes)
         get_specs = self._sources.prepare_gateway if is_fresh else self._sources.gateway_processes
         try:
+            if is_fresh and self._keys() is None:
+                raise ConfigError(self._identity.error)
             specs = {
                 spec.name: spec for gateway in self._gateway_specs().values() for spec in get_specs(gateway)
             }
@@ -208,8 +241,23 @@ class Controller:
             essential.on_start(now_s)
             self._launcher.start(specs[essential.name])
 
+    def _stop_essential(self, essential: Essential, grace_s: float) -> None:
+        essential.is_stopping = True
+        self._launcher.stop(essential.name, grace_s)
+
     def _gateway_specs(self) -> dict[str, GatewaySpec]:
-        return gateway_specs(self._state.config, self._run_directory)
+        identity = self._identity
+        return gateway_specs(self._state.config, self._run_directory, self._keys(), identity.admin_key_hash)
+
+    def _keys(self) -> dict[str, str] | None:
+        """The valid keys; None: they are not known, and the routers keep those that they have."""
+        return self._identity.valid_keys(self._state.config)
+
+    def _tell_routers(self) -> None:
+        if self._keys() is not None:
+            specs = self._gateway_specs()
+            for router, gateway_id in self._routers.items():
+                router.send(specs[gateway_id])
 
     # ---- load reports and demand ----------------
 
@@ -229,7 +277,8 @@ class Controller:
             return
         if channel not in self._routers and message.router_id in self._state.gateway.pairs:
             self._routers[channel] = message.router_id
-            channel.send(self._gateway_specs()[message.router_id])  # its own may be older than the config
+            if self._keys() is not None:
+                channel.send(self._gateway_specs()[message.router_id])  # its own may be older than the config
         self._state.gateway.on_demand(message, now_s)
         if any(endpoint.num_held for endpoint in message.endpoints):
             self._wake.set()
@@ -237,17 +286,28 @@ class Controller:
     def _on_report_close(self, channel: Channel, reason: str) -> None:
         self._routers.pop(channel, None)
 
-    # ---- the CLI ----------------
+    # ---- the CLI and the admin API ----------------
+
+    async def _serve_admin_http(self) -> None:
+        if self._state.config.gateway.admin_bind:
+            from headrace.control.admin_http import serve_admin  # 9 MB that only those pay who want it
+
+            await serve_admin(self._path(ADMIN_HTTP_SOCKET), self._obey_and_wake)
+
+    def _obey_and_wake(self, command: AdminCommand) -> AdminReply:
+        try:
+            return self._obey(command)
+        finally:
+            self._wake.set()
 
     def _admin_channel(self) -> Channel:
         return Channel(AdminCommand, self._on_admin, lambda channel, reason: None)
 
     def _on_admin(self, channel: Channel, command: AdminCommand) -> None:
         try:
-            channel.send(self._obey(command))
+            channel.send(self._obey_and_wake(command))
         except ConfigError as error:
             channel.send(AdminReply(error=str(error)))
-        self._wake.set()
 
     def _obey(self, command: AdminCommand) -> AdminReply:
         match command:
@@ -258,18 +318,23 @@ class Controller:
                 notes = [self._state.scale(endpoint, count)]
             case ApplyConfig(text):
                 notes = self._state.apply(_parse_applied(text))
+                notes += self._identity.describe_keyless(self._state.config)
             case Shutdown():
                 self.stop()
                 return AdminReply(notes=["draining"])
+            case CreateKey() | ListKeys() | RevokeKey():
+                reply = self._identity.obey(command, self._state.config, self._clock.wall_s())
+                if not isinstance(command, ListKeys):
+                    _log.info("%s: %s", type(command).__name__, [key.key_id for key in reply.keys])
+                    self._tell_routers()
+                return reply
         for note in notes:
             _log.info("%s", note)
         try:
             write_config(self._run_directory, self._state.config)
         except OSError as error:
             notes.append(f"a restarted controller will not know of this: {CONFIG_FILE}: {error}")
-        specs = self._gateway_specs()
-        for router, gateway_id in self._routers.items():
-            router.send(specs[gateway_id])
+        self._tell_routers()
         return AdminReply(notes=notes)
 
     def _path(self, name: str) -> str:

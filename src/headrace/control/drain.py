@@ -25,8 +25,9 @@ HEARTBEAT_S = 0.5
 async def drain(launcher: Launcher, state: SystemState, wake: asyncio.Event, clock: Clock) -> None:
     """Stop everything that the launcher runs for us. `wake` is set whenever an event was taken.
 
-    The HAProxies first stop listening and go on relaying what is open; they go last. The routers stay while
-    fronts leave, because they wait for their word, and refuse at once what they hold.
+    The HAProxies first stop listening and go on relaying what is open; they go last. Relays pass on what
+    HAProxy sends them until then. The routers stay while fronts leave, because they wait for their word, and
+    refuse at once what they hold.
     """
     slots = list(state.fleet.slots.values())
     longest_s = max((slot.drain_grace_s for slot in slots), default=0.0) + MARGIN_S
@@ -52,6 +53,7 @@ async def drain(launcher: Launcher, state: SystemState, wake: asyncio.Event, clo
             launcher.stop(slot.replica_id, slot.drain_grace_s + MARGIN_S if is_serving else 1.0)
     await _wait_while(has_replicas, longest_s + 1.0, launcher, wake, clock)
     stop((pair.router for pair in pairs), GATEWAY_GRACE_S)
+    stop((pair.relay for pair in pairs), GATEWAY_GRACE_S)
     stop((pair.haproxy for pair in pairs), GATEWAY_GRACE_S)
     await _wait_while(has_gateway, GATEWAY_GRACE_S + MARGIN_S, launcher, wake, clock)
 

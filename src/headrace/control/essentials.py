@@ -1,4 +1,4 @@
-"""The processes that must always run: router and HAProxy. Decides when each is started or killed. Pure.
+"""The processes that must always run: router, HAProxy, relay. Decides when each is started or killed. Pure.
 
 They are never given up: the back-off only slows the attempts down.
 Must not know: what the processes do, sockets, launchers.
@@ -20,6 +20,8 @@ class Essential:
     """One process: dead and due, dead and backing off, or alive and last heard of."""
 
     name: str
+    is_wanted: bool = True
+    """The config needs it: a relay, for one, only with several endpoints."""
     pid: int = 0
     is_alive: bool = False
     is_stopping: bool = False
@@ -40,7 +42,11 @@ class Essential:
 
     def is_due(self, now_s: float) -> bool:
         """Whether to start it now."""
-        return not self.is_alive and now_s >= self.due_s
+        return self.is_wanted and not self.is_alive and now_s >= self.due_s
+
+    def is_superfluous(self) -> bool:
+        """Whether to stop it now: it runs, and the config does not need it any more."""
+        return self.is_alive and not self.is_wanted and not self.is_stopping
 
     def is_hung(self, now_s: float) -> bool:
         """Whether to kill it now."""

@@ -1,4 +1,4 @@
-"""What the controller knows of the gateways: pairs of router and HAProxy, and the routers' demand.
+"""What the controller knows of the gateways: router, HAProxy and relay of each, and the routers' demand.
 
 Owns the Essentials and each router's last Demand. Gateways know nothing of each other; here their words are
 added up. Pure: events and `now_s` come in. Must not know: HAProxy's words, sockets, launchers.
@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from headrace.api.messages import Demand, EndpointDemand, ProcessState, haproxy_name, router_name
+from headrace.api.messages import Demand, EndpointDemand, ProcessState, haproxy_name, relay_name, router_name
 from headrace.control.essentials import Essential
 
 DEMAND_FRESH_S = 2.0
@@ -19,11 +19,12 @@ DEMAND_FRESH_S = 2.0
 
 @dataclass(slots=True)
 class GatewayPair:
-    """One gateway: its two processes, and what its router last said."""
+    """One gateway: its processes, and what its router last said."""
 
     gateway_id: str
     router: Essential
     haproxy: Essential
+    relay: Essential
     demand: Demand | None = None
     demand_s: float = field(default=-math.inf)
     has_answered: bool = False
@@ -31,7 +32,9 @@ class GatewayPair:
 
     @classmethod
     def of(cls, gateway_id: str) -> GatewayPair:
-        return cls(gateway_id, Essential(router_name(gateway_id)), Essential(haproxy_name(gateway_id)))
+        names = router_name(gateway_id), haproxy_name(gateway_id), relay_name(gateway_id)
+        router, haproxy, relay = (Essential(name) for name in names)
+        return cls(gateway_id, router, haproxy, relay)
 
     def fresh_demand(self, now_s: float) -> Demand | None:
         """What the router said lately; None if it said nothing."""
@@ -46,7 +49,7 @@ class GatewayState:
         self.processes = {
             essential.name: essential
             for pair in self.pairs.values()
-            for essential in (pair.router, pair.haproxy)
+            for essential in (pair.router, pair.haproxy, pair.relay)
         }
         self._last_request_s: dict[str, float] = {}
 
@@ -57,6 +60,11 @@ class GatewayState:
     def has_answered(self) -> bool:
         """Every HAProxy answered its last probe."""
         return all(pair.has_answered for pair in self.pairs.values())
+
+    def want_relays(self, is_wanted: bool) -> None:
+        """Set whether the gateways need their relays: several endpoints."""
+        for pair in self.pairs.values():
+            pair.relay.is_wanted = is_wanted
 
     def adopt(self, process: ProcessState, now_s: float) -> None:
         """Take over a process that ran before this controller."""
@@ -83,7 +91,7 @@ class GatewayState:
             pair.haproxy.heard_s = now_s
 
     def on_ended(self, name: str, error: str, now_s: float) -> None:
-        """A router or HAProxy ended or could not be started."""
+        """A router, HAProxy or relay ended or could not be started."""
         self.processes[name].on_ended(now_s, error)
         for pair in self.pairs.values():
             if name == pair.router.name:

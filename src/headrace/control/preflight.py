@@ -5,22 +5,25 @@ Owns these checks and their messages. Must not know: processes.
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import os
-import socket
+import time
 from pathlib import Path
 
 from headrace.api.config import Config, Endpoint, split_address
+from headrace.control.key_store import KeyStore, state_directory
 from headrace.engine.model_files.resolve import resolve_model
 from headrace.errors import ConfigError, ModelError
+from headrace.gateway.certificate import load_certificate
+from headrace.gateway.process import check_port_is_free
 
 _PORT_ATTEMPTS = 20
 """For free metrics ports that follow each other, when any will do (port 0)."""
 
 
 def check_models(config: Config) -> Config:
-    """Return `config` with absolute model paths. Raises ConfigError with every model that cannot be had."""
+    """Return `config` with absolute paths of models and certificate. Raises ConfigError with every model that
+    cannot be had."""
     problems: list[str] = []
     endpoints: dict[str, Endpoint] = {}
     for name, endpoint in config.endpoints.items():
@@ -36,15 +39,46 @@ def check_models(config: Config) -> Config:
         endpoints[name] = endpoint.model_copy(update={"model": _absolute(endpoint.model)})
     if problems:
         raise ConfigError(problems)
-    return config.model_copy(update={"endpoints": endpoints})
+    tls = config.gateway.tls
+    if tls is not None:
+        files = {name: os.path.abspath(os.path.expanduser(path)) for name, path in tls.model_dump().items()}
+        tls = tls.model_copy(update=files)
+    gateway = config.gateway.model_copy(update={"tls": tls})
+    return config.model_copy(update={"endpoints": endpoints, "gateway": gateway})
+
+
+def check_certificate(config: Config) -> None:
+    """Raise ConfigError unless the public address's certificate, if there is one, can be used now."""
+    if config.gateway.tls is not None:
+        load_certificate(config.gateway.tls.certificate, config.gateway.tls.key, time.time())
+
+
+def check_keys(config: Config) -> Config:
+    """Return `config` with an absolute state_dir; if the admin API is on, its key is made
+    there the first time.
+
+    Raises ConfigError if the keys there cannot be used.
+    """
+    directory = state_directory(config.state_dir, os.environ)
+    store = KeyStore(directory)
+    if config.tenants:
+        store.read()
+    if config.gateway.admin_bind:
+        store.create_admin_key()
+        store.admin_key_hash()
+    return config.model_copy(update={"state_dir": str(directory)})
 
 
 def check_address(config: Config) -> Config:
-    """Return `config` with a free port in place of port 0. Raises ConfigError if an address cannot be had."""
+    """Return `config` with a free port in place of port 0. Raises ConfigError if an address cannot be had, or
+    its certificate cannot be used."""
+    check_certificate(config)
     gateway = config.gateway
     bind = _check_bind("gateway.bind", gateway.bind)
     metrics_bind = _check_metrics_binds(gateway.metrics_bind, gateway.count) if gateway.metrics_bind else ""
-    changed = gateway.model_copy(update={"bind": bind, "metrics_bind": metrics_bind})
+    admin_bind = _check_bind("gateway.admin_bind", gateway.admin_bind) if gateway.admin_bind else ""
+    addresses = {"bind": bind, "metrics_bind": metrics_bind, "admin_bind": admin_bind}
+    changed = gateway.model_copy(update=addresses)
     return config.model_copy(update={"gateway": changed})
 
 
@@ -78,24 +112,4 @@ def _check_metrics_binds(bind: str, count: int) -> str:
 
 
 def _check_bind(field: str, bind: str) -> str:
-    host, port = split_address(bind)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as error:
-            raise ConfigError(_explain(field, bind, port, error)) from None
-        free_port = listener.getsockname()[1]
-    return f"{bind.rpartition(':')[0]}:{free_port}"
-
-
-def _explain(field: str, bind: str, port: int, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        other = f"{bind.rpartition(':')[0]}:{port + 1 if port < 65535 else 0}"
-        return (
-            f"{field}: {bind} is in use by another program. Stop it, or choose another: --set {field}={other}"
-        )
-    if error.errno == errno.EACCES:
-        return f"{field}: {bind} is not allowed for user {os.getuid()}; ports below 1024 belong to root"
-    return f"{field}: {bind} cannot be used: {error.strerror}"
+    return f"{bind.rpartition(':')[0]}:{check_port_is_free(bind, field)}"

@@ -23,9 +23,9 @@ import msgspec
 
 from headrace.api.config import Config
 from headrace.api.config_loader import load_config, parse_config
-from headrace.api.messages import AdminReply, ApplyConfig, GetStatus, ScaleEndpoint, SystemStatus
+from headrace.api.messages import AdminReply, ApplyConfig, CreateKey, GetStatus, ScaleEndpoint, SystemStatus
 from headrace.control.admin import NotRunning, ask
-from headrace.control.preflight import check_address, check_models
+from headrace.control.preflight import check_address, check_keys, check_models
 from headrace.control.serve_process import ServeAnswer, ServeSpec
 from headrace.errors import ConfigError, HeadraceError
 from headrace.fabric.run_directory import default_run_directory
@@ -51,7 +51,7 @@ def serve(config: ConfigLike, *, ready_limit_s: float = READY_LIMIT_S) -> System
     config: the tree as a mapping, a Config, or the path of a YAML file. `gateway: {bind: "127.0.0.1:0"}`
     takes any free port. Raises ConfigError, or StartFailed with the failing replica's last error.
     """
-    system = System(check_address(check_models(_load(config))))
+    system = System(check_address(check_keys(check_models(_load(config)))))
     try:
         system.wait_until_ready(ready_limit_s)
     except BaseException:
@@ -97,10 +97,17 @@ class System:
         """The address for OpenAI clients, ending in /v1."""
         from headrace.control.status import gateway_url
 
-        return gateway_url(self.config.gateway.bind)
+        return gateway_url(self.config.gateway)
 
-    def client(self, endpoint: str = "") -> openai.OpenAI:
-        """Return the official client. endpoint: checked to exist; requests name it as their `model`."""
+    def create_key(self, tenant: str, name: str = "") -> str:
+        """Make an API key and return it; it is kept nowhere. Raises CommandRefused."""
+        return ask(self.run_directory, CreateKey(tenant, name)).key
+
+    def client(self, endpoint: str = "", api_key: str = "none") -> openai.OpenAI:
+        """Return the official client. endpoint: checked to exist; requests name it as their `model`.
+
+        api_key: needed when the config has tenants (`create_key`).
+        """
         if endpoint and endpoint not in self.config.endpoints:
             known = ", ".join(sorted(self.config.endpoints))
             raise ConfigError(f"endpoint {endpoint!r} does not exist; there are: {known}")
@@ -108,7 +115,7 @@ class System:
             import openai
         except ImportError:
             raise HeadraceError("the openai client is missing; pip install headrace[client]") from None
-        return openai.OpenAI(base_url=self.url, api_key="none")
+        return openai.OpenAI(base_url=self.url, api_key=api_key)
 
     def status(self) -> SystemStatus:
         """Return a snapshot. Raises NotRunning while the controller is being restarted."""
@@ -122,10 +129,10 @@ class System:
 
     def apply(self, config: ConfigLike) -> AdminReply:
         """Take a new config; its notes say what changes. Raises ConfigError or CommandRefused."""
-        checked = check_models(_load(config))
+        checked = check_keys(check_models(_load(config)))
         reply = ask(self.run_directory, ApplyConfig(checked.model_dump_json()))
-        bind = self.config.gateway.bind
-        gateway = checked.gateway.model_copy(update={"bind": bind})
+        now = self.config.gateway
+        gateway = checked.gateway.model_copy(update={"bind": now.bind, "admin_bind": now.admin_bind})
         self.config = checked.model_copy(update={"gateway": gateway})
         return reply
 
@@ -220,7 +227,7 @@ def describe_unready(status: SystemStatus | None) -> str:
     lines += [
         f"{process.name} is {process.state}: {process.last_error or 'no word'}"
         for process in status.processes
-        if process.name.startswith(("router-", "haproxy-")) and process.state != "running"
+        if process.name.startswith(("router-", "haproxy-", "relay-")) and process.state != "running"
     ]
     return "; ".join(lines) or "the gateway does not answer yet"
 

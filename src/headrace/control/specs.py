@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
 import msgspec
 
-from headrace.api.config import Config, Endpoint, split_address
-from headrace.api.messages import EndpointRule, EngineSpec, GatewaySpec, ProcessSpec, ReplicaSpec
+from headrace.api.config import Config, Endpoint, Tenant, split_address
+from headrace.api.messages import EndpointRule, EngineSpec, GatewaySpec, ProcessSpec, ReplicaSpec, TenantRule
 from headrace.api.run_paths import CONTROLLER_SOCKET, LOG_DIRECTORY, router_socket_path
 from headrace.units import MIB
 
 ADMIN_SOCKET = "admin.sock"
 CONFIG_FILE = "config.json"
+PRIORITIES = ("high", "normal", "low")
+"""Bands, from the one that is served first."""
 LEASE_S = 3.0
 """How long a replica counts as present after its last load report."""
 
@@ -61,9 +64,15 @@ def gateway_ids(config: Config) -> list[str]:
     return [f"g{number}" for number in range(1, config.gateway.count + 1)]
 
 
-def gateway_specs(config: Config, run_directory: Path) -> dict[str, GatewaySpec]:
-    """Return what each gateway is started with, by its id. They differ in the id and in the metrics port."""
-    spec = gateway_spec(config, run_directory)
+def gateway_specs(
+    config: Config, run_directory: Path, keys: Mapping[str, str] | None = None, admin_key_hash: str = ""
+) -> dict[str, GatewaySpec]:
+    """Return what each gateway is started with, by its id. They differ in the id and in the metrics port.
+
+    keys: SHA-256 of each valid key -> its tenant. admin_key_hash: SHA-256 of the admin API's key.
+    """
+    spec = gateway_spec(config, run_directory, keys)
+    spec = msgspec.structs.replace(spec, admin_bind=config.gateway.admin_bind, admin_key_hash=admin_key_hash)
     return {
         gateway_id: msgspec.structs.replace(
             spec, gateway_id=gateway_id, metrics_bind=metrics_address(spec.metrics_bind, index)
@@ -78,8 +87,11 @@ def metrics_address(bind: str, index: int) -> str:
     return f"{bind.rpartition(':')[0]}:{split_address(bind)[1] + index}" if bind else ""
 
 
-def gateway_spec(config: Config, run_directory: Path) -> GatewaySpec:
-    """Return what the first gateway is started with, and told again when the config changes."""
+def gateway_spec(config: Config, run_directory: Path, keys: Mapping[str, str] | None = None) -> GatewaySpec:
+    """Return what the first gateway is started with, and told again when the config or the keys change.
+
+    keys: SHA-256 of each valid key -> its tenant.
+    """
     gateway = config.gateway
     return GatewaySpec(
         run_dir=str(run_directory),
@@ -99,6 +111,27 @@ def gateway_spec(config: Config, run_directory: Path) -> GatewaySpec:
         max_body_bytes=gateway.max_body_mb * MIB,
         request_timeout_s=gateway.request_timeout_s,
         num_threads=gateway.num_threads,
+        tenants=[_tenant_rule(name, tenant) for name, tenant in config.tenants.items()],
+        keys=dict(keys or {}),
+        certificate=gateway.tls.certificate if gateway.tls else "",
+        certificate_key=gateway.tls.key if gateway.tls else "",
+        max_connections_per_address=gateway.max_connections_per_address,
+        replica_protocol=gateway.replica_protocol,
+    )
+
+
+def _tenant_rule(name: str, tenant: Tenant) -> TenantRule:
+    limits = tenant.limits
+    return TenantRule(
+        name=name,
+        weight=tenant.weight,
+        priority=PRIORITIES.index(tenant.priority),
+        endpoints=tenant.endpoints,
+        requests_per_minute=limits.requests_per_minute,
+        tokens_per_minute=limits.tokens_per_minute,
+        max_concurrent=limits.max_concurrent,
+        max_queued=limits.max_queued,
+        max_wait_s=limits.max_wait_s,
     )
 
 
@@ -118,6 +151,7 @@ def _replica_spec(config: Config, name: str, replica_id: str, run_directory: Pat
         drain_grace_s=endpoint.drain_grace_s,
         lease_s=LEASE_S,
         generation=generation_of(config, name) if replica_id else "",
+        needs_gateway=bool(config.tenants),
         shared_prefix=endpoint.shared_prefix,
     )
 

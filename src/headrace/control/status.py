@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import headrace
+from headrace.api.config import Gateway
 from headrace.api.messages import EndpointStatus, ProcessStatus, ReplicaStatus, SystemStatus
 from headrace.control.fleet import Slot
 from headrace.control.reconciler import DesiredEndpoint
@@ -21,21 +22,22 @@ def describe(state: SystemState, run_directory: Path, now_s: float) -> SystemSta
     slots = sorted(state.fleet.slots.values(), key=_slot_order)
     return SystemStatus(
         version=headrace.__version__,
-        url=gateway_url(state.config.gateway.bind),
+        url=gateway_url(state.config.gateway),
         uptime_s=now_s - state.started_s,
         is_ready=state.is_ready(now_s),
         endpoints=[_endpoint(state, desired) for desired in state.desired(now_s)],
         replicas=[_replica(slot, now_s) for slot in slots],
         processes=_processes(state),
         run_dir=str(run_directory),
+        warnings=sorted({d.certificate_problem for d in state.gateway.demands() if d.certificate_problem}),
     )
 
 
-def gateway_url(bind: str) -> str:
-    """Return the address that a client on this machine uses for a gateway bound to `bind`."""
-    host, _, port = bind.rpartition(":")
+def gateway_url(gateway: Gateway) -> str:
+    """Return the address that a client on this machine uses for the gateway."""
+    host, _, port = gateway.bind.rpartition(":")
     host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104, compared only
-    return f"http://{host}:{port}/v1"
+    return f"{'https' if gateway.tls else 'http'}://{host}:{port}/v1"
 
 
 def _slot_order(slot: Slot) -> tuple[str, int]:
@@ -98,6 +100,8 @@ def _processes(state: SystemState) -> list[ProcessStatus]:
         ProcessStatus("controller", os.getpid(), "running", 0, resident_bytes(os.getpid())),
     ]
     for essential in state.gateway.processes.values():
+        if not essential.is_wanted and not essential.is_alive:
+            continue
         restarts = max(essential.num_starts - 1, 0)
         memory = resident_bytes(essential.pid)
         name, pid, error = essential.name, essential.pid, essential.last_error

@@ -24,18 +24,25 @@ from headrace.control.reconciler import (
 from headrace.control.specs import gateway_ids, generation_of
 from headrace.errors import ConfigError
 
-_FIXED_GATEWAY_FIELDS = ("bind", "count", "metrics_bind", "max_connections", "num_threads")
+_FIXED_GATEWAY_FIELDS = (
+    "bind",
+    "admin_bind",
+    "count",
+    "metrics_bind",
+    "max_connections",
+    "num_threads",
+    "tls",
+)
 
 
 class SystemState:
     """One running system as its controller sees it."""
 
     def __init__(self, config: Config, started_s: float) -> None:
-        self.config = config
         self.started_s = started_s
         self.fleet = Fleet()
         self.gateway = GatewayState(gateway_ids(config))
-        self._generations = _generations(config)
+        self._take(config)
 
     def __repr__(self) -> str:
         return f"SystemState({self.fleet}, {self.gateway})"
@@ -110,6 +117,7 @@ class SystemState:
     def _take(self, config: Config) -> None:
         self.config = config
         self._generations = _generations(config)
+        self.gateway.want_relays(len(config.endpoints) > 1)
 
     # ---- decisions ----------------
 
@@ -165,15 +173,24 @@ def _generations(config: Config) -> dict[str, str]:
 
 def _keep_address(new: Config, old: Config) -> Config:
     """The gateway's address and size are set when it starts; port 0 means the one it has."""
-    host, _, port = new.gateway.bind.rpartition(":")
-    if port == "0" and host == old.gateway.bind.rpartition(":")[0]:
-        new = new.model_copy(update={"gateway": new.gateway.model_copy(update={"bind": old.gateway.bind})})
+    for field in ("bind", "admin_bind"):
+        before: str = getattr(old.gateway, field)
+        host, _, port = getattr(new.gateway, field).rpartition(":")
+        if port == "0" and host == before.rpartition(":")[0]:
+            new = new.model_copy(update={"gateway": new.gateway.model_copy(update={field: before})})
+    if not new.state_dir:
+        new = new.model_copy(update={"state_dir": old.state_dir})
     problems = [
         f"gateway.{field}: is {getattr(old.gateway, field)!r} and cannot become "
         f"{getattr(new.gateway, field)!r} while the system runs; stop it and start it with the new config"
         for field in _FIXED_GATEWAY_FIELDS
         if getattr(new.gateway, field) != getattr(old.gateway, field)
     ]
+    if new.state_dir != old.state_dir:
+        problems.append(
+            f"state_dir: is {old.state_dir!r} and cannot become {new.state_dir!r} while the system runs; "
+            "stop it and start it with the new config"
+        )
     if problems:
         raise ConfigError(problems)
     return new
@@ -195,4 +212,20 @@ def _describe_changes(old: Config, new: Config, old_generations: dict[str, str])
             notes.append(f"{name}: changed; its replicas are replaced one by one")
         elif before.queue != endpoint.queue:
             notes.append(f"{name}: queue limits changed")
+    notes += _describe_tenants(old, new)
     return notes or ["nothing changed"]
+
+
+def _describe_tenants(old: Config, new: Config) -> list[str]:
+    notes = [
+        f"tenant {name}: removed; its keys stop working" for name in old.tenants if name not in new.tenants
+    ]
+    notes += [f"tenant {name}: added" for name in new.tenants if name not in old.tenants]
+    notes += [
+        f"tenant {name}: changed"
+        for name in new.tenants
+        if name in old.tenants and new.tenants[name] != old.tenants[name]
+    ]
+    if bool(old.tenants) != bool(new.tenants):
+        notes.append(f"the gateway {'asks for keys' if new.tenants else 'takes requests without keys'} now")
+    return notes

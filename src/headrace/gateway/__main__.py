@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import resource
 import signal
@@ -43,7 +44,12 @@ async def _serve(spec: GatewaySpec, limit: int) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await Router(spec, SystemClock(), limit).run(stop)
+    router = Router(spec, SystemClock(), limit)
+    # What is imported and built now lives as long as the process: a full collection, during which nobody is
+    # answered, need not look at it again. It is four fifths of all objects of a busy router.
+    gc.collect()
+    gc.freeze()
+    await router.run(stop)
 
 
 if __name__ == "__main__":

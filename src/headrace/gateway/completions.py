@@ -14,15 +14,24 @@ from headrace.api.messages import TerminalState
 MAX_LINE_BYTES = 4096
 
 
-class Completion(msgspec.Struct, frozen=True):
+class Completion(msgspec.Struct, frozen=True, gc=False):
     """One line; the fields of `haproxy_answers.COMPLETION_LOG_FORMAT`. Times in milliseconds, -1: never."""
 
     id: str
+    client_id: str = ""
+    tenant: str = ""
+    path: str = ""
     backend: str = ""
     server: str = ""
     status: int = 0
     termination: str = "--"
+    request_ms: int = -1
+    """Until the request's head was read."""
+    wait_ms: int = -1
+    """Then, until a server was to be connected: held by the router, waiting for a place."""
+    connect_ms: int = -1
     first_byte_ms: int = -1
+    """From the connection to the answer's head."""
     total_ms: int = -1
     bytes_in: int = 0
     bytes_out: int = 0

@@ -16,8 +16,10 @@ MODEL_CREATED_S = 1_700_000_000
 """OpenAI's model objects need a creation time; an endpoint has none that a client could use."""
 
 COMPLETION_LOG_FORMAT = (
-    '{"id":"%ID","backend":"%[var(txn.backend)]","server":"%s","status":%ST,"termination":"%ts",'
-    '"first_byte_ms":%Tr,"total_ms":%Ta,"bytes_in":%U,"bytes_out":%B,"retries":"%rc"}'
+    '{"id":"%ID","client_id":"%[var(txn.client_id)]","tenant":"%[var(txn.tenant)]","path":"%HP",'
+    '"backend":"%[var(txn.backend)]","server":"%s","status":%ST,"termination":"%ts","request_ms":%TR,'
+    '"wait_ms":%Tw,"connect_ms":%Tc,"first_byte_ms":%Tr,"total_ms":%Ta,"bytes_in":%U,"bytes_out":%B,'
+    '"retries":"%rc"}'
 )
 """One line of JSON per request at its end (HAProxy 2.8, configuration manual 8.2.4)."""
 
@@ -53,10 +55,10 @@ def unknown_model(names: Sequence[str], model: str) -> str:
     return body.replace("%", "%%").replace("@", model)
 
 
-def model_not_found_in_head(head_bytes: int) -> str:
+def model_required() -> str:
     return error_body(
-        f"No string field `model` was found in the first {head_bytes} bytes of the body, which must be a "
-        "JSON object. Several models are served: name one; in a long body put `model` before `messages`.",
+        "No string field `model` was found in the body, which must be a JSON object. "
+        "Several models are served: name one.",
         code="model_required",
         param="model",
     )
@@ -78,6 +80,26 @@ def unknown_key() -> str:
     )
 
 
+def no_admin_key() -> str:
+    return error_body(
+        "The admin API needs the admin key: `headrace keys admin` says where it is. Send it as "
+        "`Authorization: Bearer KEY`.",
+        code="invalid_api_key",
+    )
+
+
+def wrong_admin_key() -> str:
+    return error_body(
+        "This is not the admin key. Tenants' keys do not count here; `headrace keys admin` says where the "
+        "admin key is.",
+        code="invalid_api_key",
+    )
+
+
+def admin_body_too_large(max_bytes: int) -> str:
+    return error_body(f"The body is longer than {max_bytes} bytes, the limit.", code="payload_too_large")
+
+
 def unknown_path(known: Sequence[str] = (*GENERATION_PATHS, *STATUS_PATHS)) -> str:
     return error_body(f"This path does not exist. Known paths: {', '.join(known)}.", code="not_found")
 
@@ -90,6 +112,19 @@ def body_too_large(max_bytes: int) -> str:
     return error_body(
         f"The body is longer than {max_bytes} bytes, the limit (gateway.max_body_mb).",
         code="payload_too_large",
+    )
+
+
+def url_too_long(max_bytes: int) -> str:
+    return error_body(f"The URL is longer than {max_bytes} bytes, the limit.", code="uri_too_long")
+
+
+def too_many_connections(limit: int) -> str:
+    return error_body(
+        f"More than {limit} connections are open from your address, the limit "
+        "(gateway.max_connections_per_address). Close some, or wait for answers.",
+        "rate_limit_error",
+        "too_many_connections",
     )
 
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import headrace
 from headrace.api.messages import GatewaySpec
 from headrace.gateway import haproxy_answers as answers
-from headrace.gateway.haproxy_frontend import MODEL_IN_REQUEST, ROUTER_BACKEND
+from headrace.gateway.haproxy_frontend import MODEL_IN_REQUEST, RELAY_BACKEND, ROUTER_BACKEND
 from headrace.gateway.haproxy_identity import lookup
-from headrace.gateway.haproxy_words import bind_address, return_format, return_text
-from headrace.gateway.names import backend_name, encode_name
+from headrace.gateway.haproxy_words import bind_address, milliseconds, return_format, return_text
+from headrace.gateway.names import backend_name
 from headrace.gateway.paths import GatewayPaths
 from headrace.gateway.server import Server
 
@@ -59,9 +59,7 @@ def endpoint_backend(endpoint: str, servers: Sequence[Server]) -> str:
     A failed request is sent again elsewhere until its first byte came; the request id makes that harmless.
     503 is what a front answers that drains or whose engine restarts.
     """
-    lines = "".join(
-        f"  server {encode_name(server.replica_id)} {server.address} {server.options}\n" for server in servers
-    )
+    lines = "".join(f"  server {server.name} {server.address} {server.options}\n" for server in servers)
     return f"""backend {backend_name(endpoint)}
   balance leastconn
   retries 3
@@ -71,6 +69,22 @@ def endpoint_backend(endpoint: str, servers: Sequence[Server]) -> str:
   timeout check 2s
   use-server %[var(txn.route.server)] if {{ var(txn.route.server) -m found }}
 {lines}"""
+
+
+def relay_backend(paths: GatewayPaths, timeout_s: float) -> str:
+    """The relay. timeout_s: longest silence, beyond all limits of the second pass, whose word comes first.
+
+    A dead relay's requests get 503 with Retry-After until the controller has restarted it. One that hangs is
+    noticed by its checks within 4 s; the requests that it has are then cut.
+    """
+    return f"""backend {RELAY_BACKEND}
+  timeout server {milliseconds(timeout_s)}
+  http-reuse never
+  option httpchk GET /health
+  timeout check 1s
+  server relay unix@{paths.relay_socket} check inter 1s fastinter 500ms downinter 200ms fall 3 rise 1 \
+on-marked-down shutdown-sessions
+"""
 
 
 def router_backend(paths: GatewayPaths) -> str:

@@ -13,14 +13,22 @@ import headrace
 from headrace.api.messages import GatewaySpec
 from headrace.errors import ConfigError
 from headrace.gateway import haproxy_answers as answers
+from headrace.gateway.haproxy_admin import admin_sections
 from headrace.gateway.haproxy_backends import (
     alive_section,
     endpoint_backend,
     metrics_sections,
+    relay_backend,
     router_backend,
     status_backend,
 )
-from headrace.gateway.haproxy_frontend import ROUTER_BACKEND, ROUTER_HEAD_BYTES, frontend_section
+from headrace.gateway.haproxy_frontend import (
+    ROUTER_BACKEND,
+    ROUTER_HEAD_BYTES,
+    frontend_section,
+    internal_frontend,
+    needs_relay,
+)
 from headrace.gateway.haproxy_identity import identity_files
 from headrace.gateway.haproxy_words import milliseconds, quote
 from headrace.gateway.paths import GatewayPaths, check_run_dir
@@ -28,6 +36,8 @@ from headrace.gateway.server import Server
 
 BUFFER_BYTES = 131_072
 """tune.bufsize. A longer head makes every open request dearer; the rest of a body streams through."""
+H2_STREAMS = 256
+"""Streams of one connection to a front: each connection costs a front one write per engine step."""
 _FDS_RESERVED = 256
 """Listeners, health checks, SPOE connections, logs, pipes between master and worker."""
 _FDS_PER_CONNECTION = 3
@@ -78,6 +88,11 @@ def render_config(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -
         *(endpoint_backend(name, members) for name, members in by_endpoint.items()),
         router_backend(paths),
     ]
+    if needs_relay(spec):
+        relay_timeout_s = relay_answer_timeout_s(spec) + 30
+        sections += [internal_frontend(spec, paths), relay_backend(paths, relay_timeout_s)]
+    if spec.admin_bind:
+        sections.append(admin_sections(spec, paths))
     if spec.metrics_bind:
         sections.append(metrics_sections(spec, paths))
     return "\n".join(sections)
@@ -119,13 +134,15 @@ global
   hard-stop-after {milliseconds(spec.request_timeout_s + 60)}
   tune.bufsize {BUFFER_BYTES}
   tune.maxrewrite 4096
+  tune.h2.be.max-concurrent-streams {H2_STREAMS}
+  tune.h2.be.initial-window-size {2 * BUFFER_BYTES}
   log ring@completions format raw local0 info
 
 # Completions reach the router over a stream socket through this buffer. A datagram socket drops all but 10
 # unread messages on Linux (net.unix.max_dgram_qlen); the ring also keeps events while the router restarts.
 ring completions
   format raw
-  maxlen 1024
+  maxlen 2048
   size 4194304
   timeout connect 1s
   timeout server 10s
@@ -155,6 +172,11 @@ def _defaults_section(spec: GatewaySpec) -> str:
   option abortonclose
 {errors}
 """
+
+
+def relay_answer_timeout_s(spec: GatewaySpec) -> float:
+    """Longest silence that the relay bears: held, and then served, at the limits of both."""
+    return spec.request_timeout_s + _longest_hold_s(spec) + 30
 
 
 def _longest_hold_s(spec: GatewaySpec) -> float:

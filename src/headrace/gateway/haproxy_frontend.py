@@ -1,6 +1,8 @@
-"""HAProxy's public frontend, rendered: who may ask, what the router is asked, what is refused. Pure.
+"""HAProxy's frontends, rendered: who may ask, what the router is asked, what is refused. Pure.
 
-The order of its rules is the order of a request's life. Must not know the backends' servers.
+The order of their rules is the order of a request's life. The public one judges clients; the internal one
+takes requests back from the relay, which read their whole body, and believes what the public one wrote there.
+Must not know the backends' servers.
 """
 
 from __future__ import annotations
@@ -14,15 +16,27 @@ from headrace.gateway.paths import GatewayPaths
 from headrace.policy.prompt import HEAD_BYTES as PROMPT_HEAD_BYTES
 
 ROUTER_BACKEND = "headrace-router"
+RELAY_BACKEND = "headrace-relay"
 HEAD_BYTES = 98_304
 """The part of the body in which `model` is looked for (the buffer also holds the headers)."""
+RELAYED_FROM_BYTES = 65_536
+"""A body without a model of which so much is in the buffer may go on beyond it: the relay reads it. Less than
+HEAD_BYTES, because long headers leave less of the buffer to the body."""
 ROUTER_HEAD_BYTES = PROMPT_HEAD_BYTES
 """The part of the body that the router sees: prompt hashes, session, an estimate of the work."""
 MAX_HEADER_BYTES = 32_768
+MAX_URL_BYTES = 8192
+REJECTED_FROM = 2
+"""Times the limit of connections from one address: from there on they are not even answered."""
 MODEL_IN_REQUEST = "%[var(txn.model),bytes(0,128),json(utf8ps)]"
 """HAProxy's expression for the model that was asked for, safe inside a JSON string."""
 _CLIENT_ID_PATTERN = "^[A-Za-z0-9._:@/+=-]{1,128}$"
 """What a client's x-request-id may look like; others are dropped, since it comes back in our answers."""
+
+
+def needs_relay(spec: GatewaySpec) -> bool:
+    """Whether requests must be told apart by their model. With one endpoint its front reads any body."""
+    return len(spec.endpoints) > 1
 
 
 def frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
@@ -30,35 +44,30 @@ def frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
     limit = spec.max_body_bytes
     headers_too_large = f"if {{ req.hdrs,length gt {MAX_HEADER_BYTES} }}"
     body_too_large = f"if is_generation {{ req.hdr_val(content-length) gt {limit} }}"
-    no_model = "if is_generation !has_model"
     known = [] if spec.tenants else names  # a tenant learns of no other's endpoints
-    if spec.tenants:
-        only_one = f"var(txn.endpoints),map_str({paths.endpoint_map})"
-        without_model = f"""http-request set-var(txn.backend) {only_one} {no_model}
-  {return_text(400, answers.model_not_found_in_head(HEAD_BYTES), f"{no_model} !has_backend")}"""
-    elif len(names) == 1:  # nothing to choose: the front reads the model, wherever it is in the body
-        without_model = f"http-request set-var(txn.backend) str({backend_name(names[0])}) {no_model}"
-    else:
-        without_model = return_text(400, answers.model_not_found_in_head(HEAD_BYTES), no_model)
     return f"""frontend headrace
-  bind {bind_address(spec.bind)}
-  unique-id-format hr-{spec.gateway_id}-%{{+X}}o%Ts-%pid-%rt
+  bind {bind_address(spec.bind)}{tls_options(spec, paths)}
+{_connection_limit(spec)}  unique-id-format hr-{spec.gateway_id}-%{{+X}}o%Ts-%pid-%rt
   log-format '{answers.COMPLETION_LOG_FORMAT}'
   acl is_generation path {" ".join(answers.GENERATION_PATHS)}
   acl is_status path {" ".join(answers.STATUS_PATHS)}
   acl is_status path_beg /v1/models/
   acl has_model var(txn.model) -m found
   acl has_backend var(txn.backend) -m found
+  acl is_relayed var(txn.backend) -m str {RELAY_BACKEND}
   http-request set-log-level silent unless is_generation METH_POST
-  # What a client says about itself is not believed: our headers come from us alone.
+{_busy_address(spec)}  # What a client says about itself is not believed: our headers come from us alone.
   http-request set-var(txn.explain) bool(true) if {{ req.hdr(x-headrace-route) -m found }}
-  http-request del-header x-headrace- -m beg
+  http-request del-header x-headrace -m beg
+  http-request del-header x_headrace -m beg
+  http-request del-header connection
   http-request set-header x-headrace-request-id %[unique-id]
   http-request del-header x-request-id unless {{ req.hdr(x-request-id) -m reg {_CLIENT_ID_PATTERN} }}
   http-request set-var(txn.client_id) req.hdr(x-request-id)
   http-request set-var(txn.client_id) unique-id unless {{ var(txn.client_id) -m found }}
   http-after-response set-header x-request-id %[var(txn.client_id)] if {{ var(txn.client_id) -m found }}
   {return_text(413, answers.headers_too_large(MAX_HEADER_BYTES), headers_too_large)}
+  {return_text(414, answers.url_too_long(MAX_URL_BYTES), f"if {{ url_len gt {MAX_URL_BYTES} }}")}
   {return_text(404, answers.unknown_path(), "unless is_generation or is_status")}
 {identity_rules(spec, paths)}
   {return_text(405, answers.method_not_allowed("POST"), "if is_generation !METH_POST", ("allow", "POST"))}
@@ -67,15 +76,97 @@ def frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
   http-request set-var(txn.model) req.body,json_query('$.model') if is_generation
   http-request set-var(txn.backend) {lookup(spec, "txn.model")},map_str({paths.endpoint_map}) if has_model
   {return_format(404, answers.unknown_model(known, MODEL_IN_REQUEST), "if has_model !has_backend")}
-  {without_model}
-  filter spoe engine route config {paths.spoe_config}
-  http-request send-spoe-group route decide if is_generation {{ nbsrv({ROUTER_BACKEND}) gt 0 }}
+{_rules_without_model(spec, paths)}
+{_decide_rules(paths)}  use_backend headrace-status if is_status
+  use_backend %[var(txn.backend)] if has_backend
+"""
+
+
+def tls_options(spec: GatewaySpec, paths: GatewayPaths) -> str:
+    """Return what makes an address speak TLS, and HTTP/2 to clients that offer it."""
+    if not spec.certificate:
+        return ""
+    return f" ssl crt {paths.certificate} ssl-min-ver TLSv1.2 alpn h2,http/1.1"
+
+
+def _connection_limit(spec: GatewaySpec) -> str:
+    """Rules against one client address that takes all connections. Each line ends with a line feed."""
+    limit = spec.max_connections_per_address
+    if not limit:
+        return ""
+    return f"""  stick-table type ipv6 size 100k expire 1m store conn_cur
+  tcp-request connection track-sc0 src
+  tcp-request connection reject if {{ sc0_conn_cur gt {limit * REJECTED_FROM} }}
+"""
+
+
+def _busy_address(spec: GatewaySpec) -> str:
+    limit = spec.max_connections_per_address
+    if not limit:
+        return ""
+    condition = f"if {{ sc0_conn_cur gt {limit} }}"
+    headers = ("retry-after", "1"), ("connection", "close")
+    return f"  {return_text(429, answers.too_many_connections(limit), condition, *headers)}\n"
+
+
+def _rules_without_model(spec: GatewaySpec, paths: GatewayPaths) -> str:
+    """What becomes of a request without a model in the head of its body."""
+    condition = "if is_generation !has_model"
+    rules = []
+    if spec.tenants:  # found where the tenant has only one endpoint
+        only_one = f"var(txn.endpoints),map_str({paths.endpoint_map})"
+        rules.append(f"  http-request set-var(txn.backend) {only_one} {condition}")
+    elif len(spec.endpoints) == 1:  # nothing to choose: the front reads the model, wherever it is in the body
+        backend = backend_name(spec.endpoints[0].name)
+        return f"  http-request set-var(txn.backend) str({backend}) {condition}"
+    if needs_relay(spec):
+        is_long = f"{{ req.body_len ge {RELAYED_FROM_BYTES} }}"
+        rules += [
+            f"  http-request set-var(txn.backend) str({RELAY_BACKEND}) {condition} !has_backend {is_long}",
+            "  http-request set-header x-headrace-route 1 if is_relayed { var(txn.explain) -m found }",
+        ]
+    rules.append(f"  {return_text(400, answers.model_required(), f'{condition} !has_backend')}")
+    return "\n".join(rules)
+
+
+def internal_frontend(spec: GatewaySpec, paths: GatewayPaths) -> str:
+    """The second pass of a relayed request: same id, same tenant, its model in a header. Limits and keys were
+    applied in the first pass, which the router was not told of: the request counts once."""
+    known = [] if spec.tenants else [rule.name for rule in spec.endpoints]
+    find_backend = f"{lookup(spec, 'txn.model')},map_str({paths.endpoint_map})"
+    return f"""frontend headrace-internal
+  bind unix@{paths.internal_socket} mode 600
+  unique-id-format %[req.hdr(x-headrace-request-id)]
+  log-format '{answers.COMPLETION_LOG_FORMAT}'
+  acl is_generation path {" ".join(answers.GENERATION_PATHS)}
+  acl has_model var(txn.model) -m found
+  acl has_backend var(txn.backend) -m found
+  acl is_relayed always_false
+  http-request set-var(txn.tenant) req.hdr(x-headrace-tenant)
+  http-request set-var(txn.endpoints) var(txn.tenant),map_str({paths.tenant_map})
+  http-request set-var(txn.explain) bool(true) if {{ req.hdr(x-headrace-route) -m found }}
+  http-request set-var(txn.client_id) req.hdr(x-request-id)
+  http-request set-var(txn.client_id) unique-id unless {{ var(txn.client_id) -m found }}
+  http-after-response set-header x-request-id %[var(txn.client_id)]
+  http-request set-var(txn.model) req.hdr(x-headrace-model),url_dec
+  http-request del-header x-headrace-model
+  http-request del-header x-headrace-route
+  {return_text(400, answers.model_required(), "unless is_generation has_model")}
+  http-request wait-for-body time 30s at-least {ROUTER_HEAD_BYTES}
+  http-request set-var(txn.backend) {find_backend}
+  {return_format(404, answers.unknown_model(known, MODEL_IN_REQUEST), "unless has_backend")}
+{_decide_rules(paths)}  use_backend %[var(txn.backend)]
+"""
+
+
+def _decide_rules(paths: GatewayPaths) -> str:
+    """Ask the router, and do what it says. Each line of them ends with a line feed."""
+    return f"""  filter spoe engine route config {paths.spoe_config}
+  http-request send-spoe-group route decide if is_generation !is_relayed {{ nbsrv({ROUTER_BACKEND}) gt 0 }}
   http-request return status 503 content-type application/json hdr retry-after %[var(txn.route.retry_after)] \
 lf-string %[var(txn.route.refusal)] if {{ var(txn.route.refusal) -m found }}
   http-request return status 429 content-type application/json hdr retry-after %[var(txn.route.retry_after)] \
 lf-string %[var(txn.route.limited)] if {{ var(txn.route.limited) -m found }}
   http-after-response set-header x-headrace-route %[var(txn.route.explanation)] \
 if {{ var(txn.route.explanation) -m found }}
-  use_backend headrace-status if is_status
-  use_backend %[var(txn.backend)] if has_backend
 """

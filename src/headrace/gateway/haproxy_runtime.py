@@ -73,6 +73,17 @@ class HaproxyRuntime:
             return False
         raise HaproxyRefused(f"del server {path}: {reply.strip()}")
 
+    async def set_certificate(self, path: str, pem: str) -> None:
+        """Replace the certificate that HAProxy loaded from `path`. pem: without blank lines; new connections
+        get it. Source: HAProxy management guide, 9.3, `set ssl cert`."""
+        reply = await self._command(f"set ssl cert {path} <<\n{pem}")
+        if "Transaction" not in reply:
+            raise HaproxyRefused(f"set ssl cert: {reply.strip()[:500]}")
+        reply = await self._command(f"commit ssl cert {path}")
+        if "Success" not in reply:
+            await self._command(f"abort ssl cert {path}")
+            raise HaproxyRefused(f"commit ssl cert: {reply.strip()[:500]}")
+
     async def show_map(self, path: str) -> dict[str, str]:
         """Return the entries of the map that was read from the file `path`."""
         return parse_map(await self._command(f"show map {path}"))
@@ -116,7 +127,9 @@ async def _exchange(socket: str, command: str) -> str:
         while data := await reader.read(65_536):
             reply += data
             if len(reply) > MAX_REPLY_BYTES:
-                raise HaproxyRefused(f"{command}: the answer is longer than {MAX_REPLY_BYTES} bytes")
+                raise HaproxyRefused(
+                    f"{command.split()[0]}: the answer is longer than {MAX_REPLY_BYTES} bytes"
+                )
         return reply.decode("utf-8", "replace")
     finally:
         writer.transport.abort()

@@ -10,6 +10,8 @@ import re
 
 ENDPOINT_PREFIX = "ep-"
 """Begins every backend of an endpoint, so that none can collide with the gateway's own backends."""
+_SHARED_SUFFIX = "_h2"
+"""No replica's name ends so: in encoded names an `_` stands only before `u` or `s`."""
 REPLICA_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,159}")
 
 
@@ -19,6 +21,17 @@ def encode_name(name: str) -> str:
 
 def decode_name(name: str) -> str:
     return name.replace("_s", "/").replace("_u", "_")
+
+
+def shared_name(server_name: str) -> str:
+    """Return the name of a replica's second server, whose connections carry many streams (HTTP/2)."""
+    return server_name + _SHARED_SUFFIX
+
+
+def split_shared_name(server_name: str) -> tuple[str, bool]:
+    """Return the name of a replica's first server, and whether `server_name` is the second one's."""
+    name = server_name.removesuffix(_SHARED_SUFFIX)
+    return name, name != server_name
 
 
 def backend_name(endpoint: str) -> str:

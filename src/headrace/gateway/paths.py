@@ -10,6 +10,7 @@ from headrace.api.run_paths import (
     LOG_DIRECTORY,
     alive_socket_path,
     gateway_directory,
+    relay_socket_path,
     router_socket_path,
 )
 from headrace.errors import ConfigError
@@ -57,6 +58,10 @@ class GatewayPaths:
         return self.path("keys.map")
 
     @property
+    def admin_key_map(self) -> str:
+        return self.path("admin-keys.map")
+
+    @property
     def tenant_map(self) -> str:
         return self.path("tenants.map")
 
@@ -95,6 +100,26 @@ class GatewayPaths:
     @property
     def metrics_socket(self) -> str:
         return self.path("metrics.sock")
+
+    @property
+    def request_log(self) -> str:
+        """One JSON line per request."""
+        return self.log(f"requests-{self.gateway_id}.jsonl")
+
+    @property
+    def certificate(self) -> str:
+        """Certificate, chain and key of the public address in one file, as HAProxy loads them."""
+        return self.path("gateway.pem")
+
+    @property
+    def relay_socket(self) -> str:
+        """Where the relay takes requests whose model is not in the head of their body."""
+        return relay_socket_path(self.run_dir, self.gateway_id)
+
+    @property
+    def internal_socket(self) -> str:
+        """HAProxy's listener for the relay alone: what its headers say of identity is believed."""
+        return self.path("internal.sock")
 
     @property
     def controller_socket(self) -> str:

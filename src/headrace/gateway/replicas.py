@@ -57,6 +57,9 @@ class Replica:
     is_connected: bool = True
     is_serving: bool = False
     """HAProxy has it as a server that takes requests."""
+    speaks_h2: bool = False
+    is_shared_serving: bool = False
+    """HAProxy has it as a server on HTTP/2, too."""
     is_gone: bool = False
     """Its lease ended; a replica that comes back is a new object."""
 
@@ -64,6 +67,11 @@ class Replica:
     def server_name(self) -> str:
         """Its name inside HAProxy."""
         return encode_name(self.replica_id)
+
+    @property
+    def paths(self) -> tuple[str, str]:
+        """Where it is inside HAProxy: on HTTP/1.1 and on HTTP/2."""
+        return self.server.path, self.server.shared.path
 
 
 @dataclass(slots=True)
@@ -73,6 +81,8 @@ class ReplicaTable:
     run_dir: str = ""
     gateway_id: str = ""
     """Our own, to tell our requests from those of others in a replica's report."""
+    uses_h2: bool = False
+    """Replicas that speak HTTP/2 get a second server for it."""
     replicas: dict[str, Replica] = field(default_factory=dict)
     known_paths: dict[str, float] = field(default_factory=dict)
     """Server path -> when its replica was last there; what the ServerKeeper may take away."""
@@ -98,14 +108,16 @@ class ReplicaTable:
                 report.replica_id, report.endpoint, server, 0, "starting", 0, 0.0, 0, 0, connection
             )
             self.revision += 1
-            self.known_paths[server.path] = now_s
+            self._note_paths(server, now_s)
             self.replicas[report.replica_id] = replica
         if replica.server.endpoint != server.endpoint:
             raise ProtocolError(f"replica {report.replica_id} changed its endpoint to {report.endpoint!r}")
-        if replica.server != server or replica.state != report.state or not replica.is_connected:
+        before = (replica.server, replica.state, replica.speaks_h2, replica.is_connected)
+        if before != (server, report.state, report.speaks_h2, True):
             self.revision += 1
-            self.known_paths[server.path] = now_s
+            self._note_paths(server, now_s)
         replica.server = server
+        replica.speaks_h2 = report.speaks_h2
         replica.pid = report.pid
         replica.state = report.state
         replica.sequence = report.sequence
@@ -135,8 +147,8 @@ class ReplicaTable:
             self.revision += 1
             replica.is_gone = True
             del self.replicas[replica.replica_id]
-            self.known_paths[replica.server.path] = now_s
-        live = {replica.server.path for replica in self.replicas.values()}
+            self._note_paths(replica.server, now_s)
+        live = {path for replica in self.replicas.values() for path in replica.paths}
         for path, seen_s in list(self.known_paths.items()):
             if path not in live and now_s - seen_s > FORGET_AFTER_S:
                 del self.known_paths[path]
@@ -145,7 +157,7 @@ class ReplicaTable:
     def mark_serving(self, paths: frozenset[str]) -> None:
         """Record which servers HAProxy has."""
         for replica in self.replicas.values():
-            replica.is_serving = replica.server.path in paths
+            replica.is_serving, replica.is_shared_serving = (path in paths for path in replica.paths)
 
     def choosable(self, endpoint: str) -> list[Replica]:
         """Return the replicas that a request of `endpoint` may be bound to, full ones included."""
@@ -161,11 +173,16 @@ class ReplicaTable:
     def wanted_servers(self) -> list[Server]:
         """Return the servers that HAProxy should have. One whose connection closed has probably died: HAProxy
         must not send retries there; it comes back with the next report."""
-        return [
-            replica.server
-            for replica in self.replicas.values()
-            if replica.state == "ready" and replica.is_connected
+        ready = [
+            replica for replica in self.replicas.values() if replica.state == "ready" and replica.is_connected
         ]
+        servers = [replica.server for replica in ready]
+        if self.uses_h2:
+            servers += [replica.server.shared for replica in ready if replica.speaks_h2]
+        return servers
+
+    def _note_paths(self, server: Server, now_s: float) -> None:
+        self.known_paths[server.path] = self.known_paths[server.shared.path] = now_s
 
     def _observe_load(self, replica: Replica, report: LoadReport) -> None:
         """Take the figures that placement looks at. Impossible ones count as unknown."""

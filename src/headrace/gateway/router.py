@@ -17,26 +17,36 @@ from headrace.api.config import split_address
 from headrace.api.messages import Demand, GatewaySpec, LoadReport, ReplicaView, ReportAck
 from headrace.clock import Clock
 from headrace.errors import ConfigError, ProtocolError
+from headrace.gateway.certificate_keeper import CertificateKeeper
 from headrace.gateway.channels import CompletionConnection, ControllerLink, ReportConnection
 from headrace.gateway.closed_peers import ClosedPeers
 from headrace.gateway.completions import Completion, CompletionDecoder, classify
 from headrace.gateway.dispatcher import Arrival, Bound, Dispatcher, Refused
 from headrace.gateway.haproxy_answers import error_body
+from headrace.gateway.haproxy_frontend import RELAY_BACKEND
+from headrace.gateway.haproxy_identity import admin_keys
 from headrace.gateway.haproxy_runtime import HaproxyRuntime
 from headrace.gateway.key_map import KeyMap
 from headrace.gateway.metrics_server import serve_metrics
-from headrace.gateway.names import endpoint_of_backend
+from headrace.gateway.names import endpoint_of_backend, shared_name
 from headrace.gateway.paths import GatewayPaths
-from headrace.gateway.replicas import ReplicaTable
+from headrace.gateway.replicas import Replica, ReplicaTable
+from headrace.gateway.request_recorder import RequestRecorder
 from headrace.gateway.servers import ServerKeeper
 from headrace.gateway.spoe import Arguments, SpoeAgent, SpoeCall, SpoeConnection, text_argument
+from headrace.observability.line_log import BackgroundLog, RotatingFile
+from headrace.observability.request_record import RequestRecord
+from headrace.observability.request_statistics import RequestStatistics
 from headrace.observability.router_metrics import RouterMetrics, RouterSnapshot
+from headrace.policy.answer_size import is_short_stream
 from headrace.policy.prompt import read_prompt
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
 DEMAND_PERIOD_S = 0.2
+REQUEST_LOG_BYTES = 64 * 1024 * 1024
+"""A gateway's request log, twice: the file and the one before it."""
 BACKLOG = 4096
 """Connections waiting to be accepted. A UNIX socket refuses at once when it is full, unlike TCP."""
 
@@ -49,13 +59,23 @@ class Router:
         self._clock = clock
         self._paths = GatewayPaths(spec.run_dir, spec.gateway_id)
         runtime = HaproxyRuntime(self._paths.runtime_socket, self._paths.master_socket)
-        self.replicas = ReplicaTable(spec.run_dir, spec.gateway_id)
+        self.replicas = ReplicaTable(spec.run_dir, spec.gateway_id, uses_h2=spec.replica_protocol == "h2")
         self._seen_revision = 0
         self._num_answered_by_haproxy = 0
-        self.dispatcher = Dispatcher(spec.endpoints, self.replicas)
+        self.statistics = RequestStatistics()
+        self._request_log = BackgroundLog(
+            RotatingFile(Path(self._paths.request_log), REQUEST_LOG_BYTES),
+            "request-log",
+            stops_at_error=False,
+        )
+        self.recorder = RequestRecorder(spec.gateway_id, clock, self._on_record)
+        self.dispatcher = Dispatcher(spec.endpoints, self.replicas, self.recorder, spec.tenants)
         self.keeper = ServerKeeper(spec, fd_limit, runtime, self._on_servers_changed)
         self.keys = KeyMap(self._paths.key_map, runtime)
         self.keys.want(None, bool(spec.tenants))
+        self.admin_keys = KeyMap(self._paths.admin_key_map, runtime)
+        self.admin_keys.want(None, bool(spec.admin_bind))
+        self.certificate = _certificate_keeper(spec, self._paths, runtime, clock)
         self.agent = SpoeAgent(self._on_notify, self._on_spoe_lost)
         self._completions = CompletionDecoder()
         self._controller = ControllerLink(
@@ -75,9 +95,12 @@ class Router:
                 tasks = [
                     group.create_task(self.keeper.run()),
                     group.create_task(self.keys.run()),
+                    group.create_task(self.admin_keys.run()),
                     group.create_task(self._controller.run()),
                     group.create_task(self._tick_for_ever()),
                 ]
+                if self.certificate is not None:
+                    tasks.append(group.create_task(self.certificate.run()))
                 await stop.wait()
                 for server in servers:
                     server.close()
@@ -90,6 +113,8 @@ class Router:
             for server in servers:
                 server.close()
             self._closed_peers.close()
+            self.recorder.flush()
+            self._request_log.close()
             _unlink(self._sockets())
 
     def demand(self) -> Demand:
@@ -98,9 +123,14 @@ class Router:
             ReplicaView(replica.replica_id, replica.num_in_flight, replica.is_serving)
             for replica in self.replicas.replicas.values()
         ]
-        endpoints = self.dispatcher.demand(self._clock.now_s())
+        now_s = self._clock.now_s()
         return Demand(
-            router_id=self._spec.gateway_id, pid=os.getpid(), endpoints=endpoints, replicas=replicas
+            router_id=self._spec.gateway_id,
+            pid=os.getpid(),
+            endpoints=self.dispatcher.demand(now_s),
+            replicas=replicas,
+            tenants=self.dispatcher.tenant_demands(now_s),
+            certificate_problem=self.certificate.problem if self.certificate is not None else "",
         )
 
     def snapshot(self) -> RouterSnapshot:
@@ -114,8 +144,10 @@ class Router:
             "spoe_errors": self.agent.num_protocol_errors,
             "haproxy_failures": self.keeper.num_failures + self.keys.num_failures,
             "haproxy_reloads": self.keeper.num_reloads,
+            "incomplete_records": self.recorder.num_incomplete,
+            "dropped_log_lines": self._request_log.num_dropped,
         }
-        return RouterSnapshot(self.demand(), totals)
+        return RouterSnapshot(self.demand(), totals, self.statistics)
 
     # ---- sockets
 
@@ -147,8 +179,9 @@ class Router:
             raise ProtocolError(f"SPOE message {name!r} without id or endpoint")
 
         def answer(decision: Bound | Refused) -> None:
+            self.recorder.answered(request_id, decision, self._clock.now_s())
             if isinstance(decision, Bound):
-                variables = {b"server": decision.server_name.encode()}
+                variables = {b"server": self._server_name(decision, head, size).encode()}
                 if decision.explanation:
                     variables[b"explanation"] = decision.explanation.encode()
                 call.answer(variables)
@@ -158,9 +191,11 @@ class Router:
                 name = b"limited" if decision.status == 429 else b"refusal"
                 call.answer({name: body.encode(), b"retry_after": b"%d" % decision.retry_after_s})
 
+        now_s = self._clock.now_s()
+        tenant = text_argument(arguments, b"tenant")
+        self.recorder.arrived(request_id, endpoint, tenant, text_argument(arguments, b"path"), now_s)
         client = (arguments.get(b"client"), arguments.get(b"client_port"))
         head, size = arguments.get(b"head"), arguments.get(b"size")
-        tenant = text_argument(arguments, b"tenant")
         prompt = read_prompt(
             head if isinstance(head, bytes) else b"",
             size if isinstance(size, int) else 0,
@@ -177,18 +212,40 @@ class Router:
             prompt=prompt,
             wants_route=arguments.get(b"explain") is True,
         )
-        if self.dispatcher.arrive(arrival, self._clock.now_s()):
+        if self.dispatcher.arrive(arrival, now_s):
             self._controller.send_soon()
+
+    def _on_record(self, record: RequestRecord) -> None:
+        self.statistics.observe(record)
+        self._request_log.write(record)
+
+    def _server_name(self, decision: Bound, head: object, num_bytes: object) -> str:
+        """Return the replica's server on HTTP/2 if it has one and the answer is certainly short."""
+        replica = self.replicas.replicas.get(decision.replica_id)
+        if (
+            replica is not None
+            and replica.is_shared_serving
+            and isinstance(head, bytes)
+            and len(head) == num_bytes
+            and is_short_stream(head)
+        ):
+            return shared_name(decision.server_name)
+        return decision.server_name
 
     def _on_spoe_lost(self, connection: SpoeConnection) -> None:
         self.dispatcher.owner_lost(connection, self._clock.now_s())
 
     def _on_completion(self, completion: Completion) -> None:
         endpoint = endpoint_of_backend(completion.backend)
-        if endpoint is None:
+        if completion.backend == RELAY_BACKEND:
+            # The first pass ended. The second has the same id, and its own line unless it is held.
+            self.dispatcher.client_left(completion.id)
+        elif endpoint is None:
             self._num_answered_by_haproxy += 1
+            self.recorder.answered_by_haproxy(completion)
         else:
             self.dispatcher.complete(completion.id, endpoint, classify(completion))
+            self.recorder.completed(completion)
             self.dispatcher.pump(endpoint, self._clock.now_s())
 
     # ---- replicas report
@@ -201,13 +258,14 @@ class Router:
             self._on_report_error(error)
             return
         for finished in report.finished:
-            self.dispatcher.front_finished(finished, now_s)
+            self.recorder.front_finished(finished)
+        self.dispatcher.take_report(report, replica, now_s)
         if replica is not None:
             self.dispatcher.replica_reported(replica, report, now_s)
             self._on_replicas_changed()
             self.dispatcher.pump(replica.endpoint, now_s)
         if report.state == "draining":
-            is_released = replica is None or self.keeper.is_released(replica.server.path)
+            is_released = replica is None or self._is_released(replica)
             connection.acknowledge(ReportAck(report.sequence, is_released))
 
     def _on_report_lost(self, connection: ReportConnection) -> None:
@@ -225,13 +283,16 @@ class Router:
         self.replicas.mark_serving(self.keeper.serving)
         self.keeper.want(self.replicas.wanted_servers(), self.replicas.known_paths)
 
+    def _is_released(self, replica: Replica) -> bool:
+        return all(self.keeper.is_released(path) for path in replica.paths)
+
     def _on_servers_changed(self) -> None:
         now_s = self._clock.now_s()
         self.replicas.mark_serving(self.keeper.serving)
         for endpoint in list(self.dispatcher.endpoints):
             self.dispatcher.pump(endpoint, now_s)
         for replica in self.replicas.replicas.values():
-            if replica.state == "draining" and self.keeper.is_released(replica.server.path):
+            if replica.state == "draining" and self._is_released(replica):
                 connection = replica.connection
                 if isinstance(connection, ReportConnection):
                     connection.acknowledge(ReportAck(replica.sequence, is_released=True))
@@ -245,6 +306,7 @@ class Router:
                 self.dispatcher.replica_gone(replica)
             self._on_replicas_changed()
             self.dispatcher.tick(now_s)
+            self.recorder.tick(now_s)
             if self.dispatcher.num_held:
                 self.dispatcher.clients_left(self._closed_peers.find())
             await asyncio.sleep(TICK_S)
@@ -258,12 +320,23 @@ class Router:
         try:
             self.keeper.set_spec(spec)  # takes effect in a later turn: the keys' file is written by then
             self.keys.want(spec.keys, bool(spec.tenants))
+            self.admin_keys.want(admin_keys(spec), bool(spec.admin_bind))
         except ConfigError as error:
             logger.error("gateway spec refused: %s", error)
             return
         self._spec = spec
         self._closed_peers.watch(*split_address(spec.bind))
         self.dispatcher.set_rules(spec.endpoints)
+        self.dispatcher.set_tenants(spec.tenants, self._clock.now_s())
+
+
+def _certificate_keeper(
+    spec: GatewaySpec, paths: GatewayPaths, runtime: HaproxyRuntime, clock: Clock
+) -> CertificateKeeper | None:
+    if not spec.certificate:
+        return None
+    pair = spec.certificate, spec.certificate_key
+    return CertificateKeeper(*pair, paths.certificate, runtime, clock)
 
 
 def _unlink(paths: Iterable[str]) -> None:

@@ -1,10 +1,16 @@
-"""One replica as HAProxy sees it: its name, address and options, in HAProxy's words. Pure."""
+"""One replica as HAProxy sees it: its name, address and options, in HAProxy's words. Pure.
+
+A replica that speaks HTTP/2 is two servers at one address. HAProxy balances over the first, on HTTP/1.1. The
+second is a backup, reached only by name while the first is there: its connections are shared between clients, and HAProxy 2.8
+stops reading all streams of a connection when one client does not take 260,000 bytes of its answer. So the
+router names it for answers that are shorter than that, whatever happens (ADR 14).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from headrace.gateway.names import backend_name, encode_name
+from headrace.gateway.names import backend_name, encode_name, shared_name
 
 _ON_REFUSAL = "observe layer4 error-limit 1 on-error mark-down"
 UNIX_ADDRESS = "-:0"
@@ -24,10 +30,24 @@ class Server:
     """UNIX socket of a replica on this machine: about half the kernel's work per token of loopback TCP, and
     only its owner may open it. Empty: TCP."""
 
+    is_shared: bool = False
+    """Reached on HTTP/2."""
+
+    @property
+    def name(self) -> str:
+        """Its name inside its backend."""
+        name = encode_name(self.replica_id)
+        return shared_name(name) if self.is_shared else name
+
     @property
     def path(self) -> str:
         """`backend/server`, the name that the runtime API uses."""
-        return f"{backend_name(self.endpoint)}/{encode_name(self.replica_id)}"
+        return f"{backend_name(self.endpoint)}/{self.name}"
+
+    @property
+    def shared(self) -> Server:
+        """The same replica, reached on HTTP/2."""
+        return replace(self, is_shared=True)
 
     @property
     def address(self) -> str:
@@ -51,4 +71,5 @@ class Server:
         fewest connections; a check brings it back within downinter.
         """
         limit = f" maxconn {self.max_open}" if self.max_open else ""
-        return f"check inter 1s fastinter 200ms downinter 200ms fall 2 rise 1 {_ON_REFUSAL}{limit}"
+        protocol = "backup proto h2 " if self.is_shared else ""
+        return f"{protocol}check inter 1s fastinter 200ms downinter 200ms fall 2 rise 1 {_ON_REFUSAL}{limit}"

@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -36,41 +36,28 @@ class LineSink(Protocol):
 
 class RotatingFile:
     """A file of mode 0600 that is renamed to `PATH.1`, in place of the last such one, before it grows beyond
-    `max_bytes`: at most twice that is kept. Opened by its first line; a failed write is tried anew by the next."""
+    `max_bytes`: at most twice that is kept. Opened for each write, so that others may move it away, too."""
 
     def __init__(self, path: Path, max_bytes: int) -> None:
         self._path = path
         self._max_bytes = max_bytes
-        self._file: BinaryIO | None = None
 
     def write(self, data: bytes, /) -> None:
-        file = self._file or self._open()
-        if file.tell() and file.tell() + len(data) > self._max_bytes:
-            file = self._rotate()
-        file.write(data)
+        """Append. Raises OSError."""
+        size = self._path.stat().st_size if self._path.exists() else 0
+        if size and size + len(data) > self._max_bytes:
+            self._path.replace(self._path.with_name(f"{self._path.name}.1"))
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "ab") as file:
+            file.write(data)
 
     def flush(self) -> None:
-        """Files are opened unbuffered."""
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _open(self) -> BinaryIO:
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._file = open(descriptor, "ab", buffering=0)
-        return self._file
-
-    def _rotate(self) -> BinaryIO:
-        self.close()
-        self._path.replace(self._path.with_name(f"{self._path.name}.1"))
-        return self._open()
+        """Nothing is kept back."""
 
 
 class BackgroundLog:
-    """Writes lines to `sink` in the background, until closed. `stops_at_error`: nobody reads any more, as with
-    a pipe; else the lines are counted as dropped and later ones tried."""
+    """Writes lines to `sink` in the background, until closed. `stops_at_error`: nobody reads any more, as
+    with a pipe; else the lines are counted as dropped and later ones tried."""
 
     def __init__(self, sink: LineSink, name: str, *, stops_at_error: bool = True) -> None:
         self._sink = sink

@@ -1,4 +1,4 @@
-"""The per-request line of a gateway: its fields, each defined here once. docs/reference/request-log.md follows.
+"""The per-request line of a gateway: its fields, each defined here once (docs/reference/request-log.md).
 
 Never a prompt, never an answer, never a key. Must not know where the facts come from.
 """
@@ -15,7 +15,7 @@ def _field(meaning: str) -> Meta:
     return Meta(description=meaning)
 
 
-class RequestRecord(msgspec.Struct, frozen=True):
+class RequestRecord(msgspec.Struct, frozen=True, gc=False):
     """One request's end. null: not known, or it never got there. Times in milliseconds."""
 
     id: Annotated[str, _field("headrace's id of the request, which begins with `hr-GATEWAY-`")]
@@ -32,9 +32,9 @@ class RequestRecord(msgspec.Struct, frozen=True):
         float | None, _field("part of the prompt that the choice expected in its prefix cache, 0 to 1")
     ]
     retries: Annotated[int, _field("times that HAProxy connected again before the first byte")]
-    first_byte_ms: Annotated[float | None, _field("from its arrival to the answer's head")]
+    first_byte_ms: Annotated[int | None, _field("from its arrival to the answer's head")]
     ttft_ms: Annotated[float | None, _field("from its arrival to the first token in the replica")]
-    total_ms: Annotated[float | None, _field("from its arrival to the answer's last byte")]
+    total_ms: Annotated[int | None, _field("from its arrival to the answer's last byte")]
     status: Annotated[int | None, _field("the HTTP status that was sent")]
     state: Annotated[str, _field("the terminal state: finished, aborted, refused or failed")]
     code: Annotated[str, _field("the router's reason, if it refused the request")]

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from headrace.api.messages import Demand, TerminalState
+from headrace.observability.request_statistics import RequestStatistics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -25,6 +26,7 @@ class RouterSnapshot:
     demand: Demand
     totals: dict[str, int]
     """Counter name -> value; names of TOTALS."""
+    requests: RequestStatistics
 
 
 TOTALS = {
@@ -36,6 +38,8 @@ TOTALS = {
     "spoe_errors": "SPOE connections closed because of a frame that made no sense",
     "haproxy_failures": "Runtime API commands that failed and were tried again",
     "haproxy_reloads": "Reloads of HAProxy because the endpoints changed",
+    "incomplete_records": "Lines of the request log that lack what HAProxy or a front should have said",
+    "dropped_log_lines": "Lines of the request log that were not written: the disk is full or too slow",
 }
 
 
@@ -52,6 +56,8 @@ class RouterCollector(Collector):
         snapshot = self._snapshot()
         yield from _endpoint_metrics(snapshot.demand)
         yield from _replica_metrics(snapshot.demand)
+        yield from _request_metrics(snapshot.requests)
+        yield from _duration_metrics(snapshot.requests)
         for name, text in TOTALS.items():
             yield CounterMetricFamily(f"headrace_router_{name}", text, value=snapshot.totals.get(name, 0))
 
@@ -60,14 +66,16 @@ def _gauge(name: str, text: str, label: str) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"headrace_router_{name}", text, labels=[label])
 
 
+def _counter(name: str, text: str, *labels: str) -> CounterMetricFamily:
+    return CounterMetricFamily(f"headrace_router_{name}", text, labels=labels)
+
+
 def _endpoint_metrics(demand: Demand) -> Iterator[Metric]:
     held = _gauge("held_requests", "Requests that wait for a replica", "endpoint")
     oldest = _gauge("oldest_held_seconds", "How long the oldest of them waits", "endpoint")
     in_flight = _gauge("in_flight_requests", "Requests bound to a replica and not ended", "endpoint")
-    arrived = CounterMetricFamily("headrace_router_arrived_requests", "Requests taken", labels=["endpoint"])
-    ended = CounterMetricFamily(
-        "headrace_router_ended_requests", "Requests by terminal state", labels=["endpoint", "state"]
-    )
+    arrived = _counter("arrived_requests", "Requests taken", "endpoint")
+    ended = _counter("ended_requests", "Requests by terminal state", "endpoint", "state")
     for endpoint in demand.endpoints:
         name = endpoint.endpoint
         held.add_metric([name], endpoint.num_held)
@@ -86,6 +94,44 @@ def _replica_metrics(demand: Demand) -> Iterator[Metric]:
         in_flight.add_metric([replica.replica_id], replica.num_in_flight)
         serving.add_metric([replica.replica_id], int(replica.is_serving))
     yield from (in_flight, serving)
+
+
+def _request_metrics(requests: RequestStatistics) -> Iterator[Metric]:
+    by_tenant = _counter("tenant_requests", "Ended requests by tenant", "endpoint", "tenant", "state")
+    prompt = _counter("prompt_tokens", "Prompt tokens of ended requests", "endpoint", "tenant")
+    cached = _counter("cached_tokens", "Prompt tokens that prefix caches spared", "endpoint", "tenant")
+    output = _counter("generation_tokens", "Generated tokens", "endpoint", "tenant")
+    for (endpoint, tenant), totals in requests.totals.items():
+        for state, count in totals.ended.items():
+            by_tenant.add_metric([endpoint, tenant, state], count)
+        prompt.add_metric([endpoint, tenant], totals.prompt_tokens)
+        cached.add_metric([endpoint, tenant], totals.cached_tokens)
+        output.add_metric([endpoint, tenant], totals.output_tokens)
+    statuses = _counter("responses", "Ended requests by HTTP status; 0: none was sent", "endpoint", "status")
+    for (endpoint, status), count in requests.statuses.items():
+        statuses.add_metric([endpoint, str(status)], count)
+    refusals = _counter("refusals", "Requests that the router refused, by its reason", "endpoint", "code")
+    for (endpoint, code), count in requests.refusals.items():
+        refusals.add_metric([endpoint, code], count)
+    yield from (by_tenant, prompt, cached, output, statuses, refusals)
+
+
+def _duration_metrics(requests: RequestStatistics) -> Iterator[Metric]:
+    queue_time = _histogram("request_queue_time_seconds", "Arrival to being bound or refused")
+    first_token = _histogram("time_to_first_token_seconds", "Arrival at the gateway to the first token")
+    latency = _histogram("e2e_request_latency_seconds", "Arrival to the last byte, of finished requests")
+    for endpoint, durations in requests.durations.items():
+        for family, histogram in (
+            (queue_time, durations.queue_time),
+            (first_token, durations.time_to_first_token),
+            (latency, durations.e2e_latency),
+        ):
+            family.add_metric([endpoint], histogram.cumulative(), histogram.total)
+    yield from (queue_time, first_token, latency)
+
+
+def _histogram(name: str, text: str) -> HistogramMetricFamily:
+    return HistogramMetricFamily(f"headrace_router_{name}", text, labels=["endpoint"])
 
 
 class RouterMetrics:

@@ -156,9 +156,12 @@ class Front:
             finished=finished,
             generation=spec.generation,
             socket_path=self._socket_path,
+            open_by_gateway=self._ledger.open_by_gateway(),
+            open_by_tenant=self._ledger.open_by_tenant(),
             prefix_epoch=prefixes.epoch,
             prefixes_added=prefixes.added,
             prefixes_removed=prefixes.removed,
+            speaks_h2=True,
         )
 
     def _report_interval_s(self) -> float:

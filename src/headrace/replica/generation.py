@@ -30,8 +30,8 @@ from headrace.replica.answer import Answer, AnswerServices, GenerationFailed, Te
 from headrace.replica.answer_shape import AnswerShape
 from headrace.replica.chat import flatten_messages
 from headrace.replica.engine_client import EngineClient
-from headrace.replica.http_connection import Responder
 from headrace.replica.http_messages import HttpRequest
+from headrace.replica.http_responder import Responder
 from headrace.replica.ledger import RequestRecord
 from headrace.replica.prompt_caching import PromptCaching
 from headrace.replica.text_model import PromptEncoder, TextModel

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
 from typing import Protocol, cast
 
 import httptools
@@ -18,26 +17,23 @@ from headrace.api.openai import describe_error
 from headrace.clock import Clock
 from headrace.errors import InvalidRequest, Overloaded, PayloadTooLarge, RequestError
 from headrace.replica.http_messages import AnswerHeads, HttpLimits, HttpRequest, RequestTimeout
+from headrace.replica.http_responder import Responder, retry_header
 
 
-class Responder:
-    """Answers one request: whole (`send`), or as a stream (`start`, then `write`, at last `end`)."""
+class Http1Responder(Responder):
+    """Answers one request of an `HttpConnection`: streams in chunks, to HTTP/1.0 clients until the close."""
 
-    __slots__ = ("_connection", "_is_chunked", "_request", "is_done", "on_gone")
+    __slots__ = ("_connection", "_is_chunked", "_request")
 
     def __init__(self, connection: HttpConnection, request: HttpRequest) -> None:
+        super().__init__()
         self._connection = connection
         self._request = request
         self._is_chunked = not request.is_http_1_0
-        self.is_done = False
-        """Answered, or the client is gone."""
-        self.on_gone: Callable[[], None] | None = None
-        """Called at most once, when the client leaves before the answer's end."""
 
     def send(
         self, status: int, body: bytes, headers: str = "", content_type: str = "application/json"
     ) -> None:
-        """Send a whole answer. `headers`: further `name: value\\r\\n` lines."""
         if self.is_done:
             return
         keep_alive = self._request.keep_alive
@@ -45,23 +41,16 @@ class Responder:
         self._connection.write(head if self._request.method == "HEAD" else head + body)
         self._finish(keep_alive)
 
-    def send_error(self, error: RequestError, headers: str = "") -> None:
-        """Send `error` in OpenAI's shape."""
-        self.send(error.status, msgspec.json.encode(describe_error(error)), headers + retry_header(error))
-
     def start(self, headers: str = "") -> bytes:
-        """Return the head of a streamed answer, to be sent with the first frames."""
         return self._connection.heads.stream(headers, self._request.keep_alive, self._is_chunked)
 
     def write(self, head: bytes, frames: bytes) -> None:
-        """Send `frames` as one chunk, in one write; `head` is what `start` gave, or empty."""
         if self._is_chunked:
             self._connection.write(b"%b%x\r\n%b\r\n" % (head, len(frames), frames))
         else:
             self._connection.write(head + frames)
 
     def end(self, head: bytes, frames: bytes) -> None:
-        """Send the last frames and end the stream."""
         if self.is_done:
             return
         if self._is_chunked:
@@ -71,7 +60,6 @@ class Responder:
         self._finish(self._request.keep_alive and self._is_chunked)
 
     def close_after(self) -> None:
-        """Close the connection after this answer."""
         self._request.keep_alive = False
 
     def _finish(self, keep_alive: bool) -> None:
@@ -79,11 +67,21 @@ class Responder:
         self.on_gone = None
         self._connection.answered(keep_alive)
 
-    def gone(self) -> None:
-        """The client left. Called by the connection."""
-        callback, self.on_gone, self.is_done = self.on_gone, None, True
-        if callback is not None:
-            callback()
+
+class Connection(Protocol):
+    """A client's connection, as the server sees it."""
+
+    def close_if_idle(self) -> None:
+        """Close now unless something is being received or answered; then close after the answer."""
+        ...
+
+    def abort(self) -> None:
+        """Drop the connection and what is unsent."""
+        ...
+
+    def check_time_limits(self, now_s: float) -> None:
+        """Apply the time limits. Called every `sweep_s`."""
+        ...
 
 
 class ConnectionOwner(Protocol):
@@ -93,11 +91,11 @@ class ConnectionOwner(Protocol):
     heads: AnswerHeads
     clock: Clock
 
-    def joined(self, connection: HttpConnection) -> bool:
+    def joined(self, connection: Connection) -> bool:
         """Take the connection; false: there is no room for it."""
         ...
 
-    def left(self, connection: HttpConnection) -> None: ...
+    def left(self, connection: Connection) -> None: ...
 
     def reserve(self, num_bytes: int) -> bool:
         """Count body bytes as being received (negative: no longer); false: there is no room for them."""
@@ -117,7 +115,7 @@ class HttpConnection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport | None = None
         self._queue: deque[HttpRequest | RequestError] = deque()
-        self._active: Responder | None = None
+        self._active: Http1Responder | None = None
         self._is_advancing = False
         self._is_discarding = False
         """Bytes that still come are dropped: the connection ends with the last queued answer."""
@@ -154,6 +152,8 @@ class HttpConnection(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._is_in_head:
+            return  # a trailer: a client's, since proxies pass them on, so it must not speak of identity
         self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
         self._head_bytes += len(name) + len(value) + 4
 
@@ -283,7 +283,7 @@ class HttpConnection(asyncio.Protocol):
             if isinstance(entry, RequestError):
                 self._end_with(entry)
                 break
-            self._active = responder = Responder(self, entry)
+            self._active = responder = Http1Responder(self, entry)
             self._release(len(entry.body))
             self._owner.handle(entry, responder)
         self._is_advancing = False
@@ -386,10 +386,3 @@ class HttpConnection(asyncio.Protocol):
         if is_late:
             self._refuse(RequestTimeout(f"the request's {what} did not come in time; send it without pauses"))
             self._advance()
-
-
-def retry_header(error: RequestError) -> str:
-    """Return the Retry-After line of `error`, in whole seconds as HTTP wants it, or nothing."""
-    if error.retry_after_s is None:
-        return ""
-    return f"retry-after: {max(1, round(error.retry_after_s))}\r\n"

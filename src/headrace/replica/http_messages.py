@@ -44,6 +44,14 @@ class HttpLimits:
     """Longest time that a client with a full buffer may read nothing."""
     max_write_buffer_bytes: int = 1024 * 1024
     """Unread bytes of a stream; beyond it the client is cut off."""
+    max_streams: int = 256
+    """HTTP/2: streams open at once in one connection, and requests taken from it per turn of the loop."""
+    max_control_frames: int = 10_000
+    """HTTP/2: frames that carry nothing of a request, per `sweep_s`; beyond it the connection ends. A proxy
+    whose clients leave sends one per request."""
+    max_shared_stream_bytes: int = 240_000
+    """HTTP/2: bytes of one streamed answer to a gateway, whose clients share the connection. What it takes
+    without a client reading is 260,000 (ADR 14): beyond that it stops reading everybody's streams."""
     linger_s: float = 2.0
     """After a refusal that leaves bytes unread: how long they are read and dropped, so that the client sees
     the answer rather than a reset (RFC 9112, 9.6)."""
@@ -71,7 +79,7 @@ class AnswerHeads:
     """Builds status lines and header fields. `fixed_headers` go with every answer."""
 
     def __init__(self, fixed_headers: str, wall_s: Callable[[], float]) -> None:
-        self._fixed_headers = fixed_headers
+        self.fixed_headers = fixed_headers
         self._wall_s = wall_s
         self._date_second = -1
         self._date = ""
@@ -79,21 +87,22 @@ class AnswerHeads:
     def whole(self, status: int, num_bytes: int, content_type: str, headers: str, keep_alive: bool) -> bytes:
         """Return the head of an answer of `num_bytes`. `headers`: further `name: value\\r\\n` lines."""
         return (
-            f"HTTP/1.1 {status} {_reason(status)}\r\ndate: {self._now()}\r\n"
+            f"HTTP/1.1 {status} {_reason(status)}\r\ndate: {self.date()}\r\n"
             f"content-type: {content_type}\r\ncontent-length: {num_bytes}\r\n"
-            f"{self._fixed_headers}{headers}{_connection(keep_alive)}\r\n"
+            f"{self.fixed_headers}{headers}{_connection(keep_alive)}\r\n"
         ).encode("latin-1")
 
     def stream(self, headers: str, keep_alive: bool, is_chunked: bool) -> bytes:
         """Return the head of a stream of server-sent events."""
         coding = "transfer-encoding: chunked\r\n" if is_chunked else ""
         return (
-            f"HTTP/1.1 200 OK\r\ndate: {self._now()}\r\n"
+            f"HTTP/1.1 200 OK\r\ndate: {self.date()}\r\n"
             f"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n{coding}"
-            f"{self._fixed_headers}{headers}{_connection(keep_alive and is_chunked)}\r\n"
+            f"{self.fixed_headers}{headers}{_connection(keep_alive and is_chunked)}\r\n"
         ).encode("latin-1")
 
-    def _now(self) -> str:
+    def date(self) -> str:
+        """Return the value of the `date` field."""
         second = int(self._wall_s())
         if second != self._date_second:
             self._date_second, self._date = second, formatdate(second, usegmt=True)

@@ -14,8 +14,12 @@ from collections.abc import Callable
 
 from headrace.clock import Clock
 from headrace.errors import RequestError
-from headrace.replica.http_connection import HttpConnection, Responder
+from headrace.replica.http2_connection import Http2Connection
+from headrace.replica.http2_heads import AnswerBlocks
+from headrace.replica.http_connection import Connection, HttpConnection
+from headrace.replica.http_entry import HttpEntry
 from headrace.replica.http_messages import AnswerHeads, HttpLimits, HttpRequest
+from headrace.replica.http_responder import Responder
 
 Handler = Callable[[HttpRequest, Responder], None]
 _log = logging.getLogger(__name__)
@@ -35,7 +39,8 @@ class HttpServer:
         self.limits = limits
         self.heads = heads
         self.clock = clock
-        self._connections: set[HttpConnection] = set()
+        self._blocks = AnswerBlocks(heads)
+        self._connections: set[Connection] = set()
         self._num_receiving_bytes = 0
         self._servers: list[asyncio.Server] = []
         self._sweep: asyncio.TimerHandle | None = None
@@ -46,7 +51,9 @@ class HttpServer:
     async def listen(self, host: str, port: int) -> str:
         """Start to serve; return host:port with the real port. Raises OSError if the address is taken."""
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: HttpConnection(self), host, port, backlog=1024)
+        server = await loop.create_server(
+            lambda: self._make_entry(is_trusted=False), host, port, backlog=1024
+        )
         self._servers.append(server)
         name = server.sockets[0].getsockname()
         self._schedule_sweep()
@@ -64,12 +71,20 @@ class HttpServer:
             # A connection beyond the backlog is refused, not delayed as with TCP.
             loop = asyncio.get_running_loop()
             server = await loop.create_unix_server(
-                lambda: HttpConnection(self, is_trusted=True), sock=listener, backlog=4096
+                lambda: self._make_entry(is_trusted=True), sock=listener, backlog=4096
             )
         except OSError:
             listener.close()
             raise
         self._servers.append(server)
+
+    def _make_entry(self, *, is_trusted: bool) -> HttpEntry:
+        call_soon = asyncio.get_running_loop().call_soon
+        return HttpEntry(
+            self,
+            lambda: HttpConnection(self, is_trusted=is_trusted),
+            lambda: Http2Connection(self, self._blocks, call_soon, is_trusted=is_trusted),
+        )
 
     def _schedule_sweep(self) -> None:
         self._sweep = asyncio.get_running_loop().call_later(self.limits.sweep_s, self._run_sweep)
@@ -82,12 +97,12 @@ class HttpServer:
 
     # ---- what connections ask
 
-    def joined(self, connection: HttpConnection) -> bool:
+    def joined(self, connection: Connection) -> bool:
         has_room = len(self._connections) < self.limits.max_connections
         self._connections.add(connection)
         return has_room
 
-    def left(self, connection: HttpConnection) -> None:
+    def left(self, connection: Connection) -> None:
         self._connections.discard(connection)
 
     def reserve(self, num_bytes: int) -> bool:

@@ -6,10 +6,11 @@ Must not know HTTP, text or engines.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Protocol
 
-from headrace.api.messages import FinishedRequest, TerminalState
+from headrace.api.messages import FinishedRequest, TerminalState, gateway_of
 from headrace.clock import Clock
 from headrace.observability.front_metrics import FrontMetrics
 from headrace.observability.line_log import LineLog
@@ -63,6 +64,8 @@ class Ledger:
         self._clock = clock
         self._listener = listener
         self._open: set[RequestRecord] = set()
+        self._open_by_gateway: Counter[str] = Counter()
+        self._open_by_tenant: Counter[str] = Counter()
 
     def __repr__(self) -> str:
         return f"Ledger({len(self._open)} open of {self._metrics.num_accepted} accepted)"
@@ -71,9 +74,19 @@ class Ledger:
     def num_open(self) -> int:
         return len(self._open)
 
+    def open_by_gateway(self) -> dict[str, int]:
+        """Return how many open requests each gateway sent; of others under the empty name."""
+        return dict(self._open_by_gateway)
+
+    def open_by_tenant(self) -> dict[str, int]:
+        """Return how many open requests each tenant has."""
+        return dict(self._open_by_tenant)
+
     def open(self, record: RequestRecord) -> None:
         """Take a request that arrived."""
         self._open.add(record)
+        self._open_by_gateway[gateway_of(record.request_id)] += 1
+        self._open_by_tenant[record.tenant] += 1
         self._metrics.num_accepted += 1
         if len(self._open) == 1:
             self._listener.on_busy()
@@ -82,6 +95,8 @@ class Ledger:
         """End a request. It must be open: there is no second end."""
         assert record in self._open, f"request {record.request_id} ended twice (now {state})"
         self._open.remove(record)
+        _count_down(self._open_by_gateway, gateway_of(record.request_id))
+        _count_down(self._open_by_tenant, record.tenant)
         metrics, now_s = self._metrics, self._clock.now_s()
         metrics.num_ended[state] += 1
         metrics.num_prompt_tokens += record.num_prompt_tokens
@@ -128,3 +143,13 @@ class Ledger:
         ended = {state.value: count for state, count in self._metrics.num_ended.items()}
         accepted, num_open = self._metrics.num_accepted, len(self._open)
         assert accepted == sum(ended.values()) + num_open, f"{accepted} accepted != {ended} + {num_open} open"
+        for counts in (self._open_by_gateway, self._open_by_tenant):
+            assert num_open == counts.total(), f"{num_open} open != {dict(counts)}"
+
+
+def _count_down(counts: Counter[str], name: str) -> None:
+    """Keep no zeros: gateways and tenants come and go."""
+    if counts[name] > 1:
+        counts[name] -= 1
+    else:
+        del counts[name]

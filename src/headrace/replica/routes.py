@@ -19,8 +19,8 @@ from headrace.api.openai import DetokenizeRequest, ModelCard, ModelList, Request
 from headrace.errors import InvalidRequest, MethodNotAllowed, NotFound, RequestError, Unauthorized
 from headrace.observability.front_metrics import FrontMetrics
 from headrace.replica.generation import CHAT_PATH, COMPLETIONS_PATH, Generator, open_record
-from headrace.replica.http_connection import Responder
 from headrace.replica.http_messages import HttpRequest
+from headrace.replica.http_responder import Responder
 
 MODELS_PATH = "/v1/models"
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -174,3 +174,64 @@ def test_what_is_shown_loads_again_to_the_same(tmp_path: Path) -> None:
     text = dump_config(config)
     assert load_config(write(tmp_path, text)) == config
     assert yaml.safe_load(text)["endpoints"]["chat"]["queue"]["max_requests"] == 1024
+
+
+HASH = "sha256:" + "0" * 64
+
+
+def with_tenants(
+    bind: str = "127.0.0.1:8000", tls: bool = False, admin: str = "", **tenants: Any
+) -> dict[str, Any]:
+    gateway: dict[str, Any] = {"bind": bind, "admin_bind": admin}
+    if tls:
+        gateway["tls"] = {"certificate": "c.pem", "key": "k.pem"}
+    return {**GOOD, "gateway": gateway, "tenants": tenants}
+
+
+def test_mistakes_in_tenants_are_told_all_at_once_with_their_paths() -> None:
+    tree = with_tenants(
+        **{
+            "a b": {},
+            "acme": {"endpoints": ["chat", "nope"], "keys": [HASH]},
+            "small": {"keys": [HASH, HASH]},
+        }
+    )
+    assert [problem.split(": ")[1] for problem in problems_of(tree)] == [
+        "tenants",
+        "tenants.acme.endpoints",
+        "tenants.small.keys",
+        "tenants.small.keys",
+    ]
+    problems = "\n".join(problems_of(tree))
+    assert "'a b'" in problems
+    assert "nope: no such endpoint; there are: chat" in problems
+    assert "a key of tenant acme, too" in problems
+
+
+def test_a_key_in_clear_is_refused_and_not_shown() -> None:
+    (problem,) = problems_of(with_tenants(acme={"keys": ["hr-secret"]}))
+    assert "tenants.acme.keys" in problem
+    assert "headrace keys create" in problem
+    assert "hr-secret" not in problem
+
+
+@pytest.mark.parametrize("bind", ["0.0.0.0:8000", "[::]:8000", "192.0.2.1:8000"])
+def test_without_tenants_the_gateway_stays_on_loopback(bind: str) -> None:
+    (problem,) = problems_of(with_tenants(bind))
+    assert f"gateway.bind: {bind} can be reached from other machines" in problem
+    assert "headrace keys create" in problem
+    assert parse_config(with_tenants(bind, acme={})).gateway.bind == bind
+
+
+@pytest.mark.parametrize("bind", ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1"])
+def test_loopback_needs_no_tenants(bind: str) -> None:
+    assert parse_config(with_tenants(bind, admin=bind))
+
+
+def test_the_admin_api_leaves_the_machine_only_with_tenants_and_tls() -> None:
+    (problem,) = problems_of(with_tenants(admin="0.0.0.0:9", acme={}))
+    assert "gateway.admin_bind: 0.0.0.0:9" in problem
+    assert "gateway.tls" in problem
+    (problem,) = problems_of(with_tenants(admin="0.0.0.0:9", tls=True))
+    assert "tenants" in problem
+    assert parse_config(with_tenants(admin="0.0.0.0:9", tls=True, acme={}))

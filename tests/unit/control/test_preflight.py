@@ -11,13 +11,13 @@ import pytest
 
 from headrace.api.config import Config
 from headrace.api.config_loader import parse_config
-from headrace.control.preflight import check_address, check_models
+from headrace.control.preflight import check_address, check_keys, check_models
 from headrace.errors import ConfigError
 
 
 def config(bind: str = "127.0.0.1:0", **endpoints: dict[str, Any]) -> Config:
     chosen = endpoints or {"chat": {"model": "simulated", "engine": "simulated"}}
-    return parse_config({"endpoints": chosen, "gateway": {"bind": bind}})
+    return parse_config({"endpoints": chosen, "gateway": {"bind": bind}, "tenants": {"acme": {}}})
 
 
 def test_every_model_that_cannot_be_had_is_named() -> None:
@@ -64,3 +64,18 @@ def test_a_port_in_use_is_refused_with_a_way_out() -> None:
 def test_an_address_of_another_machine_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"gateway\.bind: 192\.0\.2\.1:8000 cannot be used"):
         check_address(config("192.0.2.1:8000"))
+
+
+def test_the_state_directory_becomes_absolute_and_its_keys_must_be_usable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    directory = tmp_path / "headrace"
+    assert check_keys(config()).state_dir == str(directory)
+    assert not directory.exists(), "looking creates nothing"
+    directory.mkdir(0o700)
+    (directory / "keys.json").write_text("{")
+    (directory / "keys.json").chmod(0o600)
+    with pytest.raises(ConfigError, match=r"keys\.json: is damaged"):
+        check_keys(config())
+    assert check_keys(config().model_copy(update={"tenants": {}})), "without tenants nobody needs keys"

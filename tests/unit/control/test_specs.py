@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from headrace.api.config import Config
+from headrace.api.config import Config, Gateway, Tenant, Tls
 from headrace.api.config_loader import parse_config
-from headrace.api.messages import ReplicaSpec
+from headrace.api.messages import ReplicaSpec, TenantRule
 from headrace.control import specs
 from headrace.control.specs import gateway_spec, generation_of, replica_process, threads_per_engine
 from headrace.control.status import gateway_url
@@ -66,7 +66,28 @@ def test_the_gateway_learns_endpoints_and_limits() -> None:
     assert spec.max_body_bytes == 2 << 20
 
 
+def test_the_gateway_learns_tenants_limits_and_keys() -> None:
+    limits = {"requests_per_minute": 5, "tokens_per_minute": 7, "max_concurrent": 3, "max_queued": 2}
+    acme = {"weight": 2, "priority": "high", "endpoints": ["chat"], "limits": {**limits, "max_wait_s": 9}}
+    tree = {"endpoints": {"chat": {"model": "m"}}, "tenants": {"acme": acme, "small": {}}}
+    spec = gateway_spec(parse_config(tree), Path("/run/x"), {"ab": "acme"})
+    assert spec.tenants == [TenantRule("acme", 2.0, 0, ["chat"], 5, 7, 3, 2, 9.0), TenantRule("small")]
+    assert spec.keys == {"ab": "acme"}
+
+
+def test_the_first_tenant_replaces_replicas_and_further_changes_of_tenants_do_not() -> None:
+    def generation(**tenants: Any) -> str:
+        return generation_of(config().model_copy(update={"tenants": tenants}), "chat")
+
+    one = generation(acme=Tenant())
+    assert one != generation()
+    assert one == generation(
+        acme=Tenant(weight=3, endpoints=["chat"]), small=Tenant(keys=["sha256:" + "0" * 64])
+    )
+
+
 def test_the_url_is_one_that_a_client_can_use() -> None:
-    assert gateway_url("0.0.0.0:80") == "http://127.0.0.1:80/v1"
-    assert gateway_url("[::]:80") == "http://[::1]:80/v1"
-    assert gateway_url("127.0.0.1:8000") == "http://127.0.0.1:8000/v1"
+    assert gateway_url(Gateway(bind="0.0.0.0:80")) == "http://127.0.0.1:80/v1"
+    assert gateway_url(Gateway(bind="[::]:80")) == "http://[::1]:80/v1"
+    tls = Tls(certificate="c.pem", key="k.pem")
+    assert gateway_url(Gateway(bind="127.0.0.1:8000", tls=tls)) == "https://127.0.0.1:8000/v1"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from headrace.api.config import Config
+from headrace.api.config import Config, Tenant
 from headrace.api.config_loader import parse_config
 from headrace.api.messages import (
     Demand,
@@ -160,6 +160,36 @@ def test_port_zero_keeps_the_port_that_was_found_and_another_address_is_refused(
     with pytest.raises(ConfigError, match=r"gateway\.bind"):
         world.state.apply(config("127.0.0.1:9000", chat={"max_open": 1}))
     assert world.state.config.endpoints["chat"].max_open == 64
+
+
+def test_an_apply_tells_which_tenants_change_and_replaces_nothing_but_for_the_first() -> None:
+    world = World(config(chat={}))
+    world.settle()
+
+    def apply(**tenants: Tenant) -> list[str]:
+        return world.state.apply(world.state.config.model_copy(update={"tenants": tenants}))
+
+    notes = apply(acme=Tenant(), small=Tenant())
+    assert notes == [
+        "chat: changed; its replicas are replaced one by one",
+        "tenant acme: added",
+        "tenant small: added",
+        "the gateway asks for keys now",
+    ]
+    assert apply(acme=Tenant(weight=2)) == [
+        "tenant small: removed; its keys stop working",
+        "tenant acme: changed",
+    ]
+    assert apply(acme=Tenant(weight=2)) == ["nothing changed"]
+    assert apply()[-1] == "the gateway takes requests without keys now"
+
+
+def test_the_state_directory_is_kept_and_cannot_change() -> None:
+    world = World(config(chat={}).model_copy(update={"state_dir": "/a"}))
+    world.state.apply(config(chat={}))
+    assert world.state.config.state_dir == "/a"
+    with pytest.raises(ConfigError, match="state_dir: is '/a' and cannot become '/b'"):
+        world.state.apply(config(chat={}).model_copy(update={"state_dir": "/b"}))
 
 
 def test_wrong_scales_are_refused_with_what_is_allowed() -> None:

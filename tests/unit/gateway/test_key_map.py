@@ -61,18 +61,22 @@ def test_the_file_gives_back_what_was_written(keys: dict[str, str]) -> None:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> str:
+def path(tmp_path: Path) -> Path:
     path = tmp_path / "keys.map"
     path.write_text(render_key_map({A: "acme"}))
-    return str(path)
+    return path
 
 
-async def test_the_file_is_written_at_once_and_haproxy_is_told_until_it_has_the_keys(path: str) -> None:
+def content_of(path: Path) -> dict[str, str]:
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    return parse_key_map(path.read_text())
+
+
+async def test_the_file_is_written_at_once_and_haproxy_is_told_until_it_has_the_keys(path: Path) -> None:
     haproxy = FakeHaproxy({A: "acme"})
-    keys = KeyMap(path, haproxy)
+    keys = KeyMap(str(path), haproxy)
     keys.want({A: "small", B: "acme"}, has_map=True)
-    assert parse_key_map(Path(path).read_text()) == {A: "small", B: "acme"}
-    assert stat.S_IMODE(Path(path).stat().st_mode) == 0o600
+    assert content_of(path) == {A: "small", B: "acme"}
     haproxy.failures = [HaproxyUnavailable("away"), HaproxyRefused("no")]
     rounds = [await keys.run_round() for _ in range(3)]
     assert rounds == [False, False, True]
@@ -80,9 +84,9 @@ async def test_the_file_is_written_at_once_and_haproxy_is_told_until_it_has_the_
     assert (keys.num_failures, keys.last_error) == (2, "")
 
 
-async def test_until_the_controller_speaks_the_files_keys_count(path: str) -> None:
+async def test_until_the_controller_speaks_the_files_keys_count(path: Path) -> None:
     haproxy = FakeHaproxy({B: "acme"})
-    keys = KeyMap(path, haproxy)
+    keys = KeyMap(str(path), haproxy)
     keys.want(None, has_map=True)
     assert await keys.run_round()
     assert haproxy.entries == {A: "acme"}
@@ -99,27 +103,27 @@ async def test_a_router_without_a_readable_file_leaves_haproxys_keys_alone(tmp_p
     assert haproxy.entries == {}
 
 
-async def test_without_tenants_haproxy_has_no_map_and_is_not_asked(path: str) -> None:
+async def test_without_tenants_haproxy_has_no_map_and_is_not_asked(path: Path) -> None:
     haproxy = FakeHaproxy({})
     haproxy.failures = [HaproxyRefused("Unknown map identifier")]
-    keys = KeyMap(path, haproxy)
+    keys = KeyMap(str(path), haproxy)
     keys.want({}, has_map=False)
     assert await keys.run_round()
     assert haproxy.failures
 
 
-async def test_a_file_that_cannot_be_written_is_tried_again(path: str, tmp_path: Path) -> None:
-    keys = KeyMap(str(tmp_path / "missing" / "keys.map"), FakeHaproxy({}))
+async def test_a_file_that_cannot_be_written_is_tried_again(tmp_path: Path) -> None:
+    keys = KeyMap(str(tmp_path / "gone" / "missing" / "keys.map"), FakeHaproxy({}))
     keys.want({A: "acme"}, has_map=True)
     assert not await keys.run_round()
-    (tmp_path / "missing").mkdir()
+    (tmp_path / "gone").mkdir()
     assert await keys.run_round()
-    assert parse_key_map((tmp_path / "missing" / "keys.map").read_text()) == {A: "acme"}
+    assert content_of(tmp_path / "gone" / "missing" / "keys.map") == {A: "acme"}
 
 
-async def test_the_loop_wakes_for_new_keys_and_tries_again_by_itself(path: str) -> None:
+async def test_the_loop_wakes_for_new_keys_and_tries_again_by_itself(path: Path) -> None:
     haproxy = FakeHaproxy({A: "acme"})
-    keys = KeyMap(path, haproxy)
+    keys = KeyMap(str(path), haproxy)
     loop = asyncio.create_task(keys.run())
     try:
         await asyncio.sleep(0)

@@ -59,10 +59,12 @@ from headrace.api.messages.gateway import (
     EndpointDemand,
     EndpointRule,
     GatewaySpec,
+    RelaySpec,
     ReplicaView,
     TenantDemand,
     TenantRule,
     haproxy_name,
+    relay_name,
     router_name,
 )
 from headrace.api.messages.launcher import (
@@ -126,6 +128,7 @@ __all__ = [
     "ProcessStatus",
     "Processes",
     "Record",
+    "RelaySpec",
     "ReplicaSpec",
     "ReplicaState",
     "ReplicaStatus",
@@ -148,5 +151,6 @@ __all__ = [
     "TokenLogprobs",
     "gateway_of",
     "haproxy_name",
+    "relay_name",
     "router_name",
 ]

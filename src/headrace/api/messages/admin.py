@@ -141,6 +141,8 @@ class SystemStatus(msgspec.Struct, frozen=True):
     processes: list[ProcessStatus]
     run_dir: str = ""
     tenants: list[TenantStatus] = []
+    warnings: list[str] = []
+    """What somebody should look at, one line each."""
 
 
 class AdminReply(Message, frozen=True):

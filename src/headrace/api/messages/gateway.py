@@ -71,6 +71,29 @@ def haproxy_name(gateway_id: str) -> str:
     return f"haproxy-{gateway_id}"
 
 
+def relay_name(gateway_id: str) -> str:
+    """Return the name of a gateway's relay process."""
+    return f"relay-{gateway_id}"
+
+
+class RelaySpec(Message, frozen=True):
+    """What to start the relay with (`python -m headrace.replica.relay JSON`)."""
+
+    socket: str
+    """UNIX socket on which it takes requests whose model is not in the head of their body."""
+    upstream_socket: str
+    """HAProxy's internal listener, to which it sends them again."""
+    max_body_bytes: int = 32 * 1024 * 1024
+    max_total_bytes: int = 256 * 1024 * 1024
+    """Bodies held at a time, all together; at least max_body_bytes. Beyond it: 503."""
+    body_idle_timeout_s: float = 30.0
+    """Longest silence inside a body."""
+    body_timeout_s: float = 600.0
+    """From the first byte of a request to its last."""
+    answer_timeout_s: float = 900.0
+    """Longest silence of HAProxy once the request was sent: longer than its own limits."""
+
+
 class EndpointDemand(Record, frozen=True):
     """One endpoint as one router sees it. Totals count since the router's start."""
 
@@ -122,3 +145,5 @@ class Demand(Message, frozen=True):
     endpoints: list[EndpointDemand]
     replicas: list[ReplicaView]
     tenants: list[TenantDemand] = []
+    certificate_problem: str = ""
+    """Why the certificate's files cannot be used, or that it is about to expire; empty: all is well."""

@@ -67,6 +67,8 @@ class LoadReport(Message, frozen=True):
     first report on a connection lists all, most recently used last."""
     prefixes_removed: list[int] = []
     """Prompt-head hashes whose blocks were evicted since then."""
+    speaks_h2: bool = False
+    """Its listeners take HTTP/2 with prior knowledge, too."""
 
 
 class ReportAck(Message, frozen=True):

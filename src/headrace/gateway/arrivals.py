@@ -1,0 +1,73 @@
+"""What comes to the dispatcher, what it answers, and who listens: plain values at its edge.
+
+Must not know queues, replicas or HAProxy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from headrace.api.messages import TerminalState
+from headrace.policy.prompt import PromptHead
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The request goes to this server."""
+
+    server_name: str
+    explanation: str = ""
+    """The decision's reasons, for `x-headrace-route`; empty unless asked for."""
+    replica_id: str = field(default="", compare=False)
+    reason: str = field(default="", compare=False)
+    """`Placement.reason`, and the part of the prompt that it expects in the replica's prefix cache."""
+    cached_ratio: float = field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The request is not served; the client may come again."""
+
+    message: str
+    code: str
+    retry_after_s: int
+    status: int = 503
+    """503: the system's state is the reason; 429: the tenant's limit is."""
+
+
+Answer = Callable[[Bound | Refused], None]
+
+
+class RequestListener(Protocol):
+    """Who wants to know of each request's end."""
+
+    def ended(self, request_id: str, endpoint: str, state: TerminalState) -> None:
+        """A request reached its one terminal state. Called once per request, arrived or not."""
+        ...
+
+
+class NobodyListens:
+    """The listener of a dispatcher that stands alone."""
+
+    def ended(self, request_id: str, endpoint: str, state: TerminalState) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request as HAProxy announces it."""
+
+    request_id: str
+    endpoint: str
+    answer: Answer
+    """Called once, at once or later."""
+    owner: object
+    """The connection it came over; `owner_lost` ends its waiting."""
+    client: Hashable = None
+    """Whose leaving cancels it (`clients_left`)."""
+    tenant: str = ""
+    prompt: PromptHead = field(default_factory=PromptHead)
+    wants_route: bool = False
+    """The client asked for the decision's reasons (`Bound.explanation`)."""

@@ -1,0 +1,201 @@
+"""Every request's line: what router, HAProxy and front each know of it, joined, whoever speaks last.
+
+Owns what is known of requests that have not been written yet, bounded in number and in how long it waits. No
+I/O: `now_s` comes in, records go out through a callback. Must not decide, and must not know SPOE or sockets.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from headrace.api.messages import FinishedRequest, TerminalState, gateway_of
+from headrace.clock import Clock
+from headrace.gateway.completions import Completion, classify
+from headrace.gateway.dispatcher import Bound, Refused
+from headrace.gateway.names import decode_name, split_shared_name
+from headrace.observability.request_record import RequestRecord
+
+PARTS_LIMIT_S = 2.0
+"""After a request's end, the others' words on it are expected for so long; then it is written without."""
+MAX_EARLY = 1024
+"""Ends told by fronts of requests that the router does not know: it was away then."""
+_GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions")
+
+
+@dataclass(slots=True)
+class _Parts:
+    """What is known of one request."""
+
+    endpoint: str = ""
+    tenant: str = ""
+    path: str = ""
+    arrived_s: float | None = None
+    arrived_wall_s: float = 0.0
+    answered_s: float | None = None
+    bound: Bound | None = None
+    code: str = ""
+    state: TerminalState | None = None
+    completion: Completion | None = None
+    finished: FinishedRequest | None = None
+
+
+class RequestRecorder:
+    """Joins and hands out; the dispatcher's RequestListener."""
+
+    def __init__(self, gateway_id: str, clock: Clock, on_record: Callable[[RequestRecord], None]) -> None:
+        self._gateway_id = gateway_id
+        self._clock = clock
+        self._on_record = on_record
+        self._open: dict[str, _Parts] = {}
+        self._due: deque[tuple[float, str, _Parts]] = deque()
+        self._early: OrderedDict[str, FinishedRequest] = OrderedDict()
+        self.num_incomplete = 0
+        """Records that were written without a part that should have come."""
+
+    def __repr__(self) -> str:
+        return f"<RequestRecorder open={len(self._open)} due={len(self._due)}>"
+
+    def arrived(self, request_id: str, endpoint: str, tenant: str, path: str, now_s: float) -> None:
+        """HAProxy announced a request."""
+        if request_id not in self._open:
+            wall_s = self._clock.wall_s()
+            self._open[request_id] = _Parts(endpoint, tenant, path, now_s, wall_s)
+
+    def answered(self, request_id: str, decision: Bound | Refused, now_s: float) -> None:
+        """The router decided."""
+        parts = self._open.get(request_id)
+        if parts is None:
+            return
+        parts.answered_s = now_s
+        if isinstance(decision, Bound):
+            parts.bound = decision
+        else:
+            parts.code = decision.code
+            self._due.append((now_s + PARTS_LIMIT_S, request_id, parts))
+
+    def ended(self, request_id: str, endpoint: str, state: TerminalState) -> None:
+        """The dispatcher settled a request's state."""
+        parts = self._open.get(request_id)
+        if parts is None:
+            parts = self._open[request_id] = _Parts(endpoint, finished=self._early.pop(request_id, None))
+        parts.state = state
+        self._due.append((self._clock.now_s() + PARTS_LIMIT_S, request_id, parts))
+
+    def completed(self, completion: Completion) -> None:
+        """HAProxy's line, after the dispatcher took it. One of a request that was written, or a second one,
+        changes nothing."""
+        parts = self._open.get(completion.id)
+        if parts is None or parts.completion is not None:
+            return
+        parts.completion = completion
+        if parts.state is None:  # the router refused to know it, so that the dispatcher did not count it
+            parts.state = classify(completion)
+        if parts.finished is not None or not _is_told_by_front(parts):
+            self._write(completion.id, parts)
+
+    def front_finished(self, finished: FinishedRequest) -> None:
+        """A front's word. Fronts tell all routers of all requests."""
+        request_id = finished.request_id
+        parts = self._open.get(request_id)
+        if parts is None:
+            if gateway_of(request_id) == self._gateway_id:
+                self._early[request_id] = finished
+                if len(self._early) > MAX_EARLY:
+                    self._early.popitem(last=False)
+        elif parts.finished is None:
+            parts.finished = finished
+            if parts.completion is not None:
+                self._write(request_id, parts)
+
+    def answered_by_haproxy(self, completion: Completion) -> None:
+        """A request that HAProxy refused before it had an endpoint."""
+        self._write(completion.id, _Parts(state=classify(completion), completion=completion))
+
+    def tick(self, now_s: float) -> None:
+        """Write what has waited long enough."""
+        while self._due and self._due[0][0] <= now_s:
+            _, request_id, parts = self._due.popleft()
+            if self._open.get(request_id) is parts:
+                self.num_incomplete += parts.completion is None or _is_told_by_front(parts)
+                self._write(request_id, parts)
+
+    def flush(self) -> None:
+        """Write everything that has ended: the router stops."""
+        for request_id, parts in list(self._open.items()):
+            if parts.state is not None:
+                self._write(request_id, parts)
+
+    def _write(self, request_id: str, parts: _Parts) -> None:
+        self._open.pop(request_id, None)
+        self._on_record(_join(self._gateway_id, request_id, parts, self._clock.wall_s()))
+
+
+def _is_told_by_front(parts: _Parts) -> bool:
+    """Whether the front's word is to be expected: it generated, or tried to."""
+    line = parts.completion
+    if line is None or line.connect_ms < 0 or line.path not in _GENERATION_PATHS:
+        return False
+    return line.status not in (502, 503, 504)
+
+
+_NO_LINE = Completion("", status=-1, bytes_in=-1, bytes_out=-1)
+
+
+def _join(gateway_id: str, request_id: str, parts: _Parts, wall_s: float) -> RequestRecord:
+    """Return the record. On the router's hot path: about 3 µs."""
+    line, front, bound = parts.completion or _NO_LINE, parts.finished, parts.bound
+    held_ms = ttft_ms = head_ms = first_ms = None
+    if parts.answered_s is not None and parts.arrived_s is not None:
+        held_ms = round((parts.answered_s - parts.arrived_s) * 1000, 3)
+    if line.connect_ms >= 0:  # it reached a server
+        head_ms = line.request_ms + line.wait_ms + line.connect_ms
+        if front is not None and front.ttft_s > 0:
+            ttft_ms = round(head_ms + front.ttft_s * 1000, 3)
+        if line.first_byte_ms >= 0:
+            first_ms = head_ms + line.first_byte_ms
+    return RequestRecord(
+        id=request_id,
+        client_id=_text(line.client_id),
+        gateway=gateway_id,
+        endpoint=parts.endpoint,
+        tenant=parts.tenant or _text(line.tenant),
+        path=parts.path or _text(line.path),
+        arrived_s=round(parts.arrived_wall_s or wall_s - max(line.total_ms, 0) / 1000, 3),
+        held_ms=held_ms,
+        replica=_replica(line, bound),
+        placement=bound.reason if bound is not None else "",
+        cached_ratio=bound.cached_ratio if bound is not None else None,
+        retries=0 if line.retries == "0" else _retries(line.retries),
+        first_byte_ms=first_ms,
+        ttft_ms=ttft_ms,
+        total_ms=line.total_ms if line.total_ms >= 0 else None,
+        status=line.status if line.status > 0 else None,
+        state=(parts.state or TerminalState.FAILED).value,
+        code=parts.code if parts.state is TerminalState.REFUSED else "",
+        finish_reason=front.finish_reason if front is not None else "",
+        prompt_tokens=front.num_prompt_tokens if front is not None else None,
+        cached_tokens=front.num_cached_tokens if front is not None else None,
+        output_tokens=front.num_output_tokens if front is not None else None,
+        bytes_in=line.bytes_in if line.bytes_in >= 0 else None,
+        bytes_out=line.bytes_out if line.bytes_out >= 0 else None,
+    )
+
+
+def _replica(line: Completion, bound: Bound | None) -> str:
+    """The one that answered: HAProxy may have gone on to another one than the router chose."""
+    if bound is not None and line.server in (bound.server_name, ""):
+        return bound.replica_id
+    return "" if line.server.startswith("<") else decode_name(split_shared_name(line.server)[0])
+
+
+def _text(value: str) -> str:
+    """HAProxy writes `-` for what is not there."""
+    return "" if value == "-" else value
+
+
+def _retries(text: str) -> int:
+    """HAProxy writes `+2` when the last of two retries went to another server."""
+    text = text.lstrip("+")
+    return int(text) if text.isdigit() else 0

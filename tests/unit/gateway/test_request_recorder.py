@@ -1,0 +1,207 @@
+"""The per-request line: joined from what router, HAProxy and front say, in any order, once."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace.api.messages import FinishedRequest, TerminalState
+from headrace.clock import VirtualClock
+from headrace.gateway.completions import Completion
+from headrace.gateway.dispatcher import Bound, Refused
+from headrace.gateway.request_recorder import MAX_EARLY, PARTS_LIMIT_S, RequestRecorder
+from headrace.observability.request_record import RequestRecord
+
+ID = "hr-g1-1"
+BOUND = Bound("chat-1", replica_id="chat-1", reason="least_loaded", cached_ratio=0.5)
+
+
+def completion(request_id: str = ID, **fields: object) -> Completion:
+    values = {
+        "client_id": "mine",
+        "tenant": "-",
+        "path": "/v1/completions",
+        "backend": "ep-chat",
+        "server": "chat-1",
+        "status": 200,
+        "request_ms": 1,
+        "wait_ms": 20,
+        "connect_ms": 2,
+        "first_byte_ms": 30,
+        "total_ms": 100,
+        "bytes_in": 10,
+        "bytes_out": 20,
+        "retries": "+2",
+    }
+    return Completion(request_id, **{**values, **fields})  # type: ignore[arg-type]
+
+
+def finished(request_id: str = ID) -> FinishedRequest:
+    return FinishedRequest(request_id, TerminalState.FINISHED, "stop", "acme", 7, 3, 5, 0.025, 0.1)
+
+
+class World:
+    def __init__(self) -> None:
+        self.clock = VirtualClock(100.0)
+        self.records: list[RequestRecord] = []
+        self.recorder = RequestRecorder("g1", self.clock, self.records.append)
+
+    def arrive(self, request_id: str = ID) -> None:
+        self.recorder.arrived(request_id, "chat", "acme", "/v1/completions", self.clock.now_s())
+
+    def bind(self, request_id: str = ID) -> None:
+        self.recorder.answered(request_id, BOUND, self.clock.now_s())
+
+    def complete(self, request_id: str = ID, **fields: object) -> None:
+        """As the router does: the dispatcher first, which ends what it knows."""
+        self.recorder.ended(request_id, "chat", TerminalState.FINISHED)
+        self.recorder.completed(completion(request_id, **fields))
+
+    def let_time_pass(self) -> None:
+        self.clock.advance(PARTS_LIMIT_S)
+        self.recorder.tick(self.clock.now_s())
+
+
+def test_a_record_holds_what_each_of_them_said() -> None:
+    world = World()
+    world.arrive()
+    world.clock.advance(0.25)
+    world.bind()
+    world.complete()
+    assert world.records == [], "the front has not spoken yet"
+    world.recorder.front_finished(finished())
+    assert world.records == [
+        RequestRecord(
+            id=ID,
+            client_id="mine",
+            gateway="g1",
+            endpoint="chat",
+            tenant="acme",
+            path="/v1/completions",
+            arrived_s=100.0,
+            held_ms=250.0,
+            replica="chat-1",
+            placement="least_loaded",
+            cached_ratio=0.5,
+            retries=2,
+            first_byte_ms=53,
+            ttft_ms=48.0,
+            total_ms=100,
+            status=200,
+            state="finished",
+            code="",
+            finish_reason="stop",
+            prompt_tokens=7,
+            cached_tokens=3,
+            output_tokens=5,
+            bytes_in=10,
+            bytes_out=20,
+        )
+    ]
+
+
+def test_without_the_fronts_word_it_is_written_after_a_while() -> None:
+    world = World()
+    world.arrive()
+    world.bind()
+    world.complete()
+    world.let_time_pass()
+    assert [(record.state, record.output_tokens) for record in world.records] == [("finished", None)]
+    assert world.recorder.num_incomplete == 1
+    world.recorder.front_finished(finished())
+    world.let_time_pass()
+    assert len(world.records) == 1, "late words change nothing"
+
+
+def test_without_haproxys_line_it_is_written_after_a_while() -> None:
+    world = World()
+    world.arrive()
+    world.bind()
+    world.recorder.front_finished(finished())
+    world.recorder.ended(ID, "chat", TerminalState.FAILED)  # the dispatcher gave it up
+    world.let_time_pass()
+    (record,) = world.records
+    assert (record.state, record.status, record.replica, record.output_tokens) == (
+        "failed",
+        None,
+        "chat-1",
+        5,
+    )
+
+
+def test_a_refusal_needs_no_front_and_says_why() -> None:
+    world = World()
+    world.arrive()
+    world.recorder.ended(ID, "chat", TerminalState.REFUSED)
+    world.recorder.answered(ID, Refused("full", "queue_full", 3), world.clock.now_s())
+    world.recorder.completed(completion(server="<NOSRV>", status=503, connect_ms=-1, first_byte_ms=-1))
+    (record,) = world.records
+    assert (record.state, record.code, record.status, record.replica) == ("refused", "queue_full", 503, "")
+
+
+def test_what_haproxy_refused_itself_has_a_record_at_once() -> None:
+    world = World()
+    line = completion(backend="-", server="<NOSRV>", status=401, tenant="-", connect_ms=-1, total_ms=500)
+    world.recorder.answered_by_haproxy(line)
+    (record,) = world.records
+    assert (record.state, record.status, record.endpoint, record.tenant) == ("refused", 401, "", "")
+    assert record.arrived_s == 99.5
+
+
+def test_a_request_that_the_router_never_saw_is_joined_too() -> None:
+    world = World()
+    world.recorder.front_finished(finished())
+    world.complete()
+    (record,) = world.records
+    assert (record.endpoint, record.held_ms, record.output_tokens) == ("chat", None, 5)
+
+
+def test_what_fronts_say_of_other_gateways_or_too_much_is_not_kept() -> None:
+    world = World()
+    for number in range(2 * MAX_EARLY):
+        world.recorder.front_finished(finished(f"hr-g1-{number}"))
+        world.recorder.front_finished(finished(f"hr-g2-{number}"))
+    assert len(world.recorder._early) == MAX_EARLY
+    assert world.records == []
+
+
+EVENTS = ("arrive", "bind", "complete", "finish", "tick", "complete again")
+
+
+@given(st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 3)), max_size=40))
+def test_any_order_gives_each_ended_request_one_record_and_leaves_nothing(
+    events: list[tuple[str, int]],
+) -> None:
+    world = World()
+    is_ended: set[str] = set()
+    for event, number in events:
+        request_id = f"hr-g1-{number}"
+        match event:
+            case "arrive" if request_id not in is_ended:
+                world.arrive(request_id)
+            case "bind":
+                world.bind(request_id)
+            case "complete" if request_id not in is_ended:  # the dispatcher ends each once
+                is_ended.add(request_id)
+                world.complete(request_id)
+            case "complete again" if request_id in is_ended:
+                world.recorder.completed(completion(request_id))
+            case "finish":
+                world.recorder.front_finished(finished(request_id))
+            case "tick":
+                world.let_time_pass()
+    world.let_time_pass()
+    assert Counter(record.id for record in world.records) == dict.fromkeys(is_ended, 1)
+    assert set(world.recorder._open) & is_ended == set()
+
+
+def test_clocks_that_jump_harm_nothing() -> None:
+    world = World()
+    world.arrive()
+    world.clock.wall_s = lambda: -5e9  # type: ignore[method-assign]
+    world.bind()
+    world.complete()
+    world.let_time_pass()
+    assert world.records[0].held_ms == 0.0
