@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-NAMES = ("gateway", "tokens", "peers", "router", "engine", "start", "memory")
+NAMES = ("gateway", "tokens", "peers", "router", "fairness", "engine", "start", "memory")
 
 
 def main() -> int:
