@@ -288,7 +288,8 @@ async def test_a_client_that_reads_nothing_delays_no_other_stream() -> None:
                 now_s = loop.time()
                 gaps.append(now_s - last_s if last_s else 0.0)
                 last_s = now_s
-            assert max(gaps) < 0.1 + 0.02, sorted(gaps)[-5:]
+            # Steps are 20 ms; a blocked connection would stay so until a timeout, a busy machine does not.
+            assert max(gaps) < 0.5, sorted(gaps)[-5:]
             servers = await show_servers(gateway)
             assert servers["chat-1_h2"][1] >= 9
             for sock in stalled:

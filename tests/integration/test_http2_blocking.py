@@ -34,7 +34,8 @@ from headrace.replica.http_server import HttpServer
 
 pytestmark = pytest.mark.slow
 FRAME = b"data: " + b"x" * 222 + b"\n\n"
-BLOCKED_S = 0.5
+BLOCKED_S = 1.0
+"""A blocked connection stays so until a timeout; a busy machine makes gaps of some tenths of a second."""
 
 
 class Streams:
@@ -64,6 +65,7 @@ async def relay(limits: HttpLimits) -> AsyncIterator[tuple[Streams, int]]:
         with open(config, "w") as file:  # noqa: ASYNC230
             file.write(f"""global
   maxconn 100
+  nbthread 1
   tune.bufsize {BUFFER_BYTES}
   tune.maxrewrite 4096
   tune.h2.be.max-concurrent-streams {H2_STREAMS}
@@ -151,4 +153,4 @@ async def test_within_the_fronts_bound_a_client_that_does_not_read_delays_nobody
     assert limits.max_shared_stream_bytes < 2 * BUFFER_BYTES - 4096
     gap_s, is_ended = await longest_gap_s(limits, 2_000_000)
     assert is_ended, "the front let more out than its bound"
-    assert gap_s < 0.1
+    assert gap_s < BLOCKED_S
