@@ -25,25 +25,27 @@ METRICS_HEAD = f"""# Metrics
 
 Written from the code by `make docs`; do not edit. All are in Prometheus' text format.
 
-- **Router**: `/metrics` on `gateway.metrics_bind`; of several gateways each has the next port, and counts its own
-  requests. HAProxy's own exporter is there, too, at `/metrics/haproxy`.
+- **Router**: `/metrics` on `gateway.metrics_bind`; of several gateways each has the next port, and counts its
+  own requests. HAProxy's own exporter is there, too, at `/metrics/haproxy`.
 - **Front**: `/metrics` on each replica's address (`headrace status` shows it).
 
-Names are those of the field, after `headrace_`: what vLLM calls `time_to_first_token_seconds`, `e2e_request_latency_seconds`,
-`request_queue_time_seconds`, `prompt_tokens_total` and `generation_tokens_total` is called so here. The router's durations
-begin when the gateway gets the request, the front's when the replica does. `tenant` takes at most {MAX_TENANTS} values,
-and `{OTHER}` beyond; it is empty without tenants. Counters end with `_total`; histograms have `_bucket`, `_sum`, `_count`.
+Names are those of the field, after `headrace_`: what vLLM calls `time_to_first_token_seconds`,
+`e2e_request_latency_seconds`, `request_queue_time_seconds`, `prompt_tokens_total`, `generation_tokens_total`
+is called so here. The router's durations begin when the gateway gets the request, the front's when the
+replica does. `tenant` takes at most {MAX_TENANTS} values, and `{OTHER}` beyond; it is empty without tenants.
+Counters end with `_total`; histograms have `_bucket`, `_sum` and `_count`.
 """
 REQUEST_LOG_HEAD = """# The request log
 
 Written from the code by `make docs`; do not edit.
 
-Each gateway writes one line of JSON per ended request to `logs/requests-GATEWAY.jsonl` in the run directory (`headrace status`
-shows it), whatever its end was: served, refused by the router, refused by HAProxy (401, 404, 413, ...), aborted. The file
-has mode 0600, and is renamed to `requests-GATEWAY.jsonl.1` at 64 MiB. There is never a prompt, an answer or a key in it.
+Each gateway writes one line of JSON per ended request to `logs/requests-GATEWAY.jsonl` in the run directory
+(`headrace status` shows it), whatever its end was: served, refused by the router, refused by HAProxy (401,
+404, 413, ...), aborted. The file has mode 0600, and is renamed to `requests-GATEWAY.jsonl.1` at 64 MiB. There
+is never a prompt, an answer or a key in it.
 
-Router, HAProxy and front each know a part; a line waits up to 2 s for a missing one and is then written with `null` there.
-Lines of requests that ended while the router was away may be missing or incomplete.
+Router, HAProxy and front each know a part; a line waits up to 2 s for a missing one and is then written with
+`null` there. Lines of requests that ended while the router was away may be missing or incomplete.
 """
 
 
