@@ -16,6 +16,7 @@ from headrace.control.fleet import Slot
 from headrace.control.gateway_state import GatewayPair
 from headrace.control.reconciler import DesiredEndpoint
 from headrace.control.system_state import SystemState
+from headrace.control.tenants import tenant_statuses
 
 
 def describe(state: SystemState, run_directory: Path, now_s: float) -> SystemStatus:
@@ -35,6 +36,7 @@ def describe(state: SystemState, run_directory: Path, now_s: float) -> SystemSta
         processes=_processes(state),
         run_dir=str(run_directory),
         gateways=[_gateway(pair, now_s) for pair in state.gateway.pairs.values()],
+        tenants=tenant_statuses(state.gateway.demands(), state.config.tenants),
         warnings=sorted({d.certificate_problem for d in state.gateway.demands() if d.certificate_problem}),
     )
 

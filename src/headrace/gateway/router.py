@@ -240,9 +240,12 @@ class Router:
     def _on_completion(self, completion: Completion) -> None:
         endpoint = endpoint_of_backend(completion.backend)
         if completion.backend == RELAY_BACKEND:
-            # The first pass ended. The second has the same id, and its own line unless it is held.
+            # The first pass ended. The second has the same id and a line of its own, unless it is held, which
+            # ends here, or never came: then the relay refused the request.
             self.dispatcher.client_left(completion.id)
-        elif endpoint is None:
+            if 200 <= completion.status < 400 or self.dispatcher.knows(completion.id):
+                return
+        if endpoint is None:
             self._num_answered_by_haproxy += 1
             self.recorder.answered_by_haproxy(completion)
         else:
@@ -265,7 +268,7 @@ class Router:
             self.recorder.front_finished(finished)
         self.dispatcher.take_report(report, replica, now_s)
         if replica is not None:
-            self.dispatcher.replica_reported(replica, report)
+            self.dispatcher.replica_reported(replica, report, now_s)
             self._on_replicas_changed()
             self.dispatcher.pump(replica.endpoint, now_s)
         if report.state == "draining":
