@@ -57,7 +57,7 @@ async def wait_until_idle(gateway: Gateway) -> None:
 @asynccontextmanager
 async def reporting(gateway: Gateway) -> AsyncIterator[asyncio.StreamWriter]:
     """A connection to the router's socket for load reports."""
-    reader, writer = await asyncio.open_unix_connection(gateway.paths.router_socket)
+    _, writer = await asyncio.open_unix_connection(gateway.paths.router_socket)
     try:
         yield writer
     finally:
