@@ -185,10 +185,9 @@ def _join(gateway_id: str, request_id: str, parts: _Parts, wall_s: float) -> Req
 
 def _replica(line: Completion, bound: Bound | None) -> str:
     """The one that answered: HAProxy may have gone on to another one than the router chose."""
-    name = line.server
-    if bound is not None and name in (bound.server_name, ""):
+    if bound is not None and line.server in (bound.server_name, ""):
         return bound.replica_id
-    return "" if name.startswith("<") else decode_name(name)
+    return "" if line.server.startswith("<") else decode_name(line.server)
 
 
 def _text(value: str) -> str:
