@@ -154,6 +154,7 @@ def internal_frontend(spec: GatewaySpec, paths: GatewayPaths) -> str:
   {return_text(400, answers.model_required(), "unless is_generation has_model")}
   http-request wait-for-body time 30s at-least {ROUTER_HEAD_BYTES}
   http-request set-var(txn.backend) {find_backend}
+  http-request set-log-level silent unless has_backend
   {return_format(404, answers.unknown_model(known, MODEL_IN_REQUEST), "unless has_backend")}
 {_decide_rules(paths)}  use_backend %[var(txn.backend)]
 """

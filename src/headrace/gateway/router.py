@@ -31,6 +31,7 @@ from headrace.gateway.metrics_server import serve_metrics
 from headrace.gateway.names import endpoint_of_backend
 from headrace.gateway.paths import GatewayPaths
 from headrace.gateway.replicas import Replica, ReplicaTable
+from headrace.gateway.report_checks import without_nonsense
 from headrace.gateway.request_recorder import RequestRecorder
 from headrace.gateway.servers import ServerKeeper
 from headrace.gateway.spoe import Arguments, SpoeAgent, SpoeCall, SpoeConnection, text_argument
@@ -140,6 +141,7 @@ class Router:
             "unseen_completions": self.dispatcher.num_unseen_completions,
             "answered_by_haproxy": self._num_answered_by_haproxy,
             "ignored_reports": self.replicas.num_ignored_reports,
+            "ignored_ends": self.replicas.num_ignored_ends,
             "ignored_completions": self._completions.num_ignored,
             "spoe_errors": self.agent.num_protocol_errors,
             "haproxy_failures": self.keeper.num_failures + self.keys.num_failures,
@@ -238,9 +240,12 @@ class Router:
     def _on_completion(self, completion: Completion) -> None:
         endpoint = endpoint_of_backend(completion.backend)
         if completion.backend == RELAY_BACKEND:
-            # The first pass ended. The second has the same id, and its own line unless it is held.
+            # The first pass ended. The second has the same id and a line of its own, unless it is held, which
+            # ends here, or never came: then the relay refused the request.
             self.dispatcher.client_left(completion.id)
-        elif endpoint is None:
+            if 200 <= completion.status < 400 or self.dispatcher.knows(completion.id):
+                return
+        if endpoint is None:
             self._num_answered_by_haproxy += 1
             self.recorder.answered_by_haproxy(completion)
         else:
@@ -252,6 +257,8 @@ class Router:
 
     def _on_report(self, connection: ReportConnection, report: LoadReport) -> None:
         now_s = self._clock.now_s()
+        report, num_impossible = without_nonsense(report)
+        self.replicas.num_ignored_ends += num_impossible
         try:
             replica = self.replicas.observe(report, connection, now_s)
         except ProtocolError as error:
@@ -261,7 +268,7 @@ class Router:
             self.recorder.front_finished(finished)
         self.dispatcher.take_report(report, replica, now_s)
         if replica is not None:
-            self.dispatcher.replica_reported(replica, report)
+            self.dispatcher.replica_reported(replica, report, now_s)
             self._on_replicas_changed()
             self.dispatcher.pump(replica.endpoint, now_s)
         if report.state == "draining":

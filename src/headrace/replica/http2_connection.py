@@ -115,9 +115,6 @@ class Http2Connection(asyncio.Protocol):
             return
         self._rest = data[at:]
 
-    def eof_received(self) -> None:
-        """The client closed its side: it left. The transport closes."""
-
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         self._closing_since_s = self._owner.clock.now_s()
@@ -171,7 +168,7 @@ class Http2Connection(asyncio.Protocol):
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, "PRIORITY of no stream, or of a wrong size")
         elif kind == h2.GOAWAY and stream_id:
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, "GOAWAY belongs to no stream")
-        # Other types are ignored (RFC 9113, 4.1), and GOAWAY: the client closes when it has its answers.
+        # Others are ignored (RFC 9113, 4.1), and GOAWAY: the client closes when it has its answers.
 
     def count_control_frame(self) -> None:
         """Count a frame that carries nothing of a request. Raises Http2Error if there are too many."""
