@@ -238,9 +238,9 @@ class Http2Connection(asyncio.Protocol):
         stream = self.streams.get(stream_id)
         if stream is None:
             self._intake.check_not_idle(stream_id)
-            return
-        self._forget(stream)
-        stream.gone()
+        else:
+            self._forget(stream)
+            stream.gone()
 
     # ---- streams
 
@@ -350,8 +350,7 @@ class Http2Connection(asyncio.Protocol):
         """Write what is due, and read on until the client closes or `linger_s` is over: closing with bytes
         unread would make the kernel drop what was written."""
         self._write()
-        if self._closing_since_s is None:
-            self._closing_since_s = self._owner.clock.now_s()
+        self._closing_since_s = self._closing_since_s or self._owner.clock.now_s()
         transport = self._transport
         if transport is not None and transport.can_write_eof() and not transport.is_closing():
             transport.write_eof()
@@ -398,5 +397,4 @@ class Http2Connection(asyncio.Protocol):
             self._stalled_since_s = now_s
         elif now_s - self._stalled_since_s > self._limits.write_stall_s:
             transport.abort()
-            return
         self._stalled_bytes = num_bytes
