@@ -115,9 +115,6 @@ class Http2Connection(asyncio.Protocol):
             return
         self._rest = data[at:]
 
-    def eof_received(self) -> None:
-        """The client closed its side: it left. The transport closes."""
-
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         self._closing_since_s = self._owner.clock.now_s()
@@ -171,7 +168,7 @@ class Http2Connection(asyncio.Protocol):
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, "PRIORITY of no stream, or of a wrong size")
         elif kind == h2.GOAWAY and stream_id:
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, "GOAWAY belongs to no stream")
-        # Other types are ignored (RFC 9113, 4.1), and GOAWAY: the client closes when it has its answers.
+        # Others are ignored (RFC 9113, 4.1), and GOAWAY: the client closes when it has its answers.
 
     def count_control_frame(self) -> None:
         """Count a frame that carries nothing of a request. Raises Http2Error if there are too many."""
@@ -241,9 +238,9 @@ class Http2Connection(asyncio.Protocol):
         stream = self.streams.get(stream_id)
         if stream is None:
             self._intake.check_not_idle(stream_id)
-            return
-        self._forget(stream)
-        stream.gone()
+        else:
+            self._forget(stream)
+            stream.gone()
 
     # ---- streams
 
@@ -353,8 +350,7 @@ class Http2Connection(asyncio.Protocol):
         """Write what is due, and read on until the client closes or `linger_s` is over: closing with bytes
         unread would make the kernel drop what was written."""
         self._write()
-        if self._closing_since_s is None:
-            self._closing_since_s = self._owner.clock.now_s()
+        self._closing_since_s = self._closing_since_s or self._owner.clock.now_s()
         transport = self._transport
         if transport is not None and transport.can_write_eof() and not transport.is_closing():
             transport.write_eof()
@@ -401,5 +397,4 @@ class Http2Connection(asyncio.Protocol):
             self._stalled_since_s = now_s
         elif now_s - self._stalled_since_s > self._limits.write_stall_s:
             transport.abort()
-            return
         self._stalled_bytes = num_bytes
