@@ -10,7 +10,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # What headrace is measured beside; each in an environment of its own under .peers.
 PEERS := ray-serve vllm-router smg
 
-.PHONY: help up test check lint format type imports unit integration e2e test-slow bench peers docs clean
+.PHONY: help up test check lint format type imports unit fuzz integration e2e test-slow bench peers docs clean
 help:
 	@echo "make up      install, then serve SmolLM2-135M-Instruct at http://127.0.0.1:8000/v1"
 	@echo "make test    everything that CI runs: check, unit, integration, end to end"
@@ -32,7 +32,7 @@ $(INSTALLED_TEST): $(INSTALLED)
 up: $(INSTALLED)
 	$(BIN)/headrace up examples/quickstart.yaml
 
-test: check unit integration e2e
+test: check unit fuzz integration e2e
 
 check: lint type imports
 
@@ -52,6 +52,11 @@ imports: $(INSTALLED_TEST)
 
 unit: $(INSTALLED_TEST)
 	$(BIN)/pytest tests/unit $(foreach package,$(PURE),--cov=headrace.$(package)) --cov-branch --cov-fail-under=95
+
+# SECONDS per fuzzer; without it one round of fixed examples each.
+SECONDS ?= 0
+fuzz: $(INSTALLED_TEST)
+	HEADRACE_FUZZ_SECONDS=$(SECONDS) $(BIN)/pytest tests/fuzz --timeout $(shell expr $(SECONDS) + 120)
 
 integration: $(INSTALLED_TEST)
 	$(BIN)/pytest tests/integration

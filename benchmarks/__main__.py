@@ -8,7 +8,7 @@ import sys
 
 from benchmarks.peers.catalogue import UnknownPeer
 
-NAMES = ("gateway", "tokens", "peers", "router", "engine", "start", "memory")
+NAMES = ("gateway", "tokens", "peers", "router", "placement", "fairness", "held", "engine", "start", "memory")
 
 
 def main() -> int:

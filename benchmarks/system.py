@@ -30,10 +30,11 @@ class System:
 
 
 @contextmanager
-def serve(endpoint: dict[str, Any]) -> Iterator[System]:
-    """Serve one endpoint (a section of the config) behind a gateway on a free port."""
+def serve(endpoint: dict[str, Any], **gateway: Any) -> Iterator[System]:
+    """Serve one endpoint (a section of the config) behind a gateway on a free port. `gateway`: more of that
+    section."""
     config = parse_config(
-        {"endpoints": {ENDPOINT: endpoint}, "gateway": {"bind": f"127.0.0.1:{free_port()}"}}
+        {"endpoints": {ENDPOINT: endpoint}, "gateway": {"bind": f"127.0.0.1:{free_port()}", **gateway}}
     )
     with headrace.serve(config) as system:
         status = system.status()

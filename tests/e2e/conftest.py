@@ -47,12 +47,7 @@ class RunningSystem:
         self.runtime_dir = runtime_dir
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/v1"
-        self.environment = {
-            **os.environ,
-            "XDG_RUNTIME_DIR": str(runtime_dir),
-            "TMPDIR": str(runtime_dir),
-            "PYTHONPATH": str(ROOT / "src"),
-        }
+        self.environment = self.environment_of(runtime_dir)
         self.log = runtime_dir / "up.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -67,6 +62,16 @@ class RunningSystem:
                 start_new_session=True,
                 cwd=ROOT,
             )
+
+    @staticmethod
+    def environment_of(runtime_dir: Path) -> dict[str, str]:
+        return {
+            **os.environ,
+            "XDG_RUNTIME_DIR": str(runtime_dir),
+            "XDG_STATE_HOME": str(runtime_dir / "state"),
+            "TMPDIR": str(runtime_dir),
+            "PYTHONPATH": str(ROOT / "src"),
+        }
 
     def command(self, *arguments: str, timeout_s: float = 30) -> subprocess.CompletedProcess[str]:
         """Run one `headrace` command against this system."""

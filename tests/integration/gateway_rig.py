@@ -105,12 +105,15 @@ class Gateway:
         self.demand: Demand | None = None
         self._controllers: set[asyncio.StreamWriter] = set()
         self._clients: list[Client] = []
+        self.config_edits: dict[str, str] = {}
+        """What to replace in HAProxy's first config."""
 
     async def start(self) -> Gateway:
         self._controller = await asyncio.start_unix_server(
             self._on_router, os.path.join(self.run_dir, "controller.sock")
         )
         self.specs = {spec.name.partition("-")[0]: spec for spec in prepare(self.spec)}
+        self._edit_config()
         self.start_process("router")
         await wait_for(Path(self.paths.spoe_socket).exists, "the router listens")
         if "relay" in self.specs:
@@ -119,6 +122,13 @@ class Gateway:
         self.start_process("haproxy")
         await self.wait_until_haproxy_answers()
         return self
+
+    def _edit_config(self) -> None:
+        """Put limits in that a test can wait for."""
+        config = Path(self.paths.config)
+        for old, new in self.config_edits.items():
+            assert old in config.read_text()
+            config.write_text(config.read_text().replace(old, new))
 
     async def wait_until_haproxy_answers(self) -> None:
         end_s = asyncio.get_running_loop().time() + DEADLINE_S
@@ -235,8 +245,11 @@ class Gateway:
 
 
 @contextlib.asynccontextmanager
-async def running_gateway(*endpoints: EndpointRule, **settings: Any) -> AsyncIterator[Gateway]:
+async def running_gateway(
+    *endpoints: EndpointRule, config_edits: dict[str, str] | None = None, **settings: Any
+) -> AsyncIterator[Gateway]:
     gateway = Gateway(list(endpoints) or [EndpointRule("chat", "mock", 1024, 30.0)], **settings)
+    gateway.config_edits = config_edits or {}
     try:
         yield await gateway.start()
     finally:

@@ -36,11 +36,12 @@ class RecordingStream:
         self.is_broken = False
         self.fails = False
 
-    def on_output(self, output: StepOutput, now_s: float) -> None:
+    def on_output(self, output: StepOutput, now_s: float) -> bool:
         if self.fails:
             raise RuntimeError("on purpose")
         self.token_ids += output.token_ids
         self.finish_reason = output.finish_reason or self.finish_reason
+        return True
 
     def flush(self) -> None:
         self.num_flushes += 1

@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 import headrace
-from headrace.control.admin import CommandRefused
+from headrace.api.messages import RevokeKey
+from headrace.control.admin import CommandRefused, ask
 from headrace.control.serve import System
 from headrace.errors import ConfigError
 
@@ -110,7 +111,8 @@ def test_a_key_works_within_a_second_of_being_made_and_stops_within_a_second_of_
             until(lambda: models(system, key).status_code == 401, EFFECTIVE_S)
             rest = list(lines)
         assert rest[-2:] == ["data: [DONE]", ""]
-        assert run("keys", "revoke", listed["key_id"], "--system", system_name).returncode == 1
+        with pytest.raises(CommandRefused, match="no key with the id"):
+            ask(system.run_directory, RevokeKey(listed["key_id"]))
         for path in state.iterdir():
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -167,11 +169,20 @@ def _can_create(system: System) -> bool:
 
 
 def test_tenants_and_limits_are_applied_without_a_restart_of_any_replica(state: Path) -> None:
-    with headrace.serve(tree(acme={})) as system:
+    def config(**tenants: Any) -> dict[str, Any]:
+        two = tree(**tenants)
+        two["gateway"]["count"] = 2
+        return two
+
+    def statuses(key: str) -> set[int]:
+        """What both gateways say: the kernel spreads new connections over them."""
+        return {models(system, key).status_code for _ in range(12)}
+
+    with headrace.serve(config(acme={})) as system:
         key = system.create_key("acme")
-        until(lambda: models(system, key).status_code == 200, EFFECTIVE_S)
+        until(lambda: statuses(key) == {200}, EFFECTIVE_S + 1)
         before = pids(system)
-        reply = system.apply(tree(acme={"weight": 3, "limits": {"max_concurrent": 9}}, late={}))
+        reply = system.apply(config(acme={"weight": 3, "limits": {"max_concurrent": 9}}, late={}))
         assert reply.notes == [
             "tenant late: added",
             "tenant acme: changed",
@@ -179,8 +190,8 @@ def test_tenants_and_limits_are_applied_without_a_restart_of_any_replica(state: 
         ]
         late = system.create_key("late")
         until(lambda: chat(system, late).status_code == 200, 5.0)
-        system.apply(tree(late={}))
-        until(lambda: models(system, key).status_code == 401, 5.0)
+        system.apply(config(late={}))
+        until(lambda: statuses(key) == {401}, 5.0)
         assert pids(system) == before
         with pytest.raises(ConfigError, match=r"gateway\.bind: 0\.0\.0\.0:80 .* without tenants"):
             system.apply({**tree(), "gateway": {"bind": "0.0.0.0:80"}})
@@ -196,3 +207,48 @@ def test_up_refuses_keys_that_others_could_have_written(state: Path, tmp_path: P
     assert result.returncode == 2
     assert "mode 0666" in result.stderr
     assert "chmod 600" in result.stderr
+
+
+def test_the_admin_api_takes_its_own_key_only_and_does_what_the_command_line_does(state: Path) -> None:
+    config = tree(acme={})
+    config["gateway"]["admin_bind"] = "127.0.0.1:0"
+    with headrace.serve(config) as system:
+        bind = system.config.gateway.admin_bind
+        path = Path(run("keys", "admin", "--system", system.run_directory.name).stdout.strip())
+        assert path == state / "admin.key"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+        def admin(method: str, what: str, key: str, body: Any = None) -> httpx.Response:
+            headers = {"authorization": f"Bearer {key}"} if key else {}
+            return httpx.request(
+                method, f"http://{bind}/admin/v1/{what}", headers=headers, json=body, timeout=10
+            )
+
+        key = path.read_text().strip()
+        made = admin("POST", "keys", key, {"tenant": "acme", "name": "by http"})
+        assert made.status_code == 201
+        tenant_key = made.json()["key"]
+        until(lambda: chat(system, tenant_key).status_code == 200, EFFECTIVE_S + 1)
+        for wrong in ("", tenant_key, "hr-wrong"):
+            answer = admin("GET", "status", wrong)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert models(system, key).status_code == 401, "the admin key is not a tenant's"
+        assert admin("GET", "status", key).json()["endpoints"][0]["name"] == "chat"
+        assert [entry["name"] for entry in admin("GET", "keys", key).json()["data"]] == ["by http"]
+        assert admin("GET", "../../v1/models", key).status_code == 404
+
+        before = pids(system)
+        assert admin("POST", "apply", key, {**config, "tenants": {"acme": {"weight": 2}}}).json()[
+            "notes"
+        ] == ["tenant acme: changed"]
+        assert admin("POST", "scale", key, {"endpoint": "chat", "replicas": 9}).status_code == 400
+        assert pids(system) == before
+        assert admin("DELETE", f"keys/{made.json()['key_id']}", key).status_code == 200
+        until(lambda: models(system, tenant_key).status_code == 401, EFFECTIVE_S)
+
+        assert run("keys", "admin", "--rotate", "--system", system.run_directory.name).returncode == 0
+        until(lambda: admin("GET", "status", key).status_code == 401, 3.0)
+        assert admin("GET", "status", path.read_text().strip()).status_code == 200
+        (controller,) = [p for p in system.status().processes if p.name == "controller"]
+        os.kill(controller.pid, signal.SIGKILL)
+        until(lambda: admin("GET", "status", path.read_text().strip()).status_code == 200)

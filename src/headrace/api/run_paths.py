@@ -9,6 +9,7 @@ MAX_SOCKET_PATH_BYTES = 100
 
 
 CONTROLLER_SOCKET = "controller.sock"
+ADMIN_HTTP_SOCKET = "admin-http.sock"
 LOG_DIRECTORY = "logs"
 _ROUTER_SOCKET = "router.sock"
 

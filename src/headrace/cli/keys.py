@@ -17,6 +17,7 @@ import typer
 from headrace.cli.options import DEFAULT_NAME, find_run_directory, load
 
 if TYPE_CHECKING:
+    from headrace.api.config import Config
     from headrace.api.messages import AdminReply, KeyInfo
     from headrace.control.identity import KeyCommand
 
@@ -87,26 +88,56 @@ def revoke(
     _tell(f"{key_id} of tenant {reply.keys[0].tenant} is revoked; its open streams go on to their end")
 
 
-def _obey(command: KeyCommand, config_path: Path | None, system: str) -> AdminReply:
-    """Ask the running system; if there is none, change the keys' file, which it reads when it starts."""
-    from headrace.control.admin import NoAnswer, NotRunning, ask
+@keys_app.command("admin")
+def admin_key(
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Make a new one; the old one stops working.")
+    ] = False,
+    config: ConfigOption = None,
+    system: System = DEFAULT_NAME,
+) -> None:
+    """Print the file that holds the admin API's key. It is made on first use, readable by you alone."""
+    from headrace.control.key_store import KeyStore, state_directory
+
+    known = _find_config(config, system)
+    setting = known.state_dir if known is not None else os.environ.get("HEADRACE__STATE_DIR", "")
+    store = KeyStore(state_directory(setting, os.environ))
+    store.create_admin_key(replace=rotate)
+    store.admin_key_hash()  # complains about a file that would not be believed
+    path = store.admin_key_path()
+    typer.echo(str(path))
+    if known is not None and known.gateway.admin_bind:
+        url = f"{'https' if known.gateway.tls else 'http'}://{known.gateway.admin_bind}"
+        _tell(f'curl -s {url}/admin/v1/status -H "authorization: Bearer $(cat {path})"')
+    else:
+        _tell("the admin API is off; set gateway.admin_bind, for example to 127.0.0.1:8001")
+
+
+def _find_config(config_path: Path | None, system: str) -> Config | None:
+    """Return the config that is given, or the running system's; None: neither is there."""
     from headrace.control.app import read_config
-    from headrace.control.identity import Identity, open_identity
-    from headrace.control.key_store import state_directory
     from headrace.control.specs import CONFIG_FILE
 
     run_directory = find_run_directory(system)
+    if config_path is not None:
+        return load(config_path, None)
+    return read_config(run_directory) if (run_directory / CONFIG_FILE).exists() else None
+
+
+def _obey(command: KeyCommand, config_path: Path | None, system: str) -> AdminReply:
+    """Ask the running system; if there is none, change the keys' file, which it reads when it starts."""
+    from headrace.control.admin import NoAnswer, NotRunning, ask
+    from headrace.control.identity import Identity, open_identity
+    from headrace.control.key_store import state_directory
+
     try:
-        return ask(run_directory, command)
+        return ask(find_run_directory(system), command)
     except NoAnswer:
         raise  # it may have been done: doing it again could make a second key
     except NotRunning:
         pass
-    if config_path is not None:
-        config = load(config_path, None)
-    elif (run_directory / CONFIG_FILE).exists():  # its controller is just being restarted
-        config = read_config(run_directory)
-    else:
+    config = _find_config(config_path, system)  # of a system whose controller is just being restarted
+    if config is None:
         directory = state_directory(os.environ.get("HEADRACE__STATE_DIR", ""), os.environ)
         _tell(f"no system runs and no --config is given: using {directory}, without knowing the tenants")
         return Identity(directory).obey(command, None, time.time())

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from headrace.api.messages import SystemStatus
 
 WATCH_INTERVAL_S = 0.5
+LONG_WAIT_S = 1.0
 
 
 def status(
@@ -71,7 +72,7 @@ def _watch(name: str) -> None:
 
 
 def render(system: SystemStatus) -> RenderableType:
-    """Return a head line, three tables, and a line for everything that needs words."""
+    """Return a head line, the tables, and a line for everything that needs words."""
     from rich.console import Group
     from rich.text import Text
 
@@ -80,7 +81,10 @@ def render(system: SystemStatus) -> RenderableType:
     state = "ready" if system.is_ready else "not ready"
     head = f"{system.url}  {state}, up {format_seconds(system.uptime_s)}, {system.run_dir}"
     notes = Text("\n".join(_notes(system)))
-    return Group(Text(head, style="bold"), _endpoints(system), _replicas(system), _processes(system), notes)
+    tables = [_endpoints(system), _replicas(system), _processes(system)]
+    if any(tenant.tenant for tenant in system.tenants):
+        tables.insert(1, _tenants(system))
+    return Group(Text(head, style="bold"), *tables, notes)
 
 
 def _table(*columns: str) -> Table:
@@ -111,6 +115,33 @@ def _endpoints(system: SystemStatus) -> Table:
     return table
 
 
+def _tenants(system: SystemStatus) -> Table:
+    """In 80 columns: priority with weight, prompt and output tokens together; long waits are in the notes."""
+    numbers = (">share", ">held", ">open", ">done", ">refused", ">tokens")
+    table = _table("tenant", "endpoint", "priority", *numbers)
+    for tenant in system.tenants:
+        table.add_row(
+            tenant.tenant,
+            tenant.endpoint,
+            f"{tenant.priority} ×{tenant.weight:g}",
+            f"{tenant.share:.0%}",
+            str(tenant.num_held),
+            str(tenant.num_in_flight),
+            str(tenant.finished),
+            str(tenant.refused),
+            _count(tenant.prompt_tokens + tenant.output_tokens),
+        )
+    return table
+
+
+def _count(number: int) -> str:
+    """Four digits at most: 9999, 12k, 3M."""
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= 10 * size:
+            return f"{number // size}{unit}"
+    return str(number)
+
+
 def _replicas(system: SystemStatus) -> Table:
     from headrace.units import format_seconds
 
@@ -132,7 +163,10 @@ def _replicas(system: SystemStatus) -> Table:
 
 
 def _notes(system: SystemStatus) -> list[str]:
-    """What does not fit a table: why an endpoint has its size, what a replica is doing or died of."""
+    """What does not fit a table: why an endpoint has its size, what a replica is doing or died of,
+    which tenant waits long."""
+    from headrace.units import format_seconds
+
     notes = [
         f"{endpoint.name}: {endpoint.desired} wanted, {endpoint.reason}" for endpoint in system.endpoints
     ]
@@ -143,6 +177,10 @@ def _notes(system: SystemStatus) -> list[str]:
         elif replica.last_error:
             is_past = "last error: " if replica.state == "ready" else ""
             notes.append(f"{replica.replica_id}: {is_past}{replica.last_error}")
+    for tenant in system.tenants:
+        if tenant.tenant and tenant.oldest_held_s >= LONG_WAIT_S:
+            waits = f"its oldest held request waits {format_seconds(tenant.oldest_held_s)}"
+            notes.append(f"{tenant.tenant} at {tenant.endpoint}: {waits}")
     for process in system.processes:
         if process.last_error:
             notes.append(f"{process.name}: last ended with {process.last_error}")

@@ -40,7 +40,12 @@ from headrace.api.messages import (
     ScaleEndpoint,
     Shutdown,
 )
-from headrace.api.run_paths import CONTROLLER_SOCKET, alive_socket_path, relay_socket_path
+from headrace.api.run_paths import (
+    ADMIN_HTTP_SOCKET,
+    CONTROLLER_SOCKET,
+    alive_socket_path,
+    relay_socket_path,
+)
 from headrace.clock import Clock
 from headrace.control.drain import drain
 from headrace.control.essentials import Essential
@@ -118,11 +123,13 @@ class Controller:
         try:
             async with asyncio.TaskGroup() as group:
                 events = group.create_task(self._take_events())
+                admin = group.create_task(self._serve_admin_http())
                 probes = [group.create_task(self._probe(name)) for name in self._state.gateway.pairs]
                 await self._tick_until_stopped()
                 for probe in probes:
                     probe.cancel()
                 await drain(self._launcher, self._state, self._wake, self._clock)
+                admin.cancel()
                 events.cancel()
         finally:
             for server in servers:
@@ -239,7 +246,8 @@ class Controller:
         self._launcher.stop(essential.name, grace_s)
 
     def _gateway_specs(self) -> dict[str, GatewaySpec]:
-        return gateway_specs(self._state.config, self._run_directory, self._keys())
+        identity = self._identity
+        return gateway_specs(self._state.config, self._run_directory, self._keys(), identity.admin_key_hash)
 
     def _keys(self) -> dict[str, str] | None:
         """The valid keys; None: they are not known, and the routers keep those that they have."""
@@ -278,17 +286,28 @@ class Controller:
     def _on_report_close(self, channel: Channel, reason: str) -> None:
         self._routers.pop(channel, None)
 
-    # ---- the CLI ----------------
+    # ---- the CLI and the admin API ----------------
+
+    async def _serve_admin_http(self) -> None:
+        if self._state.config.gateway.admin_bind:
+            from headrace.control.admin_http import serve_admin  # 9 MB that only those pay who want it
+
+            await serve_admin(self._path(ADMIN_HTTP_SOCKET), self._obey_and_wake)
+
+    def _obey_and_wake(self, command: AdminCommand) -> AdminReply:
+        try:
+            return self._obey(command)
+        finally:
+            self._wake.set()
 
     def _admin_channel(self) -> Channel:
         return Channel(AdminCommand, self._on_admin, lambda channel, reason: None)
 
     def _on_admin(self, channel: Channel, command: AdminCommand) -> None:
         try:
-            channel.send(self._obey(command))
+            channel.send(self._obey_and_wake(command))
         except ConfigError as error:
             channel.send(AdminReply(error=str(error)))
-        self._wake.set()
 
     def _obey(self, command: AdminCommand) -> AdminReply:
         match command:

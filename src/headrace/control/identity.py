@@ -33,18 +33,24 @@ class Identity:
         """None: the store cannot be read, so nobody knows which keys are valid."""
         self.error = ""
         """Why the store cannot be read."""
+        self._admin_signature: tuple[int, ...] | None = None
+        self.admin_key_hash = ""
+        """SHA-256 of the admin API's key; empty: nobody gets in."""
         self._read()
+        self._read_admin_key()
 
     def __repr__(self) -> str:
         return f"Identity({self._store}, {len(self._stored or ())} keys)"
 
     def refresh(self) -> bool:
-        """Read the store again if another process changed it. True if its keys are others than before."""
-        if self._store.signature() == self._signature:
-            return False
-        before = self._stored
-        self._read()
-        return self._stored is not None and self._stored != before
+        """Read the files again that another process changed. True if the keys are others than before."""
+        stored, admin_key_hash = self._stored, self.admin_key_hash
+        if self._store.signature() != self._signature:
+            self._read()
+        if self._store.admin_signature() != self._admin_signature:
+            self._read_admin_key()
+        is_changed = self._stored is not None and self._stored != stored
+        return is_changed or self.admin_key_hash != admin_key_hash
 
     def valid_keys(self, config: Config) -> dict[str, str] | None:
         """Return SHA-256 -> tenant of each valid key. None: they are not known, and what was told before
@@ -111,6 +117,14 @@ class Identity:
                 f"{key_id[:40]} is a key of the config; remove it from its tenant's `keys` there, "
                 "and apply the config"
             )
+
+    def _read_admin_key(self) -> None:
+        self._admin_signature = self._store.admin_signature()
+        try:
+            self.admin_key_hash = self._store.admin_key_hash()
+        except ConfigError as error:
+            self.admin_key_hash = ""
+            _log.error("the admin API is closed: %s", error)
 
     def _read(self) -> None:
         self._signature = self._store.signature()

@@ -24,10 +24,12 @@ from headrace.api.config import TENANT_NAME
 from headrace.errors import ConfigError
 
 FILE_NAME = "keys.json"
+ADMIN_FILE_NAME = "admin.key"
 FORMAT = 1
 MAX_KEYS = 20_000
 """All of them travel to each router in one message, and are written anew with every change."""
 MAX_NAME_LENGTH = 64
+MIN_ADMIN_KEY_LENGTH = 20
 KEY_PREFIX = "hr-"
 _MAX_FILE_BYTES = 16 * 1024 * 1024
 _LOCK_POLL_S = 0.02
@@ -46,6 +48,10 @@ class StoredKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Wall-clock time."""
 
 
+class UnknownKey(ConfigError):
+    """There is no key with this id."""
+
+
 class KeyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the file holds."""
 
@@ -56,6 +62,10 @@ class KeyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def hash_key(key: str) -> str:
     """Return what is kept of a key. It has 256 random bits: a plain hash cannot be guessed back."""
     return sha256(key.encode()).hexdigest()
+
+
+def _new_key() -> str:
+    return KEY_PREFIX + secrets.token_urlsafe(32)
 
 
 def state_directory(setting: str, environment: Mapping[str, str]) -> Path:
@@ -108,11 +118,11 @@ class KeyStore:
 
     def signature(self) -> tuple[int, ...] | None:
         """Return something that changes when the file does; None: there is no file."""
-        try:
-            status = self.path.stat()
-        except OSError:
-            return None
-        return (status.st_mtime_ns, status.st_ino, status.st_size, status.st_mode, status.st_uid)
+        return _signature(self.path)
+
+    def admin_signature(self) -> tuple[int, ...] | None:
+        """The same of the admin key's file."""
+        return _signature(self.admin_key_path())
 
     def create(self, tenant: str, name: str, now_s: float) -> tuple[str, StoredKey]:
         """Make a key; return it in clear, this once, and what is kept of it."""
@@ -125,7 +135,7 @@ class KeyStore:
             taken = {key.key_id for key in keys}
             while (key_id := f"key-{secrets.token_hex(4)}") in taken:
                 pass
-            key = KEY_PREFIX + secrets.token_urlsafe(32)
+            key = _new_key()
             stored = StoredKey(key_id, tenant, name, hash_key(key), round(now_s, 3))
             self._write([*keys, stored])
         return key, stored
@@ -136,11 +146,42 @@ class KeyStore:
             keys = self.read()
             found = next((key for key in keys if key.key_id == key_id), None)
             if found is None:
-                raise ConfigError(
+                raise UnknownKey(
                     f"there is no key with the id {key_id[:40]!r}; `headrace keys list` shows all ids"
                 )
             self._write([key for key in keys if key is not found])
         return found
+
+    def admin_key_path(self) -> Path:
+        return self._directory / ADMIN_FILE_NAME
+
+    def admin_key_hash(self) -> str:
+        """Return the hash of the admin API's key; empty if there is none yet."""
+        path = self.admin_key_path()
+        try:
+            check_directory(self._directory)
+            key = _read_private(path).decode("ascii").strip()
+        except FileNotFoundError:
+            return ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read: {error}") from None
+        if len(key) < MIN_ADMIN_KEY_LENGTH or not key.isprintable() or " " in key:
+            raise ConfigError(
+                f"{path}: holds no key of at least {MIN_ADMIN_KEY_LENGTH} characters; "
+                "`headrace keys admin --rotate` makes a new one"
+            )
+        return hash_key(key)
+
+    def create_admin_key(self, *, replace: bool = False) -> None:
+        """Make the admin API's key in its file. replace: even if there is one."""
+        with self._locked():
+            if replace or not self.admin_key_path().exists():
+                try:
+                    write_private(self.admin_key_path(), f"{_new_key()}\n".encode())
+                except OSError as error:
+                    raise ConfigError(
+                        f"{self.admin_key_path()}: cannot be written: {error.strerror or error}"
+                    ) from None
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -209,6 +250,14 @@ def write_private(path: Path, data: bytes) -> None:
         os.fsync(directory)  # the new name itself must survive, too
     finally:
         os.close(directory)
+
+
+def _signature(path: Path) -> tuple[int, ...] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return (status.st_mtime_ns, status.st_ino, status.st_size, status.st_mode, status.st_uid)
 
 
 def _read_private(path: Path) -> bytes:

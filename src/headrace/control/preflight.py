@@ -54,10 +54,18 @@ def check_certificate(config: Config) -> None:
 
 
 def check_keys(config: Config) -> Config:
-    """Return `config` with an absolute state_dir. Raises ConfigError if the keys there cannot be used."""
+    """Return `config` with an absolute state_dir; if the admin API is on, its key is made
+    there the first time.
+
+    Raises ConfigError if the keys there cannot be used.
+    """
     directory = state_directory(config.state_dir, os.environ)
+    store = KeyStore(directory)
     if config.tenants:
-        KeyStore(directory).read()
+        store.read()
+    if config.gateway.admin_bind:
+        store.create_admin_key()
+        store.admin_key_hash()
     return config.model_copy(update={"state_dir": str(directory)})
 
 
@@ -68,7 +76,9 @@ def check_address(config: Config) -> Config:
     gateway = config.gateway
     bind = _check_bind("gateway.bind", gateway.bind)
     metrics_bind = _check_metrics_binds(gateway.metrics_bind, gateway.count) if gateway.metrics_bind else ""
-    changed = gateway.model_copy(update={"bind": bind, "metrics_bind": metrics_bind})
+    admin_bind = _check_bind("gateway.admin_bind", gateway.admin_bind) if gateway.admin_bind else ""
+    addresses = {"bind": bind, "metrics_bind": metrics_bind, "admin_bind": admin_bind}
+    changed = gateway.model_copy(update=addresses)
     return config.model_copy(update={"gateway": changed})
 
 

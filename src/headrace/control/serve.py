@@ -131,8 +131,8 @@ class System:
         """Take a new config; its notes say what changes. Raises ConfigError or CommandRefused."""
         checked = check_keys(check_models(_load(config)))
         reply = ask(self.run_directory, ApplyConfig(checked.model_dump_json()))
-        bind = self.config.gateway.bind
-        gateway = checked.gateway.model_copy(update={"bind": bind})
+        now = self.config.gateway
+        gateway = checked.gateway.model_copy(update={"bind": now.bind, "admin_bind": now.admin_bind})
         self.config = checked.model_copy(update={"gateway": gateway})
         return reply
 

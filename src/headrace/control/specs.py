@@ -65,10 +65,14 @@ def gateway_ids(config: Config) -> list[str]:
 
 
 def gateway_specs(
-    config: Config, run_directory: Path, keys: Mapping[str, str] | None = None
+    config: Config, run_directory: Path, keys: Mapping[str, str] | None = None, admin_key_hash: str = ""
 ) -> dict[str, GatewaySpec]:
-    """Return what each gateway is started with, by its id. They differ in the id and in the metrics port."""
+    """Return what each gateway is started with, by its id. They differ in the id and in the metrics port.
+
+    keys: SHA-256 of each valid key -> its tenant. admin_key_hash: SHA-256 of the admin API's key.
+    """
     spec = gateway_spec(config, run_directory, keys)
+    spec = msgspec.structs.replace(spec, admin_bind=config.gateway.admin_bind, admin_key_hash=admin_key_hash)
     return {
         gateway_id: msgspec.structs.replace(
             spec, gateway_id=gateway_id, metrics_bind=metrics_address(spec.metrics_bind, index)

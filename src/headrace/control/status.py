@@ -14,6 +14,7 @@ from headrace.api.messages import EndpointStatus, ProcessStatus, ReplicaStatus, 
 from headrace.control.fleet import Slot
 from headrace.control.reconciler import DesiredEndpoint
 from headrace.control.system_state import SystemState
+from headrace.control.tenants import tenant_statuses
 
 
 def describe(state: SystemState, run_directory: Path, now_s: float) -> SystemStatus:
@@ -29,6 +30,7 @@ def describe(state: SystemState, run_directory: Path, now_s: float) -> SystemSta
         replicas=[_replica(slot, now_s) for slot in slots],
         processes=_processes(state),
         run_dir=str(run_directory),
+        tenants=tenant_statuses(state.gateway.demands(), state.config.tenants),
         warnings=sorted({d.certificate_problem for d in state.gateway.demands() if d.certificate_problem}),
     )
 

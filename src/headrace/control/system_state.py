@@ -173,9 +173,11 @@ def _generations(config: Config) -> dict[str, str]:
 
 def _keep_address(new: Config, old: Config) -> Config:
     """The gateway's address and size are set when it starts; port 0 means the one it has."""
-    host, _, port = new.gateway.bind.rpartition(":")
-    if port == "0" and host == old.gateway.bind.rpartition(":")[0]:
-        new = new.model_copy(update={"gateway": new.gateway.model_copy(update={"bind": old.gateway.bind})})
+    for field in ("bind", "admin_bind"):
+        before: str = getattr(old.gateway, field)
+        host, _, port = getattr(new.gateway, field).rpartition(":")
+        if port == "0" and host == before.rpartition(":")[0]:
+            new = new.model_copy(update={"gateway": new.gateway.model_copy(update={field: before})})
     if not new.state_dir:
         new = new.model_copy(update={"state_dir": old.state_dir})
     problems = [

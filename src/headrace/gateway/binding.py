@@ -93,6 +93,11 @@ class Binder:
             if endpoint.queue.has_turn:
                 self.pump(name, now_s)
 
+    def has_room_at(self, endpoint: EndpointState) -> None:
+        """A slot came free: the next `pump` looks there, too, whichever endpoint it is for."""
+        if endpoint.queue.has_turn:
+            self._to_pump.add(endpoint.rule.name)
+
     def bring_back(self, limits: TenantLimits | None) -> None:
         """Let a tenant's turn come again wherever it was passed over, if it has room: at the next `pump`."""
         if limits is not None and limits.is_passed_over and limits.has_room():

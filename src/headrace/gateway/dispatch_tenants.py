@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from headrace.api.messages import FinishedRequest, TenantRule, TerminalState
 from headrace.gateway.endpoint_state import EndpointState, TenantAccount
-from headrace.policy.fairness import Share
 from headrace.policy.limits import TenantLimits
 from headrace.policy.prompt import PromptHead
+from headrace.policy.virtual_counters import Share
 from headrace.policy.work import MAX_TOKENS
 
 MAX_ELSEWHERE_REMEMBERED = 65_536
@@ -106,6 +106,7 @@ class TenantBook:
         num_prompt, num_output = finished.num_prompt_tokens, finished.num_output_tokens
         charge.is_settled = num_prompt + num_output > 0
         work = endpoint.work.work(num_prompt - finished.num_cached_tokens, num_output)
+        is_unseen = charge.account is None
         if charge.account is None:  # HAProxy served it without asking: only the front knows whose it was
             charge.limits = self.limits.get(finished.tenant)
             if charge.limits is None:
@@ -120,7 +121,7 @@ class TenantBook:
         account.prompt_tokens += num_prompt
         account.output_tokens += num_output
         if charge.limits is not None:
-            charge.limits.take(0, num_prompt + num_output - charge.num_tokens, now_s)
+            charge.limits.take(int(is_unseen), num_prompt + num_output - charge.num_tokens, now_s)
         charge.work, charge.num_tokens = work, num_prompt + num_output
         if finished.state is TerminalState.FINISHED:
             endpoint.work.learn(charge.num_bytes, num_prompt)

@@ -28,6 +28,7 @@ from headrace.gateway.replicas import Replica, ReplicaTable
 from headrace.policy.admission import HeldRequest
 from headrace.policy.fairness import FairQueue
 from headrace.policy.limits import Refusal
+from headrace.policy.placement import CacheChanges
 
 __all__ = [
     "LOG_GRACE_S",
@@ -174,6 +175,7 @@ class Dispatcher:
                 bound.front_reported_s = now_s
                 bound.free_slot()
                 self._binder.bring_back(bound.charge.limits)
+                self._binder.has_room_at(bound.endpoint)
             return
         endpoint = self.endpoints.get(endpoint_name)
         if endpoint is None or request_id in self._held:
@@ -195,21 +197,22 @@ class Dispatcher:
             return
         load = report.engine
         if load is not None:
-            endpoint.work.observe_costs(load.prefill_token_s, load.decode_token_s, now_s)
+            endpoint.observe_costs(load.prefill_token_s, load.decode_token_s, now_s)
         counts = report.open_by_tenant
         if sum(counts.values()) != report.num_open or min(counts.values(), default=0) < 0:
             counts = {}  # not counted by tenant, or nonsense
         for limits in self._tenants.observe_open(report.replica_id, counts):
             self._binder.bring_back(limits)
 
-    def replica_reported(self, replica: Replica, report: LoadReport) -> None:
+    def replica_reported(self, replica: Replica, report: LoadReport, now_s: float) -> None:
         """Tell the endpoint's placer what changed in a replica's prefix cache, and how long prompts were."""
         endpoint = self.endpoints.get(replica.endpoint)
         if endpoint is None:
             return
         placer = endpoint.placer
         epoch = (replica.num_connections, report.prefix_epoch)
-        placer.report(replica.replica_id, epoch, report.prefixes_added, report.prefixes_removed)
+        changes = CacheChanges(epoch, report.prefixes_added, report.prefixes_removed)
+        placer.report(replica, changes, now_s)
         for finished in report.finished:
             decision = self.decisions.get(finished.request_id)
             if decision is not None:
@@ -225,6 +228,10 @@ class Dispatcher:
         """Cancel the requests held for clients that closed their connections."""
         for request_id in [key for key, held in self._held.items() if held.arrival.client in clients]:
             self.client_left(request_id)
+
+    def knows(self, request_id: str) -> bool:
+        """Whether the request was announced, and is open or ended not long ago."""
+        return request_id in self._held or request_id in self._flights or self._flights.has_ended(request_id)
 
     def client_left(self, request_id: str) -> None:
         """Cancel one request if it is held: its client closed the connection."""

@@ -59,6 +59,14 @@ class EndpointState:
     accounts: dict[str, TenantAccount] = field(default_factory=dict)
     """By tenant; bounded by the tenants that there are."""
 
+    def __post_init__(self) -> None:
+        self.queue.second = self.work.second
+
+    def observe_costs(self, prefill_token_s: float, decode_token_s: float, now_s: float) -> None:
+        """Take what one of its engines measured per token; 0: nothing yet."""
+        self.work.observe_costs(prefill_token_s, decode_token_s, now_s)
+        self.queue.second = self.work.second
+
     def account(self, tenant: str) -> TenantAccount:
         """Return the tenant's account; opened on first use."""
         account = self.accounts.get(tenant)

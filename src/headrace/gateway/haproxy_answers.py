@@ -80,6 +80,26 @@ def unknown_key() -> str:
     )
 
 
+def no_admin_key() -> str:
+    return error_body(
+        "The admin API needs the admin key: `headrace keys admin` says where it is. Send it as "
+        "`Authorization: Bearer KEY`.",
+        code="invalid_api_key",
+    )
+
+
+def wrong_admin_key() -> str:
+    return error_body(
+        "This is not the admin key. Tenants' keys do not count here; `headrace keys admin` says where the "
+        "admin key is.",
+        code="invalid_api_key",
+    )
+
+
+def admin_body_too_large(max_bytes: int) -> str:
+    return error_body(f"The body is longer than {max_bytes} bytes, the limit.", code="payload_too_large")
+
+
 def unknown_path(known: Sequence[str] = (*GENERATION_PATHS, *STATUS_PATHS)) -> str:
     return error_body(f"This path does not exist. Known paths: {', '.join(known)}.", code="not_found")
 
@@ -92,6 +112,19 @@ def body_too_large(max_bytes: int) -> str:
     return error_body(
         f"The body is longer than {max_bytes} bytes, the limit (gateway.max_body_mb).",
         code="payload_too_large",
+    )
+
+
+def url_too_long(max_bytes: int) -> str:
+    return error_body(f"The URL is longer than {max_bytes} bytes, the limit.", code="uri_too_long")
+
+
+def too_many_connections(limit: int) -> str:
+    return error_body(
+        f"More than {limit} connections are open from your address, the limit "
+        "(gateway.max_connections_per_address). Close some, or wait for answers.",
+        "rate_limit_error",
+        "too_many_connections",
     )
 
 

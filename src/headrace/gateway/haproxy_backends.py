@@ -17,6 +17,9 @@ from headrace.gateway.names import backend_name
 from headrace.gateway.paths import GatewayPaths
 from headrace.gateway.server import Server
 
+MAX_ROUTER_CONNECTIONS = 128
+"""SPOE connections to the router. HAProxy wants more while many requests are held; it can do without."""
+
 
 def alive_section(paths: GatewayPaths) -> str:
     """Answers the controller's probes, for this one process: the kernel spreads the connections to the public
@@ -98,9 +101,10 @@ def router_backend(paths: GatewayPaths) -> str:
   timeout server 1h
   option spop-check
   timeout check 500ms
+  timeout queue 2s
   retries 0
-  server router unix@{paths.spoe_socket} check inter 300ms fastinter 100ms fall 2 rise 1 \
-on-marked-down shutdown-sessions
+  server router unix@{paths.spoe_socket} maxconn {MAX_ROUTER_CONNECTIONS} \
+check inter 300ms fastinter 100ms fall 2 rise 1 on-marked-down shutdown-sessions
 """
 
 

@@ -13,6 +13,7 @@ import headrace
 from headrace.api.messages import GatewaySpec
 from headrace.errors import ConfigError
 from headrace.gateway import haproxy_answers as answers
+from headrace.gateway.haproxy_admin import admin_sections
 from headrace.gateway.haproxy_backends import (
     alive_section,
     endpoint_backend,
@@ -32,15 +33,19 @@ from headrace.gateway.haproxy_identity import identity_files
 from headrace.gateway.haproxy_words import milliseconds, quote
 from headrace.gateway.paths import GatewayPaths, check_run_dir
 from headrace.gateway.server import Server
+from headrace.gateway.spoe import MAX_FRAMES_IN_FLIGHT
 
 BUFFER_BYTES = 131_072
 """tune.bufsize. A longer head makes every open request dearer; the rest of a body streams through."""
 H2_STREAMS = 256
 """Streams of one connection to a front: each connection costs a front one write per engine step."""
-_FDS_RESERVED = 256
-"""Listeners, health checks, SPOE connections, logs, pipes between master and worker."""
-_FDS_PER_CONNECTION = 3
-"""Client, server, and while it is held its share of SPOE connections (at worst one)."""
+_FDS_RESERVED = 512
+"""Listeners, health checks, SPOE connections (MAX_ROUTER_CONNECTIONS), the runtime API, logs, pipes between
+master and worker. They must be left when every client and its server have theirs, or the router could add no
+server at the very moment when it is needed."""
+_FDS_PER_CONNECTION = 2
+"""Client and server. A held request has no server yet, and shares its SPOE connection with many."""
+_ROUTER_CONNECTIONS_PER_S = 20
 _MAX_CONNECTIONS = 65_536
 """Bound when the descriptor limit is practically infinite: HAProxy allocates tables in proportion."""
 
@@ -90,6 +95,8 @@ def render_config(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -
     if needs_relay(spec):
         relay_timeout_s = relay_answer_timeout_s(spec) + 30
         sections += [internal_frontend(spec, paths), relay_backend(paths, relay_timeout_s)]
+    if spec.admin_bind:
+        sections.append(admin_sections(spec, paths))
     if spec.metrics_bind:
         sections.append(metrics_sections(spec, paths))
     return "\n".join(sections)
@@ -98,7 +105,10 @@ def render_config(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -
 def render_spoe(spec: GatewaySpec) -> str:
     """Return spoe.conf: what the router is asked, and for how long HAProxy waits for its answer.
 
-    The answer may take as long as a request may be held; the router's own limit comes first.
+    The answer may take as long as a request may be held; the router's own limit comes first. Whenever more
+    frames wait than are answered in a second, HAProxy opens another connection: without limits, one per held
+    request. Frames that find no place on a connection would not be sent at all, so each takes as many as can
+    be; some connections, because HAProxy looks an answered frame up in its connection's list.
     """
     return f"""[route]
 spoe-agent route
@@ -106,8 +116,10 @@ spoe-agent route
   option var-prefix route
   option set-on-error error
   option pipelining
+  max-waiting-frames {MAX_FRAMES_IN_FLIGHT}
+  maxconnrate {_ROUTER_CONNECTIONS_PER_S}
   timeout hello 1s
-  timeout idle 1h
+  timeout idle 2m
   timeout processing {milliseconds(_longest_hold_s(spec) + 15)}
   max-frame-size 65532
   use-backend {ROUTER_BACKEND}
@@ -126,6 +138,7 @@ global
   master-worker
   nbthread {spec.num_threads}
   maxconn {max_connections}
+  ulimit-n {_FDS_PER_CONNECTION * max_connections + _FDS_RESERVED}
   stats socket {paths.runtime_socket} mode 600 level admin expose-fd listeners
   stats timeout 60s
   hard-stop-after {milliseconds(spec.request_timeout_s + 60)}

@@ -25,6 +25,9 @@ HEAD_BYTES, because long headers leave less of the buffer to the body."""
 ROUTER_HEAD_BYTES = PROMPT_HEAD_BYTES
 """The part of the body that the router sees: prompt hashes, session, an estimate of the work."""
 MAX_HEADER_BYTES = 32_768
+MAX_URL_BYTES = 8192
+REJECTED_FROM = 2
+"""Times the limit of connections from one address: from there on they are not even answered."""
 MODEL_IN_REQUEST = "%[var(txn.model),bytes(0,128),json(utf8ps)]"
 """HAProxy's expression for the model that was asked for, safe inside a JSON string."""
 _CLIENT_ID_PATTERN = "^[A-Za-z0-9._:@/+=-]{1,128}$"
@@ -43,8 +46,8 @@ def frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
     body_too_large = f"if is_generation {{ req.hdr_val(content-length) gt {limit} }}"
     known = [] if spec.tenants else names  # a tenant learns of no other's endpoints
     return f"""frontend headrace
-  bind {bind_address(spec.bind)}{_tls(spec, paths)}
-  unique-id-format hr-{spec.gateway_id}-%{{+X}}o%Ts-%pid-%rt
+  bind {bind_address(spec.bind)}{tls_options(spec, paths)}
+{_connection_limit(spec)}  unique-id-format hr-{spec.gateway_id}-%{{+X}}o%Ts-%pid-%rt
   log-format '{answers.COMPLETION_LOG_FORMAT}'
   acl is_generation path {" ".join(answers.GENERATION_PATHS)}
   acl is_status path {" ".join(answers.STATUS_PATHS)}
@@ -53,15 +56,18 @@ def frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
   acl has_backend var(txn.backend) -m found
   acl is_relayed var(txn.backend) -m str {RELAY_BACKEND}
   http-request set-log-level silent unless is_generation METH_POST
-  # What a client says about itself is not believed: our headers come from us alone.
+{_busy_address(spec)}  # What a client says about itself is not believed: our headers come from us alone.
   http-request set-var(txn.explain) bool(true) if {{ req.hdr(x-headrace-route) -m found }}
-  http-request del-header x-headrace- -m beg
+  http-request del-header x-headrace -m beg
+  http-request del-header x_headrace -m beg
+  http-request del-header connection
   http-request set-header x-headrace-request-id %[unique-id]
   http-request del-header x-request-id unless {{ req.hdr(x-request-id) -m reg {_CLIENT_ID_PATTERN} }}
   http-request set-var(txn.client_id) req.hdr(x-request-id)
   http-request set-var(txn.client_id) unique-id unless {{ var(txn.client_id) -m found }}
   http-after-response set-header x-request-id %[var(txn.client_id)] if {{ var(txn.client_id) -m found }}
   {return_text(413, answers.headers_too_large(MAX_HEADER_BYTES), headers_too_large)}
+  {return_text(414, answers.url_too_long(MAX_URL_BYTES), f"if {{ url_len gt {MAX_URL_BYTES} }}")}
   {return_text(404, answers.unknown_path(), "unless is_generation or is_status")}
 {identity_rules(spec, paths)}
   {return_text(405, answers.method_not_allowed("POST"), "if is_generation !METH_POST", ("allow", "POST"))}
@@ -76,11 +82,31 @@ def frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
 """
 
 
-def _tls(spec: GatewaySpec, paths: GatewayPaths) -> str:
-    """What makes the public address speak TLS, and HTTP/2 to clients that offer it."""
+def tls_options(spec: GatewaySpec, paths: GatewayPaths) -> str:
+    """Return what makes an address speak TLS, and HTTP/2 to clients that offer it."""
     if not spec.certificate:
         return ""
     return f" ssl crt {paths.certificate} ssl-min-ver TLSv1.2 alpn h2,http/1.1"
+
+
+def _connection_limit(spec: GatewaySpec) -> str:
+    """Rules against one client address that takes all connections. Each line ends with a line feed."""
+    limit = spec.max_connections_per_address
+    if not limit:
+        return ""
+    return f"""  stick-table type ipv6 size 100k expire 1m store conn_cur
+  tcp-request connection track-sc0 src
+  tcp-request connection reject if {{ sc0_conn_cur gt {limit * REJECTED_FROM} }}
+"""
+
+
+def _busy_address(spec: GatewaySpec) -> str:
+    limit = spec.max_connections_per_address
+    if not limit:
+        return ""
+    condition = f"if {{ sc0_conn_cur gt {limit} }}"
+    headers = ("retry-after", "1"), ("connection", "close")
+    return f"  {return_text(429, answers.too_many_connections(limit), condition, *headers)}\n"
 
 
 def _rules_without_model(spec: GatewaySpec, paths: GatewayPaths) -> str:
@@ -128,6 +154,7 @@ def internal_frontend(spec: GatewaySpec, paths: GatewayPaths) -> str:
   {return_text(400, answers.model_required(), "unless is_generation has_model")}
   http-request wait-for-body time 30s at-least {ROUTER_HEAD_BYTES}
   http-request set-var(txn.backend) {find_backend}
+  http-request set-log-level silent unless has_backend
   {return_format(404, answers.unknown_model(known, MODEL_IN_REQUEST), "unless has_backend")}
 {_decide_rules(paths)}  use_backend %[var(txn.backend)]
 """

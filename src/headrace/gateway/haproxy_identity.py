@@ -102,9 +102,14 @@ def endpoint_sets(spec: GatewaySpec) -> tuple[dict[str, list[str]], dict[str, st
     return {name: list(members) for members, name in known.items()}, set_of
 
 
+def admin_keys(spec: GatewaySpec) -> dict[str, str]:
+    """Return what admin-keys.map holds: a map like keys.map, with one key or none."""
+    return {spec.admin_key_hash: "admin"} if spec.admin_key_hash else {}
+
+
 def render_key_map(keys: Mapping[str, str]) -> str:
     """Return keys.map."""
-    return "".join(f"{key_hash} {tenant}\n" for key_hash, tenant in sorted(keys.items()))
+    return "".join(f"{key_hash} {tenant}\n" for key_hash, tenant in keys.items())
 
 
 def parse_key_map(text: str) -> dict[str, str]:

@@ -11,9 +11,9 @@ from headrace.errors import ConfigError
 _RETURN = "http-request return status"
 
 
-def return_text(status: int, body: str, condition: str, header: tuple[str, str] | None = None) -> str:
+def return_text(status: int, body: str, condition: str, *headers: tuple[str, str]) -> str:
     """Return the rule that answers `body`, a JSON text, if `condition` holds."""
-    extra = f" hdr {header[0]} {quote(header[1])}" if header else ""
+    extra = "".join(f" hdr {name} {quote(value)}" for name, value in headers)
     return f"{_RETURN} {status} content-type application/json{extra} string {quote(body)} {condition}"
 
 

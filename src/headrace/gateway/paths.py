@@ -58,6 +58,10 @@ class GatewayPaths:
         return self.path("keys.map")
 
     @property
+    def admin_key_map(self) -> str:
+        return self.path("admin-keys.map")
+
+    @property
     def tenant_map(self) -> str:
         return self.path("tenants.map")
 

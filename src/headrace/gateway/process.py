@@ -23,7 +23,7 @@ from headrace.gateway.certificate import load_certificate
 from headrace.gateway.files import write_files
 from headrace.gateway.haproxy_config import relay_answer_timeout_s, render_files
 from headrace.gateway.haproxy_frontend import needs_relay
-from headrace.gateway.haproxy_identity import render_key_map
+from headrace.gateway.haproxy_identity import admin_keys, render_key_map
 from headrace.gateway.paths import GatewayPaths
 from headrace.units import MIB
 
@@ -44,11 +44,15 @@ def prepare(spec: GatewaySpec) -> list[ProcessSpec]:
     if spec.certificate:
         pem = load_certificate(spec.certificate, spec.certificate_key, time.time())
         files[GatewayPaths(spec.run_dir, spec.gateway_id).certificate] = pem
-    for setting, address in (("gateway.bind", spec.bind), ("gateway.metrics_bind", spec.metrics_bind)):
+    for setting, address in (
+        ("gateway.bind", spec.bind),
+        ("gateway.metrics_bind", spec.metrics_bind),
+        ("gateway.admin_bind", spec.admin_bind),
+    ):
         if address:
             check_port_is_free(address, setting)
     try:
-        write_files({**files, GatewayPaths(spec.run_dir, spec.gateway_id).key_map: render_key_map(spec.keys)})
+        write_files({**files, **_key_files(spec)})
     except OSError as error:
         raise ConfigError(f"the run directory {spec.run_dir} cannot be written: {error}") from error
     return process_specs(spec)
@@ -94,6 +98,14 @@ def _relay_process(spec: GatewaySpec, paths: GatewayPaths) -> ProcessSpec:
         log_path=paths.log(f"{relay_name(spec.gateway_id)}.log"),
         stop_signal=SIGNAL_TERMINATE,
     )
+
+
+def _key_files(spec: GatewaySpec) -> dict[str, str]:
+    paths = GatewayPaths(spec.run_dir, spec.gateway_id)
+    return {
+        paths.key_map: render_key_map(spec.keys),
+        paths.admin_key_map: render_key_map(admin_keys(spec)),
+    }
 
 
 def _for_argv(spec: GatewaySpec) -> GatewaySpec:

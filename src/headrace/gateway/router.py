@@ -24,12 +24,14 @@ from headrace.gateway.completions import Completion, CompletionDecoder, classify
 from headrace.gateway.dispatcher import Arrival, Bound, Dispatcher, Refused
 from headrace.gateway.haproxy_answers import error_body
 from headrace.gateway.haproxy_frontend import RELAY_BACKEND
+from headrace.gateway.haproxy_identity import admin_keys
 from headrace.gateway.haproxy_runtime import HaproxyRuntime
 from headrace.gateway.key_map import KeyMap
 from headrace.gateway.metrics_server import serve_metrics
 from headrace.gateway.names import endpoint_of_backend, shared_name
 from headrace.gateway.paths import GatewayPaths
 from headrace.gateway.replicas import Replica, ReplicaTable
+from headrace.gateway.report_checks import without_nonsense
 from headrace.gateway.request_recorder import RequestRecorder
 from headrace.gateway.servers import ServerKeeper
 from headrace.gateway.spoe import Arguments, SpoeAgent, SpoeCall, SpoeConnection, text_argument
@@ -72,6 +74,8 @@ class Router:
         self.keeper = ServerKeeper(spec, fd_limit, runtime, self._on_servers_changed)
         self.keys = KeyMap(self._paths.key_map, runtime)
         self.keys.want(None, bool(spec.tenants))
+        self.admin_keys = KeyMap(self._paths.admin_key_map, runtime)
+        self.admin_keys.want(None, bool(spec.admin_bind))
         self.certificate = _certificate_keeper(spec, self._paths, runtime, clock)
         self.agent = SpoeAgent(self._on_notify, self._on_spoe_lost)
         self._completions = CompletionDecoder()
@@ -92,6 +96,7 @@ class Router:
                 tasks = [
                     group.create_task(self.keeper.run()),
                     group.create_task(self.keys.run()),
+                    group.create_task(self.admin_keys.run()),
                     group.create_task(self._controller.run()),
                     group.create_task(self._tick_for_ever()),
                 ]
@@ -136,6 +141,7 @@ class Router:
             "unseen_completions": self.dispatcher.num_unseen_completions,
             "answered_by_haproxy": self._num_answered_by_haproxy,
             "ignored_reports": self.replicas.num_ignored_reports,
+            "ignored_ends": self.replicas.num_ignored_ends,
             "ignored_completions": self._completions.num_ignored,
             "spoe_errors": self.agent.num_protocol_errors,
             "haproxy_failures": self.keeper.num_failures + self.keys.num_failures,
@@ -234,9 +240,12 @@ class Router:
     def _on_completion(self, completion: Completion) -> None:
         endpoint = endpoint_of_backend(completion.backend)
         if completion.backend == RELAY_BACKEND:
-            # The first pass ended. The second has the same id, and its own line unless it is held.
+            # The first pass ended. The second has the same id and a line of its own, unless it is held, which
+            # ends here, or never came: then the relay refused the request.
             self.dispatcher.client_left(completion.id)
-        elif endpoint is None:
+            if 200 <= completion.status < 400 or self.dispatcher.knows(completion.id):
+                return
+        if endpoint is None:
             self._num_answered_by_haproxy += 1
             self.recorder.answered_by_haproxy(completion)
         else:
@@ -248,6 +257,8 @@ class Router:
 
     def _on_report(self, connection: ReportConnection, report: LoadReport) -> None:
         now_s = self._clock.now_s()
+        report, num_impossible = without_nonsense(report)
+        self.replicas.num_ignored_ends += num_impossible
         try:
             replica = self.replicas.observe(report, connection, now_s)
         except ProtocolError as error:
@@ -257,7 +268,7 @@ class Router:
             self.recorder.front_finished(finished)
         self.dispatcher.take_report(report, replica, now_s)
         if replica is not None:
-            self.dispatcher.replica_reported(replica, report)
+            self.dispatcher.replica_reported(replica, report, now_s)
             self._on_replicas_changed()
             self.dispatcher.pump(replica.endpoint, now_s)
         if report.state == "draining":
@@ -316,6 +327,7 @@ class Router:
         try:
             self.keeper.set_spec(spec)  # takes effect in a later turn: the keys' file is written by then
             self.keys.want(spec.keys, bool(spec.tenants))
+            self.admin_keys.want(admin_keys(spec), bool(spec.admin_bind))
         except ConfigError as error:
             logger.error("gateway spec refused: %s", error)
             return

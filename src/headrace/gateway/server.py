@@ -1,7 +1,7 @@
 """One replica as HAProxy sees it: its name, address and options, in HAProxy's words. Pure.
 
 A replica that speaks HTTP/2 is two servers at one address. HAProxy balances over the first, on HTTP/1.1. The
-second has weight 0 and is only reached by name: its connections are shared between clients, and HAProxy 2.8
+second is a backup, reached only by name while the first is there: its connections are shared between clients, and HAProxy 2.8
 stops reading all streams of a connection when one client does not take 260,000 bytes of its answer. So the
 router names it for answers that are shorter than that, whatever happens (ADR 14).
 """
@@ -71,5 +71,5 @@ class Server:
         fewest connections; a check brings it back within downinter.
         """
         limit = f" maxconn {self.max_open}" if self.max_open else ""
-        protocol = "weight 0 proto h2 " if self.is_shared else ""
+        protocol = "backup proto h2 " if self.is_shared else ""
         return f"{protocol}check inter 1s fastinter 200ms downinter 200ms fall 2 rise 1 {_ON_REFUSAL}{limit}"

@@ -7,10 +7,11 @@ remembers of prefixes, sessions and prefill under way. Must not know addresses, 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Sequence
 
 from headrace.policy.placement import (
+    CacheChanges,
     Placement,
     PlacementReason,
     ReplicaObservation,
@@ -22,9 +23,14 @@ from headrace.policy.prefix_index import PrefixIndex
 from headrace.policy.prompt import BLOCK_BYTES, PromptHead
 
 MAX_SESSIONS = 65_536
-HORIZON_TOKENS = 32
-"""An open request is weighed as this many output tokens of engine time. Later ones are not this decision's
-business: by then other requests have ended, and the next ones have levelled the loads."""
+HORIZON_TOKENS = 64
+"""An open request slows this many tokens of ours, at most. Later ones are not this decision's business: by
+then other requests have ended, and the next ones have levelled the loads."""
+UNDER_WAY_S = 0.012
+"""A request that was bound this short a time before a report may not be in the report's figures."""
+_SAME_SPEED_RATIO = 0.25
+"""Replicas whose measured costs differ by less are taken for equally fast: the rest is noise, and a replica
+with a large batch has cheaper tokens without being the better place."""
 LOAD_WINDOW = 1
 """While no cost is measured: a replica may have this many open requests more than the least loaded one and
 still be preferred for its cached prefix."""
@@ -34,6 +40,7 @@ _TIE_S = 0.0002
 _FIRST_TOKENS_PER_BYTE = 0.25
 """English text in the usual vocabularies; corrected by the first finished requests."""
 _LEARNING_RATE = 0.05
+_MAX_UNDER_WAY = 1024
 
 
 class PrefixPlacer:
@@ -45,7 +52,9 @@ class PrefixPlacer:
         self._sessions: OrderedDict[str, tuple[str, int]] = OrderedDict()
         """Session -> the replica that served it last, and the size of its prompt there."""
         self._busy_until_s: dict[str, float] = {}
-        """When each replica will have computed the prompts bound to it."""
+        """When each replica will have computed the prompts that it has."""
+        self._under_way: dict[str, deque[tuple[float, float]]] = {}
+        """When each of the last requests was bound, and the seconds that its prompt takes."""
         self._tokens_per_byte = _FIRST_TOKENS_PER_BYTE
 
     def __repr__(self) -> str:
@@ -57,44 +66,32 @@ class PrefixPlacer:
         return self._tokens_per_byte
 
     def place(self, replicas: Sequence[ReplicaObservation], prompt: PromptHead, now_s: float) -> Placement:
-        # The router's hottest loop: columns instead of an object per replica.
         matched = self.index.match(prompt.hashes, now_s) if prompt.hashes else {}
         session = self._sessions.get(prompt.session) if prompt.session else None
-        wanted = session[0] if session is not None else None
-        able: list[ReplicaObservation] = []
-        loads: list[int] = []
-        cached: list[int] = []  # bytes of the prompt
+        able: list[_Candidate] = []
         for replica in replicas:
             load = load_of(replica)
             if has_room(replica, load):
                 num = matched.get(replica.replica_id, 0)
-                num_cached = min(num * BLOCK_BYTES, prompt.num_bytes) if num else 0
-                if session is not None and wanted == replica.replica_id:
+                num_cached = min(num * BLOCK_BYTES, prompt.num_bytes)
+                if session is not None and session[0] == replica.replica_id:
                     num_cached = self._cached_by_session(replica.replica_id, prompt, num, session[1])
-                able.append(replica)
-                loads.append(load)
-                cached.append(num_cached)
+                able.append(_Candidate(replica, load, num_cached))
         if not able:
             return must_wait({replica.replica_id: float(load_of(replica)) for replica in replicas})
-        costs = self._estimate(able, loads, cached, prompt, now_s)
-        scores = costs[0] if costs is not None else [float(load) for load in loads]
-        limit = min(scores)
-        limit = limit * (1 + _TIE_RATIO) + _TIE_S if costs is not None else limit + LOAD_WINDOW
-        best, best_key = 0, None
-        for position, score in enumerate(scores):
-            if score <= limit:
-                replica = able[position]
-                preference = replica.replica_id != wanted if costs is not None else -cached[position]
-                key = (preference, loads[position], replica.num_assigned)
+        is_measured = self._estimate(able, prompt, now_s)
+        limit = min([candidate.score for candidate in able])
+        limit = limit * (1 + _TIE_RATIO) + _TIE_S if is_measured else limit + LOAD_WINDOW
+        wanted = session[0] if session is not None else None
+        best, best_key = able[0], None
+        for candidate in able:
+            if candidate.score <= limit:
+                replica = candidate.replica
+                preference = replica.replica_id != wanted if is_measured else -candidate.num_cached
+                key = (preference, candidate.load, replica.num_assigned)
                 if best_key is None or key < best_key:
-                    best, best_key = position, key
-        return Placement(
-            able[best].replica_id,
-            _reason(able[best].replica_id, cached[best], max(cached), wanted),
-            {replica.replica_id: score for replica, score in zip(able, scores)},
-            cached[best] / prompt.num_bytes if prompt.num_bytes else 0.0,
-            costs[1][best] if costs is not None else 0.0,
-        )
+                    best, best_key = candidate, key
+        return _placement(best, able, prompt, wanted)
 
     def bound(self, placement: Placement, prompt: PromptHead, now_s: float) -> None:
         replica_id = placement.replica_id
@@ -104,14 +101,24 @@ class PrefixPlacer:
         if placement.prefill_s:
             busy_until_s = self._busy_until_s.get(replica_id, 0.0)
             self._busy_until_s[replica_id] = max(busy_until_s, now_s) + placement.prefill_s
+            under_way = self._under_way.setdefault(replica_id, deque(maxlen=_MAX_UNDER_WAY))
+            under_way.append((now_s, placement.prefill_s))
         if prompt.session:
             self._sessions[prompt.session] = (replica_id, prompt.num_bytes)
             self._sessions.move_to_end(prompt.session)
             if len(self._sessions) > self._max_sessions:
                 self._sessions.popitem(last=False)
 
-    def report(self, replica_id: str, epoch: Hashable, added: Sequence[int], removed: Sequence[int]) -> None:
-        self.index.report(replica_id, epoch, added, removed)
+    def report(self, replica: ReplicaObservation, changes: CacheChanges, now_s: float) -> None:
+        replica_id = replica.replica_id
+        self.index.report(replica_id, *changes)
+        busy_s = replica.num_uncomputed_tokens * replica.prefill_token_s
+        under_way = self._under_way.get(replica_id)
+        if under_way:
+            while under_way and under_way[0][0] < now_s - UNDER_WAY_S:
+                under_way.popleft()
+            busy_s += sum([seconds for _, seconds in under_way])
+        self._busy_until_s[replica_id] = now_s + busy_s
 
     def finished(self, num_bytes: int, num_tokens: int) -> None:
         if num_bytes >= BLOCK_BYTES and 0 < num_tokens <= 2 * num_bytes:
@@ -121,6 +128,7 @@ class PrefixPlacer:
     def forget(self, replica_id: str) -> None:
         self.index.forget(replica_id)
         self._busy_until_s.pop(replica_id, None)
+        self._under_way.pop(replica_id, None)
 
     def _cached_by_session(
         self, replica_id: str, prompt: PromptHead, num_matched: int, num_bytes: int
@@ -134,52 +142,64 @@ class PrefixPlacer:
             num_bytes = 0
         return min(max(num_bytes, num_matched * BLOCK_BYTES), prompt.num_bytes)
 
-    def _estimate(
-        self,
-        able: Sequence[ReplicaObservation],
-        loads: Sequence[int],
-        cached: Sequence[int],
-        prompt: PromptHead,
-        now_s: float,
-    ) -> tuple[list[float], list[float]] | None:
-        """Return each replica's cost and the prefill in it, in seconds. None: nothing is
-        measured yet."""
-        prefill_token_s = _mean([replica.prefill_token_s for replica in able])
-        if prefill_token_s <= 0:
-            return None
-        decode_token_s = _mean([replica.decode_token_s for replica in able])
+    def _estimate(self, able: Sequence[_Candidate], prompt: PromptHead, now_s: float) -> bool:
+        """Give each candidate its cost in seconds. False: nothing is measured yet, loads stay the scores."""
+        mean_token_s = _mean([candidate.replica.prefill_token_s for candidate in able])
+        if mean_token_s <= 0:
+            return False
+        decode_token_s = _mean([candidate.replica.decode_token_s for candidate in able])
+        step_per_request_s = _mean([candidate.replica.step_per_request_s for candidate in able])
         horizon = min(HORIZON_TOKENS, prompt.max_output_tokens or HORIZON_TOKENS)
-        num_bytes, tokens_per_byte, busy_until_s = prompt.num_bytes, self._tokens_per_byte, self._busy_until_s
-        scores, prefills_s = [], []
-        for replica, load, num_cached in zip(able, loads, cached):
-            token_s = replica.prefill_token_s or prefill_token_s
-            num_tokens = (num_bytes - num_cached) * tokens_per_byte
-            score = prefill_s = num_tokens * token_s
+        # Each open request lengthens the step that we wait for, and those of our own tokens.
+        request_s = decode_token_s + step_per_request_s * horizon
+        for candidate in able:
+            replica, load = candidate.replica, candidate.load
+            speed = (replica.prefill_token_s or mean_token_s) / mean_token_s
+            if -_SAME_SPEED_RATIO < speed - 1 < _SAME_SPEED_RATIO:
+                speed = 1.0
+            num_tokens = (prompt.num_bytes - candidate.num_cached) * self._tokens_per_byte
+            candidate.prefill_s = score = num_tokens * mean_token_s * speed
             if load:
-                backlog_s = busy_until_s.get(replica.replica_id, 0.0) - now_s
-                if backlog_s > 0:
-                    score += backlog_s
-                score += (replica.decode_token_s or decode_token_s) * horizon * load
-            num_free = replica.num_free_tokens
-            if 0 <= num_free < num_tokens + horizon:
-                # It pushes out what others have to compute again.
-                score += (num_tokens + horizon - num_free) * token_s
-            scores.append(score)
-            prefills_s.append(prefill_s)
-        return scores, prefills_s
+                backlog_s = self._busy_until_s.get(replica.replica_id, 0.0) - now_s
+                score += max(0.0, backlog_s) + request_s * speed * load
+            num_missing = num_tokens + horizon - replica.num_free_tokens
+            if num_missing > 0 and replica.num_free_tokens >= 0:
+                score += num_missing * mean_token_s * speed  # pushes out what is computed again later
+            candidate.score = score
+        return True
 
 
-def _reason(replica_id: str, num_cached: int, most_cached: int, wanted: str | None) -> PlacementReason:
-    if num_cached < most_cached:
-        return "spread"
-    if num_cached == 0:
-        return "least_loaded"
-    return "session" if wanted == replica_id else "prefix"
+class _Candidate:
+    """A replica that may be chosen, while one decision is made."""
+
+    __slots__ = ("load", "num_cached", "prefill_s", "replica", "score")
+
+    def __init__(self, replica: ReplicaObservation, load: int, num_cached: int) -> None:
+        self.replica = replica
+        self.load = load
+        self.num_cached = num_cached
+        """Bytes of the prompt."""
+        self.score = float(load)
+        self.prefill_s = 0.0
+
+
+def _placement(
+    best: _Candidate, able: Sequence[_Candidate], prompt: PromptHead, wanted: str | None
+) -> Placement:
+    replica_id = best.replica.replica_id
+    reason: PlacementReason
+    if best.num_cached < max([candidate.num_cached for candidate in able]):
+        reason = "spread"
+    elif best.num_cached == 0:
+        reason = "least_loaded"
+    else:
+        reason = "session" if wanted == replica_id else "prefix"
+    scores = {candidate.replica.replica_id: candidate.score for candidate in able}
+    ratio = best.num_cached / prompt.num_bytes if prompt.num_bytes else 0.0
+    return Placement(replica_id, reason, scores, ratio, best.prefill_s)
 
 
 def _mean(costs: Sequence[float]) -> float:
     """Return the mean of what was measured; 0 if nothing was."""
-    if costs[0] > 0 and min(costs) == max(costs):
-        return costs[0]  # replicas of one kind
     measured = [cost for cost in costs if cost > 0]
     return sum(measured) / len(measured) if measured else 0.0

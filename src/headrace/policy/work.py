@@ -16,6 +16,8 @@ UNMEASURED_PREFILL_TOKEN_S = 1e-6
 arXiv:2401.00588). Both are below every real engine, so that what was charged then weighs less, never more,
 than what is charged once real seconds are known."""
 PREFILL_TO_DECODE = UNMEASURED_PREFILL_TOKEN_S / UNMEASURED_DECODE_TOKEN_S
+UNMEASURED_SECOND = 2000 * UNMEASURED_DECODE_TOKEN_S
+"""What stands for a second of work until then: about what a small engine's second gives."""
 MAX_TOKEN_S = 60.0
 """No engine takes longer per token: a larger cost is nonsense and ignored."""
 MAX_TOKENS = 100_000_000
@@ -62,6 +64,11 @@ class WorkModel:
     @property
     def is_measured(self) -> bool:
         return self._observed_s is not None
+
+    @property
+    def second(self) -> float:
+        """How much work is an engine-second."""
+        return 1.0 if self.is_measured else UNMEASURED_SECOND
 
     @property
     def bytes_per_token(self) -> float:

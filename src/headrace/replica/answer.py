@@ -7,7 +7,7 @@ Must not know routes, validation or how requests are parsed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,8 +81,11 @@ class Choice:
     __slots__ = (
         "_answer",
         "_decoder",
+        "_frames",
+        "_is_plain",
         "_last_token_s",
         "_logprobs",
+        "_metrics",
         "_num_characters",
         "_num_sent",
         "_sent_entries",
@@ -97,6 +100,8 @@ class Choice:
 
     def __init__(self, answer: Answer, index: int, request: GenerationRequest, rules: TextRules) -> None:
         self._answer = answer
+        self._metrics = answer.services.metrics
+        self._frames = answer.shape.frames
         self.index = index
         self.request = request
         self.token_ids: list[int] = []
@@ -115,6 +120,8 @@ class Choice:
         self._num_characters = 0
         """Characters decoded, and characters sent: the difference is held back."""
         self._num_sent = 0
+        self._is_plain = self._stops is None and self._logprobs is None
+        """What a step gives can go out as it is."""
 
     def result(self) -> ChoiceText:
         """Return the whole choice, for an answer that is not streamed."""
@@ -123,19 +130,19 @@ class Choice:
 
     # ---- what the engine client tells
 
-    def on_output(self, output: StepOutput, now_s: float) -> None:
+    def on_output(self, output: StepOutput, now_s: float) -> bool:
         answer = self._answer
         if answer.has_ended:
-            return
+            return False
         token_ids, reason = output.token_ids, output.finish_reason
         if reason == "error" or reason == "aborted":
             answer.fail(
                 GenerationFailed(f"the engine could not go on with this request: {output.error or reason}")
             )
-            return
+            return False
         text = ""
         if token_ids:
-            metrics = answer.services.metrics
+            metrics = self._metrics
             if self.token_ids:
                 metrics.inter_token_latency.observe(now_s - self._last_token_s)
             else:
@@ -148,11 +155,17 @@ class Choice:
                 text = self._decoder.feed(token_ids)
             else:
                 text = self._feed_with_logprobs(token_ids, output.logprobs or [])
-        if reason is None and self._stops is None and self._logprobs is None:
-            if text:
-                self._send(text)
-            return
-        self._conclude(text, reason)
+        if reason is not None or not self._is_plain:
+            self._conclude(text, reason)
+        elif not text:
+            return False
+        elif answer.write_alone is not None and self._frames is not None:
+            # The usual case, and the hot path: nothing else of this step goes with it.
+            answer.write_alone(b"", self._frames.text(self.index, text))
+            return False
+        else:
+            self._send(text)
+        return True
 
     def _feed_with_logprobs(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> str:
         assert self._logprobs is not None
@@ -192,7 +205,7 @@ class Choice:
             self._answer.on_choice_finished(self)
 
     def _send(self, text: str) -> None:
-        frames = self._answer.shape.frames
+        frames = self._frames
         if frames is None:
             self._texts.append(text)
         else:
@@ -200,7 +213,7 @@ class Choice:
 
     def _send_with_logprobs(self, text: str, entries: list[LogprobEntry]) -> None:
         assert self._logprobs is not None
-        frames = self._answer.shape.frames
+        frames = self._frames
         if frames is None:
             self._texts.append(text)
             self._sent_entries += entries
@@ -243,6 +256,8 @@ class Answer:
         """Sent with the first frame, so that until then an error can still be an HTTP status."""
         self._is_started = False
         self._num_unfinished = 0
+        self.write_alone: Callable[[bytes, bytes], None] | None = None
+        """Takes a frame at once: of a stream that has begun, and has one choice."""
 
     def __repr__(self) -> str:
         state = "ended" if self.has_ended else f"{self._num_unfinished} running"
@@ -289,6 +304,8 @@ class Answer:
         if self._num_unfinished:
             self._responder.write(self._head, data)
             self._head = b""
+            if len(self.choices) == 1:
+                self.write_alone = self._responder.write
         else:
             self._end(TerminalState.FINISHED, 200, self.choices[0].finish_reason)
             self._responder.end(self._head, data)

@@ -39,8 +39,9 @@ EngineState = Literal["starting", "ready", "failed", "stopped"]
 class EngineStream(Protocol):
     """One request inside the engine, as its owner sees it."""
 
-    def on_output(self, output: StepOutput, now_s: float) -> None:
-        """Take what one step gave. After an output with a finish_reason nothing comes any more."""
+    def on_output(self, output: StepOutput, now_s: float) -> bool:
+        """Take what one step gave; say whether it wants to be flushed. After an output with a finish_reason
+        nothing comes any more."""
         ...
 
     def flush(self) -> None:
@@ -271,12 +272,12 @@ class EngineClient:
             if output.finish_reason is not None:
                 del streams[output.request_id]
             try:
-                stream.on_output(output, now_s)
+                if stream.on_output(output, now_s):
+                    touched.append(stream)
             except Exception:
                 _log.exception("request %s: handling a step's output failed", output.request_id)
                 self.abort(output.request_id)
                 stream.on_broken()
-            touched.append(stream)
         for stream in touched:
             stream.flush()
 

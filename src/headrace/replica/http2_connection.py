@@ -85,7 +85,9 @@ class Http2Connection(asyncio.Protocol):
             return
         if self._rest:
             data = self._rest + data
-        unpack, at, end = h2.FRAME_HEADER.unpack_from, 0, len(data)
+        unpack, read_number, streams = h2.FRAME_HEADER.unpack_from, h2.UINT32.unpack_from, self.streams
+        is_plain = self._has_settings and not self._intake.block_stream_id
+        at, end = 0, len(data)
         try:
             while end - at >= h2.HEADER_BYTES:
                 word, flags, stream_id = unpack(data, at)
@@ -96,9 +98,18 @@ class Http2Connection(asyncio.Protocol):
                 if end - start < length:
                     break
                 at = start + length
+                if word == _WINDOW_UPDATE_WORD and is_plain:
+                    # One per frame that we sent: worth a short cut.
+                    stream = streams.get(stream_id)
+                    if stream is not None and not stream.queue:
+                        stream.window += (number := read_number(data, start)[0])
+                        if number > 0 and stream.window <= h2.MAX_WINDOW_BYTES:
+                            continue
+                        stream.window -= number
                 self._on_frame(word, flags, stream_id & h2.STREAM_ID_MASK, data[start:at])
                 if self._closing_since_s is not None:
                     return
+                is_plain = self._has_settings and not self._intake.block_stream_id
         except Http2Error as error:
             self._fail(error)
             return
@@ -304,7 +315,7 @@ class Http2Connection(asyncio.Protocol):
         if not stream.send_some():
             return False
         stream.progress_s = self._owner.clock.now_s()
-        if stream.is_waiting:
+        if stream.queue:
             return True
         del self._queued[stream]
         if stream.is_done:
@@ -342,8 +353,15 @@ class Http2Connection(asyncio.Protocol):
         self._write()
         if self._closing_since_s is None:
             self._closing_since_s = self._owner.clock.now_s()
-        if self._transport is not None:
-            self._transport.close()
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        # With frames unread (window updates for the last answers) a close resets the connection, and the
+        # client loses what it has not read. So only our side ends; the client closes, or linger_s is over.
+        if transport.can_write_eof():
+            transport.write_eof()
+        else:
+            transport.close()
 
     def close_if_idle(self) -> None:
         """Take no new streams; close when the open ones have ended."""

@@ -31,7 +31,7 @@ END_HEADERS: Final = 0x4
 PADDED: Final = 0x8
 HAS_PRIORITY: Final = 0x20
 
-_UINT32: Final = struct.Struct(">I")
+UINT32: Final = struct.Struct(">I")
 _SETTING: Final = struct.Struct(">HI")
 _GOAWAY: Final = struct.Struct(">II")
 
@@ -89,11 +89,11 @@ def pack_settings(values: dict[Setting, int]) -> bytes:
 
 
 def pack_window_update(stream_id: int, num_bytes: int) -> bytes:
-    return pack_frame(WINDOW_UPDATE, 0, stream_id, _UINT32.pack(num_bytes))
+    return pack_frame(WINDOW_UPDATE, 0, stream_id, UINT32.pack(num_bytes))
 
 
 def pack_reset(stream_id: int, code: ErrorCode) -> bytes:
-    return pack_frame(RST_STREAM, 0, stream_id, _UINT32.pack(code))
+    return pack_frame(RST_STREAM, 0, stream_id, UINT32.pack(code))
 
 
 def pack_goaway(last_stream_id: int, code: ErrorCode, message: str = "") -> bytes:
@@ -121,9 +121,9 @@ def read_settings(payload: bytes) -> Iterable[tuple[int, int]]:
 
 def read_uint32(payload: bytes, name: str) -> int:
     """Return the only number of a RST_STREAM or WINDOW_UPDATE frame. Raises Http2Error."""
-    if len(payload) != _UINT32.size:
+    if len(payload) != UINT32.size:
         raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, f"{name} has {len(payload)} bytes; it must have 4")
-    number: int = _UINT32.unpack(payload)[0]
+    number: int = UINT32.unpack(payload)[0]
     return number
 
 

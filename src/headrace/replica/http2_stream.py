@@ -40,8 +40,6 @@ class Http2Stream(Responder):
         "_connection",
         "_is_ended",
         "_num_unacknowledged",
-        "_queue",
-        "_window",
         "body",
         "first_s",
         "head",
@@ -53,8 +51,10 @@ class Http2Stream(Responder):
         "num_reserved",
         "num_sent",
         "progress_s",
+        "queue",
         "receive_window",
         "stream_id",
+        "window",
     )
 
     def __init__(self, connection: Http2Connection, stream_id: int, window: int, now_s: float) -> None:
@@ -72,9 +72,10 @@ class Http2Stream(Responder):
         self._num_unacknowledged = 0
         self.first_s = self.last_s = now_s
         """When its first and its newest frame came."""
-        self._window = window
+        self.window = window
         """Bytes that the client takes. Negative after it made all its windows smaller."""
-        self._queue: deque[bytes | memoryview] = deque()
+        self.queue: deque[bytes | memoryview] = deque()
+        """Parts of the answer that wait for a window or for the socket."""
         self.num_queued_bytes = 0
         self.num_sent = 0
         self.max_bytes = 0
@@ -151,15 +152,15 @@ class Http2Stream(Responder):
             connection.push_headers(self.stream_id, head, is_end=False)
         size = len(frames)
         if (
-            self._queue
-            or size > self._window
+            self.queue
+            or size > self.window
             or size > DEFAULT_FRAME_BYTES
             or size > connection.window
             or connection.is_holding
         ):
             self._send_data(frames, is_end=False)
         else:
-            self._window -= size
+            self.window -= size
             connection.window -= size
             connection.push(_PACK(size << 8, 0, self.stream_id) + frames)
             self.num_sent += size
@@ -181,7 +182,7 @@ class Http2Stream(Responder):
     def _finish(self) -> None:
         self.is_done = True
         self.on_gone = None
-        if not self._queue:
+        if not self.queue:
             self._connection.sent(self)
 
     def send_continue(self) -> None:
@@ -190,15 +191,10 @@ class Http2Stream(Responder):
 
     # ---- what the windows let out
 
-    @property
-    def is_waiting(self) -> bool:
-        """Some of the answer was not written yet."""
-        return bool(self._queue)
-
     def grant(self, num_bytes: int) -> None:
         """Take more bytes to send. Raises StreamError if that is more than a window may be."""
-        self._window += num_bytes
-        if self._window > MAX_WINDOW_BYTES:
+        self.window += num_bytes
+        if self.window > MAX_WINDOW_BYTES:
             raise StreamError(ErrorCode.FLOW_CONTROL_ERROR, "the stream's window became too large")
 
     def _send_data(self, data: bytes, *, is_end: bool) -> None:
@@ -211,20 +207,20 @@ class Http2Stream(Responder):
             connection.reset(self, ErrorCode.CANCEL)
             return
         self._is_ended = is_end
-        self._queue.append(memoryview(data) if len(data) > DEFAULT_FRAME_BYTES else data)
+        self.queue.append(memoryview(data) if len(data) > DEFAULT_FRAME_BYTES else data)
         for _ in range(_MAX_FRAMES_AT_ONCE):
             if not self.send_some():
                 break
-        if self._queue:
+        if self.queue:
             connection.queue(self)
 
     def send_some(self) -> bool:
         """Send one frame of what is queued. False: nothing is queued, or it must wait."""
-        queue, connection = self._queue, self._connection
+        queue, connection = self.queue, self._connection
         if not queue or connection.is_holding:
             return False
         data = queue[0]
-        room = min(self._window, connection.window, DEFAULT_FRAME_BYTES)
+        room = min(self.window, connection.window, DEFAULT_FRAME_BYTES)
         if data and room < len(data):
             if room <= 0:
                 return False
@@ -233,7 +229,7 @@ class Http2Stream(Responder):
             queue.popleft()
         size = len(data)
         flags = END_STREAM if self._is_ended and not queue else 0
-        self._window -= size
+        self.window -= size
         connection.window -= size
         self.num_queued_bytes -= size
         self.num_sent += size
@@ -242,6 +238,6 @@ class Http2Stream(Responder):
 
     def drop(self) -> None:
         """Forget what was not sent: the stream ended early."""
-        self._queue.clear()
+        self.queue.clear()
         self.num_queued_bytes = 0
         self.body.clear()

@@ -152,6 +152,8 @@ class HttpConnection(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._is_in_head:
+            return  # a trailer: a client's, since proxies pass them on, so it must not speak of identity
         self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
         self._head_bytes += len(name) + len(value) + 4
 

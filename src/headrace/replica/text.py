@@ -20,22 +20,29 @@ class TokenBytes(Protocol):
 class TextDecoder:
     """Decodes the tokens of one answer. Bytes that are the beginning of a character wait for the rest."""
 
-    __slots__ = ("_decode", "_token_bytes")
+    __slots__ = ("_held", "_token_bytes")
 
     def __init__(self, token_bytes: TokenBytes) -> None:
         self._token_bytes = token_bytes
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._held = b""
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """Add tokens; return the text that became certain, possibly empty."""
-        if len(token_ids) == 1:
-            return self._decode(self._token_bytes[token_ids[0]])
         table = self._token_bytes
-        return self._decode(b"".join([table[token_id] for token_id in token_ids]))
+        if len(token_ids) == 1:
+            data = table[token_ids[0]]
+        else:
+            data = b"".join([table[token_id] for token_id in token_ids])
+        if self._held:
+            data = self._held + data
+        text, num_bytes = codecs.utf_8_decode(data, "replace", False)
+        self._held = data[num_bytes:]
+        return text
 
     def finish(self) -> str:
         """Return what was waiting: U+FFFD for a character that never became whole."""
-        return self._decode(b"", True)
+        held, self._held = self._held, b""
+        return held.decode("utf-8", "replace")
 
 
 class StopStrings:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from headrace.api.messages import EndpointStatus, ProcessStatus, ReplicaStatus, SystemStatus
+from headrace.api.messages import EndpointStatus, ProcessStatus, ReplicaStatus, SystemStatus, TenantStatus
 from headrace.cli.progress import LiveProgress, PlainProgress, greeting, make_progress
 from headrace.cli.status import render
 from headrace.control.serve import describe_unready, hopeless_error
@@ -75,6 +75,22 @@ def test_the_status_fits_eighty_columns() -> None:
     text = console.file.getvalue()
     for words in ("chat-1", "127.0.0.1:4000", "ready", "1/1", "100"):
         assert words in text
+
+
+def test_tenants_have_a_table_that_fits_eighty_columns_when_there_are_any() -> None:
+    ready = system(replica("chat-1", "ready"), is_ready=True)
+    acme = TenantStatus("chat", "acme", 2.0, "high", 12, 3.5, 64, 100, 1234, 56, 70_000, 8_000_000, 0.75)
+    nobody = msgspec.structs.replace(acme, tenant="")
+    shown = []
+    for tenants in ([acme], [nobody]):
+        console = Console(file=io.StringIO(), width=80)
+        console.print(render(msgspec.structs.replace(ready, tenants=tenants)))
+        assert isinstance(console.file, io.StringIO)
+        shown.append(console.file.getvalue())
+    waits = "acme at chat: its oldest held request waits 3.5 s"
+    for words in ("acme", "high ×2", "75%", waits, "1234", "8070k"):
+        assert words in shown[0]
+    assert "priority" not in shown[1]
 
 
 def test_plain_progress_says_each_change_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,3 +153,56 @@ def test_the_command_line_imports_little() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def tenants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    path = tmp_path / "tenants.yaml"
+    path.write_text("{endpoints: {chat: {model: m}}, tenants: {acme: {}, small: {}}}")
+    return str(path)
+
+
+def test_keys_are_made_listed_and_revoked_without_a_running_system(run: Run, tenants: str) -> None:
+    status, key, words = run("keys", "create", "acme", "--name", "laptop", "--config", tenants)
+    assert status == 0
+    assert len(key.strip()) == len("hr-") + 43
+    assert key.strip() not in words
+    key_id = words.split()[0]
+    status, table, _ = run("keys", "list", "--config", tenants)
+    assert status == 0
+    assert [line.split()[:3] for line in table.splitlines()] == [
+        ["id", "tenant", "name"],
+        [key_id, "acme", "laptop"],
+    ]
+    assert run("keys", "list", "small", "--config", tenants)[1].count("\n") == 1
+    status, out, words = run("keys", "revoke", key_id, "--config", tenants)
+    assert (status, out) == (0, "")
+    assert "its open streams go on" in words
+    status, _, words = run("keys", "revoke", key_id, "--config", tenants)
+    assert (status, "no key with the id" in words) == (2, True)
+
+
+def test_a_key_for_nobody_names_the_tenants_and_without_a_config_a_warning_is_told(
+    run: Run, tenants: str
+) -> None:
+    status, out, words = run("keys", "create", "nobody", "--config", tenants)
+    assert (status, out) == (2, "")
+    assert "there are: acme, small" in words
+    status, out, words = run("keys", "create", "nobody")
+    assert (status, out.startswith("hr-")) == (0, True)
+    assert "without knowing the tenants" in words
+    status, out, words = run("keys", "list", "--config", tenants)
+    assert "has no tenant nobody" in words
+
+
+def test_the_admin_keys_file_is_named_and_made(run: Run, tenants: str) -> None:
+    status, path, words = run("keys", "admin", "--config", tenants)
+    assert status == 0
+    first = Path(path.strip()).read_text()
+    assert first.strip() not in path + words
+    assert "gateway.admin_bind" in words
+    run("keys", "admin", "--config", tenants)
+    assert Path(path.strip()).read_text() == first
+    run("keys", "admin", "--rotate", "--config", tenants)
+    assert Path(path.strip()).read_text() != first

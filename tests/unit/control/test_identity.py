@@ -105,3 +105,17 @@ def test_while_the_store_cannot_be_read_nobody_knows_the_keys(identity: Identity
     path.write_bytes(whole)
     assert identity.refresh()
     assert identity.valid_keys(TWO) == {IN_CONFIG: "acme", hash_key(key): "small"}
+
+
+def test_a_new_admin_key_is_noticed_and_a_bad_one_closes_the_admin_api(
+    identity: Identity, tmp_path: Path
+) -> None:
+    store = KeyStore(tmp_path / "headrace")
+    assert identity.admin_key_hash == ""
+    store.create_admin_key()
+    assert identity.refresh()
+    assert identity.admin_key_hash == store.admin_key_hash()
+    assert not identity.refresh()
+    store.admin_key_path().chmod(0o644)
+    assert identity.refresh()
+    assert identity.admin_key_hash == ""

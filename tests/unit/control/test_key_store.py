@@ -194,3 +194,32 @@ def test_the_state_directory_follows_the_setting_then_the_environment_then_the_h
     assert state_directory("", {"XDG_STATE_HOME": "relative"}) == Path("/home/me/.local/state/headrace")
     assert state_directory("", {"XDG_STATE_HOME": "/var/s"}) == Path("/var/s/headrace")
     assert state_directory("~/keys", {"XDG_STATE_HOME": "/var/s"}) == Path("/home/me/keys")
+
+
+def test_the_admin_key_is_made_once_private_and_replaced_on_wish(store: KeyStore) -> None:
+    assert store.admin_key_hash() == ""
+    assert store.admin_signature() is None
+    store.create_admin_key()
+    first = store.admin_key_hash()
+    assert mode_of(store.admin_key_path()) == 0o600
+    assert hash_key(store.admin_key_path().read_text().strip()) == first
+    store.create_admin_key()
+    assert store.admin_key_hash() == first
+    store.create_admin_key(replace=True)
+    assert store.admin_key_hash() not in ("", first)
+    assert store.read() == [], "it is no tenant's key"
+
+
+@pytest.mark.parametrize("text", ["", "short", "has a space in it and is long enough", "\xff" * 40])
+def test_an_admin_key_that_is_none_is_refused(store: KeyStore, text: str) -> None:
+    store.create_admin_key()
+    store.admin_key_path().write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"admin\.key: "):
+        store.admin_key_hash()
+
+
+def test_an_admin_key_that_others_can_read_is_refused(store: KeyStore) -> None:
+    store.create_admin_key()
+    store.admin_key_path().chmod(0o644)
+    with pytest.raises(ConfigError, match=r"mode 0644.*chmod 600"):
+        store.admin_key_hash()

