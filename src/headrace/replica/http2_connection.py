@@ -331,8 +331,10 @@ class Http2Connection(asyncio.Protocol):
         out.clear()
         if transport is None or not data:
             return
+        was_holding = self.is_holding
         transport.write(data)
-        if self.is_holding:
+        # Not what filled the buffer just now: a step of many streams may be longer than what may be held.
+        if was_holding:
             self._num_held_bytes += len(data)
             if self._num_held_bytes > _MAX_HELD_BYTES:
                 transport.abort()  # it asks and asks, and reads no answer
