@@ -36,4 +36,5 @@ def _add_up(parts: list[TenantDemand], tenant: Tenant) -> TenantStatus:
         prompt_tokens=sum(part.prompt_tokens for part in parts),
         output_tokens=sum(part.output_tokens for part in parts),
         share=sum(part.share for part in parts) / len(parts),
+        work_s=sum(part.work_s for part in parts),
     )

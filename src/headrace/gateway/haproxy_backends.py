@@ -56,14 +56,15 @@ if {{ var(txn.card) -m found }}
 """
 
 
-def endpoint_backend(endpoint: str, servers: Sequence[Server]) -> str:
-    """One backend per endpoint: with the router dead it balances by itself.
+def endpoint_backend(endpoint: str, servers: Sequence[Server], *, is_shared: bool = False) -> str:
+    """An endpoint's servers on HTTP/1.1: with the router dead HAProxy balances over them by itself. Or
+    (is_shared) those on HTTP/2, to which only the router sends.
 
     A failed request is sent again elsewhere until its first byte came; the request id makes that harmless.
     503 is what a front answers that drains or whose engine restarts.
     """
     lines = "".join(f"  server {server.name} {server.address} {server.options}\n" for server in servers)
-    return f"""backend {backend_name(endpoint)}
+    return f"""backend {backend_name(endpoint, is_shared=is_shared)}
   balance leastconn
   retries 3
   option redispatch 1

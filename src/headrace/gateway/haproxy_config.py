@@ -79,17 +79,20 @@ def render_files(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) ->
 def render_config(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -> str:
     """Return haproxy.cfg. Servers of endpoints that the spec does not have are left out."""
     paths = GatewayPaths(spec.run_dir, spec.gateway_id)
-    by_endpoint: dict[str, list[Server]] = {rule.name: [] for rule in spec.endpoints}
+    kinds = (False, True) if spec.replica_protocol == "h2" else (False,)
+    members: dict[tuple[str, bool], list[Server]] = {
+        (rule.name, is_shared): [] for rule in spec.endpoints for is_shared in kinds
+    }
     for server in sorted(servers):
-        if server.endpoint in by_endpoint:
-            by_endpoint[server.endpoint].append(server)
+        if (server.endpoint, server.is_shared) in members:
+            members[server.endpoint, server.is_shared].append(server)
     sections = [
         _global_section(spec, paths, size_max_connections(spec, fd_limit)),
         _defaults_section(spec),
         frontend_section(spec, paths),
         alive_section(paths),
         status_backend(spec, paths),
-        *(endpoint_backend(name, members) for name, members in by_endpoint.items()),
+        *(endpoint_backend(name, of, is_shared=is_shared) for (name, is_shared), of in members.items()),
         router_backend(paths),
     ]
     if needs_relay(spec):

@@ -14,7 +14,7 @@ from headrace.api.messages import FinishedRequest, TerminalState, gateway_of
 from headrace.clock import Clock
 from headrace.gateway.completions import Completion, classify
 from headrace.gateway.dispatcher import Bound, Refused
-from headrace.gateway.names import decode_name, split_shared_name
+from headrace.gateway.names import decode_name
 from headrace.observability.request_record import RequestRecord
 
 PARTS_LIMIT_S = 2.0
@@ -185,10 +185,9 @@ def _join(gateway_id: str, request_id: str, parts: _Parts, wall_s: float) -> Req
 
 def _replica(line: Completion, bound: Bound | None) -> str:
     """The one that answered: HAProxy may have gone on to another one than the router chose."""
-    name, _ = split_shared_name(line.server)
-    if bound is not None and name in (bound.server_name, ""):
+    if bound is not None and line.server in (bound.server_name, ""):
         return bound.replica_id
-    return "" if name.startswith("<") else decode_name(name)
+    return "" if line.server.startswith("<") else decode_name(line.server)
 
 
 def _text(value: str) -> str:

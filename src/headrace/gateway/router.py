@@ -28,7 +28,7 @@ from headrace.gateway.haproxy_identity import admin_keys
 from headrace.gateway.haproxy_runtime import HaproxyRuntime
 from headrace.gateway.key_map import KeyMap
 from headrace.gateway.metrics_server import serve_metrics
-from headrace.gateway.names import endpoint_of_backend, shared_name
+from headrace.gateway.names import endpoint_of_backend
 from headrace.gateway.paths import GatewayPaths
 from headrace.gateway.replicas import Replica, ReplicaTable
 from headrace.gateway.report_checks import without_nonsense
@@ -183,7 +183,9 @@ class Router:
         def answer(decision: Bound | Refused) -> None:
             self.recorder.answered(request_id, decision, self._clock.now_s())
             if isinstance(decision, Bound):
-                variables = {b"server": self._server_name(decision, head, size).encode()}
+                variables = {b"server": decision.server_name.encode()}
+                if self._is_for_shared(decision, head, size):
+                    variables[b"shared"] = b"1"
                 if decision.explanation:
                     variables[b"explanation"] = decision.explanation.encode()
                 call.answer(variables)
@@ -221,18 +223,16 @@ class Router:
         self.statistics.observe(record)
         self._request_log.write(record)
 
-    def _server_name(self, decision: Bound, head: object, num_bytes: object) -> str:
-        """Return the replica's server on HTTP/2 if it has one and the answer is certainly short."""
+    def _is_for_shared(self, decision: Bound, head: object, num_bytes: object) -> bool:
+        """Whether the answer may come over HTTP/2: the replica has it, and the answer is certainly short."""
         replica = self.replicas.replicas.get(decision.replica_id)
-        if (
+        return (
             replica is not None
             and replica.is_shared_serving
             and isinstance(head, bytes)
             and len(head) == num_bytes
             and is_short_stream(head)
-        ):
-            return shared_name(decision.server_name)
-        return decision.server_name
+        )
 
     def _on_spoe_lost(self, connection: SpoeConnection) -> None:
         self.dispatcher.owner_lost(connection, self._clock.now_s())

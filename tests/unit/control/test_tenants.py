@@ -27,6 +27,7 @@ def test_the_routers_parts_are_added_up_by_endpoint_and_tenant() -> None:
     assert (other.num_held, other.oldest_held_s, other.num_in_flight) == (3, 1.5, 5)
     assert (other.arrived, other.finished, other.refused) == (30, 21, 1)
     assert (other.prompt_tokens, other.output_tokens) == (300, 120)
+    assert other.work_s == pytest.approx(3.0)
     assert other.share == pytest.approx(0.5)
 
 

@@ -77,6 +77,8 @@ class TenantStatus(msgspec.Struct, frozen=True):
     output_tokens: int
     share: float
     """Its part of the endpoint's work lately, 0 to 1."""
+    work_s: float = 0.0
+    """Work charged to it, in engine-seconds by the engines' measured costs."""
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True):
