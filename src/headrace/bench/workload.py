@@ -106,7 +106,11 @@ class Workload:
     input_tokens: Lengths = Lengths("fixed", 128)
     output_tokens: Lengths = Lengths("fixed", 128)
     shared_prefix_tokens: int = 0
-    """Tokens at the beginning of every prompt that all have in common, part of its length."""
+    """Tokens at the beginning of every prompt that all of its group have in common, part of its length."""
+    num_groups: int = 1
+    """Groups of requests; each has a shared prefix of its own."""
+    group_skew: float = 0.0
+    """Group k is asked for in proportion to 1 / k^group_skew: 0: all alike; 1: Zipf's law."""
     ignore_eos: bool = False
     temperature: float = 0.0
     seed: int = 0
@@ -118,7 +122,11 @@ class Workload:
     def body(self, index: int) -> bytes:
         """Return the JSON body of request `index`. Warm-up requests have negative indices."""
         source = _source(self.seed, str(index))
-        prompt = self._prompt(self.input_tokens.sample(source), source)
+        group = 0
+        if self.num_groups > 1:
+            weights = [1 / (k + 1) ** self.group_skew for k in range(self.num_groups)]
+            (group,) = source.choices(range(self.num_groups), weights)
+        prompt = self._prompt(self.input_tokens.sample(source), source, group)
         tree: dict[str, Any] = {"model": self.model}
         if self.route == "chat":
             tree["messages"] = [{"role": "user", "content": prompt}]
@@ -132,9 +140,10 @@ class Workload:
             tree["ignore_eos"] = True
         return json.dumps(tree, separators=(",", ":")).encode()
 
-    def _prompt(self, num_tokens: int, source: random.Random) -> str:
+    def _prompt(self, num_tokens: int, source: random.Random, group: int) -> str:
         num_shared = min(self.shared_prefix_tokens, num_tokens)
-        shared = _source(self.seed, "shared").choices(WORDS, k=self.shared_prefix_tokens)[:num_shared]
+        purpose = f"shared {group}" if group else "shared"
+        shared = _source(self.seed, purpose).choices(WORDS, k=self.shared_prefix_tokens)[:num_shared]
         return " ".join(shared + source.choices(WORDS, k=num_tokens - num_shared))
 
 

@@ -81,36 +81,62 @@ def render(system: SystemStatus) -> RenderableType:
     state = "ready" if system.is_ready else "not ready"
     head = f"{system.url}  {state}, up {format_seconds(system.uptime_s)}, {system.run_dir}"
     notes = Text("\n".join(_notes(system)))
-    tables = [_endpoints(system), _replicas(system), _processes(system)]
+    tables = [_endpoints(system), _gateways(system), _replicas(system), _processes(system)]
     if any(tenant.tenant for tenant in system.tenants):
         tables.insert(1, _tenants(system))
-    return Group(Text(head, style="bold"), *tables, notes)
+    parts: list[RenderableType] = [Text(head, style="bold")]
+    for table in tables:
+        parts += [Text(), table]
+    return Group(*parts, Text(), notes)
 
 
 def _table(*columns: str) -> Table:
-    """`>` before a name: a column of numbers."""
-    from rich import box
+    """`>` before a name: a column of numbers; they stay whole on a narrow screen."""
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="underline")
     for column in columns:
         justify: Literal["left", "right"] = "right" if column.startswith(">") else "left"
-        table.add_column(column.lstrip(">"), justify=justify, no_wrap=True)
+        name = column.lstrip(">")
+        width = len(name) if justify == "right" else 4
+        table.add_column(name, justify=justify, no_wrap=True, min_width=width)
     return table
 
 
 def _endpoints(system: SystemStatus) -> Table:
-    table = _table("endpoint", "model", ">ready", ">held", ">open", ">finished", ">failed", ">refused")
+    from headrace.units import format_seconds
+
+    columns = ">ready", ">held", ">oldest", ">open", ">finished", ">failed", ">refused"
+    table = _table("endpoint", "model", *columns)
     for endpoint in system.endpoints:
         table.add_row(
             endpoint.name,
             _short(endpoint.model),
             f"{endpoint.ready}/{endpoint.desired}",
             str(endpoint.num_held),
+            format_seconds(endpoint.oldest_held_s) if endpoint.num_held else "-",
             str(endpoint.num_in_flight),
             str(endpoint.finished),
             str(endpoint.failed_requests),
             str(endpoint.refused),
+        )
+    return table
+
+
+def _gateways(system: SystemStatus) -> Table:
+    from headrace.units import format_seconds
+
+    table = _table("gateway", "router", "haproxy", ">held", ">oldest", ">open", ">replicas")
+    for gateway in system.gateways:
+        is_up = gateway.is_answering or gateway.haproxy != "running"
+        table.add_row(
+            gateway.gateway_id,
+            gateway.router,
+            gateway.haproxy if is_up else "silent",
+            str(gateway.num_held),
+            format_seconds(gateway.oldest_held_s) if gateway.num_held else "-",
+            str(gateway.num_in_flight),
+            str(gateway.num_serving),
         )
     return table
 
@@ -145,7 +171,8 @@ def _count(number: int) -> str:
 def _replicas(system: SystemStatus) -> Table:
     from headrace.units import format_seconds
 
-    table = _table("replica", "state", ">for", ">running", ">waiting", ">KV", ">restarts", "address")
+    columns = ">for", ">open", ">run+wait", ">KV", ">cached", ">restarts"
+    table = _table("replica", "state", *columns, "address")
     colours = {"ready": "green", "failed": "red", "lost": "red"}
     for replica in system.replicas:
         colour = colours.get(replica.state, "yellow")
@@ -153,9 +180,10 @@ def _replicas(system: SystemStatus) -> Table:
             replica.replica_id,
             f"[{colour}]{replica.state}[/{colour}]",
             format_seconds(replica.since_s),
-            str(replica.num_running),
-            str(replica.num_waiting),
+            str(replica.num_open),
+            f"{replica.num_running}+{replica.num_waiting}",
             f"{replica.kv_used_ratio:.0%}",
+            f"{replica.cached_ratio:.0%}",
             str(replica.restarts + replica.engine_restarts),
             replica.address,
         )

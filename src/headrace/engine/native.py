@@ -129,6 +129,8 @@ class NativeEngine:
             steps=self._steps,
             prefill_token_s=self._cost.prefill_token_s,
             decode_token_s=self._cost.decode_token_s,
+            num_uncomputed_tokens=scheduler.num_uncomputed_tokens,
+            step_per_request_s=self._cost.step_per_request_s,
         )
 
     def check_integrity(self) -> None:

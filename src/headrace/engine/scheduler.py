@@ -121,6 +121,18 @@ class Scheduler:
             if num_full > num_full_before:
                 self._cache_blocks(request, num_full_before, num_full)
 
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens to compute until every request here decodes; what the cache will spare counts, too."""
+        num_running = sum(
+            [
+                num_missing
+                for request in self.running
+                if (num_missing := len(request.token_ids) - request.num_computed_tokens) > 1
+            ]
+        )
+        return num_running + sum([len(request.token_ids) for request in self.waiting])
+
     def check_integrity(self) -> None:
         """Raise AssertionError, showing what failed, unless every block and request is accounted for."""
         self.pool.check_integrity(request.block_table for request in self.running)

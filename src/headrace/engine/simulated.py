@@ -184,6 +184,8 @@ class SimulatedEngine:
             steps=self._steps,
             prefill_token_s=self._cost.prefill_token_s,
             decode_token_s=self._cost.decode_token_s,
+            num_uncomputed_tokens=self._num_uncomputed_tokens(),
+            step_per_request_s=self._cost.step_per_request_s,
         )
 
     def check_integrity(self) -> None:
@@ -222,6 +224,12 @@ class SimulatedEngine:
         item.block_table = cached + [pool.allocate() for _ in range(min(num_missing, num_allocatable))]
         item.num_cached_tokens = len(cached) * block_size
         return True
+
+    def _num_uncomputed_tokens(self) -> int:
+        if not self._prefilling and not self._waiting:
+            return 0
+        num_prefilling = sum([item.num_uncomputed for item in self._prefilling.values()])
+        return num_prefilling + sum([item.num_context for item in self._waiting])
 
     def _num_free_blocks(self) -> int:
         pool = self._pool

@@ -57,6 +57,11 @@ class StepCost:
         self._num_alike += 1
         self._alike_s += min(seconds, self._limit_s)
 
+    @property
+    def step_per_request_s(self) -> float:
+        """Time by which each decoding request lengthens a step; 0: not measured yet."""
+        return self.coefficients[2]
+
     def _add_alike(self) -> None:
         """Add the last steps, all of one kind, to the sums; solve now and then."""
         num = self._num_alike

@@ -28,6 +28,7 @@ from headrace.gateway.replicas import Replica, ReplicaTable
 from headrace.policy.admission import HeldRequest
 from headrace.policy.fairness import FairQueue
 from headrace.policy.limits import Refusal
+from headrace.policy.placement import CacheChanges
 
 __all__ = [
     "LOG_GRACE_S",
@@ -203,14 +204,15 @@ class Dispatcher:
         for limits in self._tenants.observe_open(report.replica_id, counts):
             self._binder.bring_back(limits)
 
-    def replica_reported(self, replica: Replica, report: LoadReport) -> None:
+    def replica_reported(self, replica: Replica, report: LoadReport, now_s: float) -> None:
         """Tell the endpoint's placer what changed in a replica's prefix cache, and how long prompts were."""
         endpoint = self.endpoints.get(replica.endpoint)
         if endpoint is None:
             return
         placer = endpoint.placer
         epoch = (replica.num_connections, report.prefix_epoch)
-        placer.report(replica.replica_id, epoch, report.prefixes_added, report.prefixes_removed)
+        changes = CacheChanges(epoch, report.prefixes_added, report.prefixes_removed)
+        placer.report(replica, changes, now_s)
         for finished in report.finished:
             decision = self.decisions.get(finished.request_id)
             if decision is not None:
@@ -226,6 +228,10 @@ class Dispatcher:
         """Cancel the requests held for clients that closed their connections."""
         for request_id in [key for key, held in self._held.items() if held.arrival.client in clients]:
             self.client_left(request_id)
+
+    def knows(self, request_id: str) -> bool:
+        """Whether the request was announced, and is open or ended not long ago."""
+        return request_id in self._held or request_id in self._flights or self._flights.has_ended(request_id)
 
     def client_left(self, request_id: str) -> None:
         """Cancel one request if it is held: its client closed the connection."""

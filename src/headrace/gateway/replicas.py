@@ -48,6 +48,8 @@ class Replica:
     """Room in its KV memory; -1: unknown."""
     prefill_token_s: float = 0.0
     decode_token_s: float = 0.0
+    step_per_request_s: float = 0.0
+    num_uncomputed_tokens: int = 0
     num_connections: int = 0
     """Grows with each connection that it reports over: the first report on each lists all its prefixes."""
     num_in_flight: int = 0
@@ -85,6 +87,7 @@ class ReplicaTable:
     known_paths: dict[str, float] = field(default_factory=dict)
     """Server path -> when its replica was last there; what the ServerKeeper may take away."""
     num_ignored_reports: int = 0
+    num_ignored_ends: int = 0
     revision: int = 0
     """Grows when the wanted servers may have changed."""
 
@@ -192,18 +195,27 @@ class ReplicaTable:
         info, engine = report.engine_info, report.engine
         replica.max_running = max(0, info.max_running) if info is not None else 0
         if engine is None:
-            replica.num_waiting, replica.num_free_tokens = 0, -1
+            replica.num_waiting, replica.num_free_tokens, replica.num_uncomputed_tokens = 0, -1, 0
             return
         replica.num_waiting = max(0, engine.num_waiting)
         is_known = info is not None and info.block_size > 0 and engine.num_total_blocks > 0
         replica.num_free_tokens = engine.num_free_blocks * info.block_size if info and is_known else -1
         replica.prefill_token_s = _cost(engine.prefill_token_s)
         replica.decode_token_s = _cost(engine.decode_token_s)
+        replica.step_per_request_s = _cost(engine.step_per_request_s)
+        replica.num_uncomputed_tokens = max(0, engine.num_uncomputed_tokens)
 
     def _is_newer(self, replica: Replica, report: LoadReport, connection: object) -> bool:
         if report.pid == replica.pid:
             return report.sequence > replica.sequence
-        return connection is not replica.connection  # a restarted front comes over a new connection
+        if connection is replica.connection:
+            return False
+        # A restarted front comes over a new connection, and the kernel has closed the old one.
+        if replica.is_connected:
+            raise ProtocolError(
+                f"process {report.pid} reports as {report.replica_id}, which process {replica.pid} still does"
+            )
+        return True
 
 
 def _cost(token_s: float) -> float:

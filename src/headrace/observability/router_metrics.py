@@ -34,6 +34,7 @@ TOTALS = {
     "unseen_completions": "Requests that HAProxy served without the router",
     "answered_by_haproxy": "Requests refused before an endpoint was known (unknown model, too large)",
     "ignored_reports": "Load reports that made no sense",
+    "ignored_ends": "Ends of requests in load reports that made no sense",
     "ignored_completions": "Completion lines that made no sense",
     "spoe_errors": "SPOE connections closed because of a frame that made no sense",
     "haproxy_failures": "Runtime API commands that failed and were tried again",

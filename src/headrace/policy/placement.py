@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from headrace.policy.prompt import PromptHead
 
@@ -69,7 +69,17 @@ class ReplicaObservation(Protocol):
 
     @property
     def decode_token_s(self) -> float:
-        """The same per output token."""
+        """The same per output token, with its part of the step's fixed cost."""
+        ...
+
+    @property
+    def step_per_request_s(self) -> float:
+        """Measured time by which each decoding request lengthens a step of its engine."""
+        ...
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Prompt tokens that its engine has yet to compute, by its last report."""
         ...
 
     @property
@@ -93,6 +103,15 @@ class Placement:
     """Engine time expected for the rest of the prompt; 0 where no cost is measured."""
 
 
+class CacheChanges(NamedTuple):
+    """What a report says of a prefix cache."""
+
+    epoch: Hashable
+    """Another one than before: the cache began anew, empty."""
+    added: Sequence[int]
+    removed: Sequence[int]
+
+
 class Placer(Protocol):
     """One endpoint's placement, with what it remembers of replicas."""
 
@@ -104,8 +123,8 @@ class Placer(Protocol):
         """Note that a request was bound as `placement` says: its prefix is about to be cached there."""
         ...
 
-    def report(self, replica_id: str, epoch: Hashable, added: Sequence[int], removed: Sequence[int]) -> None:
-        """Take the changes of a replica's prefix cache. Another epoch than before: it began anew, empty."""
+    def report(self, replica: ReplicaObservation, changes: CacheChanges, now_s: float) -> None:
+        """Take a replica's report: its figures and the changes of its prefix cache."""
         ...
 
     def finished(self, num_bytes: int, num_tokens: int) -> None:
@@ -123,7 +142,7 @@ class _Forgetful:
     def bound(self, placement: Placement, prompt: PromptHead, now_s: float) -> None:
         pass
 
-    def report(self, replica_id: str, epoch: Hashable, added: Sequence[int], removed: Sequence[int]) -> None:
+    def report(self, replica: ReplicaObservation, changes: CacheChanges, now_s: float) -> None:
         pass
 
     def finished(self, num_bytes: int, num_tokens: int) -> None:

@@ -7,10 +7,11 @@ remembers of prefixes, sessions and prefill under way. Must not know addresses, 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Sequence
 
 from headrace.policy.placement import (
+    CacheChanges,
     Placement,
     PlacementReason,
     ReplicaObservation,
@@ -22,9 +23,14 @@ from headrace.policy.prefix_index import PrefixIndex
 from headrace.policy.prompt import BLOCK_BYTES, PromptHead
 
 MAX_SESSIONS = 65_536
-HORIZON_TOKENS = 32
-"""An open request is weighed as this many output tokens of engine time. Later ones are not this decision's
-business: by then other requests have ended, and the next ones have levelled the loads."""
+HORIZON_TOKENS = 64
+"""An open request slows this many tokens of ours, at most. Later ones are not this decision's business: by
+then other requests have ended, and the next ones have levelled the loads."""
+UNDER_WAY_S = 0.012
+"""A request that was bound this short a time before a report may not be in the report's figures."""
+_SAME_SPEED_RATIO = 0.25
+"""Replicas whose measured costs differ by less are taken for equally fast: the rest is noise, and a replica
+with a large batch has cheaper tokens without being the better place."""
 LOAD_WINDOW = 1
 """While no cost is measured: a replica may have this many open requests more than the least loaded one and
 still be preferred for its cached prefix."""
@@ -34,6 +40,7 @@ _TIE_S = 0.0002
 _FIRST_TOKENS_PER_BYTE = 0.25
 """English text in the usual vocabularies; corrected by the first finished requests."""
 _LEARNING_RATE = 0.05
+_MAX_UNDER_WAY = 1024
 
 
 class PrefixPlacer:
@@ -45,7 +52,9 @@ class PrefixPlacer:
         self._sessions: OrderedDict[str, tuple[str, int]] = OrderedDict()
         """Session -> the replica that served it last, and the size of its prompt there."""
         self._busy_until_s: dict[str, float] = {}
-        """When each replica will have computed the prompts bound to it."""
+        """When each replica will have computed the prompts that it has."""
+        self._under_way: dict[str, deque[tuple[float, float]]] = {}
+        """When each of the last requests was bound, and the seconds that its prompt takes."""
         self._tokens_per_byte = _FIRST_TOKENS_PER_BYTE
 
     def __repr__(self) -> str:
@@ -92,14 +101,24 @@ class PrefixPlacer:
         if placement.prefill_s:
             busy_until_s = self._busy_until_s.get(replica_id, 0.0)
             self._busy_until_s[replica_id] = max(busy_until_s, now_s) + placement.prefill_s
+            under_way = self._under_way.setdefault(replica_id, deque(maxlen=_MAX_UNDER_WAY))
+            under_way.append((now_s, placement.prefill_s))
         if prompt.session:
             self._sessions[prompt.session] = (replica_id, prompt.num_bytes)
             self._sessions.move_to_end(prompt.session)
             if len(self._sessions) > self._max_sessions:
                 self._sessions.popitem(last=False)
 
-    def report(self, replica_id: str, epoch: Hashable, added: Sequence[int], removed: Sequence[int]) -> None:
-        self.index.report(replica_id, epoch, added, removed)
+    def report(self, replica: ReplicaObservation, changes: CacheChanges, now_s: float) -> None:
+        replica_id = replica.replica_id
+        self.index.report(replica_id, *changes)
+        busy_s = replica.num_uncomputed_tokens * replica.prefill_token_s
+        under_way = self._under_way.get(replica_id)
+        if under_way:
+            while under_way and under_way[0][0] < now_s - UNDER_WAY_S:
+                under_way.popleft()
+            busy_s += sum([seconds for _, seconds in under_way])
+        self._busy_until_s[replica_id] = now_s + busy_s
 
     def finished(self, num_bytes: int, num_tokens: int) -> None:
         if num_bytes >= BLOCK_BYTES and 0 < num_tokens <= 2 * num_bytes:
@@ -109,6 +128,7 @@ class PrefixPlacer:
     def forget(self, replica_id: str) -> None:
         self.index.forget(replica_id)
         self._busy_until_s.pop(replica_id, None)
+        self._under_way.pop(replica_id, None)
 
     def _cached_by_session(
         self, replica_id: str, prompt: PromptHead, num_matched: int, num_bytes: int
@@ -124,24 +144,27 @@ class PrefixPlacer:
 
     def _estimate(self, able: Sequence[_Candidate], prompt: PromptHead, now_s: float) -> bool:
         """Give each candidate its cost in seconds. False: nothing is measured yet, loads stay the scores."""
-        prefill_token_s = _mean([candidate.replica.prefill_token_s for candidate in able])
-        if prefill_token_s <= 0:
+        mean_token_s = _mean([candidate.replica.prefill_token_s for candidate in able])
+        if mean_token_s <= 0:
             return False
         decode_token_s = _mean([candidate.replica.decode_token_s for candidate in able])
+        step_per_request_s = _mean([candidate.replica.step_per_request_s for candidate in able])
         horizon = min(HORIZON_TOKENS, prompt.max_output_tokens or HORIZON_TOKENS)
+        # Each open request lengthens the step that we wait for, and those of our own tokens.
+        request_s = decode_token_s + step_per_request_s * horizon
         for candidate in able:
             replica, load = candidate.replica, candidate.load
-            token_s = replica.prefill_token_s or prefill_token_s
+            speed = (replica.prefill_token_s or mean_token_s) / mean_token_s
+            if -_SAME_SPEED_RATIO < speed - 1 < _SAME_SPEED_RATIO:
+                speed = 1.0
             num_tokens = (prompt.num_bytes - candidate.num_cached) * self._tokens_per_byte
-            candidate.prefill_s = score = num_tokens * token_s
+            candidate.prefill_s = score = num_tokens * mean_token_s * speed
             if load:
                 backlog_s = self._busy_until_s.get(replica.replica_id, 0.0) - now_s
-                if backlog_s > 0:
-                    score += backlog_s
-                score += (replica.decode_token_s or decode_token_s) * horizon * load
+                score += max(0.0, backlog_s) + request_s * speed * load
             num_missing = num_tokens + horizon - replica.num_free_tokens
             if num_missing > 0 and replica.num_free_tokens >= 0:
-                score += num_missing * token_s  # pushes out what others have to compute again
+                score += num_missing * mean_token_s * speed  # pushes out what is computed again later
             candidate.score = score
         return True
 

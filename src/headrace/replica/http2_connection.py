@@ -350,11 +350,14 @@ class Http2Connection(asyncio.Protocol):
         self._close()
 
     def _close(self) -> None:
+        """Write what is due, and read on until the client closes or `linger_s` is over: closing with bytes
+        unread would make the kernel drop what was written."""
         self._write()
         if self._closing_since_s is None:
             self._closing_since_s = self._owner.clock.now_s()
-        if self._transport is not None:
-            self._transport.close()
+        transport = self._transport
+        if transport is not None and transport.can_write_eof() and not transport.is_closing():
+            transport.write_eof()
 
     def close_if_idle(self) -> None:
         """Take no new streams; close when the open ones have ended."""

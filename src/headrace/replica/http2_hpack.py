@@ -48,11 +48,11 @@ class HpackDecoder:
     def __init__(self, max_list_bytes: int) -> None:
         self._max_list_bytes = max_list_bytes
         self._table: deque[Field] = deque()
-        self._table_bytes = 0
+        self.table_bytes = 0
         self._max_table_bytes = TABLE_BYTES
 
     def __repr__(self) -> str:
-        return f"HpackDecoder({len(self._table)} entries, {self._table_bytes} bytes)"
+        return f"HpackDecoder({len(self._table)} entries, {self.table_bytes} bytes)"
 
     def decode(self, block: bytes) -> list[Field] | None:
         """Return the fields; None if they are more than `max_list_bytes`. Raises Http2Error."""
@@ -102,7 +102,7 @@ class HpackDecoder:
         self._shrink(self._max_table_bytes - size)
         if size <= self._max_table_bytes:
             self._table.appendleft(field)
-            self._table_bytes += size
+            self.table_bytes += size
 
     def _resize(self, num_bytes: int) -> None:
         if num_bytes > TABLE_BYTES:
@@ -114,9 +114,9 @@ class HpackDecoder:
         self._shrink(num_bytes)
 
     def _shrink(self, num_bytes: int) -> None:
-        while self._table and self._table_bytes > num_bytes:
+        while self._table and self.table_bytes > num_bytes:
             name, value = self._table.pop()
-            self._table_bytes -= len(name) + len(value) + _ENTRY_BYTES
+            self.table_bytes -= len(name) + len(value) + _ENTRY_BYTES
 
 
 def _read_integer(block: bytes, at: int, mask: int) -> tuple[int, int]:

@@ -10,7 +10,14 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from headrace.api.messages import EndpointStatus, ProcessStatus, ReplicaStatus, SystemStatus, TenantStatus
+from headrace.api.messages import (
+    EndpointStatus,
+    GatewayStatus,
+    ProcessStatus,
+    ReplicaStatus,
+    SystemStatus,
+    TenantStatus,
+)
 from headrace.cli.progress import LiveProgress, PlainProgress, greeting, make_progress
 from headrace.cli.status import render
 from headrace.control.serve import describe_unready, hopeless_error
@@ -43,9 +50,37 @@ def system(*replicas: ReplicaStatus, is_ready: bool = False) -> SystemStatus:
     )
     process = ProcessStatus("router-g1", 10, "running", 0, 50 * 2**20)
     url = "http://127.0.0.1:8000/v1"
+    gateways = [
+        GatewayStatus("g1", "running", "running", True, 4, 1.5, 6, 2),
+        GatewayStatus("g2", "restarting", "running", False, 1, 0.5, 1, 0),
+    ]
     return SystemStatus(
-        "0.1.0", url, 75.0, is_ready, [endpoint], list(replicas), [process], "/run/headrace/default"
+        "0.1.0",
+        url,
+        75.0,
+        is_ready,
+        [endpoint],
+        list(replicas),
+        [process],
+        "/run/headrace/default",
+        gateways=gateways,
     )
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_status_fits_the_screen_with_every_column_and_gateway(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(render(system(replica("chat-1", "ready"), replica("chat-2", "starting"))))
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    gateways = [line.split() for line in lines if line.startswith(("g1", "g2"))]
+    assert gateways == [
+        ["g1", "running", "running", "4", "1.5", "s", "6", "2"],
+        ["g2", "restarting", "silent", "1", "500", "ms", "1", "0"],
+    ]
+    for column in ("oldest", "refused", "cached", "restarts"):
+        assert any(column in line for line in lines), f"{column} at {width}: {lines}"
 
 
 def test_the_status_shows_states_errors_and_where_the_logs_are() -> None:

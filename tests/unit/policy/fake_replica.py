@@ -18,3 +18,5 @@ class FakeReplica:
     num_free_tokens: int = -1
     prefill_token_s: float = 0.0
     decode_token_s: float = 0.0
+    step_per_request_s: float = 0.0
+    num_uncomputed_tokens: int = 0

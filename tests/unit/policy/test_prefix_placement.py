@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.policy.fake_replica import FakeReplica
 
-from headrace.policy.placement import Placement, has_room, load_of
+from headrace.policy.placement import CacheChanges, Placement, has_room, load_of
 from headrace.policy.prefix_placement import PrefixPlacer
 from headrace.policy.prompt import BLOCK_BYTES, PromptHead
 
@@ -27,7 +27,7 @@ def fleet(*loads: int, **fields: Any) -> list[FakeReplica]:
 def placer_with(**held: tuple[int, ...]) -> PrefixPlacer:
     placer = PrefixPlacer()
     for name, hashes in held.items():
-        placer.report(name, 1, list(hashes), [])
+        placer.report(FakeReplica(name), CacheChanges(1, list(hashes), []), 0.0)
     return placer
 
 
@@ -39,7 +39,7 @@ def test_a_request_goes_where_its_prefix_is_cached() -> None:
 
 
 def test_a_hot_prefix_is_computed_again_where_there_is_less_to_do() -> None:
-    placement = placer_with(r1=HASHES).place(fleet(0, 20, 0), PROMPT, 0.0)
+    placement = placer_with(r1=HASHES).place(fleet(0, 20, 0, step_per_request_s=2e-4), PROMPT, 0.0)
     assert placement.replica_id in ("r0", "r2")
     assert (placement.reason, placement.cached_ratio) == ("spread", 0.0)
     assert placement.prefill_s == PREFILL_S
@@ -55,6 +55,18 @@ def test_prompts_under_way_count_as_work_until_they_are_computed() -> None:
     assert first.replica_id == "r0"
     assert placer.place(replicas, OTHER, 0.0).replica_id == "r1"
     assert placer.place(replicas, OTHER, PREFILL_S).replica_id == "r0"
+
+
+def test_prompts_that_a_replica_reports_as_uncomputed_count_as_work() -> None:
+    placer = placer_with(r1=HASHES)
+    replicas = fleet(0, 1, 1)
+    replicas[1].num_uncomputed_tokens = 2000
+    placer.report(replicas[1], CacheChanges(1, [], []), 5.0)
+    assert placer.place(replicas, PROMPT, 5.0).reason == "spread"
+    assert placer.place(replicas, PROMPT, 5.2).replica_id == "r1", "they are computed by now"
+    replicas[1].num_uncomputed_tokens = 0
+    placer.report(replicas[1], CacheChanges(1, [], []), 5.0)
+    assert placer.place(replicas, PROMPT, 5.0).replica_id == "r1"
 
 
 def test_the_part_that_is_cached_counts() -> None:
@@ -109,7 +121,7 @@ def test_a_session_whose_head_was_evicted_goes_anywhere() -> None:
     placer = placer_with(r0=HASHES, r1=HASHES)
     long = PromptHead(HASHES, 100_000, "joe")
     placer.bound(Placement("r1", "prefix", {}), long, 0.0)
-    placer.report("r1", 1, [], list(HASHES[1:]))
+    placer.report(FakeReplica("r1"), CacheChanges(1, [], list(HASHES[1:])), 0.0)
     assert placer.place(fleet(0, 0), long, 60.0).replica_id == "r0"
 
 

@@ -96,6 +96,11 @@ class EngineLoad(Record, frozen=True):
     """Measured engine time per uncached prompt token and per output token (its part of the step's fixed cost
     included), fitted over recent steps. 0: nothing measured yet."""
     decode_token_s: float = 0.0
+    num_uncomputed_tokens: int = 0
+    """Of prompts, running and waiting: what must be computed before a prompt that comes now."""
+    step_per_request_s: float = 0.0
+    """Measured time by which each decoding request lengthens a step; decode_token_s without the step's fixed
+    cost. 0: nothing measured yet, or nothing worth measuring."""
 
 
 class EngineSpec(msgspec.Struct, frozen=True):
