@@ -25,10 +25,10 @@ from headrace.gateway.dispatch_tenants import Charge, TenantBook
 from headrace.gateway.endpoint_state import EndpointState
 from headrace.gateway.flights import LOG_GRACE_S, ORPHAN_LIMIT_S, RECONCILE_AFTER_S, Flights, InFlight
 from headrace.gateway.replicas import Replica, ReplicaTable
-from headrace.policy.placement import CacheChanges
 from headrace.policy.admission import HeldRequest
 from headrace.policy.fairness import FairQueue
 from headrace.policy.limits import Refusal
+from headrace.policy.placement import CacheChanges
 
 __all__ = [
     "LOG_GRACE_S",

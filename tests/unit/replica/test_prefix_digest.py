@@ -1,4 +1,4 @@
-"""The digest: what is announced is cached, what is evicted is withdrawn; each listener hears it in its pace."""
+"""The digest: what is announced is cached, what is evicted is withdrawn; listeners hear it in their pace."""
 
 from __future__ import annotations
 
