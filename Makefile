@@ -78,6 +78,7 @@ peers: $(PEERS:%=.peers/%/.installed)
 
 docs: $(INSTALLED_TEST)
 	$(BIN)/python -m docs.generate_reference
+	$(BIN)/python -m docs.generate_observability
 	$(BIN)/pytest tests/unit/test_docs.py
 
 clean:

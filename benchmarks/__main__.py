@@ -6,7 +6,9 @@ import argparse
 import importlib
 import sys
 
-NAMES = ("gateway", "tokens", "peers", "router", "engine", "start", "memory", "placement")
+from benchmarks.peers.catalogue import UnknownPeer
+
+NAMES = ("gateway", "tokens", "peers", "router", "placement", "fairness", "held", "engine", "start", "memory")
 
 
 def main() -> int:
@@ -28,7 +30,10 @@ def main() -> int:
     for name in names:
         options = {"only": only} if only else {}
         print(f"== {name}", file=sys.stderr, flush=True)
-        report = importlib.import_module(f"benchmarks.{name}").run(is_quick=arguments.quick, **options)
+        try:
+            report = importlib.import_module(f"benchmarks.{name}").run(is_quick=arguments.quick, **options)
+        except UnknownPeer as error:
+            parser.error(str(error))
         print(report.to_markdown())
         if not arguments.no_report:
             for path in report.write():

@@ -20,6 +20,10 @@ DATA_PATH = ("proxy", "replica", "route")
 """Roles whose CPU counts: whoever relays tokens, makes them into HTTP, or is asked where a request goes."""
 
 
+class UnknownPeer(Exception):
+    """A name that is no peer's; the message lists those there are."""
+
+
 @dataclass(frozen=True)
 class Rig:
     """What a peer is started with."""
@@ -171,7 +175,7 @@ def ray_role(process: psutil.Process) -> str:
 
 
 def catalogue() -> list[Peer]:
-    """Return all peers, in the report's order. Those of `is_default` False run only when they are named."""
+    """Return the peers that are compared by default, in the report's order."""
     ray = "ray-serve"
     return [
         Peer(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-from benchmarks.peers.catalogue import DATA_PATH, Peer, catalogue, on_request
+from benchmarks.peers.catalogue import DATA_PATH, Peer, UnknownPeer, catalogue, on_request
 from benchmarks.peers.measure import (
     FIRST_TOKEN_STEP_MS,
     Cost,
@@ -69,7 +69,7 @@ class Turns:
 
 
 def run(*, is_quick: bool, only: Sequence[str] = ()) -> Report:
-    """Compare with all peers that are installed, or with those named. Raises ValueError for unknown ones."""
+    """Compare with all peers that are installed, or with those named. Raises UnknownPeer."""
     chosen, missing = choose(only)
     report = Report("peers", "The data plane beside its peers", "")
     plan = QUICK if is_quick else FULL
@@ -88,11 +88,11 @@ def run(*, is_quick: bool, only: Sequence[str] = ()) -> Report:
 
 
 def choose(only: Sequence[str]) -> tuple[list[Peer], list[Peer]]:
-    """Return the peers to measure and those that are not installed."""
+    """Return the peers to measure and those that are not installed. Raises UnknownPeer."""
     known = {peer.name: peer for peer in [*catalogue(), *on_request()]}
     unknown = [name for name in only if name not in known]
     if unknown:
-        raise ValueError(f"no peer {', '.join(unknown)}; there are: {', '.join(known)}")
+        raise UnknownPeer(f"no peer {', '.join(unknown)}; there are: {', '.join(known)}")
     wanted = [known[name] for name in only] if only else catalogue()
     missing = [peer for peer in wanted if not peer.is_installed]
     for peer in missing:

@@ -24,6 +24,7 @@ import msgspec
 
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import EngineSpec, FinishedRequest, LoadReport, ReplicaSpec, ReportAck
+from headrace.api.run_paths import router_socket_path
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 START_LIMIT_S = 30.0
@@ -178,14 +179,22 @@ def check_conservation(front: RunningFront, num_open: int = 0, limit_s: float = 
 
 @contextmanager
 def running_front(
-    engine: EngineSpec = SIMULATED, start_limit_s: float = START_LIMIT_S, **spec_fields: Any
+    engine: EngineSpec = SIMULATED,
+    start_limit_s: float = START_LIMIT_S,
+    gateway_dir: str = "",
+    replica_id: str = "chat-1",
+    **spec_fields: Any,
 ) -> Iterator[RunningFront]:
-    """Start a front with `engine`; at the end stop it and look for tracebacks in its log."""
+    """Start a front with `engine`; at the end stop it and look for tracebacks in its log. `gateway_dir`: run
+    directory of a gateway that it serves as well."""
     run_dir = Path(tempfile.mkdtemp(prefix="headrace-front-"))
     path = str(run_dir / "router.sock")
     router = FakeRouter(path)
-    spec_fields.setdefault("report_sockets", [path, str(run_dir / "controller.sock")])
-    spec = ReplicaSpec("chat-1", "chat", engine, str(run_dir), **spec_fields)
+    sockets = [path, str(run_dir / "controller.sock")]
+    spec_fields.setdefault("report_sockets", sockets)
+    if gateway_dir:
+        spec_fields["report_sockets"] = [*sockets, router_socket_path(gateway_dir, "g1")]
+    spec = ReplicaSpec(replica_id, "chat", engine, gateway_dir or str(run_dir), **spec_fields)
     log_path = run_dir / "front.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(

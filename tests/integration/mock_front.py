@@ -40,6 +40,8 @@ class MockFront:
     fail_before_first_byte: bool = False
     is_released: asyncio.Event = field(default_factory=asyncio.Event)
     port: int = 0
+    is_silent: bool = False
+    is_cut: bool = False
 
     async def start(self) -> MockFront:
         self.pid = next(_pids)
@@ -76,11 +78,23 @@ class MockFront:
         self.state = "draining"
         self._wake.set()
 
+    def lose_reports(self, *, is_silent: bool) -> None:
+        """Report no more: over an open connection (is_silent), or by losing it."""
+        self.is_silent = is_silent
+        self.is_cut = not is_silent
+        self._wake.set()
+
+    def report_again(self) -> None:
+        self.is_silent = self.is_cut = False
+
     def report_now(self) -> None:
         self._wake.set()
 
     async def _report_for_ever(self) -> None:
         while True:
+            if self.is_cut:
+                await asyncio.sleep(0.01)
+                continue
             try:
                 reader, writer = await asyncio.open_unix_connection(self.router_socket)
             except OSError:
@@ -88,10 +102,11 @@ class MockFront:
                 continue
             acks = asyncio.create_task(self._read_acks(reader))
             try:
-                while not acks.done():
+                while not acks.done() and not self.is_cut:
                     self._wake.clear()
-                    writer.write(encode_frame(self._report()))
-                    await writer.drain()
+                    if not self.is_silent:
+                        writer.write(encode_frame(self._report()))
+                        await writer.drain()
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(REPORT_PERIOD_S):
                             await self._wake.wait()

@@ -7,7 +7,9 @@ import hashlib
 import itertools
 import json
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,6 +111,11 @@ async def test_a_body_beyond_the_limit_gets_413_with_and_without_a_length(gatewa
     assert (await ask(gateway, sdk_body(MB))).status == 200
 
 
+def request_records(gateway: Gateway) -> list[dict[str, Any]]:
+    path = Path(gateway.paths.request_log)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 WRONG = [
     (b'{"messages": "' + b"x" * 200_000 + b'"}', 400, "model_required"),
     (sdk_body(200_000, 7), 400, "model_required"),
@@ -127,13 +134,23 @@ WRONG = [
 
 async def test_a_long_body_without_a_good_model_is_refused_in_openais_shape(gateway: Gateway) -> None:
     front = await gateway.add_front("chat-1")
+    request_ids = []
     for body, status, code in WRONG:
         answer = await ask(gateway, body)
         assert (answer.status, answer.error()["code"]) == (status, code), (body[:30], body[-60:], answer.body)
-        assert answer.headers["x-request-id"].startswith("hr-")
+        request_ids.append(answer.headers["x-request-id"])
     answer = await ask(gateway, b'{"messages": []}', {"x-headrace-model": "chat"})
     assert (answer.status, answer.error()["code"]) == (400, "model_required")
     assert front.served == []
+    assert (await ask(gateway, sdk_body(200_000))).status == 200
+    request_ids.append(front.served[0])
+
+    def has_a_line_each() -> bool:
+        counts = Counter(record["id"] for record in request_records(gateway))
+        assert max(counts.values(), default=0) <= 1, "one request is one line, whatever way it took"
+        return set(request_ids) <= counts.keys()
+
+    await wait_for(has_a_line_each, "the request log has them all")
 
 
 async def test_an_answer_through_the_relay_comes_as_it_is_made(gateway: Gateway) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import stat
@@ -229,3 +230,28 @@ async def test_as_many_keys_as_there_may_be_change_within_seconds() -> None:
         await wait_for_status(gateway, "19999", 401, 5.0)
         gateway.send_spec(msgspec.structs.replace(gateway.spec, keys={**KEYS, **many}))
         await wait_for_status(gateway, "19999", 200, 5.0)
+
+
+async def test_a_connection_that_outlived_a_reload_is_no_way_around_a_revocation() -> None:
+    """The worker from before the reload keeps its streams, and does not hear of later changes of keys."""
+    async with with_tenants() as gateway:
+        front = await gateway.add_front("chat-1")
+        client = await gateway.connect()
+        body = json.dumps({"model": "chat", "mock": {"events": 100, "gap_s": 0.05}}).encode()
+        client.send("POST", "/v1/chat/completions", body, {"authorization": f"Bearer {ACME}"})
+        await wait_for(lambda: front.open_requests, "the stream runs")
+        rules = [*ENDPOINTS, EndpointRule("more", "mock", 8, 30.0)]
+        gateway.send_spec(msgspec.structs.replace(gateway.spec, endpoints=rules))
+        await wait_for(lambda: num_workers(gateway) == 2, "HAProxy was reloaded")
+        without_acme = {hash_of(SMALL): "small"}
+        gateway.send_spec(msgspec.structs.replace(gateway.spec, endpoints=rules, keys=without_acme))
+        await wait_for_status(gateway, ACME, 401, 5.0)
+        assert front.open_requests, "the stream still runs"
+        assert (await client.receive()).is_whole
+        short = json.dumps({"model": "chat", "mock": {"events": 1}}).encode()
+        client.send("POST", "/v1/chat/completions", short, {"authorization": f"Bearer {ACME}"})
+        status = 0  # closing the connection is an answer, too
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            status = (await asyncio.wait_for(client.receive(), 5)).status
+        assert status in (0, 401)
+        assert len(front.served) == 1

@@ -67,3 +67,10 @@ def test_no_source_file_grew_beyond_the_house_rule() -> None:
         if (length := len(path.read_text().splitlines())) > 400
     }
     assert too_long == {}
+
+
+def test_the_metrics_and_request_log_references_are_what_the_code_exports() -> None:
+    from docs.generate_observability import METRICS_PAGE, REQUEST_LOG_PAGE, render_metrics, render_request_log
+
+    assert render_metrics() == METRICS_PAGE.read_text(), "run `make docs`"
+    assert render_request_log() == REQUEST_LOG_PAGE.read_text(), "run `make docs`"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from headrace.api.messages import SystemStatus
 
 WATCH_INTERVAL_S = 0.5
+LONG_WAIT_S = 1.0
 
 
 def status(
@@ -71,7 +72,7 @@ def _watch(name: str) -> None:
 
 
 def render(system: SystemStatus) -> RenderableType:
-    """Return a head line, three tables, and a line for everything that needs words."""
+    """Return a head line, the tables, and a line for everything that needs words."""
     from rich.console import Group
     from rich.text import Text
 
@@ -80,29 +81,40 @@ def render(system: SystemStatus) -> RenderableType:
     state = "ready" if system.is_ready else "not ready"
     head = f"{system.url}  {state}, up {format_seconds(system.uptime_s)}, {system.run_dir}"
     notes = Text("\n".join(_notes(system)))
-    return Group(Text(head, style="bold"), _endpoints(system), _replicas(system), _processes(system), notes)
+    tables = [_endpoints(system), _gateways(system), _replicas(system), _processes(system)]
+    if any(tenant.tenant for tenant in system.tenants):
+        tables.insert(1, _tenants(system))
+    parts: list[RenderableType] = [Text(head, style="bold")]
+    for table in tables:
+        parts += [Text(), table]
+    return Group(*parts, Text(), notes)
 
 
 def _table(*columns: str) -> Table:
-    """`>` before a name: a column of numbers."""
-    from rich import box
+    """`>` before a name: a column of numbers; they stay whole on a narrow screen."""
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="underline")
     for column in columns:
         justify: Literal["left", "right"] = "right" if column.startswith(">") else "left"
-        table.add_column(column.lstrip(">"), justify=justify, no_wrap=True)
+        name = column.lstrip(">")
+        width = len(name) if justify == "right" else 4
+        table.add_column(name, justify=justify, no_wrap=True, min_width=width)
     return table
 
 
 def _endpoints(system: SystemStatus) -> Table:
-    table = _table("endpoint", "model", ">ready", ">held", ">open", ">finished", ">failed", ">refused")
+    from headrace.units import format_seconds
+
+    columns = ">ready", ">held", ">oldest", ">open", ">finished", ">failed", ">refused"
+    table = _table("endpoint", "model", *columns)
     for endpoint in system.endpoints:
         table.add_row(
             endpoint.name,
             _short(endpoint.model),
             f"{endpoint.ready}/{endpoint.desired}",
             str(endpoint.num_held),
+            format_seconds(endpoint.oldest_held_s) if endpoint.num_held else "-",
             str(endpoint.num_in_flight),
             str(endpoint.finished),
             str(endpoint.failed_requests),
@@ -111,10 +123,56 @@ def _endpoints(system: SystemStatus) -> Table:
     return table
 
 
+def _gateways(system: SystemStatus) -> Table:
+    from headrace.units import format_seconds
+
+    table = _table("gateway", "router", "haproxy", ">held", ">oldest", ">open", ">replicas")
+    for gateway in system.gateways:
+        is_up = gateway.is_answering or gateway.haproxy != "running"
+        table.add_row(
+            gateway.gateway_id,
+            gateway.router,
+            gateway.haproxy if is_up else "silent",
+            str(gateway.num_held),
+            format_seconds(gateway.oldest_held_s) if gateway.num_held else "-",
+            str(gateway.num_in_flight),
+            str(gateway.num_serving),
+        )
+    return table
+
+
+def _tenants(system: SystemStatus) -> Table:
+    """In 80 columns: priority with weight, prompt and output tokens together; long waits are in the notes."""
+    numbers = (">share", ">held", ">open", ">done", ">refused", ">tokens")
+    table = _table("tenant", "endpoint", "priority", *numbers)
+    for tenant in system.tenants:
+        table.add_row(
+            tenant.tenant,
+            tenant.endpoint,
+            f"{tenant.priority} ×{tenant.weight:g}",
+            f"{tenant.share:.0%}",
+            str(tenant.num_held),
+            str(tenant.num_in_flight),
+            str(tenant.finished),
+            str(tenant.refused),
+            _count(tenant.prompt_tokens + tenant.output_tokens),
+        )
+    return table
+
+
+def _count(number: int) -> str:
+    """Four digits at most: 9999, 12k, 3M."""
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= 10 * size:
+            return f"{number // size}{unit}"
+    return str(number)
+
+
 def _replicas(system: SystemStatus) -> Table:
     from headrace.units import format_seconds
 
-    table = _table("replica", "state", ">for", ">running", ">waiting", ">KV", ">restarts", "address")
+    columns = ">for", ">open", ">run+wait", ">KV", ">cached", ">restarts"
+    table = _table("replica", "state", *columns, "address")
     colours = {"ready": "green", "failed": "red", "lost": "red"}
     for replica in system.replicas:
         colour = colours.get(replica.state, "yellow")
@@ -122,9 +180,10 @@ def _replicas(system: SystemStatus) -> Table:
             replica.replica_id,
             f"[{colour}]{replica.state}[/{colour}]",
             format_seconds(replica.since_s),
-            str(replica.num_running),
-            str(replica.num_waiting),
+            str(replica.num_open),
+            f"{replica.num_running}+{replica.num_waiting}",
             f"{replica.kv_used_ratio:.0%}",
+            f"{replica.cached_ratio:.0%}",
             str(replica.restarts + replica.engine_restarts),
             replica.address,
         )
@@ -132,7 +191,10 @@ def _replicas(system: SystemStatus) -> Table:
 
 
 def _notes(system: SystemStatus) -> list[str]:
-    """What does not fit a table: why an endpoint has its size, what a replica is doing or died of."""
+    """What does not fit a table: why an endpoint has its size, what a replica is doing or died of,
+    which tenant waits long."""
+    from headrace.units import format_seconds
+
     notes = [
         f"{endpoint.name}: {endpoint.desired} wanted, {endpoint.reason}" for endpoint in system.endpoints
     ]
@@ -143,6 +205,10 @@ def _notes(system: SystemStatus) -> list[str]:
         elif replica.last_error:
             is_past = "last error: " if replica.state == "ready" else ""
             notes.append(f"{replica.replica_id}: {is_past}{replica.last_error}")
+    for tenant in system.tenants:
+        if tenant.tenant and tenant.oldest_held_s >= LONG_WAIT_S:
+            waits = f"its oldest held request waits {format_seconds(tenant.oldest_held_s)}"
+            notes.append(f"{tenant.tenant} at {tenant.endpoint}: {waits}")
     for process in system.processes:
         if process.last_error:
             notes.append(f"{process.name}: last ended with {process.last_error}")

@@ -6,29 +6,37 @@ Pure but for /proc, which it asks for resident memory. Must not know: who reads 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import headrace
 from headrace.api.config import Gateway
-from headrace.api.messages import EndpointStatus, ProcessStatus, ReplicaStatus, SystemStatus
+from headrace.api.messages import EndpointStatus, GatewayStatus, ProcessStatus, ReplicaStatus, SystemStatus
 from headrace.control.fleet import Slot
+from headrace.control.gateway_state import GatewayPair
 from headrace.control.reconciler import DesiredEndpoint
 from headrace.control.system_state import SystemState
+from headrace.control.tenants import tenant_statuses
 
 
 def describe(state: SystemState, run_directory: Path, now_s: float) -> SystemStatus:
     """Return a snapshot."""
     state.fleet.observe(now_s)
     slots = sorted(state.fleet.slots.values(), key=_slot_order)
+    in_flight = Counter[str]()
+    for demand in state.gateway.demands():
+        in_flight.update({view.replica_id: view.num_in_flight for view in demand.replicas})
     return SystemStatus(
         version=headrace.__version__,
         url=gateway_url(state.config.gateway),
         uptime_s=now_s - state.started_s,
         is_ready=state.is_ready(now_s),
         endpoints=[_endpoint(state, desired) for desired in state.desired(now_s)],
-        replicas=[_replica(slot, now_s) for slot in slots],
+        replicas=[_replica(slot, in_flight.get(slot.replica_id, 0), now_s) for slot in slots],
         processes=_processes(state),
         run_dir=str(run_directory),
+        gateways=[_gateway(pair, now_s) for pair in state.gateway.pairs.values()],
+        tenants=tenant_statuses(state.gateway.demands(), state.config.tenants),
         warnings=sorted({d.certificate_problem for d in state.gateway.demands() if d.certificate_problem}),
     )
 
@@ -69,7 +77,22 @@ def _endpoint(state: SystemState, desired: DesiredEndpoint) -> EndpointStatus:
     )
 
 
-def _replica(slot: Slot, now_s: float) -> ReplicaStatus:
+def _gateway(pair: GatewayPair, now_s: float) -> GatewayStatus:
+    demand = pair.fresh_demand(now_s)
+    endpoints = demand.endpoints if demand is not None else []
+    return GatewayStatus(
+        gateway_id=pair.gateway_id,
+        router=pair.router.state if demand is not None or not pair.router.is_alive else "silent",
+        haproxy=pair.haproxy.state,
+        is_answering=pair.has_answered,
+        num_held=sum(endpoint.num_held for endpoint in endpoints),
+        oldest_held_s=max((endpoint.oldest_held_s for endpoint in endpoints), default=0.0),
+        num_in_flight=sum(endpoint.num_in_flight for endpoint in endpoints),
+        num_serving=sum(view.is_serving for view in demand.replicas) if demand is not None else 0,
+    )
+
+
+def _replica(slot: Slot, num_in_flight: int, now_s: float) -> ReplicaStatus:
     report = slot.report
     load = report.engine if report is not None else None
     info = report.engine_info if report is not None else None
@@ -91,7 +114,13 @@ def _replica(slot: Slot, now_s: float) -> ReplicaStatus:
         since_s=now_s - slot.phase_since_s,
         last_error=slot.last_error,
         start_phases=info.phases if info is not None else {},
+        cached_ratio=_ratio(load.prefix_hit_tokens, load.prefix_query_tokens) if load is not None else 0.0,
+        num_in_flight=num_in_flight,
     )
+
+
+def _ratio(part: int, whole: int) -> float:
+    return min(1.0, max(0.0, part / whole)) if whole > 0 else 0.0
 
 
 def _processes(state: SystemState) -> list[ProcessStatus]:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from headrace.api.messages import TerminalState
 from headrace.policy.prompt import PromptHead
 
@@ -55,8 +57,7 @@ class NobodyListens:
         pass
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(msgspec.Struct, frozen=True):  # made per request: a third of a frozen dataclass's cost
     """One request as HAProxy announces it."""
 
     request_id: str
@@ -68,6 +69,6 @@ class Arrival:
     client: Hashable = None
     """Whose leaving cancels it (`clients_left`)."""
     tenant: str = ""
-    prompt: PromptHead = field(default_factory=PromptHead)
+    prompt: PromptHead = PromptHead()
     wants_route: bool = False
     """The client asked for the decision's reasons (`Bound.explanation`)."""

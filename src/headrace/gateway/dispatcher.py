@@ -229,6 +229,10 @@ class Dispatcher:
         for request_id in [key for key, held in self._held.items() if held.arrival.client in clients]:
             self.client_left(request_id)
 
+    def knows(self, request_id: str) -> bool:
+        """Whether the request was announced, and is open or ended not long ago."""
+        return request_id in self._held or request_id in self._flights or self._flights.has_ended(request_id)
+
     def client_left(self, request_id: str) -> None:
         """Cancel one request if it is held: its client closed the connection."""
         held = self._held.get(request_id)

@@ -17,6 +17,9 @@ from headrace.gateway.names import backend_name
 from headrace.gateway.paths import GatewayPaths
 from headrace.gateway.server import Server
 
+MAX_ROUTER_CONNECTIONS = 128
+"""SPOE connections to the router. HAProxy wants more while many requests are held; it can do without."""
+
 
 def alive_section(paths: GatewayPaths) -> str:
     """Answers the controller's probes, for this one process: the kernel spreads the connections to the public
@@ -53,14 +56,15 @@ if {{ var(txn.card) -m found }}
 """
 
 
-def endpoint_backend(endpoint: str, servers: Sequence[Server]) -> str:
-    """One backend per endpoint: with the router dead it balances by itself.
+def endpoint_backend(endpoint: str, servers: Sequence[Server], *, is_shared: bool = False) -> str:
+    """An endpoint's servers on HTTP/1.1: with the router dead HAProxy balances over them by itself. Or
+    (is_shared) those on HTTP/2, to which only the router sends.
 
     A failed request is sent again elsewhere until its first byte came; the request id makes that harmless.
     503 is what a front answers that drains or whose engine restarts.
     """
     lines = "".join(f"  server {server.name} {server.address} {server.options}\n" for server in servers)
-    return f"""backend {backend_name(endpoint)}
+    return f"""backend {backend_name(endpoint, is_shared=is_shared)}
   balance leastconn
   retries 3
   option redispatch 1
@@ -98,9 +102,10 @@ def router_backend(paths: GatewayPaths) -> str:
   timeout server 1h
   option spop-check
   timeout check 500ms
+  timeout queue 2s
   retries 0
-  server router unix@{paths.spoe_socket} check inter 300ms fastinter 100ms fall 2 rise 1 \
-on-marked-down shutdown-sessions
+  server router unix@{paths.spoe_socket} maxconn {MAX_ROUTER_CONNECTIONS} \
+check inter 300ms fastinter 100ms fall 2 rise 1 on-marked-down shutdown-sessions
 """
 
 

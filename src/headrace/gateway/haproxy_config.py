@@ -33,15 +33,19 @@ from headrace.gateway.haproxy_identity import identity_files
 from headrace.gateway.haproxy_words import milliseconds, quote
 from headrace.gateway.paths import GatewayPaths, check_run_dir
 from headrace.gateway.server import Server
+from headrace.gateway.spoe import MAX_FRAMES_IN_FLIGHT
 
 BUFFER_BYTES = 131_072
 """tune.bufsize. A longer head makes every open request dearer; the rest of a body streams through."""
 H2_STREAMS = 256
 """Streams of one connection to a front: each connection costs a front one write per engine step."""
-_FDS_RESERVED = 256
-"""Listeners, health checks, SPOE connections, logs, pipes between master and worker."""
-_FDS_PER_CONNECTION = 3
-"""Client, server, and while it is held its share of SPOE connections (at worst one)."""
+_FDS_RESERVED = 512
+"""Listeners, health checks, SPOE connections (MAX_ROUTER_CONNECTIONS), the runtime API, logs, pipes between
+master and worker. They must be left when every client and its server have theirs, or the router could add no
+server at the very moment when it is needed."""
+_FDS_PER_CONNECTION = 2
+"""Client and server. A held request has no server yet, and shares its SPOE connection with many."""
+_ROUTER_CONNECTIONS_PER_S = 20
 _MAX_CONNECTIONS = 65_536
 """Bound when the descriptor limit is practically infinite: HAProxy allocates tables in proportion."""
 
@@ -75,17 +79,20 @@ def render_files(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) ->
 def render_config(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -> str:
     """Return haproxy.cfg. Servers of endpoints that the spec does not have are left out."""
     paths = GatewayPaths(spec.run_dir, spec.gateway_id)
-    by_endpoint: dict[str, list[Server]] = {rule.name: [] for rule in spec.endpoints}
+    kinds = (False, True) if spec.replica_protocol == "h2" else (False,)
+    members: dict[tuple[str, bool], list[Server]] = {
+        (rule.name, is_shared): [] for rule in spec.endpoints for is_shared in kinds
+    }
     for server in sorted(servers):
-        if server.endpoint in by_endpoint:
-            by_endpoint[server.endpoint].append(server)
+        if (server.endpoint, server.is_shared) in members:
+            members[server.endpoint, server.is_shared].append(server)
     sections = [
         _global_section(spec, paths, size_max_connections(spec, fd_limit)),
         _defaults_section(spec),
         frontend_section(spec, paths),
         alive_section(paths),
         status_backend(spec, paths),
-        *(endpoint_backend(name, members) for name, members in by_endpoint.items()),
+        *(endpoint_backend(name, of, is_shared=is_shared) for (name, is_shared), of in members.items()),
         router_backend(paths),
     ]
     if needs_relay(spec):
@@ -101,7 +108,10 @@ def render_config(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -
 def render_spoe(spec: GatewaySpec) -> str:
     """Return spoe.conf: what the router is asked, and for how long HAProxy waits for its answer.
 
-    The answer may take as long as a request may be held; the router's own limit comes first.
+    The answer may take as long as a request may be held; the router's own limit comes first. Whenever more
+    frames wait than are answered in a second, HAProxy opens another connection: without limits, one per held
+    request. Frames that find no place on a connection would not be sent at all, so each takes as many as can
+    be; some connections, because HAProxy looks an answered frame up in its connection's list.
     """
     return f"""[route]
 spoe-agent route
@@ -109,8 +119,10 @@ spoe-agent route
   option var-prefix route
   option set-on-error error
   option pipelining
+  max-waiting-frames {MAX_FRAMES_IN_FLIGHT}
+  maxconnrate {_ROUTER_CONNECTIONS_PER_S}
   timeout hello 1s
-  timeout idle 1h
+  timeout idle 2m
   timeout processing {milliseconds(_longest_hold_s(spec) + 15)}
   max-frame-size 65532
   use-backend {ROUTER_BACKEND}
@@ -129,6 +141,7 @@ global
   master-worker
   nbthread {spec.num_threads}
   maxconn {max_connections}
+  ulimit-n {_FDS_PER_CONNECTION * max_connections + _FDS_RESERVED}
   stats socket {paths.runtime_socket} mode 600 level admin expose-fd listeners
   stats timeout 60s
   hard-stop-after {milliseconds(spec.request_timeout_s + 60)}

@@ -11,7 +11,7 @@ from headrace.api.messages import GatewaySpec
 from headrace.gateway import haproxy_answers as answers
 from headrace.gateway.haproxy_identity import identity_rules, lookup
 from headrace.gateway.haproxy_words import bind_address, return_format, return_text
-from headrace.gateway.names import backend_name
+from headrace.gateway.names import SHARED_SUFFIX, backend_name
 from headrace.gateway.paths import GatewayPaths
 from headrace.policy.prompt import HEAD_BYTES as PROMPT_HEAD_BYTES
 
@@ -154,6 +154,7 @@ def internal_frontend(spec: GatewaySpec, paths: GatewayPaths) -> str:
   {return_text(400, answers.model_required(), "unless is_generation has_model")}
   http-request wait-for-body time 30s at-least {ROUTER_HEAD_BYTES}
   http-request set-var(txn.backend) {find_backend}
+  http-request set-log-level silent unless has_backend
   {return_format(404, answers.unknown_model(known, MODEL_IN_REQUEST), "unless has_backend")}
 {_decide_rules(paths)}  use_backend %[var(txn.backend)]
 """
@@ -169,4 +170,5 @@ lf-string %[var(txn.route.refusal)] if {{ var(txn.route.refusal) -m found }}
 lf-string %[var(txn.route.limited)] if {{ var(txn.route.limited) -m found }}
   http-after-response set-header x-headrace-route %[var(txn.route.explanation)] \
 if {{ var(txn.route.explanation) -m found }}
+  use_backend %[var(txn.backend),concat({SHARED_SUFFIX})] if {{ var(txn.route.shared) -m found }}
 """

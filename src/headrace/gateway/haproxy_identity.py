@@ -109,7 +109,7 @@ def admin_keys(spec: GatewaySpec) -> dict[str, str]:
 
 def render_key_map(keys: Mapping[str, str]) -> str:
     """Return keys.map."""
-    return "".join(f"{key_hash} {tenant}\n" for key_hash, tenant in sorted(keys.items()))
+    return "".join(f"{key_hash} {tenant}\n" for key_hash, tenant in keys.items())
 
 
 def parse_key_map(text: str) -> dict[str, str]:

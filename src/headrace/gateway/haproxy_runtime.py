@@ -84,8 +84,14 @@ class HaproxyRuntime:
             await self._command(f"abort ssl cert {path}")
             raise HaproxyRefused(f"commit ssl cert: {reply.strip()[:500]}")
 
-    async def show_map(self, path: str) -> dict[str, str]:
-        """Return the entries of the map that was read from the file `path`."""
+    async def old_workers(self) -> list[int]:
+        """Return the processes from before a reload that still finish what they have."""
+        return parse_old_workers(await self._ask_master("show proc"))
+
+    async def show_map(self, path: str, worker: int = 0) -> dict[str, str]:
+        """Return the entries of the map that was read from the file `path`. worker: an old one's process."""
+        if worker:
+            return parse_map(await self._ask_master(f"@!{worker} show map {path}"))
         return parse_map(await self._command(f"show map {path}"))
 
     async def add_to_map(self, path: str, entries: Mapping[str, str]) -> None:
@@ -95,11 +101,13 @@ class HaproxyRuntime:
             payload = "".join(lines[start : start + MAP_CHUNK])
             _expect(await self._command(f"add map {path} <<\n{payload}"), "")
 
-    async def delete_from_map(self, path: str, keys: Sequence[str]) -> None:
-        """Delete entries; those that are gone already do not matter."""
+    async def delete_from_map(self, path: str, keys: Sequence[str], worker: int = 0) -> None:
+        """Delete entries; those that are gone already do not matter. worker: as for `show_map`."""
+        prefix = f"@!{worker} " if worker else ""
+        ask = self._ask_master if worker else self._command
         for start in range(0, len(keys), MAP_CHUNK):
-            commands = ";".join(f"del map {path} {key}" for key in keys[start : start + MAP_CHUNK])
-            reply = await self._command(commands)
+            commands = ";".join(f"{prefix}del map {path} {key}" for key in keys[start : start + MAP_CHUNK])
+            reply = await ask(commands)
             _expect(reply.replace("Key not found.", ""), "")
 
     async def reload(self) -> None:
@@ -107,6 +115,9 @@ class HaproxyRuntime:
         reply = await self._command("reload", self._master_socket, RELOAD_TIMEOUT_S)
         if "Success=1" not in reply:
             raise HaproxyRefused(f"reload: {reply.strip()[:2000]}")
+
+    async def _ask_master(self, command: str) -> str:
+        return await self._command(f"{command};quit", self._master_socket)  # it would wait for another one
 
     async def _command(self, command: str, socket: str = "", timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         async with self._lock:
@@ -140,6 +151,18 @@ def _expect(reply: str, wanted: str) -> None:
     text = reply.strip()
     if (wanted and wanted not in text) or (not wanted and text):
         raise HaproxyRefused(text or "empty answer")
+
+
+def parse_old_workers(text: str) -> list[int]:
+    """Read `show proc` of the master (HAProxy management guide, 9.4): processes, in sections."""
+    old: list[int] = []
+    is_old = False
+    for line in text.splitlines():
+        if line.startswith("#"):
+            is_old = line.strip() == "# old workers"
+        elif is_old and line.split()[:1] and line.split()[0].isdigit():
+            old.append(int(line.split()[0]))
+    return old
 
 
 def parse_map(text: str) -> dict[str, str]:

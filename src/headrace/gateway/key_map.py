@@ -16,7 +16,7 @@ from typing import NamedTuple
 from headrace.errors import HeadraceError
 from headrace.gateway.files import write_files
 from headrace.gateway.haproxy_identity import parse_key_map, render_key_map
-from headrace.gateway.haproxy_runtime import HaproxyRuntime
+from headrace.gateway.haproxy_runtime import HaproxyRefused, HaproxyRuntime
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,7 @@ class KeyMap:
             changes = plan_key_changes(wanted, await self._runtime.show_map(self._path))
             await self._runtime.delete_from_map(self._path, changes.removed)
             await self._runtime.add_to_map(self._path, changes.added)
+            await self._tell_old_workers(wanted)
         except HeadraceError as error:
             self._note_failure(error)
             return False
@@ -93,6 +94,17 @@ class KeyMap:
         if not self._is_file_due:
             self.last_error = ""
         return not self._is_file_due and wanted is self._wanted
+
+    async def _tell_old_workers(self, wanted: Mapping[str, str]) -> None:
+        """Take revoked keys from processes that a reload left to finish their streams: each of their
+        connections may still begin one more request. New keys are of no use there."""
+        for worker in await self._runtime.old_workers():
+            try:
+                actual = await self._runtime.show_map(self._path, worker)
+            except HaproxyRefused:
+                continue  # it has just ended, or is from before there were tenants
+            removed = plan_key_changes(wanted, actual).removed
+            await self._runtime.delete_from_map(self._path, removed, worker)
 
     def _write(self) -> None:
         if not self._is_file_due or self._wanted is None:

@@ -10,8 +10,8 @@ import re
 
 ENDPOINT_PREFIX = "ep-"
 """Begins every backend of an endpoint, so that none can collide with the gateway's own backends."""
-_SHARED_SUFFIX = "_h2"
-"""No replica's name ends so: in encoded names an `_` stands only before `u` or `s`."""
+SHARED_SUFFIX = "_h2"
+"""Ends an endpoint's second backend, and no other: in encoded names `_` stands only before `u` or `s`."""
 REPLICA_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,159}")
 
 
@@ -23,24 +23,18 @@ def decode_name(name: str) -> str:
     return name.replace("_s", "/").replace("_u", "_")
 
 
-def shared_name(server_name: str) -> str:
-    """Return the name of a replica's second server, whose connections carry many streams (HTTP/2)."""
-    return server_name + _SHARED_SUFFIX
+def backend_name(endpoint: str, *, is_shared: bool = False) -> str:
+    """Return the backend that holds an endpoint's servers: on HTTP/1.1, or (is_shared) on HTTP/2."""
+    return ENDPOINT_PREFIX + encode_name(endpoint) + (SHARED_SUFFIX if is_shared else "")
 
 
-def split_shared_name(server_name: str) -> tuple[str, bool]:
-    """Return the name of a replica's first server, and whether `server_name` is the second one's."""
-    name = server_name.removesuffix(_SHARED_SUFFIX)
-    return name, name != server_name
-
-
-def backend_name(endpoint: str) -> str:
-    """Return the backend that holds an endpoint's servers."""
-    return ENDPOINT_PREFIX + encode_name(endpoint)
+def is_shared_backend(backend: str) -> bool:
+    """Whether a backend holds an endpoint's servers on HTTP/2."""
+    return backend.endswith(SHARED_SUFFIX)
 
 
 def endpoint_of_backend(backend: str) -> str | None:
     """Return the endpoint of a backend, None if it is one of the gateway's own."""
     if not backend.startswith(ENDPOINT_PREFIX):
         return None
-    return decode_name(backend.removeprefix(ENDPOINT_PREFIX))
+    return decode_name(backend.removeprefix(ENDPOINT_PREFIX).removesuffix(SHARED_SUFFIX))

@@ -87,6 +87,7 @@ class ReplicaTable:
     known_paths: dict[str, float] = field(default_factory=dict)
     """Server path -> when its replica was last there; what the ServerKeeper may take away."""
     num_ignored_reports: int = 0
+    num_ignored_ends: int = 0
     revision: int = 0
     """Grows when the wanted servers may have changed."""
 
@@ -207,7 +208,14 @@ class ReplicaTable:
     def _is_newer(self, replica: Replica, report: LoadReport, connection: object) -> bool:
         if report.pid == replica.pid:
             return report.sequence > replica.sequence
-        return connection is not replica.connection  # a restarted front comes over a new connection
+        if connection is replica.connection:
+            return False
+        # A restarted front comes over a new connection, and the kernel has closed the old one.
+        if replica.is_connected:
+            raise ProtocolError(
+                f"process {report.pid} reports as {report.replica_id}, which process {replica.pid} still does"
+            )
+        return True
 
 
 def _cost(token_s: float) -> float:

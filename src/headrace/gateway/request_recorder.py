@@ -14,7 +14,7 @@ from headrace.api.messages import FinishedRequest, TerminalState, gateway_of
 from headrace.clock import Clock
 from headrace.gateway.completions import Completion, classify
 from headrace.gateway.dispatcher import Bound, Refused
-from headrace.gateway.names import decode_name, split_shared_name
+from headrace.gateway.names import decode_name
 from headrace.observability.request_record import RequestRecord
 
 PARTS_LIMIT_S = 2.0
@@ -187,7 +187,7 @@ def _replica(line: Completion, bound: Bound | None) -> str:
     """The one that answered: HAProxy may have gone on to another one than the router chose."""
     if bound is not None and line.server in (bound.server_name, ""):
         return bound.replica_id
-    return "" if line.server.startswith("<") else decode_name(split_shared_name(line.server)[0])
+    return "" if line.server.startswith("<") else decode_name(line.server)
 
 
 def _text(value: str) -> str:

@@ -28,9 +28,10 @@ from headrace.gateway.haproxy_identity import admin_keys
 from headrace.gateway.haproxy_runtime import HaproxyRuntime
 from headrace.gateway.key_map import KeyMap
 from headrace.gateway.metrics_server import serve_metrics
-from headrace.gateway.names import endpoint_of_backend, shared_name
+from headrace.gateway.names import endpoint_of_backend
 from headrace.gateway.paths import GatewayPaths
 from headrace.gateway.replicas import Replica, ReplicaTable
+from headrace.gateway.report_checks import without_nonsense
 from headrace.gateway.request_recorder import RequestRecorder
 from headrace.gateway.servers import ServerKeeper
 from headrace.gateway.spoe import Arguments, SpoeAgent, SpoeCall, SpoeConnection, text_argument
@@ -140,6 +141,7 @@ class Router:
             "unseen_completions": self.dispatcher.num_unseen_completions,
             "answered_by_haproxy": self._num_answered_by_haproxy,
             "ignored_reports": self.replicas.num_ignored_reports,
+            "ignored_ends": self.replicas.num_ignored_ends,
             "ignored_completions": self._completions.num_ignored,
             "spoe_errors": self.agent.num_protocol_errors,
             "haproxy_failures": self.keeper.num_failures + self.keys.num_failures,
@@ -181,7 +183,9 @@ class Router:
         def answer(decision: Bound | Refused) -> None:
             self.recorder.answered(request_id, decision, self._clock.now_s())
             if isinstance(decision, Bound):
-                variables = {b"server": self._server_name(decision, head, size).encode()}
+                variables = {b"server": decision.server_name.encode()}
+                if self._is_for_shared(decision, head, size):
+                    variables[b"shared"] = b"1"
                 if decision.explanation:
                     variables[b"explanation"] = decision.explanation.encode()
                 call.answer(variables)
@@ -219,18 +223,16 @@ class Router:
         self.statistics.observe(record)
         self._request_log.write(record)
 
-    def _server_name(self, decision: Bound, head: object, num_bytes: object) -> str:
-        """Return the replica's server on HTTP/2 if it has one and the answer is certainly short."""
+    def _is_for_shared(self, decision: Bound, head: object, num_bytes: object) -> bool:
+        """Whether the answer may come over HTTP/2: the replica has it, and the answer is certainly short."""
         replica = self.replicas.replicas.get(decision.replica_id)
-        if (
+        return (
             replica is not None
             and replica.is_shared_serving
             and isinstance(head, bytes)
             and len(head) == num_bytes
             and is_short_stream(head)
-        ):
-            return shared_name(decision.server_name)
-        return decision.server_name
+        )
 
     def _on_spoe_lost(self, connection: SpoeConnection) -> None:
         self.dispatcher.owner_lost(connection, self._clock.now_s())
@@ -238,9 +240,12 @@ class Router:
     def _on_completion(self, completion: Completion) -> None:
         endpoint = endpoint_of_backend(completion.backend)
         if completion.backend == RELAY_BACKEND:
-            # The first pass ended. The second has the same id, and its own line unless it is held.
+            # The first pass ended. The second has the same id and a line of its own, unless it is held, which
+            # ends here, or never came: then the relay refused the request.
             self.dispatcher.client_left(completion.id)
-        elif endpoint is None:
+            if 200 <= completion.status < 400 or self.dispatcher.knows(completion.id):
+                return
+        if endpoint is None:
             self._num_answered_by_haproxy += 1
             self.recorder.answered_by_haproxy(completion)
         else:
@@ -252,6 +257,8 @@ class Router:
 
     def _on_report(self, connection: ReportConnection, report: LoadReport) -> None:
         now_s = self._clock.now_s()
+        report, num_impossible = without_nonsense(report)
+        self.replicas.num_ignored_ends += num_impossible
         try:
             replica = self.replicas.observe(report, connection, now_s)
         except ProtocolError as error:

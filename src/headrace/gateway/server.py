@@ -1,16 +1,16 @@
 """One replica as HAProxy sees it: its name, address and options, in HAProxy's words. Pure.
 
-A replica that speaks HTTP/2 is two servers at one address. HAProxy balances over the first, on HTTP/1.1. The
-second is a backup, reached only by name while the first is there: its connections are shared between clients, and HAProxy 2.8
-stops reading all streams of a connection when one client does not take 260,000 bytes of its answer. So the
-router names it for answers that are shorter than that, whatever happens (ADR 14).
+A replica that speaks HTTP/2 is two servers at one address, in two backends of its endpoint. Connections of
+the second are shared between clients, and HAProxy 2.8 stops reading all streams of such a connection when
+one client does not take 260,000 bytes of its answer. So only the router sends there, and only what is
+certainly shorter (ADR 14); by itself HAProxy balances over the first.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from headrace.gateway.names import backend_name, encode_name, shared_name
+from headrace.gateway.names import backend_name, encode_name
 
 _ON_REFUSAL = "observe layer4 error-limit 1 on-error mark-down"
 UNIX_ADDRESS = "-:0"
@@ -36,13 +36,12 @@ class Server:
     @property
     def name(self) -> str:
         """Its name inside its backend."""
-        name = encode_name(self.replica_id)
-        return shared_name(name) if self.is_shared else name
+        return encode_name(self.replica_id)
 
     @property
     def path(self) -> str:
         """`backend/server`, the name that the runtime API uses."""
-        return f"{backend_name(self.endpoint)}/{self.name}"
+        return f"{backend_name(self.endpoint, is_shared=self.is_shared)}/{self.name}"
 
     @property
     def shared(self) -> Server:
@@ -71,5 +70,5 @@ class Server:
         fewest connections; a check brings it back within downinter.
         """
         limit = f" maxconn {self.max_open}" if self.max_open else ""
-        protocol = "backup proto h2 " if self.is_shared else ""
+        protocol = "proto h2 " if self.is_shared else ""
         return f"{protocol}check inter 1s fastinter 200ms downinter 200ms fall 2 rise 1 {_ON_REFUSAL}{limit}"

@@ -19,7 +19,7 @@ from headrace.errors import HeadraceError
 from headrace.gateway.files import write_files
 from headrace.gateway.haproxy_config import render_files
 from headrace.gateway.haproxy_runtime import HaproxyRefused, HaproxyRuntime, HaproxyUnavailable, ServerState
-from headrace.gateway.names import ENDPOINT_PREFIX, decode_name, endpoint_of_backend, split_shared_name
+from headrace.gateway.names import ENDPOINT_PREFIX, decode_name, endpoint_of_backend, is_shared_backend
 from headrace.gateway.server import UNIX_ADDRESS, Server
 
 logger = logging.getLogger(__name__)
@@ -78,8 +78,7 @@ def server_of_state(state: ServerState, run_dir: str) -> Server | None:
     host, _, port = state.address.rpartition(":")
     if endpoint is None or not port.isdigit():
         return None
-    name, is_shared = split_shared_name(name)
-    replica_id = decode_name(name)
+    replica_id, is_shared = decode_name(name), is_shared_backend(backend)
     if state.address == UNIX_ADDRESS:
         socket_path = front_socket_path(run_dir, replica_id)
         return Server(endpoint, replica_id, "", 0, socket_path=socket_path, is_shared=is_shared)

@@ -13,8 +13,8 @@ from typing import Any, cast
 from headrace.errors import ProtocolError
 from headrace.gateway import spop
 
-MAX_FRAMES_IN_FLIGHT = 4096
-"""Unanswered frames per connection. HAProxy sends about 20 (its max-waiting-frames)."""
+MAX_FRAMES_IN_FLIGHT = 65_536
+"""Unanswered frames per connection: as many requests as may be held at all (max-waiting-frames)."""
 MAX_ANSWERS_PER_WRITE = 8
 """Answers to frames that came together leave together, up to this many: a write costs as much as a fifth of a
 decision, and the first answer waits for the last one's decision."""

@@ -34,6 +34,7 @@ TOTALS = {
     "unseen_completions": "Requests that HAProxy served without the router",
     "answered_by_haproxy": "Requests refused before an endpoint was known (unknown model, too large)",
     "ignored_reports": "Load reports that made no sense",
+    "ignored_ends": "Ends of requests in load reports that made no sense",
     "ignored_completions": "Completion lines that made no sense",
     "spoe_errors": "SPOE connections closed because of a frame that made no sense",
     "haproxy_failures": "Runtime API commands that failed and were tried again",
@@ -55,6 +56,7 @@ class RouterCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         snapshot = self._snapshot()
         yield from _endpoint_metrics(snapshot.demand)
+        yield from _tenant_metrics(snapshot.demand)
         yield from _replica_metrics(snapshot.demand)
         yield from _request_metrics(snapshot.requests)
         yield from _duration_metrics(snapshot.requests)
@@ -62,8 +64,8 @@ class RouterCollector(Collector):
             yield CounterMetricFamily(f"headrace_router_{name}", text, value=snapshot.totals.get(name, 0))
 
 
-def _gauge(name: str, text: str, label: str) -> GaugeMetricFamily:
-    return GaugeMetricFamily(f"headrace_router_{name}", text, labels=[label])
+def _gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"headrace_router_{name}", text, labels=labels)
 
 
 def _counter(name: str, text: str, *labels: str) -> CounterMetricFamily:
@@ -85,6 +87,25 @@ def _endpoint_metrics(demand: Demand) -> Iterator[Metric]:
         for state in TerminalState:
             ended.add_metric([name, state.value], getattr(endpoint, state.value))
     yield from (held, oldest, in_flight, arrived, ended)
+
+
+def _tenant_metrics(demand: Demand) -> Iterator[Metric]:
+    """The tenants that Demand carries: of very many, the most active."""
+    labels = ("endpoint", "tenant")
+    held = _gauge("tenant_held_requests", "Requests of the tenant that wait for a replica", *labels)
+    oldest = _gauge("tenant_oldest_held_seconds", "How long the oldest of them waits", *labels)
+    in_flight = _gauge("tenant_in_flight_requests", "Requests of the tenant bound to a replica", *labels)
+    share = _gauge("tenant_share_ratio", "Its part of the endpoint's work in the last minute", *labels)
+    # A gauge: an estimate that was too high is taken back at the request's end.
+    work = _gauge("tenant_work_seconds", "Engine time charged to the tenant since the start", *labels)
+    for tenant in demand.tenants:
+        values = [tenant.endpoint, tenant.tenant]
+        held.add_metric(values, tenant.num_held)
+        oldest.add_metric(values, tenant.oldest_held_s)
+        in_flight.add_metric(values, tenant.num_in_flight)
+        share.add_metric(values, tenant.share)
+        work.add_metric(values, tenant.work_s)
+    yield from (held, oldest, in_flight, share, work)
 
 
 def _replica_metrics(demand: Demand) -> Iterator[Metric]:

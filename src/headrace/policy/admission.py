@@ -1,23 +1,24 @@
 """Admission: which requests are held, in which order they are bound, and when one is refused. Pure.
 
-Owns the order and the bounds of one endpoint's held requests. First come, first served for now;
-`AdmissionQueue` is the seam that fair queueing fills. Must not know how a request is answered, or what a
-replica is.
+Owns the seam `AdmissionQueue`, and its simplest form: first come, first served (`fairness` has the other).
+Must not know how a request is answered, or what a replica is.
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 MIN_RETRY_AFTER_S = 1
 MAX_RETRY_AFTER_S = 60
 
 
-@dataclass(frozen=True, slots=True)
-class HeldRequest:
+class HeldRequest(
+    msgspec.Struct, frozen=True
+):  # made for every request: a third of a frozen dataclass's cost
     """One request that waits for a replica with room."""
 
     request_id: str

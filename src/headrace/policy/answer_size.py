@@ -39,6 +39,6 @@ def is_short_stream(body: bytes) -> bool:
         and bool(limits)
         and max(limits) * (1 if fields.n is None else fields.n) <= MAX_SHORT_TOKENS
         and min(limits) >= 0
-        and fields.logprobs in (None, False)
+        and (fields.logprobs is None or fields.logprobs is False)
         and bytes(fields.prompt)[:1] != b"["
     )

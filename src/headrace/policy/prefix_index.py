@@ -92,9 +92,11 @@ class PrefixIndex:
         for block_hash in hashes:
             if block_hash in held:
                 held.move_to_end(block_hash)
-            else:
+            elif block_hash in expected:
                 expected[block_hash] = end_s
                 expected.move_to_end(block_hash)
+            else:
+                expected[block_hash] = end_s
                 masks[block_hash] = masks.get(block_hash, 0) | bit
         self._trim(holder)
 
@@ -106,16 +108,29 @@ class PrefixIndex:
             self._clear(holder, holder.held)
         held, expected, bit, masks = holder.held, holder.expected, holder.bit, self._masks
         for block_hash in removed:
-            if block_hash in held or block_hash in expected:
-                held.pop(block_hash, None)
-                expected.pop(block_hash, None)
-                self._unset(block_hash, bit)
+            # A hash is in one of the two at most, and its bit is set while it is in one.
+            if block_hash in held:
+                del held[block_hash]
+            elif block_hash in expected:
+                del expected[block_hash]
+            else:
+                continue
+            mask = masks[block_hash] ^ bit
+            if mask:
+                masks[block_hash] = mask
+            else:
+                del masks[block_hash]
         for block_hash in added[-self._max_per_replica :]:
-            holder.has_reported = True
-            expected.pop(block_hash, None)
+            if block_hash in held:
+                held.move_to_end(block_hash)
+                continue
             held[block_hash] = None
-            held.move_to_end(block_hash)
-            masks[block_hash] = masks.get(block_hash, 0) | bit
+            if block_hash in expected:
+                del expected[block_hash]
+            else:
+                masks[block_hash] = masks.get(block_hash, 0) | bit
+        if added:
+            holder.has_reported = True
         self._trim(holder)
 
     def forget(self, replica_id: str) -> None:

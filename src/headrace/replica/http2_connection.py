@@ -350,18 +350,14 @@ class Http2Connection(asyncio.Protocol):
         self._close()
 
     def _close(self) -> None:
+        """Write what is due, and read on until the client closes or `linger_s` is over: closing with bytes
+        unread would make the kernel drop what was written."""
         self._write()
         if self._closing_since_s is None:
             self._closing_since_s = self._owner.clock.now_s()
         transport = self._transport
-        if transport is None or transport.is_closing():
-            return
-        # With frames unread (window updates for the last answers) a close resets the connection, and the
-        # client loses what it has not read. So only our side ends; the client closes, or linger_s is over.
-        if transport.can_write_eof():
+        if transport is not None and transport.can_write_eof() and not transport.is_closing():
             transport.write_eof()
-        else:
-            transport.close()
 
     def close_if_idle(self) -> None:
         """Take no new streams; close when the open ones have ended."""

@@ -10,7 +10,14 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from headrace.api.messages import EndpointStatus, ProcessStatus, ReplicaStatus, SystemStatus
+from headrace.api.messages import (
+    EndpointStatus,
+    GatewayStatus,
+    ProcessStatus,
+    ReplicaStatus,
+    SystemStatus,
+    TenantStatus,
+)
 from headrace.cli.progress import LiveProgress, PlainProgress, greeting, make_progress
 from headrace.cli.status import render
 from headrace.control.serve import describe_unready, hopeless_error
@@ -43,9 +50,37 @@ def system(*replicas: ReplicaStatus, is_ready: bool = False) -> SystemStatus:
     )
     process = ProcessStatus("router-g1", 10, "running", 0, 50 * 2**20)
     url = "http://127.0.0.1:8000/v1"
+    gateways = [
+        GatewayStatus("g1", "running", "running", True, 4, 1.5, 6, 2),
+        GatewayStatus("g2", "restarting", "running", False, 1, 0.5, 1, 0),
+    ]
     return SystemStatus(
-        "0.1.0", url, 75.0, is_ready, [endpoint], list(replicas), [process], "/run/headrace/default"
+        "0.1.0",
+        url,
+        75.0,
+        is_ready,
+        [endpoint],
+        list(replicas),
+        [process],
+        "/run/headrace/default",
+        gateways=gateways,
     )
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_status_fits_the_screen_with_every_column_and_gateway(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(render(system(replica("chat-1", "ready"), replica("chat-2", "starting"))))
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    gateways = [line.split() for line in lines if line.startswith(("g1", "g2"))]
+    assert gateways == [
+        ["g1", "running", "running", "4", "1.5", "s", "6", "2"],
+        ["g2", "restarting", "silent", "1", "500", "ms", "1", "0"],
+    ]
+    for column in ("oldest", "refused", "cached", "restarts"):
+        assert any(column in line for line in lines), f"{column} at {width}: {lines}"
 
 
 def test_the_status_shows_states_errors_and_where_the_logs_are() -> None:
@@ -75,6 +110,22 @@ def test_the_status_fits_eighty_columns() -> None:
     text = console.file.getvalue()
     for words in ("chat-1", "127.0.0.1:4000", "ready", "1/1", "100"):
         assert words in text
+
+
+def test_tenants_have_a_table_that_fits_eighty_columns_when_there_are_any() -> None:
+    ready = system(replica("chat-1", "ready"), is_ready=True)
+    acme = TenantStatus("chat", "acme", 2.0, "high", 12, 3.5, 64, 100, 1234, 56, 70_000, 8_000_000, 0.75)
+    nobody = msgspec.structs.replace(acme, tenant="")
+    shown = []
+    for tenants in ([acme], [nobody]):
+        console = Console(file=io.StringIO(), width=80)
+        console.print(render(msgspec.structs.replace(ready, tenants=tenants)))
+        assert isinstance(console.file, io.StringIO)
+        shown.append(console.file.getvalue())
+    waits = "acme at chat: its oldest held request waits 3.5 s"
+    for words in ("acme", "high ×2", "75%", waits, "1234", "8070k"):
+        assert words in shown[0]
+    assert "priority" not in shown[1]
 
 
 def test_plain_progress_says_each_change_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,6 +98,22 @@ def test_held_requests_are_bound_in_their_order_when_room_comes() -> None:
     assert world.answers["c"] == [Bound("chat-1")]
 
 
+def test_a_client_of_a_held_request_that_left_is_named_by_its_request() -> None:
+    world = World()
+    world.arrive("a")
+    world.arrive("b")
+    assert world.dispatcher.knows("a")
+    world.dispatcher.client_left("a")
+    world.dispatcher.client_left("unknown")
+    assert [answer.code for answer in world.answers["a"] if isinstance(answer, Refused)] == ["cancelled"]
+    assert world.counts() == {"arrived": 2, "num_held": 1, "aborted": 1}
+    world.report()
+    world.dispatcher.client_left("b")  # bound by now: its completion line tells
+    assert world.counts() == {"arrived": 2, "num_in_flight": 1, "aborted": 1}
+    assert world.dispatcher.knows("a")
+    assert not world.dispatcher.knows("unknown")
+
+
 def test_a_front_that_reports_the_end_first_frees_the_slot_and_the_log_settles_the_state() -> None:
     world = World()
     world.report(max_open=1)

@@ -13,7 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.gateway.haproxy_identity import parse_key_map, render_key_map
-from headrace.gateway.haproxy_runtime import HaproxyRefused, HaproxyRuntime, HaproxyUnavailable, parse_map
+from headrace.gateway.haproxy_runtime import (
+    HaproxyRefused,
+    HaproxyRuntime,
+    HaproxyUnavailable,
+    parse_map,
+    parse_old_workers,
+)
 from headrace.gateway.key_map import KeyMap, plan_key_changes
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
@@ -25,25 +31,36 @@ class FakeHaproxy(HaproxyRuntime):
 
     def __init__(self, entries: Mapping[str, str]) -> None:
         self.entries = dict(entries)
+        self.old: dict[int, dict[str, str] | None] = {}
+        """Of workers from before a reload; None: it has no such map."""
         self.failures: list[Exception] = []
 
     def _fail(self) -> None:
         if self.failures:
             raise self.failures.pop(0)
 
-    async def show_map(self, path: str) -> dict[str, str]:
+    async def old_workers(self) -> list[int]:
         self._fail()
-        return dict(self.entries)
+        return list(self.old)
+
+    async def show_map(self, path: str, worker: int = 0) -> dict[str, str]:
+        self._fail()
+        entries = self.old[worker] if worker else self.entries
+        if entries is None:
+            raise HaproxyRefused("Unknown map identifier")
+        return dict(entries)
 
     async def add_to_map(self, path: str, entries: Mapping[str, str]) -> None:
         self._fail()
         assert not entries.keys() & self.entries.keys(), "HAProxy would have the key twice"
         self.entries.update(entries)
 
-    async def delete_from_map(self, path: str, keys: Sequence[str]) -> None:
+    async def delete_from_map(self, path: str, keys: Sequence[str], worker: int = 0) -> None:
         self._fail()
+        entries = self.old[worker] if worker else self.entries
+        assert entries is not None
         for key in keys:
-            del self.entries[key]
+            del entries[key]
 
 
 @given(KEYS, KEYS)
@@ -82,6 +99,30 @@ async def test_the_file_is_written_at_once_and_haproxy_is_told_until_it_has_the_
     assert rounds == [False, False, True]
     assert haproxy.entries == {A: "small", B: "acme"}
     assert (keys.num_failures, keys.last_error) == (2, "")
+
+
+async def test_processes_from_before_a_reload_lose_revoked_keys_and_get_no_new_ones(path: Path) -> None:
+    haproxy = FakeHaproxy({A: "acme", B: "small"})
+    haproxy.old = {7: {A: "acme", B: "small"}, 8: None, 9: {B: "acme"}}
+    keys = KeyMap(str(path), haproxy)
+    keys.want({B: "small", C: "acme"}, has_map=True)
+    assert await keys.run_round()
+    assert haproxy.entries == {B: "small", C: "acme"}
+    assert haproxy.old == {7: {B: "small"}, 8: None, 9: {}}
+
+
+def test_old_workers_are_read_from_the_masters_list() -> None:
+    text = """#<PID>          <type>          <reloads>       <uptime>        <version>
+1001            master          1               0d00h00m05s     2.8.12
+# workers
+1003            worker          0               0d00h00m01s     2.8.12
+# old workers
+1002            worker          1               0d00h00m05s     2.8.12
+# programs
+
+"""
+    assert parse_old_workers(text) == [1002]
+    assert parse_old_workers("") == []
 
 
 async def test_until_the_controller_speaks_the_files_keys_count(path: Path) -> None:

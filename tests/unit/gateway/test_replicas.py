@@ -26,7 +26,7 @@ def test_a_replica_is_there_while_it_reports_and_gone_when_its_lease_ends() -> N
     assert table.expire(4.9) == []
     assert [replica.replica_id for replica in table.expire(5.0)] == ["chat-1"]
     assert not table.wanted_servers()
-    assert list(table.known_paths) == ["ep-chat/chat-1"]
+    assert list(table.known_paths) == ["ep-chat/chat-1", "ep-chat_h2/chat-1"]
 
 
 def test_a_closed_connection_ends_the_lease_after_a_grace_unless_it_reports_again() -> None:
@@ -156,3 +156,18 @@ def test_impossible_figures_count_as_unknown(cost: float) -> None:
     assert replica is not None
     assert (replica.prefill_token_s, replica.decode_token_s, replica.num_waiting) == (0.0, 0.0, 0)
     assert (replica.num_open, replica.num_open_elsewhere, replica.num_free_tokens) == (0, 3, -1)
+
+
+def test_a_replica_that_speaks_http_2_is_two_servers_where_that_is_wanted() -> None:
+    for uses_h2, speaks_h2, expected in (
+        (True, True, [False, True]),
+        (True, False, [False]),
+        (False, True, [False]),
+    ):
+        table = ReplicaTable(uses_h2=uses_h2)
+        replica = table.observe(report(1, speaks_h2=speaks_h2), "c", 0.0)
+        assert replica is not None
+        assert [server.is_shared for server in table.wanted_servers()] == expected
+        table.mark_serving(frozenset(server.path for server in table.wanted_servers()))
+        assert replica.is_serving
+        assert replica.is_shared_serving == (expected == [False, True])

@@ -17,6 +17,7 @@ from headrace.policy.prompt import PromptHead
 from headrace.policy.virtual_counters import Share
 from headrace.policy.work import LengthMean, WorkModel
 
+pytestmark = pytest.mark.slow
 STEP_S = 0.02
 PREFILL_TOKEN_S = 0.0002
 

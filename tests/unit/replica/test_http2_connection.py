@@ -378,24 +378,24 @@ def test_a_leaving_server_finishes_its_streams_and_refuses_new_ones() -> None:
     block = head_block(*WAIT)
     answer = wire.raw(frames.pack_headers(3, block, is_end=True, max_frame_bytes=16_384))
     assert read_frames(answer) == [(frames.RST_STREAM, 0, 3, bytes((0, 0, 0, ErrorCode.REFUSED_STREAM)))]
-    assert not wire.transport.is_closed
+    assert not wire.transport.has_eof
     wire.owner.waiting[0].send(200, b"done")
     wire.loop.run()
-    assert wire.transport.is_closed
+    assert wire.transport.has_eof
 
 
 def test_an_idle_leaving_connection_closes_at_once() -> None:
     wire = Wire()
     wire.connection.close_if_idle()
-    assert wire.transport.is_closed
+    assert wire.transport.has_eof
 
 
 def test_an_idle_connection_is_closed_after_its_time() -> None:
     wire = Wire(keep_alive_s=10.0)
     wire.pass_time(9.0)
-    assert not wire.transport.is_closed
+    assert not wire.transport.has_eof
     wire.pass_time(2.0)
-    assert wire.transport.is_closed
+    assert wire.transport.has_eof
 
 
 # ---- windows towards the client
@@ -622,7 +622,7 @@ BAD: list[tuple[bytes, ErrorCode]] = [
 def test_a_broken_protocol_ends_the_connection_with_the_right_code(data: bytes, code: ErrorCode) -> None:
     wire = Wire()
     assert goaway_code(wire.raw(data)) == code
-    assert wire.transport.is_closed
+    assert wire.transport.has_eof
     assert wire.raw(EMPTY_SETTINGS) == b""
     wire.pass_time(10.0)
     assert wire.transport.is_aborted
@@ -693,7 +693,7 @@ def test_half_a_head_times_out() -> None:
     wire = Wire(head_timeout_s=30.0)
     wire.raw(frames.pack_frame(frames.HEADERS, 0, 1, b""))
     wire.pass_time(31.0)
-    assert wire.transport.is_closed
+    assert wire.transport.has_eof
 
 
 def test_half_a_body_times_out() -> None:
@@ -794,7 +794,7 @@ def test_every_frame_cut_at_every_byte_waits_for_the_rest() -> None:
             wire.raw(b"".join(whole[:position]))
             assert wire.raw(frame[:end]) == b""
             assert goaway_code(wire.raw(frame[end:])) is None
-            assert not wire.transport.is_closed
+            assert not wire.transport.has_eof
 
 
 # ---- which protocol it is

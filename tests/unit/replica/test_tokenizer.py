@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import regex
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -107,6 +107,7 @@ def test_smollm2_streams_what_its_decoder_gives_at_once(model: TextModel, text: 
     tokenizer = model.tokenizer
     decoder = TextDecoder(tokenizer.token_bytes)
     token_ids = tokenizer.encode(text, add_special_tokens=False)
+    assume(all(tokenizer.token_bytes[token_id] for token_id in token_ids))  # special tokens: the next test
     streamed = "".join(decoder.feed([token_id]) for token_id in token_ids) + decoder.finish()
     # Its vocabulary lacks a few bytes that no common text has, so not every text comes back.
     assert streamed == tokenizer.decode(token_ids)

@@ -77,6 +77,8 @@ class TenantStatus(msgspec.Struct, frozen=True):
     output_tokens: int
     share: float
     """Its part of the endpoint's work lately, 0 to 1."""
+    work_s: float = 0.0
+    """Work charged to it, in engine-seconds by the engines' measured costs."""
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True):
@@ -97,6 +99,10 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     last_error: str
     start_phases: dict[str, float] = {}
     """Seconds per phase of the engine's last start (EngineReady.phases); empty until it was ready."""
+    cached_ratio: float = 0.0
+    """Part of the prompt tokens that its prefix cache spared since the engine's start, 0 to 1."""
+    num_in_flight: int = 0
+    """Requests that the gateways bound to it and that have not ended."""
 
 
 class EndpointStatus(msgspec.Struct, frozen=True):
@@ -129,6 +135,20 @@ class ProcessStatus(msgspec.Struct, frozen=True):
     last_error: str = ""
 
 
+class GatewayStatus(msgspec.Struct, frozen=True):
+    """One gateway: the states of its processes, and what its router last said."""
+
+    gateway_id: str
+    router: str
+    haproxy: str
+    is_answering: bool
+    num_held: int
+    oldest_held_s: float
+    num_in_flight: int
+    num_serving: int
+    """Replicas that it sends requests to."""
+
+
 class SystemStatus(msgspec.Struct, frozen=True):
     version: str
     url: str
@@ -143,6 +163,7 @@ class SystemStatus(msgspec.Struct, frozen=True):
     tenants: list[TenantStatus] = []
     warnings: list[str] = []
     """What somebody should look at, one line each."""
+    gateways: list[GatewayStatus] = []
 
 
 class AdminReply(Message, frozen=True):

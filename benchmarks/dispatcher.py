@@ -1,0 +1,95 @@
+"""CPU time of policy and dispatcher per request, in one process without sockets: arrival to last report.
+
+Part of `python -m benchmarks fairness`. Placement is by load, which costs little: its own cost is elsewhere.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from itertools import count
+
+from headrace.api.messages import (
+    EndpointRule,
+    EngineLoad,
+    FinishedRequest,
+    LoadReport,
+    TenantRule,
+    TerminalState,
+)
+from headrace.gateway.dispatcher import Arrival, Bound, Dispatcher, Refused
+from headrace.gateway.replicas import ReplicaTable
+from headrace.policy.prompt import PromptHead
+
+NUM_REPLICAS = 4
+
+
+class DispatcherRig:
+    """A dispatcher with replicas, and tenants with limits that have `num_held` requests held."""
+
+    def __init__(self, num_tenants: int, num_held: int) -> None:
+        rules = [
+            TenantRule(
+                f"t{number}",
+                requests_per_minute=10**8,
+                tokens_per_minute=10**10,
+                max_concurrent=10**6,
+                max_queued=10**6,
+            )
+            for number in range(num_tenants)
+        ]
+        self.table = ReplicaTable(gateway_id="g1")
+        rule = EndpointRule("chat", "m", 100_000, 3600.0, "least_loaded")
+        self.dispatcher = Dispatcher([rule], self.table, tenants=rules)
+        self._tenants = random.Random(5).choices([each.name for each in rules], k=4096)
+        self._ids = count()
+        self._sequence = count(1)
+        self._bound: list[tuple[str, str, str]] = []
+        for _ in range(num_held + 64 * NUM_REPLICAS):
+            self._arrive()
+        self._report([])
+
+    def _arrive(self) -> None:
+        number = next(self._ids)
+        request_id, tenant = f"hr-g1-{number}", self._tenants[number % 4096]
+
+        def answer(decision: Bound | Refused) -> None:
+            assert isinstance(decision, Bound), decision
+            self._bound.append((request_id, tenant, decision.replica_id))
+
+        prompt = PromptHead(num_bytes=2000, max_output_tokens=256)
+        self.dispatcher.arrive(Arrival(request_id, "chat", answer, None, None, tenant, prompt), 0.0)
+
+    def _report(self, finished: list[FinishedRequest]) -> None:
+        for number in range(NUM_REPLICAS):
+            report = LoadReport(
+                f"chat-{number}", "chat", "m", "127.0.0.1:9000", 1, next(self._sequence), 60.0, "ready",
+                num_open=0, max_open=64, finished=finished,
+                engine=EngineLoad(prefill_token_s=1e-4, decode_token_s=1e-3),
+            )  # fmt: skip
+            replica = self.table.observe(report, self, 0.0)
+            assert replica is not None
+            replica.is_serving = True
+            self.dispatcher.take_report(report, replica, 0.0)
+            self.dispatcher.pump("chat", 0.0)
+            finished = []
+
+    def cpu_us_per_request(self, num_requests: int) -> float:
+        """Let so many requests arrive and others end, by log and report; return µs of CPU for each."""
+        start_s = time.process_time()
+        for _ in range(num_requests // 8):
+            for _ in range(8):
+                self._arrive()
+            ended, self._bound = self._bound[:8], self._bound[8:]
+            for request_id, _, _ in ended:
+                self.dispatcher.complete(request_id, "chat", TerminalState.FINISHED)
+                self.dispatcher.pump("chat", 0.0)
+            self._report(
+                [
+                    FinishedRequest(request_id, TerminalState.FINISHED, "stop", tenant, 500, 0, 200, 0.1, 1.0)
+                    for request_id, tenant, _ in ended
+                ]
+            )
+        elapsed_s = time.process_time() - start_s
+        self.dispatcher.check_integrity()
+        return 1e6 * elapsed_s / num_requests
