@@ -54,10 +54,10 @@ def run(*, is_quick: bool) -> Report:
         "placement",
         "Prefix placement",
         f"{REPLICAS} replicas, simulated engine: {STEP_MS:g} ms per step of at most 512 tokens and "
-        f"{PREFILL_MS_PER_TOKEN:g} ms per uncached prompt token, {KV_MB * 1024:,} tokens of KV memory each. "
-        f"Prompts of {PROMPT_WORDS} words (about 2,000 tokens), {OUTPUT_TOKENS} tokens out; the first part of "
-        f"each prompt is one of {NUM_GROUPS} shared prefixes. Poisson arrivals, {RATE:g}/s, the same for each "
-        f"placement; {measure_s:g} s are measured after {settle_s:g} s.",
+        f"{PREFILL_MS_PER_TOKEN:g} ms per uncached prompt token, {KV_MB * 1024:,} tokens of KV memory "
+        f"each. Prompts of {PROMPT_WORDS} words (about 2,000 tokens), {OUTPUT_TOKENS} tokens out; the first "
+        f"part of each prompt is one of {NUM_GROUPS} shared prefixes. Poisson arrivals, {RATE:g}/s, the same "
+        f"for each placement; {measure_s:g} s are measured after {settle_s:g} s.",
     )
     points: dict[Any, dict[str, Figures]] = {(share, skew): {} for share in shares for skew in SKEWS}
     for placement in PLACEMENTS:
@@ -69,18 +69,16 @@ def run(*, is_quick: bool) -> Report:
     for (share, skew), figures in points.items():
         for placement in PLACEMENTS:
             one = figures[placement]
-            rows.append(
-                [f"{share:.0%}", skew, placement, f"{one.recomputed:.3f}"]
-                + [f"{one.p50_ms:.1f}", f"{one.p90_ms:.1f}", f"{one.goodput:.1f}"]
-            )
+            figures_text = (f"{one.p50_ms:.1f}", f"{one.p90_ms:.1f}", f"{one.goodput:.1f}")
+            rows.append([f"{share:.0%}", skew, placement, f"{one.recomputed:.3f}", *figures_text])
             report.data[f"{share:g} {skew} {placement}"] = asdict(one)
-    headers = ("shared", "skew", "placement", "prompt tokens computed", "TTFT p50 ms", "p90 ms", "requests/s")
+    headers = ("shared", "skew", "placement", "tokens computed", "TTFT p50 ms", "p90 ms", "requests/s")
     report.tables.append(Table("The sweep", headers, rows))
     report.tables.append(ratio_table(points))
     report.aims += aims(points)
     report.caveats += [
-        "At a share of 0 there is nothing to find; what remains is how evenly work is spread. For requests of "
-        "equal size round robin is the best there can be, and better than what reports of the last 50 ms tell.",
+        "At a share of 0 there is nothing to find; what remains is how evenly work is spread. For requests "
+        "of equal size round robin is the best there can be: it needs no reports, which are up to 50 ms old.",
         "Client, gateway, four fronts and four engines share the machine's cores; the engines mostly sleep.",
     ]
     return report

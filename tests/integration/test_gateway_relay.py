@@ -168,3 +168,37 @@ async def test_metrics_of_router_and_haproxy_come_from_one_port() -> None:
         assert 'headrace_router_replica_serving{replica="chat-1"} 1.0' in text
         assert b"haproxy_process_current_connections" in (await gateway.get("/metrics/haproxy")).body
         assert (await gateway.get("/other")).status == 404
+
+
+async def test_the_reasons_of_a_placement_come_back_to_who_asks() -> None:
+    async with running_gateway() as gateway:
+        for number in (1, 2):
+            await gateway.add_front(f"chat-{number}")
+        assert "x-headrace-route" not in (await gateway.chat()).headers
+        answer = await gateway.chat(headers={"x-headrace-route": "1"})
+        line = answer.headers["x-headrace-route"]
+        fields = dict(part.split("=", 1) for part in line.split("; "))
+        assert fields["replica"] == answer.headers["x-replica"]
+        assert fields["reason"] in ("least_loaded", "spread")
+        assert fields["alternatives"].startswith("chat-")
+        assert not any("x-headrace-route" in seen for front in gateway.fronts for seen in front.headers_seen)
+
+
+async def test_requests_of_one_prompt_or_session_go_to_one_replica() -> None:
+    async with running_gateway() as gateway:
+        for number in range(4):
+            await gateway.add_front(f"chat-{number}")
+        text = "the same long beginning " * 40
+        body = json.dumps({"model": "chat", "messages": [{"role": "user", "content": text}]}).encode()
+        replicas, reasons = set(), []
+        for _ in range(6):
+            answer = await gateway.request("POST", "/v1/chat/completions", body, {"x-headrace-route": "1"})
+            replicas.add(answer.headers["x-replica"])
+            reasons.append(answer.headers["x-headrace-route"].split("; ")[1])
+        assert len(replicas) == 1
+        assert reasons == ["reason=least_loaded"] + ["reason=prefix"] * 5
+        by_session = {
+            (await gateway.chat(headers={"x-session-id": session})).headers["x-replica"]
+            for session in ["joe"] * 6
+        }
+        assert len(by_session) == 1

@@ -114,3 +114,104 @@ def test_logprobs_are_given_when_asked_for() -> None:
     output = engine.step().outputs[0]
     assert output.logprobs is not None
     assert output.logprobs[0].top == [(output.token_ids[0], 0.0)]
+
+
+PROMPT = bytes(range(200))
+
+
+def costly(clock: VirtualClock | None = None, **settings: Any) -> SimulatedEngine:
+    """An engine whose prompt tokens cost a tenth of a millisecond."""
+    return make_engine(clock, **{"simulated_prefill_token_s": 1e-4, **settings})
+
+
+def cached_tokens(engine: SimulatedEngine, *requests: GenerationRequest) -> dict[str, int]:
+    for each in requests:
+        engine.submit(each)
+    cached = dict.fromkeys((each.request_id for each in requests), 0)
+    while engine.has_work():
+        for output in engine.step().outputs:
+            cached[output.request_id] += output.num_cached_tokens
+        engine.check_integrity()
+    return cached
+
+
+def test_a_prompt_costs_time_unless_it_is_cached() -> None:
+    clock = VirtualClock()
+    engine = costly(clock)
+    start_s = clock.now_s()
+    assert cached_tokens(engine, request("a", 1, PROMPT)) == {"a": 0}
+    assert clock.now_s() - start_s == pytest.approx(0.005 + 200e-4)
+    start_s = clock.now_s()
+    assert cached_tokens(engine, request("b", 1, PROMPT)) == {"b": 192}
+    assert clock.now_s() - start_s == pytest.approx(0.005 + 8e-4)
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_running_requests() -> None:
+    clock = VirtualClock()
+    engine = costly(clock, token_budget=64)
+    engine.submit(request("runs", 50, b"x"))
+    engine.step()
+    engine.submit(request("long", 5, PROMPT))
+    gaps, last_s = [], clock.now_s()
+    is_first_out = False
+    while not is_first_out:
+        outputs = engine.step().outputs
+        gaps.append(clock.now_s() - last_s)
+        last_s = clock.now_s()
+        is_first_out = any(output.request_id == "long" for output in outputs)
+        assert any(output.request_id == "runs" for output in outputs)
+    assert len(gaps) == 4
+    assert max(gaps) <= 0.005 + 64e-4 + 1e-9
+
+
+def test_other_salts_share_nothing_and_the_declared_prefix_is_shared() -> None:
+    engine = costly()
+    salted = {"cache_salt": "acme", "num_shared_tokens": 100}
+    cached = cached_tokens(engine, request("a", 1, PROMPT, **salted))
+    cached |= cached_tokens(engine, request("b", 1, PROMPT, cache_salt="other"))
+    cached |= cached_tokens(engine, request("c", 1, PROMPT, **{**salted, "cache_salt": "third"}))
+    cached |= cached_tokens(engine, request("d", 1, PROMPT, **salted))
+    assert cached == {"a": 0, "b": 0, "c": 96, "d": 192}
+
+
+def test_evictions_are_told_and_a_small_memory_makes_requests_wait() -> None:
+    engine = costly(kv_cache_bytes=400 * 1024)
+    prompts = [bytes([number]) * 200 for number in range(4)]
+    for number, prompt in enumerate(prompts):
+        engine.submit(request(f"r{number}", 20, prompt))
+    batch = engine.step()
+    assert (batch.load.num_running, batch.load.num_waiting) == (1, 3)
+    assert batch.load.num_uncomputed_tokens == 600
+    evicted: list[bytes] = []
+    while engine.has_work():
+        evicted += engine.step().evicted
+        engine.check_integrity()
+    assert len(evicted) == len(set(evicted)) > 0
+    assert cached_tokens(engine, request("again", 1, prompts[3])) == {"again": 192}
+
+
+def test_a_prompt_larger_than_the_memory_is_still_answered() -> None:
+    engine = costly(kv_cache_bytes=64 * 1024)
+    assert len(generate(engine, request("r", 10, PROMPT))["r"]) == 10
+    engine.check_integrity()
+
+
+def test_an_abort_gives_its_blocks_back() -> None:
+    engine = costly()
+    engine.submit(request("a", 50, PROMPT))
+    engine.step()
+    engine.submit(request("b", 50, PROMPT[:20], seed=2))
+    engine.abort("a")
+    engine.abort("b")
+    assert not engine.has_work()
+    engine.check_integrity()
+    assert engine.load().num_free_blocks == engine.load().num_total_blocks
+
+
+def test_costs_are_measured() -> None:
+    engine = costly()
+    for number in range(40):
+        cached_tokens(engine, request(f"r{number}", 5, bytes([number]) * 200))
+    load = engine.load()
+    assert load.prefill_token_s == pytest.approx(1e-4, rel=0.05)
+    assert load.decode_token_s == pytest.approx(0.005, rel=0.1)
