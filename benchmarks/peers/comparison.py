@@ -72,8 +72,10 @@ class Turns:
 def run(*, is_quick: bool, only: Sequence[str] = ()) -> Report:
     """Compare with all peers that are installed, or with those named. Raises UnknownPeer."""
     chosen, missing = choose(only)
-    report = Report("peers", "The data plane beside its peers", "")
     plan = QUICK if is_quick else FULL
+    words = ["python -m benchmarks peers", *(["--quick"] if is_quick else [])]
+    words += [f"--only {','.join(only)}"] if only else []
+    report = Report("peers", "The data plane beside its peers", "", command=" ".join(words))
     results = []
     for peer in chosen:
         print(f"-- {peer.title}", file=sys.stderr, flush=True)
