@@ -17,6 +17,7 @@ from headrace.replica.http2_intake import CONNECTION_WINDOW_BYTES, RequestIntake
 from headrace.replica.http2_stream import RECEIVE_WINDOW_BYTES, Http2Stream
 from headrace.replica.http_connection import ConnectionOwner
 from headrace.replica.http_messages import HttpRequest
+from headrace.replica.write_stall import WriteStall
 
 _HIGH_WATER_BYTES = 512 * 1024
 """Unsent bytes of all streams together at which further ones wait in their streams."""
@@ -59,8 +60,7 @@ class Http2Connection(asyncio.Protocol):
         """GOAWAY was sent: new streams are refused, and the connection closes with the last one."""
         self._idle_since_s = owner.clock.now_s()
         self._closing_since_s: float | None = None
-        self._stalled_since_s = 0.0
-        self._stalled_bytes = 0
+        self._stall = WriteStall()
 
     def __repr__(self) -> str:
         return f"Http2Connection({len(self.streams)} streams, {len(self._queued)} waiting to send)"
@@ -125,8 +125,7 @@ class Http2Connection(asyncio.Protocol):
         assert self._transport is not None
         self.is_holding = True
         self._num_held_bytes = 0
-        self._stalled_since_s = self._owner.clock.now_s()
-        self._stalled_bytes = self._transport.get_write_buffer_size()
+        self._stall.begin(self._transport.get_write_buffer_size(), self._owner.clock.now_s())
 
     def resume_writing(self) -> None:
         self.is_holding = False
@@ -382,7 +381,8 @@ class Http2Connection(asyncio.Protocol):
                 transport.abort()
             return
         if self.is_holding:
-            self._check_stall(transport, now_s)
+            if self._stall.is_over(transport.get_write_buffer_size(), now_s, limits.write_stall_s):
+                transport.abort()
         for stream in list(self._queued):
             if now_s - stream.progress_s > limits.write_stall_s:
                 self.reset(stream, ErrorCode.CANCEL)
@@ -392,11 +392,3 @@ class Http2Connection(asyncio.Protocol):
             self._fail(error)
         if not self.streams and now_s - self._idle_since_s > limits.keep_alive_s:
             self.close_if_idle()
-
-    def _check_stall(self, transport: asyncio.Transport, now_s: float) -> None:
-        num_bytes = transport.get_write_buffer_size()
-        if num_bytes < self._stalled_bytes:
-            self._stalled_since_s = now_s
-        elif now_s - self._stalled_since_s > self._limits.write_stall_s:
-            transport.abort()
-        self._stalled_bytes = num_bytes
