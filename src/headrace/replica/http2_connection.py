@@ -380,9 +380,9 @@ class Http2Connection(asyncio.Protocol):
             if now_s - self._closing_since_s > limits.linger_s:
                 transport.abort()
             return
-        if self.is_holding:
-            if self._stall.is_over(transport.get_write_buffer_size(), now_s, limits.write_stall_s):
-                transport.abort()
+        num_unread = transport.get_write_buffer_size()
+        if self.is_holding and self._stall.is_over(num_unread, now_s, limits.write_stall_s):
+            transport.abort()
         for stream in list(self._queued):
             if now_s - stream.progress_s > limits.write_stall_s:
                 self.reset(stream, ErrorCode.CANCEL)
