@@ -330,13 +330,11 @@ class Http2Connection(asyncio.Protocol):
         out.clear()
         if transport is None or not data:
             return
-        was_holding = self.is_holding
+        was_holding = self.is_holding  # what fills the socket just now, a step of many streams, is not held
         transport.write(data)
-        # Not what filled the buffer just now: a step of many streams may be longer than what may be held.
-        if was_holding:
-            self._num_held_bytes += len(data)
-            if self._num_held_bytes > _MAX_HELD_BYTES:
-                transport.abort()  # it asks and asks, and reads no answer
+        self._num_held_bytes += len(data) if was_holding else 0
+        if self._num_held_bytes > _MAX_HELD_BYTES:
+            transport.abort()  # it asks and asks, and reads no answer
 
     # ---- the end
 
