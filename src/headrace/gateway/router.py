@@ -39,7 +39,6 @@ from headrace.observability.line_log import BackgroundLog, RotatingFile
 from headrace.observability.request_record import RequestRecord
 from headrace.observability.request_statistics import RequestStatistics
 from headrace.observability.router_metrics import RouterMetrics, RouterSnapshot
-from headrace.policy.answer_size import is_short_stream
 from headrace.policy.prompt import read_prompt
 
 logger = logging.getLogger(__name__)
@@ -184,7 +183,7 @@ class Router:
             self.recorder.answered(request_id, decision, self._clock.now_s())
             if isinstance(decision, Bound):
                 variables = {b"server": decision.server_name.encode()}
-                if self._is_for_shared(decision, head, size):
+                if prompt.is_short_stream and self._speaks_h2(decision):
                     variables[b"shared"] = b"1"
                 if decision.explanation:
                     variables[b"explanation"] = decision.explanation.encode()
@@ -223,16 +222,10 @@ class Router:
         self.statistics.observe(record)
         self._request_log.write(record)
 
-    def _is_for_shared(self, decision: Bound, head: object, num_bytes: object) -> bool:
-        """Whether the answer may come over HTTP/2: the replica has it, and the answer is certainly short."""
+    def _speaks_h2(self, decision: Bound) -> bool:
+        """Whether HAProxy reaches the replica over HTTP/2, too."""
         replica = self.replicas.replicas.get(decision.replica_id)
-        return (
-            replica is not None
-            and replica.is_shared_serving
-            and isinstance(head, bytes)
-            and len(head) == num_bytes
-            and is_short_stream(head)
-        )
+        return replica is not None and replica.is_shared_serving
 
     def _on_spoe_lost(self, connection: SpoeConnection) -> None:
         self.dispatcher.owner_lost(connection, self._clock.now_s())

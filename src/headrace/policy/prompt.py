@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
+
+from headrace.policy.answer_size import is_short_stream
 
 HEAD_BYTES = 16_384
 """The part of a body that is looked at. Longer prompts of one session are known by the session."""
@@ -37,6 +40,25 @@ class PromptHead:
     """Who asked before may be served where the context is. Empty: unknown."""
     max_output_tokens: int = 0
     """What the request allows, as far as the head says so; 0: unknown."""
+    is_short_stream: bool = False
+    """The whole body was seen, and it asks for a stream that is certainly short (`policy.answer_size`)."""
+
+
+class _Body(msgspec.Struct):
+    """A generation request's fields that matter here."""
+
+    messages: msgspec.Raw = msgspec.Raw()
+    prompt: msgspec.Raw = msgspec.Raw()
+    stream: bool | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    n: int | None = None
+    logprobs: bool | int | None = None
+    prompt_cache_key: str | None = None
+    user: str | None = None
+
+
+_decode = msgspec.json.Decoder(_Body).decode
 
 
 def read_prompt(head: bytes, body_bytes: int, salt: str, session_header: str = "") -> PromptHead:
@@ -45,14 +67,38 @@ def read_prompt(head: bytes, body_bytes: int, salt: str, session_header: str = "
     `salt`: the tenant; hashes and sessions of different tenants never meet. `session_header`: x-session-id,
     which goes before the body's `prompt_cache_key` and `user`.
     """
-    if len(head) > HEAD_BYTES:
-        head = head[:HEAD_BYTES]
+    root = xxh3_64_intdigest(b"headrace prompt\0" + salt.encode("utf-8", "surrogatepass"))
+    session = session_header[:MAX_SESSION_BYTES].encode("utf-8", "replace")
+    if len(head) == body_bytes and body_bytes <= HEAD_BYTES:
+        try:
+            body = _decode(head)
+        except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError):
+            pass  # the front will say what is wrong with it
+        else:
+            return _read_body(body, root, session)
+    return _read_head(head[:HEAD_BYTES], body_bytes, root, session)
+
+
+def _read_body(body: _Body, root: int, session: bytes) -> PromptHead:
+    """Read a body that was seen whole."""
+    prompt = bytes(body.messages or body.prompt)
+    if not session:
+        session = (body.prompt_cache_key or body.user or "").encode("utf-8", "replace")[:MAX_SESSION_BYTES]
+    return PromptHead(
+        chain_blocks(root, prompt, 0),
+        len(prompt),
+        xxh3_64_hexdigest(session, root) if session else "",
+        min(max(0, body.max_tokens or body.max_completion_tokens or 0), 10**_MAX_DIGITS - 1),
+        is_short_stream(body, 2 if bytes(body.prompt).startswith(b"[") else 1),
+    )
+
+
+def _read_head(head: bytes, body_bytes: int, root: int, session: bytes) -> PromptHead:
+    """Read what is known of a body that goes on, or that is not valid."""
     start = _find_value(head, b'"messages"')
     if start < 0:
         start = _find_value(head, b'"prompt"')
-    root = xxh3_64_intdigest(b"headrace prompt\0" + salt.encode("utf-8", "surrogatepass"))
     rest = head if start < 0 else head[:start] + head[max(start, len(head) - _TAIL_BYTES) :]
-    session = session_header[:MAX_SESSION_BYTES].encode("utf-8", "replace")
     if not session:
         session = _find_text(rest, b'"prompt_cache_key"') or _find_text(rest, b'"user"')
     return PromptHead(

@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.policy.answer_size import MAX_SHORT_TOKENS, is_short_stream
+from headrace.policy.answer_size import MAX_SHORT_TOKENS
+from headrace.policy.prompt import read_prompt
+
+
+def is_short_stream(body: bytes) -> bool:
+    return read_prompt(body, len(body), "").is_short_stream
 
 
 def body(**fields: Any) -> bytes:

@@ -60,8 +60,8 @@ def test_tenants_share_no_hash_and_no_session() -> None:
 
 def test_completions_are_read_too_and_blocks_are_whole() -> None:
     head = read({"model": "m", "prompt": LONG})
-    assert len(head.hashes) == len(json.dumps(LONG) + "}") // BLOCK_BYTES
-    assert head.num_bytes == len(json.dumps(LONG) + "}")
+    assert len(head.hashes) == len(json.dumps(LONG)) // BLOCK_BYTES
+    assert head.num_bytes == len(json.dumps(LONG))
     assert read({"model": "m", "prompt": "short"}).hashes == ()
 
 
