@@ -28,9 +28,9 @@ HORIZON_TOKENS = 64
 then other requests have ended, and the next ones have levelled the loads."""
 UNDER_WAY_S = 0.012
 """A request that was bound this short a time before a report may not be in the report's figures."""
-_SAME_SPEED_RATIO = 0.25
-"""Replicas whose measured costs differ by less are taken for equally fast: the rest is noise, and a replica
-with a large batch has cheaper tokens without being the better place."""
+_FASTEST, _SLOWEST = 0.75, 1.25
+"""Replicas whose measured costs are this near to the mean count as equally fast: the rest is noise, and a
+replica with a large batch has cheaper tokens without being the better place."""
 LOAD_WINDOW = 1
 """While no cost is measured: a replica may have this many open requests more than the least loaded one and
 still be preferred for its cached prefix."""
@@ -72,10 +72,9 @@ class PrefixPlacer:
         for replica in replicas:
             load = load_of(replica)
             if has_room(replica, load):
-                num = matched.get(replica.replica_id, 0)
-                num_cached = min(num * BLOCK_BYTES, prompt.num_bytes)
-                if session is not None and session[0] == replica.replica_id:
-                    num_cached = self._cached_by_session(replica.replica_id, prompt, num, session[1])
+                num_cached = 0
+                if matched or session is not None:
+                    num_cached = self._num_cached(replica.replica_id, prompt, matched, session)
                 able.append(_Candidate(replica, load, num_cached))
         if not able:
             return must_wait({replica.replica_id: float(load_of(replica)) for replica in replicas})
@@ -130,17 +129,21 @@ class PrefixPlacer:
         self._busy_until_s.pop(replica_id, None)
         self._under_way.pop(replica_id, None)
 
-    def _cached_by_session(
-        self, replica_id: str, prompt: PromptHead, num_matched: int, num_bytes: int
+    def _num_cached(
+        self, replica_id: str, prompt: PromptHead, matched: dict[str, int], session: tuple[str, int] | None
     ) -> int:
-        """Return how many bytes of the prompt the session's replica is expected to hold.
+        """Return how many bytes of the prompt a replica is expected to hold.
 
         The session knows more than the index where the prompt goes on behind the hashed head, and where the
         replica says nothing of what it holds. A head that is not held any more disproves it.
         """
-        if num_matched < len(prompt.hashes) and self.index.is_reporting(replica_id):
-            num_bytes = 0
-        return min(max(num_bytes, num_matched * BLOCK_BYTES), prompt.num_bytes)
+        num_matched = matched.get(replica_id, 0)
+        num_bytes = num_matched * BLOCK_BYTES
+        if session is not None and session[0] == replica_id:
+            is_disproved = num_matched < len(prompt.hashes) and self.index.is_reporting(replica_id)
+            if session[1] > num_bytes and not is_disproved:
+                num_bytes = session[1]
+        return num_bytes if num_bytes < prompt.num_bytes else prompt.num_bytes
 
     def _estimate(self, able: Sequence[_Candidate], prompt: PromptHead, now_s: float) -> bool:
         """Give each candidate its cost in seconds. False: nothing is measured yet, loads stay the scores."""
@@ -152,19 +155,23 @@ class PrefixPlacer:
         horizon = min(HORIZON_TOKENS, prompt.max_output_tokens or HORIZON_TOKENS)
         # Each open request lengthens the step that we wait for, and those of our own tokens.
         request_s = decode_token_s + step_per_request_s * horizon
+        num_bytes, tokens_per_byte, busy_until_s = prompt.num_bytes, self._tokens_per_byte, self._busy_until_s
         for candidate in able:
             replica, load = candidate.replica, candidate.load
-            speed = (replica.prefill_token_s or mean_token_s) / mean_token_s
-            if -_SAME_SPEED_RATIO < speed - 1 < _SAME_SPEED_RATIO:
-                speed = 1.0
-            num_tokens = (prompt.num_bytes - candidate.num_cached) * self._tokens_per_byte
-            candidate.prefill_s = score = num_tokens * mean_token_s * speed
+            speed, token_s = 1.0, mean_token_s
+            own_token_s = replica.prefill_token_s
+            if own_token_s and not _SLOWEST * mean_token_s > own_token_s > _FASTEST * mean_token_s:
+                speed, token_s = own_token_s / mean_token_s, own_token_s
+            num_tokens = (num_bytes - candidate.num_cached) * tokens_per_byte
+            candidate.prefill_s = score = num_tokens * token_s
             if load:
-                backlog_s = self._busy_until_s.get(replica.replica_id, 0.0) - now_s
-                score += max(0.0, backlog_s) + request_s * speed * load
-            num_missing = num_tokens + horizon - replica.num_free_tokens
-            if num_missing > 0 and replica.num_free_tokens >= 0:
-                score += num_missing * mean_token_s * speed  # pushes out what is computed again later
+                backlog_s = busy_until_s.get(replica.replica_id, 0.0) - now_s
+                score += request_s * speed * load
+                if backlog_s > 0:
+                    score += backlog_s
+            num_free = replica.num_free_tokens
+            if num_tokens + horizon > num_free >= 0:
+                score += (num_tokens + horizon - num_free) * token_s  # pushes out what others compute again
             candidate.score = score
         return True
 
@@ -201,5 +208,5 @@ def _placement(
 
 def _mean(costs: Sequence[float]) -> float:
     """Return the mean of what was measured; 0 if nothing was."""
-    measured = [cost for cost in costs if cost > 0]
-    return sum(measured) / len(measured) if measured else 0.0
+    num_measured = len(costs) - costs.count(0.0)
+    return sum(costs) / num_measured if num_measured else 0.0
