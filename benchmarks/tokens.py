@@ -12,7 +12,9 @@ from headrace.bench.load import LoadSpec
 TOKENS_PER_S = 20_000
 OUTPUT_TOKENS = {64: 512, 512: 128}
 """Streams -> tokens per answer: a few seconds each, so that a load ends soon after its window."""
-AIM_US = 25.0
+AIM_US = 15.0
+GATEWAY = "gateway"
+GATEWAY_HTTP1 = "gateway, HTTP/1.1 to the front"
 ROLES = ("haproxy", "front", "router", "engine", "controller")
 
 
@@ -40,17 +42,21 @@ def run(*, is_quick: bool) -> Report:
         "tokens",
         "CPU per streamed token",
         f"Simulated engine whose steps are as long as gives {TOKENS_PER_S:,} tokens/s, one replica, closed "
-        f"loop, answers of 128 to 512 tokens. {rounds} windows of {window_s:g} s per path, in turns (ABAB). "
+        f"loop, answers of 128 to 512 tokens. {rounds} windows of {window_s:g} s per path, in turns (ABAB), "
+        "each in a system of its own: with HTTP/2 between HAProxy and front, as by default for such streams, "
+        "and with HTTP/1.1. "
         "CPU is the processes' own user and system time in the window; tokens are what the client got in it.",
     )
     rows = []
     for streams in OUTPUT_TOKENS:
-        with serve(simulated(streams * 1e3 / TOKENS_PER_S, max_open=1024)) as system:
-            paths = {"gateway": system.url, "front alone": system.front_urls[0]}
-            costs = {name: Cost() for name in paths}
-            for _ in range(rounds):
-                for name, url in paths.items():
-                    measure(url, streams, window_s, costs[name])
+        costs = {name: Cost() for name in (GATEWAY, GATEWAY_HTTP1, "front alone")}
+        for _ in range(rounds):
+            for name, protocol in ((GATEWAY, "h2"), (GATEWAY_HTTP1, "http1")):
+                engine = simulated(streams * 1e3 / TOKENS_PER_S, max_open=1024)
+                with serve(engine, replica_protocol=protocol) as system:
+                    measure(system.url, streams, window_s, costs[name])
+                    if protocol == "http1":
+                        measure(system.front_urls[0], streams, window_s, costs["front alone"])
         bare = costs["front alone"].tokens_per_s
         for name, cost in costs.items():
             rows.append(
@@ -69,7 +75,7 @@ def run(*, is_quick: bool) -> Report:
                 "cpu_us_per_token": {role: cost.us_per_token(role) for role in sorted(cost.cpu_s or {})},
                 "client_cpu_us_per_chunk": cost.client_cpu_us,
             }
-        spent = costs["gateway"].us_per_token("haproxy", "front")
+        spent = costs[GATEWAY].us_per_token("haproxy", "front")
         report.aims.append(
             Aim(
                 f"HAProxy + front, {streams} streams",

@@ -43,14 +43,15 @@ class Plan:
     rounds: int
     window_s: float
     first_token_s: float
+    saturation_window_s: float
     saturation_tokens: int
     """Per answer; the slowest peers need seconds to end what is open."""
     cost_streams: tuple[int, ...]
     first_token_streams: tuple[int, ...]
 
 
-FULL = Plan(2, 2.5, 2.0, 128, (64, 512), (1, 32, 128))
-QUICK = Plan(1, 0.8, 0.6, 32, (64,), (1, 32))
+FULL = Plan(2, 2.0, 1.6, 1.5, 64, (64, 512), (1, 32, 128))
+QUICK = Plan(1, 0.8, 0.6, 0.8, 32, (64,), (1, 32))
 
 
 @dataclass
@@ -71,8 +72,10 @@ class Turns:
 def run(*, is_quick: bool, only: Sequence[str] = ()) -> Report:
     """Compare with all peers that are installed, or with those named. Raises UnknownPeer."""
     chosen, missing = choose(only)
-    report = Report("peers", "The data plane beside its peers", "")
     plan = QUICK if is_quick else FULL
+    words = ["python -m benchmarks peers", *(["--quick"] if is_quick else [])]
+    words += [f"--only {','.join(only)}"] if only else []
+    report = Report("peers", "The data plane beside its peers", "", command=" ".join(words))
     results = []
     for peer in chosen:
         print(f"-- {peer.title}", file=sys.stderr, flush=True)
@@ -108,20 +111,26 @@ def compare(turns: Turns, plan: Plan) -> None:
             own = life.enter_context(running(turns.peer, ""))
         for streams in plan.cost_streams:
             with stage(turns, own, streams * 1e3 / TOKENS_PER_S) as paths:
-                turns.cost[streams] = _measure_costs(paths, streams, ANSWER_TOKENS[streams], plan)
+                turns.cost[streams] = _measure_costs(
+                    paths, streams, ANSWER_TOKENS[streams], plan.rounds, plan.window_s
+                )
         with stage(turns, own, FIRST_TOKEN_STEP_MS) as paths:
             for streams in plan.first_token_streams:
                 turns.first_tokens[streams] = _measure_first_tokens(paths, streams, plan)
-            turns.saturation = _measure_costs(paths, SATURATION_STREAMS, plan.saturation_tokens, plan)
+            turns.saturation = _measure_costs(
+                paths, SATURATION_STREAMS, plan.saturation_tokens, plan.rounds, plan.saturation_window_s
+            )
 
 
-def _measure_costs(paths: list[Path], streams: int, num_output: int, plan: Plan) -> dict[str, Cost]:
+def _measure_costs(
+    paths: list[Path], streams: int, num_output: int, rounds: int, window_s: float
+) -> dict[str, Cost]:
     costs = {path.name: Cost() for path in paths}
 
     def spend(path: Path, _: int) -> None:
-        costs[path.name].add(measure_cost(path, streams, num_output, plan.window_s))
+        costs[path.name].add(measure_cost(path, streams, num_output, window_s))
 
-    in_turns(paths, plan.rounds, spend)
+    in_turns(paths, rounds, spend)
     return costs
 
 

@@ -6,10 +6,11 @@ Must not measure.
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.peers.catalogue import DATA_PATH, INSTALLED, ROOT, Peer
-from benchmarks.peers.measure import BESIDE, Cost, FirstTokens
+from benchmarks.peers.measure import BESIDE, FIRST_TOKEN_STEP_MS, Cost, FirstTokens
 from benchmarks.report import Aim, Report, Table
 
 if TYPE_CHECKING:  # the comparison imports this module
@@ -18,6 +19,8 @@ if TYPE_CHECKING:  # the comparison imports this module
 AIM_US = 15.0
 AIM_FIRST_TOKEN_MS = 0.3
 AIM_SATURATION = 0.95
+BUSY_STEPS = 3
+"""A first token takes one step and the wait for it; a median above this many steps is the machine's."""
 FRONT, GATEWAY = "front alone", "headrace"
 PROXY_ROLES = ("haproxy", "router", *(f"peer {role}" for role in DATA_PATH if role != "replica"))
 BACKEND_ROLES = ("front", "peer replica")
@@ -38,6 +41,7 @@ def write_report(report: Report, results: list[Turns], missing: list[Peer], plan
     report.caveats += [f"{turns.peer.title}: {turns.error}" for turns in results if turns.error]
     report.caveats += [f"{peer.title} was not installed; `make peers` installs it." for peer in missing]
     report.caveats += [line for turns in done for line in _failures(turns)]
+    report.caveats += _doubts(done)
     report.caveats += _CAVEATS
 
 
@@ -206,6 +210,8 @@ def _aims(done: list[Turns]) -> list[Aim]:
         is_met = ours_added[0] <= AIM_FIRST_TOKEN_MS
         aims.append(Aim(f"added to the first token, {streams} streams", aim, measured, is_met))
         aims += [_lowest_added(routers, streams)] if routers else []
+    failed = sum(len(found.failures) for turns in done for found in _measured(turns, GATEWAY))
+    aims.append(Aim("failed requests, headrace", "none", str(failed), failed == 0))
     ratio = _saturation_ratio(done, GATEWAY)
     aims.append(
         Aim(
@@ -296,15 +302,32 @@ def _title(name: str, done: list[Turns]) -> str:
 
 def _failures(turns: Turns) -> list[str]:
     """Failed requests are a result: one line for each path that had some."""
-    counts: dict[str, list[str]] = {}
-    measured: list[dict[str, Any]] = [*turns.cost.values(), *turns.first_tokens.values(), turns.saturation]
-    for by_path in measured:
-        for name, found in by_path.items():
-            counts.setdefault(name, []).extend(found.failures)
+    lines = []
+    for name in turns.saturation:
+        failures = [failure for found in _measured(turns, name) for failure in found.failures]
+        if failures:
+            title = _title(name, [turns])
+            lines.append(f"{title}: {len(failures)} requests failed, the first with {failures[0]}")
+    return lines
+
+
+def _measured(turns: Turns, name: str) -> list[Cost | FirstTokens]:
+    """Return everything that was measured on one path."""
+    stages: list[Mapping[str, Cost | FirstTokens]] = [*turns.cost.values(), *turns.first_tokens.values()]
+    return [by_path[name] for by_path in [*stages, turns.saturation] if name in by_path]
+
+
+def _doubts(done: list[Turns]) -> list[str]:
+    """Say when the machine was too busy for times to mean anything: the bare front itself was late."""
+    late = []
+    for streams, by_path in _pooled_first_tokens(done).items():
+        found = by_path[FRONT].summary
+        if found is not None and found.p50 > BUSY_STEPS * FIRST_TOKEN_STEP_MS:
+            late.append(f"{found.p50:.0f} ms at {streams} streams")
+    if not late:
+        return []
     return [
-        f"{_title(name, [turns])}: {len(failures)} requests failed, the first with {failures[0]}"
-        for name, failures in counts.items()
-        if failures
+        f"The machine was too busy: the bare front's own p50 was {', '.join(late)}. Do not use the times."
     ]
 
 

@@ -29,7 +29,7 @@ def blocks_of(text: str) -> list[tuple[str, str]]:
 def matches(expected: str, printed: str) -> bool:
     """Whether `printed` is `expected`, whose `…` stand for anything within a line."""
     lines = [".*".join(map(re.escape, line.split("…"))) for line in expected.splitlines()]
-    return re.fullmatch(r"\s*\n".join(lines) + r"\s*", printed) is not None
+    return re.fullmatch(r"\s*\n".join(lines), printed.strip()) is not None
 
 
 class Shell:

@@ -175,7 +175,8 @@ class Gateway(Section):
     max_connections_per_address: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Most connections from one client address. 0: no limit of its own."""
     replica_protocol: Literal["h2", "http1"] = "h2"
-    """What HAProxy speaks with fronts. h2: one connection carries many streams, at less CPU per token."""
+    """What HAProxy speaks with fronts. h2: streams of at most 512 tokens share connections, at less CPU per
+    token; all else, and everything with http1, goes over HTTP/1.1."""
     admin_bind: str = ""
     """host:port of the admin API, which needs the admin key. Empty: only the UNIX socket, for its owner."""
     metrics_bind: str = ""

@@ -17,6 +17,7 @@ from headrace.replica.http2_intake import CONNECTION_WINDOW_BYTES, RequestIntake
 from headrace.replica.http2_stream import RECEIVE_WINDOW_BYTES, Http2Stream
 from headrace.replica.http_connection import ConnectionOwner
 from headrace.replica.http_messages import HttpRequest
+from headrace.replica.write_stall import WriteStall
 
 _HIGH_WATER_BYTES = 512 * 1024
 """Unsent bytes of all streams together at which further ones wait in their streams."""
@@ -59,8 +60,7 @@ class Http2Connection(asyncio.Protocol):
         """GOAWAY was sent: new streams are refused, and the connection closes with the last one."""
         self._idle_since_s = owner.clock.now_s()
         self._closing_since_s: float | None = None
-        self._stalled_since_s = 0.0
-        self._stalled_bytes = 0
+        self._stall = WriteStall()
 
     def __repr__(self) -> str:
         return f"Http2Connection({len(self.streams)} streams, {len(self._queued)} waiting to send)"
@@ -115,9 +115,6 @@ class Http2Connection(asyncio.Protocol):
             return
         self._rest = data[at:]
 
-    def eof_received(self) -> None:
-        """The client closed its side: it left. The transport closes."""
-
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         self._closing_since_s = self._owner.clock.now_s()
@@ -128,8 +125,7 @@ class Http2Connection(asyncio.Protocol):
         assert self._transport is not None
         self.is_holding = True
         self._num_held_bytes = 0
-        self._stalled_since_s = self._owner.clock.now_s()
-        self._stalled_bytes = self._transport.get_write_buffer_size()
+        self._stall.begin(self._transport.get_write_buffer_size(), self._owner.clock.now_s())
 
     def resume_writing(self) -> None:
         self.is_holding = False
@@ -171,7 +167,7 @@ class Http2Connection(asyncio.Protocol):
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, "PRIORITY of no stream, or of a wrong size")
         elif kind == h2.GOAWAY and stream_id:
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, "GOAWAY belongs to no stream")
-        # Other types are ignored (RFC 9113, 4.1), and GOAWAY: the client closes when it has its answers.
+        # Others are ignored (RFC 9113, 4.1), and GOAWAY: the client closes when it has its answers.
 
     def count_control_frame(self) -> None:
         """Count a frame that carries nothing of a request. Raises Http2Error if there are too many."""
@@ -241,9 +237,9 @@ class Http2Connection(asyncio.Protocol):
         stream = self.streams.get(stream_id)
         if stream is None:
             self._intake.check_not_idle(stream_id)
-            return
-        self._forget(stream)
-        stream.gone()
+        else:
+            self._forget(stream)
+            stream.gone()
 
     # ---- streams
 
@@ -334,11 +330,11 @@ class Http2Connection(asyncio.Protocol):
         out.clear()
         if transport is None or not data:
             return
+        was_holding = self.is_holding  # what fills the socket just now, a step of many streams, is not held
         transport.write(data)
-        if self.is_holding:
-            self._num_held_bytes += len(data)
-            if self._num_held_bytes > _MAX_HELD_BYTES:
-                transport.abort()  # it asks and asks, and reads no answer
+        self._num_held_bytes += len(data) if was_holding else 0
+        if self._num_held_bytes > _MAX_HELD_BYTES:
+            transport.abort()  # it asks and asks, and reads no answer
 
     # ---- the end
 
@@ -353,8 +349,7 @@ class Http2Connection(asyncio.Protocol):
         """Write what is due, and read on until the client closes or `linger_s` is over: closing with bytes
         unread would make the kernel drop what was written."""
         self._write()
-        if self._closing_since_s is None:
-            self._closing_since_s = self._owner.clock.now_s()
+        self._closing_since_s = self._closing_since_s or self._owner.clock.now_s()
         transport = self._transport
         if transport is not None and transport.can_write_eof() and not transport.is_closing():
             transport.write_eof()
@@ -383,8 +378,9 @@ class Http2Connection(asyncio.Protocol):
             if now_s - self._closing_since_s > limits.linger_s:
                 transport.abort()
             return
-        if self.is_holding:
-            self._check_stall(transport, now_s)
+        num_unread = transport.get_write_buffer_size()
+        if self.is_holding and self._stall.is_over(num_unread, now_s, limits.write_stall_s):
+            transport.abort()
         for stream in list(self._queued):
             if now_s - stream.progress_s > limits.write_stall_s:
                 self.reset(stream, ErrorCode.CANCEL)
@@ -394,12 +390,3 @@ class Http2Connection(asyncio.Protocol):
             self._fail(error)
         if not self.streams and now_s - self._idle_since_s > limits.keep_alive_s:
             self.close_if_idle()
-
-    def _check_stall(self, transport: asyncio.Transport, now_s: float) -> None:
-        num_bytes = transport.get_write_buffer_size()
-        if num_bytes < self._stalled_bytes:
-            self._stalled_since_s = now_s
-        elif now_s - self._stalled_since_s > self._limits.write_stall_s:
-            transport.abort()
-            return
-        self._stalled_bytes = num_bytes

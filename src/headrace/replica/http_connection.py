@@ -18,6 +18,7 @@ from headrace.clock import Clock
 from headrace.errors import InvalidRequest, Overloaded, PayloadTooLarge, RequestError
 from headrace.replica.http_messages import AnswerHeads, HttpLimits, HttpRequest, RequestTimeout
 from headrace.replica.http_responder import Responder, retry_header
+from headrace.replica.write_stall import WriteStall
 
 
 class Http1Responder(Responder):
@@ -124,8 +125,7 @@ class HttpConnection(asyncio.Protocol):
         """Body bytes that the owner counts for this connection: received and not yet handed over."""
         self._is_reading_paused = False
         self._is_writing_paused = False
-        self._stalled_since_s = 0.0
-        self._stalled_bytes = 0
+        self._stall = WriteStall()
         self._since_s = self._last_data_s = owner.clock.now_s()
         """When the message being received began, or when the connection became idle; and its last byte."""
         self._begin_message()
@@ -265,8 +265,7 @@ class HttpConnection(asyncio.Protocol):
     def pause_writing(self) -> None:
         assert self._transport is not None
         self._is_writing_paused = True
-        self._stalled_since_s = self._owner.clock.now_s()
-        self._stalled_bytes = self._transport.get_write_buffer_size()
+        self._stall.begin(self._transport.get_write_buffer_size(), self._owner.clock.now_s())
 
     def resume_writing(self) -> None:
         self._is_writing_paused = False
@@ -356,7 +355,8 @@ class HttpConnection(asyncio.Protocol):
         if transport is None:
             return
         if self._is_writing_paused:
-            self._check_stall(transport, now_s)
+            if self._stall.is_over(transport.get_write_buffer_size(), now_s, self._limits.write_stall_s):
+                transport.abort()
         elif self._lingers_since_s is not None:
             if now_s - self._lingers_since_s > self._limits.linger_s:
                 transport.abort()
@@ -366,15 +366,6 @@ class HttpConnection(asyncio.Protocol):
             self._check_receiving(now_s)
         elif now_s - self._since_s > self._limits.keep_alive_s:
             transport.close()
-
-    def _check_stall(self, transport: asyncio.Transport, now_s: float) -> None:
-        num_bytes = transport.get_write_buffer_size()
-        if num_bytes < self._stalled_bytes:
-            self._stalled_since_s = now_s
-        elif now_s - self._stalled_since_s > self._limits.write_stall_s:
-            transport.abort()
-            return
-        self._stalled_bytes = num_bytes
 
     def _check_receiving(self, now_s: float) -> None:
         limits = self._limits

@@ -100,7 +100,11 @@ def turns(name: str, us: float, first_ms: float) -> Turns:
     return Turns(peer, cost={64: by_path}, first_tokens={1: times}, saturation=by_path)
 
 
-def test_ratios_compare_within_the_same_turns_and_a_peer_that_wins_shows() -> None:
+def test_ratios_compare_within_the_same_turns_and_a_peer_that_wins_shows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(page, "_version", lambda _: "1")  # they ask installed peers, if there are any
+    monkeypatch.setattr(page, "_size", lambda _: "1 MB")
     report = Report("peers", "Title", "")
     broken = Turns(next(peer for peer in EVERYBODY if peer.name == "ray-python"), error="did not start")
     page.write_report(report, [turns("haproxy", 15.0, 0.1), turns("smg", 40.0, 0.9), broken], [], QUICK)
@@ -114,6 +118,18 @@ def test_ratios_compare_within_the_same_turns_and_a_peer_that_wins_shows() -> No
     readme = next(table for table in report.tables if "README" in table.title)
     assert [row[1] for row in readme.rows] == ["20.0", "15.0", "40.0"]
     assert [row[3] for row in readme.rows] == ["0.20", "0.10", "0.90"]
+    assert aims["failed requests, headrace"].is_met
+    assert not any("too busy" in caveat for caveat in report.caveats)
     assert any("did not start" in caveat for caveat in report.caveats)
     assert any("1 requests failed" in caveat for caveat in report.caveats)
-    assert "**How it compares" not in report.to_markdown()
+
+
+def test_a_busy_machine_and_our_own_failures_are_said_aloud() -> None:
+    slow = turns("haproxy", 15.0, 0.1)
+    slow.first_tokens[1]["front alone"] = FirstTokens([0.1] * 3)
+    slow.first_tokens[1]["headrace"].failures.append("cut: x")
+    report = Report("peers", "Title", "")
+    page.write_report(report, [slow], [], QUICK)
+    assert any("own p50 was 100 ms at 1 streams" in caveat for caveat in report.caveats)
+    failed = next(aim for aim in report.aims if aim.figure == "failed requests, headrace")
+    assert (failed.measured, failed.is_met) == ("1", False)

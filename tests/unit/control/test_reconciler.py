@@ -325,11 +325,11 @@ def test_any_fleet_converges_to_what_is_wanted_and_then_nothing_is_done(
 ) -> None:
     world = World({replica.replica_id: replica for replica in fleet})
     num_quiet = 0
-    for _ in range(400):
+    for _ in range(1000):
         actions = reconcile([desired(count)], list(world.replicas.values()), world.now_s)
-        # A failed slot is retried once a minute, so only a longer silence is the end.
+        # A failed slot is retried a minute after it stopped, so only a longer silence is the end.
         num_quiet = 0 if actions else num_quiet + 1
-        if num_quiet > FAILED_RETRY_S:
+        if num_quiet > 2 * FAILED_RETRY_S:
             break
         world.apply(actions, "new")
         world.advance(1.0)

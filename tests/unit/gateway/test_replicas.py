@@ -41,11 +41,15 @@ def test_a_closed_connection_ends_the_lease_after_a_grace_unless_it_reports_agai
     assert len(table.expire(2.0 + CLOSED_GRACE_S)) == 1
 
 
-def test_old_reports_and_those_of_a_replaced_process_are_ignored() -> None:
+def test_old_reports_and_those_of_a_second_process_are_ignored_until_the_first_one_left() -> None:
     table = ReplicaTable()
     table.observe(report(5, num_open=5), "c", 0.0)
     assert table.observe(report(4, num_open=4), "c", 0.0) is None
     assert table.replicas["chat-1"].num_open == 5
+    with pytest.raises(ProtocolError, match="process 8 reports as chat-1, which process 7 still does"):
+        table.observe(report(1, pid=8), "c2", 0.0)
+    assert table.replicas["chat-1"].pid == 7
+    table.connection_closed("c", 0.0)
     replica = table.observe(report(1, pid=8), "c2", 0.0)
     assert replica is not None
     assert replica.pid == 8

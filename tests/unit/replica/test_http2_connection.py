@@ -35,10 +35,12 @@ class Transport(MemoryTransport):
     def __init__(self) -> None:
         super().__init__()
         self.num_writes = 0
+        self.on_write: Callable[[], None] = lambda: None
 
     def write(self, data: Any) -> None:
         self.num_writes += 1
         super().write(data)
+        self.on_write()
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         pass
@@ -564,6 +566,17 @@ def test_a_socket_that_takes_nothing_holds_answers_back_until_it_does() -> None:
     assert data_by_stream(wire.written()) == {}
     wire.connection.resume_writing()
     assert data_by_stream(wire.written()) == {1: b"abc"}
+
+
+def test_what_fills_the_socket_in_one_turn_does_not_cut_the_connection() -> None:
+    # A front that was held up for some steps writes megabytes for hundreds of streams at once; the transport
+    # says during that very write that it is full.
+    wire = Greedy(window=1 << 20)
+    wire.connection.push(bytes(4 * 1024 * 1024))
+    wire.transport.on_write = wire.connection.pause_writing
+    wire.loop.run()
+    assert wire.connection.is_holding
+    assert not wire.transport.is_aborted
 
 
 def test_a_client_that_reads_nothing_is_cut_off() -> None:
