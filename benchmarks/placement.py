@@ -7,12 +7,14 @@ placements answer the same requests in the same time, so goodput is equal and th
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.report import Aim, Report, Table
 from benchmarks.system import ENDPOINT, MODEL, load, serve
 from headrace.bench.load import LoadSpec
+from headrace.bench.record import RequestRecord
 from headrace.bench.statistics import summarise
 from headrace.bench.workload import Lengths, Workload
 
@@ -46,10 +48,18 @@ class Figures:
     """Answered requests per second."""
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One round of one placement."""
+
+    records: list[RequestRecord]
+    elapsed_s: float
+
+
 def run(*, is_quick: bool) -> Report:
     """Sweep the shared part of the prompts and how unevenly the prefixes are asked for."""
     shares = (0.0, 0.6) if is_quick else SHARES
-    settle_s, measure_s = (1.0, 2.5) if is_quick else (2.0, 6.5)
+    rounds, settle_s, measure_s = (1, 1.0, 2.5) if is_quick else (2, 1.5, 3.3)
     report = Report(
         "placement",
         "Prefix placement",
@@ -57,14 +67,19 @@ def run(*, is_quick: bool) -> Report:
         f"{PREFILL_MS_PER_TOKEN:g} ms per uncached prompt token, {KV_MB * 1024:,} tokens of KV memory "
         f"each. Prompts of {PROMPT_WORDS} words (about 2,000 tokens), {OUTPUT_TOKENS} tokens out; the first "
         f"part of each prompt is one of {NUM_GROUPS} shared prefixes. Poisson arrivals, {RATE:g}/s, the same "
-        f"for each placement; {measure_s:g} s are measured after {settle_s:g} s.",
+        f"for each placement. {rounds} rounds of {measure_s:g} s after {settle_s:g} s that fill the caches, "
+        "the three systems in turns, so that the machine's moods hit all.",
     )
     points: dict[Any, dict[str, Figures]] = {(share, skew): {} for share in shares for skew in SKEWS}
-    for placement in PLACEMENTS:
-        with serve(endpoint(placement)) as system:
-            for number, (share, skew) in enumerate(points):
-                work = workload(share, SKEWS[skew], seed=number)
-                points[share, skew][placement] = measure(system.url, work, settle_s, measure_s)
+    with ExitStack() as stack:
+        urls = {kind: stack.enter_context(serve(endpoint(kind))).url for kind in PLACEMENTS}
+        for number, (share, skew) in enumerate(points):
+            samples: dict[str, list[Sample]] = {placement: [] for placement in PLACEMENTS}
+            for turn in range(rounds):
+                work = workload(share, SKEWS[skew], seed=100 * turn + number)
+                for placement in PLACEMENTS:
+                    samples[placement].append(measure(urls[placement], work, settle_s, measure_s))
+            points[share, skew] = {placement: figures_of(some) for placement, some in samples.items()}
     rows = []
     for (share, skew), figures in points.items():
         for placement in PLACEMENTS:
@@ -79,7 +94,7 @@ def run(*, is_quick: bool) -> Report:
     report.caveats += [
         "At a share of 0 there is nothing to find; what remains is how evenly work is spread. For requests "
         "of equal size round robin is the best there can be: it needs no reports, which are up to 50 ms old.",
-        "Client, gateway, four fronts and four engines share the machine's cores; the engines mostly sleep.",
+        "Client and all processes of the three systems share the machine's cores; the engines mostly sleep.",
     ]
     return report
 
@@ -110,16 +125,21 @@ def workload(share: float, skew: float, seed: int) -> Workload:
     )
 
 
-def measure(url: str, work: Workload, settle_s: float, measure_s: float) -> Figures:
+def measure(url: str, work: Workload, settle_s: float, measure_s: float) -> Sample:
     """Load the system; what was sent in the first settle_s fills the caches and is not counted."""
     done = load(url, work, LoadSpec(rate=RATE, duration_s=settle_s + measure_s, warmup_requests=4))
     start_s = min(record.scheduled_s for record in done.records) + settle_s
     records = [record for record in done.records if record.scheduled_s >= start_s]
+    return Sample(records, max(record.end_s for record in records) - start_s)
+
+
+def figures_of(samples: list[Sample]) -> Figures:
+    records = [record for sample in samples for record in sample.records]
     times = summarise([record.token_times[0] - record.scheduled_s for record in records], 1e3)
     assert times is not None
     total = sum(record.num_prompt_tokens or 0 for record in records)
     cached = sum(record.num_cached_tokens or 0 for record in records)
-    elapsed_s = max(record.end_s for record in records) - start_s
+    elapsed_s = sum(sample.elapsed_s for sample in samples)
     return Figures(1 - cached / total, times.p50, times.p90, len(records) / elapsed_s)
 
 
