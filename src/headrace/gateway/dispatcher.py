@@ -338,6 +338,7 @@ class Dispatcher:
     def _end_in_flight(self, request_id: str, state: TerminalState) -> None:
         bound = self._flights.leave(request_id)
         self._binder.bring_back(bound.charge.limits)
+        self._binder.has_room_at(bound.endpoint)
         self._end(request_id, bound.endpoint, state, bound.charge)
 
     def _end(self, request_id: str, endpoint: EndpointState, state: TerminalState, charge: Charge) -> None:

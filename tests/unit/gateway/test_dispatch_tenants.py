@@ -447,5 +447,15 @@ class TenantMachine(RuleBasedStateMachine):
             assert limits.num_bound >= 0
 
 
+def test_a_slot_that_comes_free_at_one_endpoint_is_used_there_whoever_looks_next() -> None:
+    world = World(TenantRule("a"))
+    world.report("code-1")
+    for number in range(3):
+        world.arrive(f"r{number}", "a", "code")
+    assert not world.answers["r2"]
+    world.complete("r0")  # its line names another endpoint
+    assert isinstance(world.answers["r2"][0], Bound)
+
+
 TestTenantMachine = TenantMachine.TestCase
 TestTenantMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
