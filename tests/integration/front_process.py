@@ -127,7 +127,8 @@ class RunningFront:
         return self._log_path.read_text()
 
     def access_log(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
+        whole, _, _ = self.log().rpartition("\n")  # the last line may be half written
+        return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
 
     def wait_ready(self) -> LoadReport:
         return self.router.wait_for(lambda report: report.state == "ready")

@@ -168,7 +168,11 @@ async def test_a_replica_that_reports_nonsense_harms_only_itself() -> None:
         await load.wait_for_more(10)
         assert set(await load.stop()) == {(200, True)}
         await wait_until_idle(gateway)
-        assert gateway.endpoint().finished == gateway.endpoint().arrived == len(front.served)
+        # On a busy machine HAProxy may have gone on without the router for a moment: the lines tell of those.
+        await wait_for(
+            lambda: gateway.endpoint().finished == gateway.endpoint().arrived == len(front.served),
+            "all counted",
+        )
         assert gateway.is_serving("chat-1")
         assert gateway.processes["router"].poll() is None
         assert "Traceback" not in gateway.log("router")
