@@ -48,15 +48,22 @@ def describe_software() -> dict[str, str]:
 
 
 def _commit() -> str:
+    """Name the commit; reports written by the benchmark before this one do not count as changes."""
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude", "*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            cwd=Path(__file__).parent,
-            check=False,
-        )
+        commit = _git("rev-parse", "--short", "HEAD")
+        changes = _git("status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/reports")
     except OSError:
         return "unknown commit"
-    return done.stdout.strip() or "unknown commit"
+    return f"{commit}{'-dirty' if changes else ''}" if commit else "unknown commit"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=10,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
+    return done.stdout.strip()
