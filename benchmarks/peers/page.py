@@ -355,5 +355,5 @@ def _data(turns: Turns) -> dict[str, Any]:
         "first_tokens": first_tokens,
         "saturation": costs(turns.saturation),
         "start_s": turns.start_s,
-        "command": turns.command,
+        "command": [word.replace(f"{ROOT}/", "") for word in turns.command],
     }
