@@ -13,13 +13,15 @@ PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
 
 
-def die_with_parent(death_signal: signal.Signals = signal.SIGKILL) -> None:
+def die_with_parent(death_signal: signal.Signals = signal.SIGKILL) -> bool:
     """Have the kernel send `death_signal` to this process when its parent ends (prctl(2), PR_SET_PDEATHSIG).
 
-    A parent that ended before this call goes unnoticed: look at what it holds open, or at getppid.
+    False: the parent ended during the call. One that ended before goes unnoticed: look at what it holds open.
     Raises OSError.
     """
+    parent = os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"prctl(PR_SET_PDEATHSIG): {os.strerror(code)}")
+    return os.getppid() == parent

@@ -147,6 +147,19 @@ class RunningSystem:
                 self.process.wait(10)
 
 
+@contextlib.contextmanager
+def running(config: str, directory: Path) -> Iterator[RunningSystem]:
+    """A system with this config, a YAML text, from when it is ready to the end of the block."""
+    path = directory / "config.yaml"
+    path.write_text(config)
+    system = RunningSystem(directory, str(path))
+    try:
+        system.wait_ready()
+        yield system
+    finally:
+        system.close()
+
+
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSystem]:
     """The quickstart config: SmolLM2 on two replicas."""

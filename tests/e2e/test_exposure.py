@@ -19,7 +19,7 @@ import psutil
 import pytest
 import trustme
 
-from tests.e2e.conftest import RunningSystem, free_port, wait_until
+from tests.e2e.conftest import RunningSystem, free_port, running, wait_until
 
 pytestmark = pytest.mark.slow
 CONFIG = """
@@ -51,15 +51,9 @@ def context() -> ssl.SSLContext:
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSystem]:
     directory = tmp_path_factory.mktemp("run")
     write_pair(directory)
-    config = directory / "config.yaml"
-    config.write_text(CONFIG % {"directory": directory})
-    system = RunningSystem(directory, str(config))
-    try:
-        status = system.wait_ready()
-        system.url = status["url"]
+    with running(CONFIG % {"directory": directory}, directory) as system:
+        system.url = system.status()["url"]
         yield system
-    finally:
-        system.close()
 
 
 def test_all_addresses_that_people_see_are_https(system: RunningSystem) -> None:

@@ -20,7 +20,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.conftest import RunningSystem, wait_until
+from tests.e2e.conftest import RunningSystem, running, wait_until
 from tests.e2e.load import Load
 
 pytestmark = pytest.mark.slow
@@ -39,15 +39,8 @@ BACK_WITHIN_S = 5.0
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSystem]:
-    directory = tmp_path_factory.mktemp("run")
-    config = directory / "config.yaml"
-    config.write_text(CONFIG)
-    system = RunningSystem(directory, str(config))
-    try:
-        system.wait_ready()
+    with running(CONFIG, tmp_path_factory.mktemp("run")) as system:
         yield system
-    finally:
-        system.close()
 
 
 def gateway_of_one_request(system: RunningSystem) -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import socket
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +43,7 @@ from headrace.errors import (
     PayloadTooLarge,
     RequestError,
 )
+from headrace.private_socket import bind_private_socket
 
 PREFIX = "/admin/v1"
 MAX_BODY_BYTES = 4 * 1024 * 1024
@@ -127,7 +126,7 @@ async def serve_admin(path: str, obey: Obey) -> None:
         limit_concurrency=MAX_CONNECTIONS,
     )
     server = _Server(config)
-    serving = asyncio.create_task(server.serve(sockets=[_bind(path)]))
+    serving = asyncio.create_task(server.serve(sockets=[bind_private_socket(path)]))
     try:
         await asyncio.shield(serving)
     finally:
@@ -143,17 +142,6 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def _bind(path: str) -> socket.socket:
-    _unlink(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    previous = os.umask(0o177)  # there is no moment at which others could connect
-    try:
-        listener.bind(path)
-    finally:
-        os.umask(previous)
-    return listener
 
 
 def _unlink(path: str) -> None:

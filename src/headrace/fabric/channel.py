@@ -7,14 +7,12 @@ Must not know: what the messages mean.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import socket
 from collections.abc import Callable
 from typing import Any
 
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.errors import ProtocolError
+from headrace.private_socket import bind_private_socket
 
 MAX_BUFFERED_BYTES = 8 * 1024 * 1024
 """Most bytes that wait for a peer which does not read; beyond it the connection is cut."""
@@ -78,12 +76,8 @@ class Channel(asyncio.Protocol):
 
 async def listen(path: str, make_channel: Callable[[], Channel]) -> asyncio.Server:
     """Listen on `path` with mode 0600, replacing a socket that a dead listener left there."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener = bind_private_socket(path)
     try:
-        listener.bind(path)
-        os.chmod(path, 0o600)  # the directory is 0700, so nobody else could come in between
         return await asyncio.get_running_loop().create_unix_server(make_channel, sock=listener)
     except BaseException:
         listener.close()

@@ -93,10 +93,12 @@ class Binder:
             if endpoint.queue.has_turn:
                 self.pump(name, now_s)
 
-    def has_room_at(self, endpoint: EndpointState) -> None:
-        """A slot came free: the next `pump` looks there, too, whichever endpoint it is for."""
-        if endpoint.queue.has_turn:
-            self._to_pump.add(endpoint.rule.name)
+    def slot_freed(self, flight: InFlight) -> None:
+        """A bound request gave its slot back: the next `pump` looks at its endpoint, too, whichever it is
+        for, and wherever its tenant was passed over."""
+        self.bring_back(flight.charge.limits)
+        if flight.endpoint.queue.has_turn:
+            self._to_pump.add(flight.endpoint.rule.name)
 
     def bring_back(self, limits: TenantLimits | None) -> None:
         """Let a tenant's turn come again wherever it was passed over, if it has room: at the next `pump`."""

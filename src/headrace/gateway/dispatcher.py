@@ -174,8 +174,7 @@ class Dispatcher:
                 bound.front_state = finished.state
                 bound.front_reported_s = now_s
                 bound.free_slot()
-                self._binder.bring_back(bound.charge.limits)
-                self._binder.has_room_at(bound.endpoint)
+                self._binder.slot_freed(bound)
             return
         endpoint = self.endpoints.get(endpoint_name)
         if endpoint is None or request_id in self._held:
@@ -337,8 +336,7 @@ class Dispatcher:
 
     def _end_in_flight(self, request_id: str, state: TerminalState) -> None:
         bound = self._flights.leave(request_id)
-        self._binder.bring_back(bound.charge.limits)
-        self._binder.has_room_at(bound.endpoint)
+        self._binder.slot_freed(bound)
         self._end(request_id, bound.endpoint, state, bound.charge)
 
     def _end(self, request_id: str, endpoint: EndpointState, state: TerminalState, charge: Charge) -> None:

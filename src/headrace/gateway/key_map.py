@@ -17,10 +17,9 @@ from headrace.errors import HeadraceError
 from headrace.gateway.files import write_files
 from headrace.gateway.haproxy_identity import parse_key_map, render_key_map
 from headrace.gateway.haproxy_runtime import HaproxyRefused, HaproxyRuntime
+from headrace.gateway.rounds import repeat_rounds
 
 logger = logging.getLogger(__name__)
-
-RETRY_PERIOD_S = 0.2
 
 
 class KeyChanges(NamedTuple):
@@ -66,14 +65,7 @@ class KeyMap:
 
     async def run(self) -> None:
         """Run for ever. Cancel it to stop."""
-        while True:
-            self._wake.clear()
-            is_settled = await self.run_round()
-            try:
-                async with asyncio.timeout(None if is_settled else RETRY_PERIOD_S):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
+        await repeat_rounds(self.run_round, self._wake, None)
 
     async def run_round(self) -> bool:
         """Compare and change once. True if nothing is left to do."""

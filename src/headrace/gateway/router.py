@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -40,6 +39,7 @@ from headrace.observability.request_record import RequestRecord
 from headrace.observability.request_statistics import RequestStatistics
 from headrace.observability.router_metrics import RouterMetrics, RouterSnapshot
 from headrace.policy.prompt import read_prompt
+from headrace.private_socket import bind_private_socket
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class Router:
 
     async def _listen(self) -> list[asyncio.Server]:
         loop = asyncio.get_running_loop()
-        spoe, reports, completions, metrics = (_bind_socket(path) for path in self._sockets())
+        spoe, reports, completions, metrics = (bind_private_socket(path) for path in self._sockets())
         return [
             await loop.create_unix_server(self.agent.make_connection, sock=spoe, backlog=BACKLOG),
             await loop.create_unix_server(self._make_report_connection, sock=reports, backlog=BACKLOG),
@@ -342,16 +342,3 @@ def _certificate_keeper(
 def _unlink(paths: Iterable[str]) -> None:
     for path in paths:
         Path(path).unlink(missing_ok=True)
-
-
-def _bind_socket(path: str) -> socket.socket:
-    """Bind a UNIX socket that only its owner may use, in place of one that a dead router left."""
-    Path(path).unlink(missing_ok=True)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    previous = os.umask(0o177)  # there is no moment at which others could connect
-    try:
-        sock.bind(path)
-    finally:
-        os.umask(previous)
-    sock.setblocking(False)
-    return sock

@@ -20,13 +20,13 @@ from headrace.gateway.files import write_files
 from headrace.gateway.haproxy_config import render_files
 from headrace.gateway.haproxy_runtime import HaproxyRefused, HaproxyRuntime, HaproxyUnavailable, ServerState
 from headrace.gateway.names import ENDPOINT_PREFIX, decode_name, endpoint_of_backend, is_shared_backend
+from headrace.gateway.rounds import repeat_rounds
 from headrace.gateway.server import UNIX_ADDRESS, Server
 
 logger = logging.getLogger(__name__)
 
 VERIFY_PERIOD_S = 1.0
 """How often HAProxy is compared with what is wanted when nothing seems to have changed."""
-RETRY_PERIOD_S = 0.2
 ABSENT_AFTER_S = 2.0
 """HAProxy counts as gone when it gave no answer for this long."""
 RELOAD_PAUSE_S = 5.0
@@ -149,14 +149,7 @@ class ServerKeeper:
 
     async def run(self) -> None:
         """Run for ever. Cancel it to stop."""
-        while True:
-            self._wake.clear()
-            is_settled = await self.run_round()
-            try:
-                async with asyncio.timeout(VERIFY_PERIOD_S if is_settled else RETRY_PERIOD_S):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
+        await repeat_rounds(self.run_round, self._wake, VERIFY_PERIOD_S)
 
     async def run_round(self) -> bool:
         """Compare and change once. True if nothing is left to do."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import sys
 
 import msgspec
@@ -28,9 +27,7 @@ def main(arguments: list[str]) -> int:
     except msgspec.DecodeError as error:
         print(f"front: the argument is not a ReplicaSpec: {error}", file=sys.stderr)
         return 2
-    parent = os.getppid()
-    die_with_parent()
-    if os.getppid() != parent:
+    if not die_with_parent():
         print("front: the parent ended during the start", file=sys.stderr)
         return 2
     setproctitle(f"headrace: front {spec.replica_id}")

@@ -6,14 +6,13 @@ Must not know what the handler answers.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import socket
 from collections.abc import Callable
 
 from headrace.clock import Clock
 from headrace.errors import RequestError
+from headrace.private_socket import bind_private_socket
 from headrace.replica.http2_connection import Http2Connection
 from headrace.replica.http2_heads import AnswerBlocks
 from headrace.replica.http_connection import Connection, HttpConnection
@@ -62,12 +61,8 @@ class HttpServer:
 
     async def listen_unix(self, path: str) -> None:
         """Serve on a UNIX socket as well, for its owner only. Raises OSError."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # of a front that was killed
-        listener = socket.socket(socket.AF_UNIX)
+        listener = bind_private_socket(path)
         try:
-            listener.bind(path)
-            os.chmod(path, 0o600)
             # A connection beyond the backlog is refused, not delayed as with TCP.
             loop = asyncio.get_running_loop()
             server = await loop.create_unix_server(

@@ -13,7 +13,6 @@ import logging
 import os
 import resource
 import signal
-import socket
 import sys
 
 import msgspec
@@ -23,6 +22,7 @@ from setproctitle import setproctitle
 from headrace.api.messages import RelaySpec
 from headrace.clock import Clock, SystemClock
 from headrace.lifetime import die_with_parent
+from headrace.private_socket import bind_private_socket
 from headrace.replica.http_messages import AnswerHeads
 from headrace.replica.relay_connection import RelayConnection
 
@@ -49,7 +49,7 @@ class Relay:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, and then until the last open request has ended. Raises OSError."""
         loop = asyncio.get_running_loop()
-        listener = _bind(self.spec.socket)
+        listener = bind_private_socket(self.spec.socket)
         try:
             server = await loop.create_unix_server(
                 lambda: RelayConnection(self), sock=listener, backlog=BACKLOG
@@ -90,23 +90,6 @@ class Relay:
         return True
 
 
-def _bind(path: str) -> socket.socket:
-    """Bind a UNIX socket for its owner alone, in place of one that a dead relay left. Raises OSError."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    listener = socket.socket(socket.AF_UNIX)
-    previous = os.umask(0o177)  # there is no moment at which others could connect
-    try:
-        listener.bind(path)
-    except OSError:
-        listener.close()
-        raise
-    finally:
-        os.umask(previous)
-    listener.setblocking(False)
-    return listener
-
-
 def main(arguments: list[str]) -> int:
     """Run a relay until SIGTERM, SIGINT or the parent's end; return its exit status: 2 for wrong use."""
     if len(arguments) != 1:
@@ -117,9 +100,7 @@ def main(arguments: list[str]) -> int:
     except msgspec.DecodeError as error:
         print(f"relay: the argument is not a RelaySpec: {error}", file=sys.stderr)
         return 2
-    parent = os.getppid()
-    die_with_parent()
-    if os.getppid() != parent:
+    if not die_with_parent():
         print("relay: the parent ended during the start", file=sys.stderr)
         return 2
     setproctitle("headrace: relay")
