@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+from collections import deque
 from collections.abc import Sequence
 from typing import Literal, Protocol, cast
 from urllib.parse import quote
@@ -31,7 +33,8 @@ LINGER_S = 2.0
 """After a refusal that leaves bytes unread: how long they are read and dropped, so that HAProxy sees the
 answer rather than a reset."""
 UPLOAD_BYTES = 262_144
-"""Written at a time, and most that waits unsent: the rest stays in the one copy of the body."""
+"""Written at a time."""
+READ_BYTES = 65_536
 MAX_MODEL_CHARACTERS = 200
 """No endpoint's name is longer than 128; a longer model is cut, and cannot become a known one by that."""
 _NOT_PASSED_ON = frozenset(
@@ -214,10 +217,9 @@ class RelayConnection(asyncio.Protocol):
         self._connecting = asyncio.get_running_loop().create_task(self._connect(self._upstream))
 
     async def _connect(self, upstream: _Upstream) -> None:
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await loop.create_unix_connection(lambda: upstream, self._owner.spec.upstream_socket)
+                await upstream.connect(self._owner.spec.upstream_socket)
         except (OSError, TimeoutError):
             if self._phase == "forwarding":  # its listener is closed: HAProxy drains, or is being restarted
                 self._upstream = None
@@ -296,72 +298,95 @@ class RelayConnection(asyncio.Protocol):
             self._end_with(RequestTimeout("the request's body did not come in time; send it without pauses"))
 
 
-class _Upstream(asyncio.Protocol):
-    """The second pass towards HAProxy. The body goes out in slices, as fast as HAProxy takes it."""
+class _Upstream:
+    """The second pass towards HAProxy. The body goes out in slices, as fast as HAProxy takes it.
+
+    A plain socket instead of a transport: HAProxy may refuse and close before it has read the body, and a
+    transport whose write fails drops what is still to be read, which is that refusal.
+    """
 
     def __init__(self, client: RelayConnection, head: bytes, body: bytearray) -> None:
         self._client: RelayConnection | None = client
-        self._head = head
-        self._body: memoryview | None = memoryview(body)
-        self._transport: asyncio.Transport | None = None
-        self._is_writing_paused = False
+        self._unsent: deque[memoryview] = deque((memoryview(head), memoryview(body)))
+        self._loop = asyncio.get_running_loop()
+        self._socket: socket.socket | None = None
         self._is_reading_paused = False
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+    async def connect(self, path: str) -> None:
+        """Connect and begin. Raises OSError."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.setblocking(False)
+        try:
+            await self._loop.sock_connect(connection, path)
+        except BaseException:
+            connection.close()
+            raise
         if self._client is None:
-            self._transport.abort()
+            connection.close()
             return
-        self._transport.set_write_buffer_limits(high=UPLOAD_BYTES)
-        if self._is_reading_paused:
-            self._transport.pause_reading()
-        self._transport.write(self._head)
-        self._send_body()
+        self._socket = connection
+        self._loop.add_writer(connection, self._send)
+        if not self._is_reading_paused:
+            self._loop.add_reader(connection, self._receive)
 
-    def _send_body(self) -> None:
-        while self._body is not None and self._transport is not None and not self._is_writing_paused:
-            piece, self._body = self._body[:UPLOAD_BYTES], self._body[UPLOAD_BYTES:]
-            self._transport.write(piece)
-            if not self._body:
-                self._forget_body()
+    def _send(self) -> None:
+        assert self._socket is not None
+        try:
+            sent = self._socket.send(self._unsent[0][:UPLOAD_BYTES])
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:  # closed on the other side: what it answered before that is still to be read
+            self._forget_body()
+            return
+        self._unsent[0] = self._unsent[0][sent:]
+        if not self._unsent[0]:
+            self._unsent.popleft()
+        if not self._unsent:
+            self._forget_body()
 
     def _forget_body(self) -> None:
-        if self._body is not None:
-            self._body = None
+        if self._socket is not None and self._loop.remove_writer(self._socket):
+            self._unsent.clear()
             if self._client is not None:
                 self._client.body_sent()
 
-    def pause_writing(self) -> None:
-        self._is_writing_paused = True
-
-    def resume_writing(self) -> None:
-        self._is_writing_paused = False
-        self._send_body()
-
-    def data_received(self, data: bytes) -> None:
+    def _receive(self) -> None:
+        assert self._socket is not None
+        try:
+            data = self._socket.recv(READ_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._close()
+            client, self._client = self._client, None
+            if client is not None:
+                client.answer_ended()
+            return
         self._forget_body()  # answered before it had the whole body: a refusal
         if self._client is not None:
             self._client.pass_on(data)
 
-    def connection_lost(self, error: Exception | None) -> None:
-        self._transport = None
-        client, self._client = self._client, None
-        if client is not None:
-            client.answer_ended()
+    def _close(self) -> None:
+        if self._socket is not None:
+            self._loop.remove_writer(self._socket)
+            self._loop.remove_reader(self._socket)
+            self._socket.close()
+            self._socket = None
+        self._unsent.clear()
 
     def pause_reading(self) -> None:
         self._is_reading_paused = True
-        if self._transport is not None:
-            self._transport.pause_reading()
+        if self._socket is not None:
+            self._loop.remove_reader(self._socket)
 
     def resume_reading(self) -> None:
         self._is_reading_paused = False
-        if self._transport is not None:
-            self._transport.resume_reading()
+        if self._socket is not None:
+            self._loop.add_reader(self._socket, self._receive)
 
     def abort(self) -> None:
         """Drop the connection; the client is told nothing more."""
         self._client = None
-        self._body = None
-        if self._transport is not None:
-            self._transport.abort()
+        self._close()

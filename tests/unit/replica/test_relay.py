@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
+import socket
 import stat
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import pytest
 from headrace.api.messages import RelaySpec
 from headrace.clock import SystemClock
 from headrace.errors import InvalidRequest
+from headrace.private_socket import bind_private_socket
 from headrace.replica.relay import Relay, main
 from headrace.replica.relay_connection import find_model, head_again
 
@@ -121,7 +125,7 @@ async def running_relay(
         task.add_done_callback(lambda done: writer.close())
 
     server = await asyncio.start_unix_server(accept, path, limit=1 << 20)
-    spec = RelaySpec(str(directory / "relay.sock"), path, **limits)
+    spec = RelaySpec(str(directory / "relay.sock"), **{"upstream_socket": path, **limits})
     stop = asyncio.Event()
     rig.relay = relay = Relay(spec, SystemClock())
     running = asyncio.create_task(relay.run(stop))
@@ -228,6 +232,39 @@ async def test_an_upstream_that_refuses_closes_or_says_nothing_is_told(tmp_path:
 
 
 @pytest.mark.slow
+async def test_a_refusal_is_passed_on_whichever_part_of_the_body_it_cut(tmp_path: Path) -> None:
+    """HAProxy refuses what it does not know and closes at once: the rest of the body meets a closed pipe."""
+    listener = bind_private_socket(str(tmp_path / "refusing.sock"))
+    listener.setblocking(True)
+    listener.listen(64)
+    num_read = itertools.cycle((10, 200, 70_000, 250_000, 300_000, 500_000))
+
+    def refuse() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection, contextlib.suppress(OSError):
+                connection.settimeout(LIMIT_S)
+                left = next(num_read)
+                while left > 0:
+                    left -= len(connection.recv(left)) or left
+                connection.sendall(ANSWER)
+
+    thread = threading.Thread(target=refuse, daemon=True)
+    thread.start()
+    body = json.dumps({"model": "chat", "prompt": "x" * 1_000_000}).encode()
+    request = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    async with running_relay(tmp_path, upstream_socket=str(tmp_path / "refusing.sock")) as rig:
+        for number in range(60):
+            assert await rig.exchange(request) == ANSWER, number
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join(LIMIT_S)
+    assert not thread.is_alive()
+
+
 async def test_a_client_that_reads_nothing_stops_the_upstream(tmp_path: Path) -> None:
     num_sent = 0
 
