@@ -47,6 +47,27 @@ class Replicas(Section):
         return self
 
 
+class Speculation(Section):
+    """Guessing tokens ahead, so that one step can yield several. Answers stay the same; requests for which it
+    does not pay stop doing it."""
+
+    method: Literal["off", "ngram", "draft"] = "off"
+    """ngram: what followed the same words earlier in the text is guessed. draft: a small model guesses."""
+    max_draft_tokens: Annotated[int, Field(ge=1, le=32)] = 7
+    """Most tokens guessed per request and step."""
+    draft_model: str = ""
+    """With method draft: the small model, named like `model`. It must have the same vocabulary."""
+
+    @model_validator(mode="after")
+    def _check_draft_model(self) -> Speculation:
+        if (self.method == "draft") != bool(self.draft_model):
+            raise ValueError(
+                f"method is {self.method} and draft_model is {self.draft_model!r}; "
+                "method draft needs a draft_model, and only that method takes one"
+            )
+        return self
+
+
 class NativeEngine(Section):
     """Settings of the native engine. The defaults fit a small model on a laptop."""
 
@@ -62,8 +83,12 @@ class NativeEngine(Section):
     """Longest prompt plus answer. 0: what the model was trained for."""
     num_threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Threads of one engine's step. 0: the machine's cores divided by the local replicas."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Arithmetic of the weights. auto: bfloat16 where the processor has it, else float32."""
+    dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
+    """Arithmetic of the weights. auto: the fastest that keeps the model's quality on this machine."""
+    kv_dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
+    """What keys and values are kept in. int8 takes half the memory of bfloat16."""
+    speculation: Speculation = Speculation()
+    """Guessing tokens ahead."""
 
     @field_validator("block_size")
     @classmethod

@@ -1,6 +1,6 @@
 """The messages between headrace's processes, as msgpack structs. One union per channel and direction.
 
-    front  -> engine      EngineCommand       submit, abort, drain
+    front  -> engine      EngineCommand       submit, abort, drain, sleep, wake
     engine -> front       EngineEvent         starting, ready, one StepBatch per step, failed
     front  -> router and controller           LoadReport (`ReportAck` comes back)
     router -> controller  Demand              (`GatewaySpec` comes back when the config changes)
@@ -50,10 +50,13 @@ from headrace.api.messages.engine import (
     FinishReason,
     GenerationRequest,
     SamplingParams,
+    Sleep,
     StepBatch,
+    StepModel,
     StepOutput,
     Submit,
     TokenLogprobs,
+    Wake,
 )
 from headrace.api.messages.gateway import (
     Demand,
@@ -140,8 +143,10 @@ __all__ = [
     "SamplingParams",
     "ScaleEndpoint",
     "Shutdown",
+    "Sleep",
     "StartProcess",
     "StepBatch",
+    "StepModel",
     "StepOutput",
     "StopProcess",
     "Submit",
@@ -151,6 +156,7 @@ __all__ = [
     "TenantStatus",
     "TerminalState",
     "TokenLogprobs",
+    "Wake",
     "gateway_of",
     "haproxy_name",
     "relay_name",

@@ -48,8 +48,10 @@ class GenerationRequest(Record, frozen=True):
     cache_salt: str = ""
     """Mixed into the block hashes, so that only requests with the same salt share cached blocks."""
     lora: str = ""
+    """Reserved: engines that do not support it refuse the request."""
     grammar: str = ""
-    """LoRA name and grammar: reserved; engines that do not support them refuse the request."""
+    """What the answer must match, as a grammar of `llguidance` (JSON); empty: anything. Tokens in
+    `resume_from` are matched first."""
     num_shared_tokens: int = 0
     """The full KV blocks among this many first tokens are shared with other salts: a prefix that the
     endpoint declared public. Blocks after them depend on cache_salt."""
@@ -77,6 +79,23 @@ class StepOutput(Record, frozen=True):
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache; set on the request's first output."""
     error: str = ""
+    engine_ns: int = 0
+    """With finish_reason: engine time spent on this request in nanoseconds, its parts of the steps it was in.
+    (An integer: a zero takes one byte of every step's message.)"""
+
+
+class StepModel(Record, frozen=True):
+    """Seconds of a step, fitted to recent ones: a + b*P + q*P*C + c*D + d*KV, with P uncached prompt tokens,
+    C the mean context they attend to, D requests decoding, KV tokens read by those."""
+
+    a: float
+    b: float
+    q: float
+    c: float
+    d: float
+    relative_error: float = 0.0
+    """Mean of |predicted - measured| / measured over the last steps, predicted before they were taken in."""
+    num_steps: int = 0
 
 
 class EngineLoad(Record, frozen=True):
@@ -101,6 +120,16 @@ class EngineLoad(Record, frozen=True):
     step_per_request_s: float = 0.0
     """Measured time by which each decoding request lengthens a step; decode_token_s without the step's fixed
     cost. 0: nothing measured yet, or nothing worth measuring."""
+    num_draft_tokens: int = 0
+    """Tokens guessed and verified since the start, and how many of them were right."""
+    num_accepted_tokens: int = 0
+    busy_ns: int = 0
+    """Engine time since the start: in steps (equals the sum of all requests' shares, those of aborted ones
+    included), and between them. busy_ns + idle_ns is the time since the engine was ready."""
+    idle_ns: int = 0
+    step_model: StepModel | None = None
+    sleep_level: int = 0
+    """0: awake. 1: without KV memory. 2: also without weights. A sleeping engine refuses requests."""
 
 
 class EngineSpec(msgspec.Struct, frozen=True):
@@ -117,7 +146,17 @@ class EngineSpec(msgspec.Struct, frozen=True):
     kv_cache_bytes: int = 0
     max_context_tokens: int = 0
     num_threads: int = 0
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
+    kv_dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
+    speculation: Literal["off", "ngram", "draft"] = "off"
+    max_draft_tokens: int = 7
+    """Most tokens guessed per request and step."""
+    draft_model: str = ""
+    """With speculation draft: a small model with the same vocabulary."""
+    packed_dir: str = ""
+    """Where packed weights are kept between starts; empty: nowhere."""
+    is_standby: bool = False
+    """Start asleep at level 1: everything loaded but the KV memory."""
     simulated_step_s: float = 0.005
     simulated_start_s: float = 0.0
     simulated_prefill_token_s: float = 0.0
@@ -136,7 +175,17 @@ class Drain(Message, frozen=True):
     """Finish what runs, then exit."""
 
 
-EngineCommand = Submit | Abort | Drain
+class Sleep(Message, frozen=True):
+    """Give memory back: 1: KV, 2: KV and weights. Refused (the load says level 0) while requests are open."""
+
+    level: Literal[1, 2] = 1
+
+
+class Wake(Message, frozen=True):
+    """Take the memory again. The next StepBatch's load says sleep_level 0."""
+
+
+EngineCommand = Submit | Abort | Drain | Sleep | Wake
 
 
 class EngineStarting(Message, frozen=True):

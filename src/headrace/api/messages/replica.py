@@ -24,6 +24,8 @@ class FinishedRequest(Record, frozen=True):
     num_output_tokens: int
     ttft_s: float
     total_s: float
+    engine_s: float = 0.0
+    """Engine time measured for this request, all its choices together."""
 
 
 class LoadReport(Message, frozen=True):
