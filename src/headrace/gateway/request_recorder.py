@@ -26,7 +26,7 @@ MAX_EARLY = 1024
 _GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions")
 
 
-class _Parts(msgspec.Struct):
+class _Parts(msgspec.Struct, gc=False):
     """What is known of one request."""
 
     endpoint: str = ""

@@ -232,7 +232,7 @@ def encode_disconnect(status: int, message: bytes) -> bytes:
 
 def encode_actions(variables: Mapping[bytes, bytes]) -> bytes:
     """Return the part of an ACK that sets string variables in the transaction's scope."""
-    parts = []
+    parts: list[bytes] = []
     for name, value in variables.items():
         parts += (_SET_VARIABLE_IN_TRANSACTION, write_string(name), _STRING, write_string(value))
     return b"".join(parts)
