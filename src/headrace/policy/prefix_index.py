@@ -69,6 +69,8 @@ class PrefixIndex:
         """Hash -> bits of the replicas that hold it."""
         self._members: dict[int, list[str]] = {}
         """Replicas of some sets of bits: spelled out once, until a replica comes or goes."""
+        self._limit = max_per_replica
+        """Hashes that each replica may hold."""
         self._next_purge_s = 0.0
 
     def __len__(self) -> int:
@@ -115,7 +117,7 @@ class PrefixIndex:
             elif block_hash in expected:
                 del expected[block_hash]  # to the end
                 expected[block_hash] = end_s
-        if 2 * holder.num_held > self._limit():  # which are the newest may soon decide
+        if 2 * holder.num_held > self._limit:  # which are the newest may soon decide
             holder.write(hashes)
         self._trim(holder)
 
@@ -158,7 +160,7 @@ class PrefixIndex:
             for block_hash in holder.expected:
                 self._unset(block_hash, holder.bit)
             self._names[holder.bit.bit_length() - 1] = None
-            self._members.clear()
+            self._share_out()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the two directions agree and the bounds hold."""
@@ -167,9 +169,11 @@ class PrefixIndex:
             assert self._names[holder.bit.bit_length() - 1] == name, f"{name} has another's bit"
             held = {each for hashes in holder.log for each in hashes if self._is_held(each, holder)}
             assert len(held) == holder.num_held, f"{name}: {len(held)} held != {holder.num_held} counted"
-            assert holder.num_held + len(holder.expected) <= self._limit(), f"{name} is over its bound"
+            assert holder.num_held + len(holder.expected) <= self._limit, f"{name} is over its bound"
             num_logged = sum(map(len, holder.log))
-            assert num_logged == holder.num_logged <= self._most_logged(holder), f"{name}: {num_logged} logged"
+            assert num_logged == holder.num_logged <= self._most_logged(holder), (
+                f"{name}: {num_logged} logged"
+            )
             for block_hash in (*held, *holder.expected):
                 back[block_hash] = back.get(block_hash, 0) | holder.bit
         assert back == self._masks, f"{len(back)} hashes by replica, {len(self._masks)} by hash"
@@ -177,7 +181,6 @@ class PrefixIndex:
     def _holder(self, replica_id: str) -> _Holder:
         holder = self._holders.get(replica_id)
         if holder is None:
-            self._members.clear()
             if None in self._names:
                 position = self._names.index(None)
                 self._names[position] = replica_id
@@ -185,8 +188,7 @@ class PrefixIndex:
                 position = len(self._names)
                 self._names.append(replica_id)
             holder = self._holders[replica_id] = _Holder(1 << position)
-            for other in self._holders.values():
-                self._trim(other)  # each one's share got smaller
+            self._share_out()
         return holder
 
     def _name(self, found: dict[str, int], bits: int, num: int) -> None:
@@ -200,8 +202,12 @@ class PrefixIndex:
             for name in members:
                 found[name] = num
 
-    def _limit(self) -> int:
-        return min(self._max_per_replica, max(1, self._max_in_all // max(1, len(self._holders))))
+    def _share_out(self) -> None:
+        """A replica came or went: each one's bound is another, and so is what the bits mean."""
+        self._limit = min(self._max_per_replica, max(1, self._max_in_all // max(1, len(self._holders))))
+        self._members.clear()
+        for holder in self._holders.values():
+            self._trim(holder)
 
     def _most_logged(self, holder: _Holder) -> int:
         return 2 * holder.num_held + _MAX_STALE
@@ -211,7 +217,7 @@ class PrefixIndex:
 
     def _trim(self, holder: _Holder) -> None:
         """Keep one replica's bounds."""
-        limit, expected = self._limit(), holder.expected
+        limit, expected = self._limit, holder.expected
         if holder.num_held + len(expected) > limit:
             for block_hash in list(expected)[: max(0, len(expected) - limit)]:
                 del expected[block_hash]
