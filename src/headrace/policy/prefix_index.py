@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Sequence
+from itertools import chain
 
 MAX_PER_REPLICA = 32_768
 """Hashes remembered per replica: of 8 MiB of short prompts, two million tokens, and more of long ones."""
@@ -167,7 +168,7 @@ class PrefixIndex:
         back: dict[int, int] = {}
         for name, holder in self._holders.items():
             assert self._names[holder.bit.bit_length() - 1] == name, f"{name} has another's bit"
-            held = {each for hashes in holder.log for each in hashes if self._is_held(each, holder)}
+            held = self._newest(holder)
             assert len(held) == holder.num_held, f"{name}: {len(held)} held != {holder.num_held} counted"
             assert holder.num_held + len(holder.expected) <= self._limit, f"{name} is over its bound"
             num_logged = sum(map(len, holder.log))
@@ -212,8 +213,11 @@ class PrefixIndex:
     def _most_logged(self, holder: _Holder) -> int:
         return 2 * holder.num_held + _MAX_STALE
 
-    def _is_held(self, block_hash: int, holder: _Holder) -> bool:
-        return self._masks.get(block_hash, 0) & holder.bit != 0 and block_hash not in holder.expected
+    def _newest(self, holder: _Holder) -> list[int]:
+        """Return what a replica holds by its own word, the newest first."""
+        logged = dict.fromkeys(chain.from_iterable(reversed(hashes) for hashes in reversed(holder.log)))
+        masks, bit, expected = self._masks, holder.bit, holder.expected
+        return [each for each in logged if masks.get(each, 0) & bit and each not in expected]
 
     def _trim(self, holder: _Holder) -> None:
         """Keep one replica's bounds."""
@@ -228,17 +232,14 @@ class PrefixIndex:
 
     def _rewrite(self, holder: _Holder, num_kept: int) -> None:
         """Keep the newest of the held hashes, so many at most, and each of them in the log once."""
-        newest: dict[int, None] = {}
-        for hashes in reversed(holder.log):
-            for block_hash in reversed(hashes):
-                if block_hash not in newest and self._is_held(block_hash, holder):
-                    if len(newest) < num_kept:
-                        newest[block_hash] = None
-                    else:
-                        self._unset(block_hash, holder.bit)
+        newest = self._newest(holder)
+        for block_hash in newest[num_kept:]:
+            self._unset(block_hash, holder.bit)
+        del newest[num_kept:]
+        newest.reverse()
         holder.log.clear()
         holder.num_held, holder.num_logged = len(newest), 0
-        holder.write([*reversed(newest)])
+        holder.write(newest)
 
     def _purge(self, now_s: float) -> None:
         self._next_purge_s = now_s + _PURGE_PERIOD_S
@@ -254,10 +255,8 @@ class PrefixIndex:
 
     def _clear(self, holder: _Holder) -> None:
         """Forget what the replica reported."""
-        for hashes in holder.log:
-            for block_hash in hashes:
-                if self._is_held(block_hash, holder):
-                    self._unset(block_hash, holder.bit)
+        for block_hash in self._newest(holder):
+            self._unset(block_hash, holder.bit)
         holder.log.clear()
         holder.num_held = holder.num_logged = 0
 
