@@ -16,9 +16,9 @@ from headrace.api.config import split_address
 from headrace.api.messages import Demand, GatewaySpec, LoadReport, ReplicaView, ReportAck
 from headrace.clock import Clock
 from headrace.errors import ConfigError, ProtocolError
+from headrace.gateway.answers import Answers, refusal
 from headrace.gateway.certificate_keeper import CertificateKeeper
 from headrace.gateway.channels import CompletionConnection, ControllerLink, ReportConnection
-from headrace.gateway.answers import Answers, refusal
 from headrace.gateway.closed_peers import ClosedPeers
 from headrace.gateway.completions import Completion, CompletionDecoder, classify
 from headrace.gateway.dispatcher import Arrival, Bound, Dispatcher, Refused
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.1
 DEMAND_PERIOD_S = 0.2
 RECORDS_AT_A_TIME = 32
-"""Records that are written in one turn of the loop: about as much work as four decisions, which wait for it."""
+"""Records that are written in one turn of the loop: as much work as three decisions, which wait for it."""
 REQUEST_LOG_BYTES = 64 * 1024 * 1024
 """A gateway's request log, twice: the file and the one before it."""
 BACKLOG = 4096
@@ -304,7 +304,7 @@ class Router:
             self._on_replicas_changed()
             self.dispatcher.tick(now_s)
             self.recorder.tick(now_s)
-            while self.recorder.hand_out(RECORDS_AT_A_TIME):
+            while self.recorder.hand_out(RECORDS_AT_A_TIME):  # noqa: ASYNC110, decisions come between
                 await asyncio.sleep(0)
             if self.dispatcher.num_held:
                 self.dispatcher.clients_left(self._closed_peers.find())
