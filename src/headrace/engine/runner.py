@@ -13,10 +13,10 @@ from torch import Tensor
 
 from headrace.api.messages import EngineSpec
 from headrace.engine.kv_memory import kv_bytes_per_token, plan_kv_blocks
-from headrace.engine.model_files.metadata import ModelMetadata, read_metadata
+from headrace.engine.model_files.metadata import Hyperparameters, ModelMetadata, read_metadata
 from headrace.engine.model_files.resolve import ModelFiles
-from headrace.engine.models.decoder import Decoder, DecoderStep, build_weights
-from headrace.engine.operations.interface import Operations, StepLayout
+from headrace.engine.models.decoder import Decoder
+from headrace.engine.operations.interface import Operations
 from headrace.engine.operations.select import select_operations
 from headrace.engine.protocol import StepInput
 from headrace.engine.weights.source import open_weights
@@ -25,10 +25,11 @@ from headrace.engine.weights.source import open_weights
 class DecoderRunner:
     """A decoder with its KV memory. One caller, one thread; `execute` uses torch's own threads.
 
-    A row's logits are the same bits whoever its partners are, as long as the step has as many rows. They are
-    not the same bits in steps of other sizes: oneDNN and MKL pick their kernels by the number of rows.
-    SmolLM2, measured alone against in a batch of 2 to 8: 1% of the logits' norm in bfloat16, 1e-6 in float32;
-    a prompt in chunks against at once: 0.7% and 0.
+    In int8 a row's logits are the same bits whatever else is in the step, however its prompt was chunked or
+    cached, with any number of threads. In bfloat16 and float32 they are the same bits whoever its partners
+    are, as long as the step has as many rows; not in steps of other sizes: oneDNN and MKL pick their kernels
+    by the number of rows. SmolLM2, measured alone against in a batch of 2 to 8: 1% of the logits' norm in
+    bfloat16, 1e-6 in float32; a prompt in chunks against at once: 0.7% and 0.
     """
 
     def __init__(
@@ -37,14 +38,13 @@ class DecoderRunner:
         h = metadata.hyperparameters
         self.vocab_size = h.vocab_size
         self.block_size = spec.block_size
-        self.num_blocks = plan_kv_blocks(spec, h, kv_bytes_per_token(h, operations.dtype.itemsize))
-        longest = min(spec.max_context_tokens or h.context_length, h.context_length)
-        self.max_context_tokens = min(longest, self.num_blocks * self.block_size)
+        self.num_blocks = plan_kv_blocks(spec, h, kv_bytes_per_token(h, operations.kv_dtype.itemsize))
+        self.max_context_tokens = min(longest_context(spec, h), self.num_blocks * self.block_size)
         self.eos_token_ids = metadata.eos_token_ids
         self.architecture: str = h.architecture
         self.path = operations.description
         self._decoder = decoder
-        self._caches = decoder.new_kv_caches(self.num_blocks)
+        self._caches = decoder.new_kv_caches(self.num_blocks, self.block_size)
 
     def __repr__(self) -> str:
         return (
@@ -54,15 +54,12 @@ class DecoderRunner:
     @torch.inference_mode()
     def execute(self, batch: StepInput) -> Tensor:
         """Compute one step. Returns float32 logits [S, vocab_size], valid until the next call."""
-        layout = StepLayout(batch.query_starts.tolist(), batch.context_lengths_R.tolist(), batch.block_tables)
-        step = DecoderStep(
-            token_ids_T=torch.from_numpy(batch.token_ids_T),
-            positions_T=torch.from_numpy(batch.positions_T),
-            slots_T=torch.from_numpy(batch.slots_T).long(),
-            sampled_rows_S=torch.from_numpy(batch.sampled_rows_S),
-            layout=layout,
-        )
-        return self._decoder.forward(step, self._caches)
+        return self._decoder.forward(batch, self._caches)
+
+
+def longest_context(spec: EngineSpec, h: Hyperparameters) -> int:
+    """Tokens that one request may have, if there is KV memory for them."""
+    return min(spec.max_context_tokens or h.context_length, h.context_length)
 
 
 def load_runner(spec: EngineSpec, files: ModelFiles, on_phase: Callable[[str], None]) -> DecoderRunner:
@@ -74,11 +71,14 @@ def load_runner(spec: EngineSpec, files: ModelFiles, on_phase: Callable[[str], N
     on_phase("reading metadata")
     metadata = read_metadata(files)
     torch.set_num_threads(spec.num_threads or len(os.sched_getaffinity(0)))
-    operations = select_operations(spec.dtype, torch.get_num_threads())
+    h = metadata.hyperparameters
+    operations = select_operations(spec.dtype, torch.get_num_threads(), h)
     with torch.inference_mode():
         on_phase("loading weights")
-        source = open_weights(files, metadata.hyperparameters)
-        weights = build_weights(metadata.hyperparameters, source.read, operations, source.rope_divisors())
+        source = open_weights(files, h)
+        tensors = operations.pack(h, source.read, source.rope_divisors())
+        blocks = operations.load(h, tensors, longest_context(spec, h))
+        del tensors
         on_phase("allocating KV memory")
-        decoder = Decoder(metadata.hyperparameters, weights, operations, spec.block_size)
+        decoder = Decoder(h.num_layers, blocks)
         return DecoderRunner(metadata, decoder, spec, operations)
