@@ -145,8 +145,8 @@ class NativeEngine:
         self._scheduler.check_integrity()
 
     def _share_time(self, decision: Decision) -> None:
-        """Split the time up to here over the step's requests. What is left of the step, and sending it, goes to
-        the next one."""
+        """Split the time up to here over the step's requests. What is left of the step, and sending it, goes
+        to the next one."""
         parts = [
             decode_part(1, request.num_computed_tokens + 1)
             if num_new == 1
