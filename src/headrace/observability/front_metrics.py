@@ -100,6 +100,16 @@ class FrontMetrics:
             ("engine_restarts", "Engine processes started after a death", self.num_engine_restarts),
             ("engine_preemptions", "Preemptions in this engine process", load.num_preemptions),
             ("engine_steps", "Steps of this engine process", load.steps),
+            (
+                "spec_decode_num_draft_tokens",
+                "Tokens that this engine process guessed ahead and verified",
+                load.num_draft_tokens,
+            ),
+            (
+                "spec_decode_num_accepted_tokens",
+                "Tokens that were guessed right: each saved a step",
+                load.num_accepted_tokens,
+            ),
         )
         for name, help_text, value in counters:
             counter = CounterMetricFamily(f"headrace_{name}", help_text, labels=names)
@@ -109,7 +119,11 @@ class FrontMetrics:
     def _histograms(self) -> Iterator[Metric]:
         histograms = (
             ("time_to_first_token_seconds", "Arrival to the first token", self.time_to_first_token),
-            ("inter_token_latency_seconds", "Gap between two tokens", self.inter_token_latency),
+            (
+                "inter_token_latency_seconds",
+                "Gap between two tokens of different steps",
+                self.inter_token_latency,
+            ),
             ("e2e_request_latency_seconds", "Arrival to the end", self.e2e_latency),
         )
         for name, help_text, histogram in histograms:
