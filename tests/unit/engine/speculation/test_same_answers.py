@@ -170,7 +170,7 @@ def test_a_stop_token_among_right_guesses_ends_the_answer_before_the_rest() -> N
 
 
 def test_the_next_turn_finds_guessed_tokens_cached_and_never_a_wrong_guess() -> None:
-    """The fake runner reads the tokens that lie in the blocks: a cached wrong guess would change the answer."""
+    """The fake runner reads the tokens that lie in the blocks: a cached wrong guess would change it."""
     prompt = list(range(1, 13))
     request = greedy("turn 1", prompt, 21)
     answer = whole_answer(request, 4096)
