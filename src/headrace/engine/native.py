@@ -27,7 +27,7 @@ from headrace.engine.scheduler import Decision, Scheduler
 from headrace.engine.speculation.speculator import Speculator
 from headrace.engine.speculation.verify import Verified, verify
 from headrace.engine.step_batch import StepInputBuilder
-from headrace.engine.step_cost import StepCost
+from headrace.engine.work import WorkAccount, decode_part, prompt_part
 from headrace.errors import InvalidRequest, ModelError
 
 
@@ -53,7 +53,7 @@ class NativeEngine:
         self._arrivals = count()
         self._steps = 0
         self._step_s = 0.0
-        self._cost = StepCost()
+        self._work = WorkAccount(clock.now_ns())
 
     def __repr__(self) -> str:
         return f"<NativeEngine {self._runner.architecture}, step {self._steps}, {self._scheduler!r}>"
@@ -95,11 +95,14 @@ class NativeEngine:
                 "the model's first step gave logits that are not finite; its file is damaged, or its numbers "
                 "do not fit into this dtype: set dtype to float32"
             )
+        self._work = WorkAccount(self._clock.now_ns())
 
     def submit(self, request: GenerationRequest) -> None:
         if request.request_id in self._scheduler:
             raise InvalidRequest(f"request id {request.request_id!r} is in use; ids must be unique")
         check_request(request, self._runner.vocab_size, self._max_context_tokens)
+        if not self.has_work():
+            self._work.rest(self._clock.now_ns())
         self._scheduler.add(
             EngineRequest(request, next(self._arrivals), self._runner.eos_token_ids, self._max_context_tokens)
         )
@@ -120,14 +123,18 @@ class NativeEngine:
         verified = verify(
             decision.scheduled, lambda rows, requests: self._sampler.sample(logits_SV, requests, rows)
         )
+        self._share_time(decision)
         outputs = self._update(decision, verified)
         self._steps += 1
         self._step_s = self._clock.now_s() - begin_s
-        self._observe(decision, verified)
+        if self._speculator is not None:
+            self._speculator.observe(decision, verified, self._step_s)
         return StepBatch(outputs, self.load(), self._scheduler.pool.take_forgotten())
 
     def load(self) -> EngineLoad:
-        scheduler, speculator = self._scheduler, self._speculator
+        scheduler, work, speculator = self._scheduler, self._work, self._speculator
+        if not self.has_work():
+            work.rest(self._clock.now_ns())
         return EngineLoad(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
@@ -138,17 +145,33 @@ class NativeEngine:
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             prefix_query_tokens=scheduler.prefix_query_tokens,
             steps=self._steps,
-            prefill_token_s=self._cost.prefill_token_s,
-            decode_token_s=self._cost.decode_token_s,
+            prefill_token_s=work.fit.prefill_token_s,
+            decode_token_s=work.fit.decode_token_s,
             num_uncomputed_tokens=scheduler.num_uncomputed_tokens,
-            step_per_request_s=self._cost.step_per_request_s,
+            step_per_request_s=work.fit.step_per_request_s,
             num_draft_tokens=0 if speculator is None else speculator.num_draft_tokens,
             num_accepted_tokens=0 if speculator is None else speculator.num_accepted_tokens,
+            busy_ns=work.busy_ns,
+            idle_ns=work.idle_ns,
+            step_model=work.fit.model,
         )
 
     def check_integrity(self) -> None:
         """Raise AssertionError, showing what failed, unless every block and request is accounted for."""
         self._scheduler.check_integrity()
+
+    def _share_time(self, decision: Decision) -> None:
+        """Split the time up to here over the step's requests. What is left of the step, and sending it, goes to
+        the next one."""
+        parts = [
+            decode_part(1 + len(drafts), request.num_computed_tokens + 1 + len(drafts))
+            if num_new == 1
+            else prompt_part(num_new, request.num_computed_tokens)
+            for request, num_new, _, drafts in decision.scheduled
+        ]
+        shares = self._work.end_step(self._clock.now_ns(), parts)
+        for item, share in zip(decision.scheduled, shares, strict=True):
+            item.request.engine_ns += share
 
     def _update(self, decision: Decision, verified: Sequence[Verified]) -> list[StepOutput]:
         self._scheduler.update(decision, [result.num_accepted for result in verified])
@@ -156,19 +179,21 @@ class NativeEngine:
 
     def _take(self, result: Verified) -> StepOutput:
         """Turn what a request was given into its output; forget it if that was its end."""
-        request_id, finish_reason = result.request.request_id, result.finish_reason
+        request, finish_reason = result.request, result.finish_reason
+        request_id = request.request_id
         if finish_reason == "error":
             self._scheduler.remove(request_id, is_damaged=True)
-            return StepOutput(request_id, finish_reason="error", error=result.error)
+            return StepOutput(
+                request_id, finish_reason="error", error=result.error, engine_ns=request.engine_ns
+            )
         if finish_reason is not None:
             self._scheduler.remove(request_id)
-        num_cached_tokens = result.request.take_num_cached_tokens()
-        return StepOutput(request_id, result.token_ids, finish_reason, result.logprobs, num_cached_tokens)
-
-    def _observe(self, decision: Decision, verified: Sequence[Verified]) -> None:
-        """Learn what the step cost, and which guesses were right."""
-        num_decoding = sum(item.num_new_tokens == 1 for item in decision.scheduled)
-        num_prompt = sum(item.num_new_tokens for item in decision.scheduled) - num_decoding
-        self._cost.observe(self._step_s, num_prompt, num_decoding)
-        if self._speculator is not None:
-            self._speculator.observe(decision, verified, self._step_s)
+        num_cached_tokens = request.take_num_cached_tokens()
+        return StepOutput(
+            request_id,
+            result.token_ids,
+            finish_reason,
+            result.logprobs,
+            num_cached_tokens,
+            engine_ns=request.engine_ns,
+        )
