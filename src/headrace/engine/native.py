@@ -5,6 +5,7 @@ Owns request ids, reasons to end, and what a step reports. Must not know sockets
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import count
 
 import numpy as np
@@ -21,17 +22,21 @@ from headrace.clock import Clock
 from headrace.engine.kv_cache.block_pool import BlockPool
 from headrace.engine.protocol import ModelRunner, StepInput
 from headrace.engine.request import EngineRequest, check_request
-from headrace.engine.sampler import Sampled, Sampler
+from headrace.engine.sampler import Sampler
 from headrace.engine.scheduler import Decision, Scheduler
+from headrace.engine.speculation.speculator import Speculator
+from headrace.engine.speculation.verify import Verified, verify
 from headrace.engine.step_batch import StepInputBuilder
 from headrace.engine.work import WorkAccount, decode_part, prompt_part
 from headrace.errors import InvalidRequest, ModelError
 
 
 class NativeEngine:
-    """Generates with a model runner. Turn of a step: schedule, run, sample, update."""
+    """Generates with a model runner. Turn of a step: schedule, guess, run, verify by sampling, update."""
 
-    def __init__(self, spec: EngineSpec, runner: ModelRunner, clock: Clock) -> None:
+    def __init__(
+        self, spec: EngineSpec, runner: ModelRunner, clock: Clock, speculator: Speculator | None = None
+    ) -> None:
         self._spec = spec
         self._runner = runner
         self._clock = clock
@@ -44,6 +49,7 @@ class NativeEngine:
         )
         self._builder = StepInputBuilder(runner.block_size, spec.token_budget, spec.max_running)
         self._sampler = Sampler()
+        self._speculator = speculator
         self._arrivals = count()
         self._steps = 0
         self._step_s = 0.0
@@ -54,6 +60,9 @@ class NativeEngine:
 
     def describe(self) -> EngineReady:
         runner = self._runner
+        path = runner.path
+        if self._speculator is not None:
+            path = f"{path}; speculation: {self._speculator.description}"
         return EngineReady(
             kind="native",
             architecture=runner.architecture,
@@ -62,7 +71,7 @@ class NativeEngine:
             block_size=runner.block_size,
             num_total_blocks=runner.num_blocks,
             max_running=self._spec.max_running,
-            path=runner.path,
+            path=path,
             phases={},
         )
 
@@ -108,17 +117,22 @@ class NativeEngine:
         begin_s = self._clock.now_s()
         decision = self._scheduler.schedule()
         assert decision.scheduled, f"a step without work: {self!r}"
+        if self._speculator is not None:
+            self._speculator.add_drafts(decision, self._scheduler)
         logits_SV = self._runner.execute(self._builder.build(decision.scheduled))
-        requests = [item.request for item in decision.scheduled if item.is_sampled]
-        sampled = self._sampler.sample(logits_SV, requests)
+        verified = verify(
+            decision.scheduled, lambda rows, requests: self._sampler.sample(logits_SV, requests, rows)
+        )
         self._share_time(decision)
-        outputs = self._update(decision, requests, sampled)
+        outputs = self._update(decision, verified)
         self._steps += 1
         self._step_s = self._clock.now_s() - begin_s
+        if self._speculator is not None:
+            self._speculator.observe(decision, verified, self._step_s)
         return StepBatch(outputs, self.load(), self._scheduler.pool.take_forgotten())
 
     def load(self) -> EngineLoad:
-        scheduler, work = self._scheduler, self._work
+        scheduler, work, speculator = self._scheduler, self._work, self._speculator
         if not self.has_work():
             work.rest(self._clock.now_ns())
         return EngineLoad(
@@ -135,6 +149,8 @@ class NativeEngine:
             decode_token_s=work.fit.decode_token_s,
             num_uncomputed_tokens=scheduler.num_uncomputed_tokens,
             step_per_request_s=work.fit.step_per_request_s,
+            num_draft_tokens=0 if speculator is None else speculator.num_draft_tokens,
+            num_accepted_tokens=0 if speculator is None else speculator.num_accepted_tokens,
             busy_ns=work.busy_ns,
             idle_ns=work.idle_ns,
             step_model=work.fit.model,
@@ -148,35 +164,36 @@ class NativeEngine:
         """Split the time up to here over the step's requests. What is left of the step, and sending it, goes
         to the next one."""
         parts = [
-            decode_part(1, request.num_computed_tokens + 1)
+            decode_part(1 + len(drafts), request.num_computed_tokens + 1 + len(drafts))
             if num_new == 1
             else prompt_part(num_new, request.num_computed_tokens)
-            for request, num_new, _ in decision.scheduled
+            for request, num_new, _, drafts in decision.scheduled
         ]
         shares = self._work.end_step(self._clock.now_ns(), parts)
         for item, share in zip(decision.scheduled, shares, strict=True):
             item.request.engine_ns += share
 
-    def _update(
-        self, decision: Decision, requests: list[EngineRequest], sampled: list[Sampled]
-    ) -> list[StepOutput]:
-        self._scheduler.update(decision)
-        return [self._take(request, result) for request, result in zip(requests, sampled, strict=True)]
+    def _update(self, decision: Decision, verified: Sequence[Verified]) -> list[StepOutput]:
+        self._scheduler.update(decision, [result.num_accepted for result in verified])
+        return [self._take(result) for result in verified]
 
-    def _take(self, request: EngineRequest, result: Sampled) -> StepOutput:
-        """Give a request its sampled token; end it if that was the last, or if its logits were damaged."""
+    def _take(self, result: Verified) -> StepOutput:
+        """Turn what a request was given into its output; forget it if that was its end."""
+        request, finish_reason = result.request, result.finish_reason
         request_id = request.request_id
-        if result.error:
+        if finish_reason == "error":
             self._scheduler.remove(request_id, is_damaged=True)
             return StepOutput(
                 request_id, finish_reason="error", error=result.error, engine_ns=request.engine_ns
             )
-        num_cached_tokens, engine_ns = request.take_num_cached_tokens(), request.engine_ns
-        finish_reason = request.append(result.token_id)
         if finish_reason is not None:
             self._scheduler.remove(request_id)
-        if finish_reason == "stop":
-            return StepOutput(request_id, [], finish_reason, None, num_cached_tokens, "", engine_ns)
-        logprobs = None if result.logprobs is None else [result.logprobs]
-        token_ids = [result.token_id]
-        return StepOutput(request_id, token_ids, finish_reason, logprobs, num_cached_tokens, "", engine_ns)
+        num_cached_tokens = request.take_num_cached_tokens()
+        return StepOutput(
+            request_id,
+            result.token_ids,
+            finish_reason,
+            result.logprobs,
+            num_cached_tokens,
+            engine_ns=request.engine_ns,
+        )

@@ -171,7 +171,7 @@ def check_spec(spec: EngineSpec) -> None:
     problems = []
     if spec.block_size < 8 or spec.block_size & (spec.block_size - 1):
         problems.append(f"block_size is {spec.block_size}; it must be a power of two >= 8")
-    for name, least in (("max_running", 1), ("token_budget", 1)):
+    for name, least in (("max_running", 1), ("token_budget", 1), ("max_draft_tokens", 1)):
         if getattr(spec, name) < least:
             problems.append(f"{name} is {getattr(spec, name)}; it must be >= {least}")
     at_least_zero = (
@@ -204,8 +204,9 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
     on_phase("importing torch")
     from headrace.engine.native import NativeEngine
     from headrace.engine.runner import load_runner
+    from headrace.engine.speculation.select import select_speculator
 
-    engine = NativeEngine(spec, load_runner(spec, files, on_phase), clock)
+    engine = NativeEngine(spec, load_runner(spec, files, on_phase), clock, select_speculator(spec))
     on_phase("computing the first step")
     engine.compute_first_step()
     return engine

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from headrace.api.messages import FinishReason, GenerationRequest, SamplingParams
 from headrace.engine.kv_cache.prefix_cache import BlockHash, root_hash
 from headrace.engine.penalties import Penalties
+from headrace.engine.speculation.controller import DraftController
 from headrace.errors import InvalidRequest
 
 MAX_LOGPROBS = 64
@@ -86,13 +87,15 @@ def _check_ids(name: str, token_ids: Collection[int], vocab_size: int) -> None:
 class EngineRequest:
     """One accepted request: its tokens, how far they are computed, and its KV blocks.
 
-    The scheduler owns num_computed_tokens, the block table and the hashes; the sampler owns `penalties`.
+    The scheduler owns num_computed_tokens, the block table and the hashes; the sampler owns `penalties`;
+    speculation owns `draft_controller` and `proposer_state`, which are None until it needs them.
     """
 
     __slots__ = (
         "arrival",
         "block_hashes",
         "block_table",
+        "draft_controller",
         "engine_ns",
         "has_output",
         "max_total_tokens",
@@ -102,6 +105,7 @@ class EngineRequest:
         "num_shared_tokens",
         "order",
         "penalties",
+        "proposer_state",
         "request_id",
         "root_hash",
         "sampling",
@@ -140,6 +144,8 @@ class EngineRequest:
         self.root_hash = root_hash(request.cache_salt)
         self.num_shared_tokens = request.num_shared_tokens
         self.penalties = Penalties.of(sampling, self.stop_token_ids)
+        self.draft_controller: DraftController | None = None
+        self.proposer_state: object | None = None
 
     def __repr__(self) -> str:
         return (
