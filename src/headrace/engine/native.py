@@ -6,6 +6,7 @@ Owns request ids, reasons to end, and what a step reports. Must not know sockets
 from __future__ import annotations
 
 from itertools import count
+from typing import Literal
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from headrace.engine.sampler import Sampled, Sampler
 from headrace.engine.scheduler import Decision, Scheduler
 from headrace.engine.step_batch import StepInputBuilder
 from headrace.engine.step_cost import StepCost
-from headrace.errors import InvalidRequest, ModelError
+from headrace.errors import InvalidRequest, ModelError, Overloaded
 
 
 class NativeEngine:
@@ -48,6 +49,7 @@ class NativeEngine:
         self._steps = 0
         self._step_s = 0.0
         self._cost = StepCost()
+        self._sleep_level = 0
 
     def __repr__(self) -> str:
         return f"<NativeEngine {self._runner.architecture}, step {self._steps}, {self._scheduler!r}>"
@@ -64,6 +66,7 @@ class NativeEngine:
             max_running=self._spec.max_running,
             path=runner.path,
             phases={},
+            sleep_level=self._sleep_level,
         )
 
     def compute_first_step(self) -> None:
@@ -90,6 +93,8 @@ class NativeEngine:
     def submit(self, request: GenerationRequest) -> None:
         if request.request_id in self._scheduler:
             raise InvalidRequest(f"request id {request.request_id!r} is in use; ids must be unique")
+        if self._sleep_level:
+            raise Overloaded("the engine is asleep; wake it or use another replica", retry_after_s=1.0)
         check_request(request, self._runner.vocab_size, self._max_context_tokens)
         self._scheduler.add(
             EngineRequest(request, next(self._arrivals), self._runner.eos_token_ids, self._max_context_tokens)
@@ -131,7 +136,22 @@ class NativeEngine:
             decode_token_s=self._cost.decode_token_s,
             num_uncomputed_tokens=scheduler.num_uncomputed_tokens,
             step_per_request_s=self._cost.step_per_request_s,
+            sleep_level=self._sleep_level,
         )
+
+    def sleep(self, level: Literal[1, 2]) -> list[bytes]:
+        if self.has_work():
+            num_open = len(self._scheduler.running) + len(self._scheduler.waiting)
+            raise Overloaded(f"the engine cannot sleep: it has {num_open} requests", retry_after_s=1.0)
+        self._runner.sleep(level)
+        self._sleep_level = max(level, self._sleep_level)
+        self._scheduler.pool.forget_all()
+        return self._scheduler.pool.take_forgotten()
+
+    def wake(self) -> None:
+        if self._sleep_level:
+            self._runner.wake()
+            self._sleep_level = 0
 
     def check_integrity(self) -> None:
         """Raise AssertionError, showing what failed, unless every block and request is accounted for."""
