@@ -18,6 +18,7 @@ from headrace.api.messages import (
     StepOutput,
 )
 from headrace.clock import Clock
+from headrace.engine.grammar_queue import GrammarQueue
 from headrace.engine.kv_cache.block_pool import BlockPool
 from headrace.engine.protocol import ModelRunner, StepInput
 from headrace.engine.request import EngineRequest, check_request
@@ -28,10 +29,17 @@ from headrace.engine.step_cost import StepCost
 from headrace.errors import InvalidRequest, ModelError
 
 
+_GRAMMAR_WAIT_S = 0.02
+"""Longest wait for a grammar with nothing else to do: commands are read in between."""
+
+
 class NativeEngine:
     """Generates with a model runner. Turn of a step: schedule, run, sample, update."""
 
-    def __init__(self, spec: EngineSpec, runner: ModelRunner, clock: Clock) -> None:
+    def __init__(
+        self, spec: EngineSpec, runner: ModelRunner, clock: Clock, grammars: GrammarQueue | None = None
+    ) -> None:
+        """Without `grammars`, requests with a grammar are refused."""
         self._spec = spec
         self._runner = runner
         self._clock = clock
@@ -44,6 +52,7 @@ class NativeEngine:
         )
         self._builder = StepInputBuilder(runner.block_size, spec.token_budget, spec.max_running)
         self._sampler = Sampler()
+        self._grammars = grammars
         self._arrivals = count()
         self._steps = 0
         self._step_s = 0.0
@@ -88,20 +97,35 @@ class NativeEngine:
             )
 
     def submit(self, request: GenerationRequest) -> None:
-        if request.request_id in self._scheduler:
+        grammars = self._grammars
+        if request.request_id in self._scheduler or (grammars and request.request_id in grammars):
             raise InvalidRequest(f"request id {request.request_id!r} is in use; ids must be unique")
-        check_request(request, self._runner.vocab_size, self._max_context_tokens)
-        self._scheduler.add(
-            EngineRequest(request, next(self._arrivals), self._runner.eos_token_ids, self._max_context_tokens)
+        check_request(
+            request,
+            self._runner.vocab_size,
+            self._max_context_tokens,
+            knows_grammars=grammars is not None,
         )
+        accepted = EngineRequest(
+            request, next(self._arrivals), self._runner.eos_token_ids, self._max_context_tokens
+        )
+        if grammars is not None and request.grammar:
+            grammars.add(accepted, request.grammar, self._clock.now_s())
+        else:
+            self._scheduler.add(accepted)
 
     def abort(self, request_id: str) -> None:
         self._scheduler.remove(request_id)
+        if self._grammars is not None:
+            self._grammars.remove(request_id)
 
     def has_work(self) -> bool:
-        return bool(self._scheduler.running or self._scheduler.waiting)
+        return bool(self._scheduler.running or self._scheduler.waiting or self._grammars)
 
     def step(self) -> StepBatch:
+        failures = self._settle_grammars() if self._grammars else []
+        if not (self._scheduler.running or self._scheduler.waiting):
+            return StepBatch(failures, self.load(), self._scheduler.pool.take_forgotten())
         begin_s = self._clock.now_s()
         decision = self._scheduler.schedule()
         assert decision.scheduled, f"a step without work: {self!r}"
@@ -113,13 +137,22 @@ class NativeEngine:
         self._step_s = self._clock.now_s() - begin_s
         num_decoding = sum(item.num_new_tokens == 1 for item in decision.scheduled)
         self._cost.observe(self._step_s, decision.num_tokens - num_decoding, num_decoding)
-        return StepBatch(outputs, self.load(), self._scheduler.pool.take_forgotten())
+        return StepBatch(failures + outputs, self.load(), self._scheduler.pool.take_forgotten())
+
+    def _settle_grammars(self) -> list[StepOutput]:
+        """Schedule the requests whose grammar is compiled; return the end of those whose grammar failed."""
+        assert self._grammars is not None
+        is_idle = not (self._scheduler.running or self._scheduler.waiting)
+        settled = self._grammars.settle(self._clock.now_s(), _GRAMMAR_WAIT_S if is_idle else 0.0)
+        for request in settled.ready:
+            self._scheduler.add(request)
+        return [StepOutput(name, finish_reason="error", error=error) for name, error in settled.failed]
 
     def load(self) -> EngineLoad:
         scheduler = self._scheduler
         return EngineLoad(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
+            num_waiting=len(scheduler.waiting) + (len(self._grammars) if self._grammars else 0),
             num_free_blocks=scheduler.pool.num_allocatable,
             num_total_blocks=scheduler.pool.num_blocks,
             step_s=self._step_s,
@@ -150,10 +183,11 @@ class NativeEngine:
             self._scheduler.remove(request_id, is_damaged=True)
             return StepOutput(request_id, finish_reason="error", error=result.error)
         num_cached_tokens = request.take_num_cached_tokens()
+        num_before = len(request.token_ids)
         finish_reason = request.append(result.token_id)
         if finish_reason is not None:
             self._scheduler.remove(request_id)
-        if finish_reason == "stop":
+        if len(request.token_ids) == num_before:  # a stop token is not kept
             return StepOutput(request_id, [], finish_reason, num_cached_tokens=num_cached_tokens)
         logprobs = None if result.logprobs is None else [result.logprobs]
         return StepOutput(request_id, [result.token_id], finish_reason, logprobs, num_cached_tokens)
