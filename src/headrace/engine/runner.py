@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from headrace.engine.model_files.metadata import Hyperparameters, ModelMetadata,
 from headrace.engine.model_files.resolve import ModelFiles
 from headrace.engine.models.decoder import Decoder
 from headrace.engine.operations.interface import Operations
+from headrace.engine.operations.memory import give_back
 from headrace.engine.operations.select import select_operations
 from headrace.engine.protocol import StepInput
-from headrace.engine.weights.source import open_weights
+from headrace.engine.weights.loading import Packing, check_free, load_tensors
 
 
 class DecoderRunner:
@@ -33,18 +35,27 @@ class DecoderRunner:
     """
 
     def __init__(
-        self, metadata: ModelMetadata, decoder: Decoder, spec: EngineSpec, operations: Operations
+        self,
+        metadata: ModelMetadata,
+        load_decoder: Callable[[], Decoder],
+        spec: EngineSpec,
+        operations: Operations,
+        on_phase: Callable[[str], None] = lambda _phase: None,
     ) -> None:
         h = metadata.hyperparameters
         self.vocab_size = h.vocab_size
         self.block_size = spec.block_size
-        self.num_blocks = plan_kv_blocks(spec, h, kv_bytes_per_token(h, operations.kv_dtype.itemsize))
+        bytes_per_token = kv_bytes_per_token(h, operations.kv_dtype.itemsize)
+        self.num_blocks = plan_kv_blocks(spec, h, bytes_per_token)
+        self._kv_bytes = self.num_blocks * self.block_size * bytes_per_token
         self.max_context_tokens = min(longest_context(spec, h), self.num_blocks * self.block_size)
         self.eos_token_ids = metadata.eos_token_ids
         self.architecture: str = h.architecture
         self.path = operations.description
-        self._decoder = decoder
-        self._caches = decoder.new_kv_caches(self.num_blocks, self.block_size)
+        self._load_decoder = load_decoder
+        self._decoder: Decoder | None = load_decoder()
+        on_phase("allocating KV memory")
+        self._caches = self._decoder.new_kv_caches(self.num_blocks, self.block_size)
 
     def __repr__(self) -> str:
         return (
@@ -54,7 +65,23 @@ class DecoderRunner:
     @torch.inference_mode()
     def execute(self, batch: StepInput) -> Tensor:
         """Compute one step. Returns float32 logits [S, vocab_size], valid until the next call."""
+        assert self._decoder is not None, f"a step of a sleeping runner: {self!r}"
         return self._decoder.forward(batch, self._caches)
+
+    def sleep(self, level: Literal[1, 2]) -> None:
+        """Give memory back to the system: 1: of keys and values, whose content is lost; 2: and of weights."""
+        self._caches = []
+        if level == 2:
+            self._decoder = None
+        give_back()
+
+    @torch.inference_mode()
+    def wake(self) -> None:
+        """Take the memory again. Raises OutOfMemory, and what loading raises; then it sleeps as before."""
+        check_free(self._kv_bytes, "keys and values")
+        decoder = self._decoder or self._load_decoder()
+        self._caches = decoder.new_kv_caches(self.num_blocks, self.block_size)
+        self._decoder = decoder
 
 
 def longest_context(spec: EngineSpec, h: Hyperparameters) -> int:
@@ -73,12 +100,14 @@ def load_runner(spec: EngineSpec, files: ModelFiles, on_phase: Callable[[str], N
     torch.set_num_threads(spec.num_threads or len(os.sched_getaffinity(0)))
     h = metadata.hyperparameters
     operations = select_operations(spec.dtype, torch.get_num_threads(), h)
-    with torch.inference_mode():
+    packing = Packing(
+        operations.arithmetic, operations.packed_version, operations.bytes_per_weight, operations.pack
+    )
+
+    def load_decoder() -> Decoder:
+        tensors = load_tensors(files, h, packing, spec.packed_dir, on_phase)
         on_phase("loading weights")
-        source = open_weights(files, h)
-        tensors = operations.pack(h, source.read, source.rope_divisors())
-        blocks = operations.load(h, tensors, longest_context(spec, h))
-        del tensors
-        on_phase("allocating KV memory")
-        decoder = Decoder(h.num_layers, blocks)
-        return DecoderRunner(metadata, decoder, spec, operations)
+        return Decoder(h.num_layers, operations.load(h, tensors, longest_context(spec, h)))
+
+    with torch.inference_mode():
+        return DecoderRunner(metadata, load_decoder, spec, operations, on_phase)

@@ -107,7 +107,9 @@ def why_not_int8(h: Hyperparameters) -> str:
 class Int8Operations:
     """Operations in C++. Owns a team of threads for as long as it or its blocks live."""
 
-    packed_format = "int8-1"
+    arithmetic = "int8"
+    packed_version = "1"
+    bytes_per_weight = 1.05
     kv_dtype = torch.float32
 
     def __init__(self, library: Library, num_threads: int) -> None:
@@ -118,7 +120,7 @@ class Int8Operations:
         self.description = f"int8 {library.isa}, {threads}"
         self._pack = library.function("headrace_pack", [c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p])
 
-    def pack(self, h: Hyperparameters, read: Read, rope_divisors: Tensor | None = None) -> dict[str, Tensor]:
+    def pack(self, h: Hyperparameters, read: Read) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
 
         def matrix(name: str, weight: Tensor) -> None:
@@ -140,8 +142,6 @@ class Int8Operations:
             tensors[name] = get(name).contiguous()
         if not h.is_tied:
             matrix("output", get("output"))
-        if rope_divisors is not None:
-            tensors["rope_divisors"] = rope_divisors.float()
         return tensors
 
     def pack_matrix(self, weight: Tensor) -> tuple[Tensor, Tensor]:

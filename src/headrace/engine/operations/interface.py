@@ -59,19 +59,24 @@ class Operations(Protocol):
 
     description: str
     """For people: `int8 avx512-vnni, 2 threads`."""
-    packed_format: str
-    """Names what `pack` returns; changes when that does: `int8-1`."""
+    arithmetic: str
+    """`int8`, `bfloat16`, `float32`: names what `pack` returns, together with packed_version."""
+    packed_version: str
+    """Changes when what `pack` returns does."""
+    bytes_per_weight: float
+    """About, once packed."""
     kv_dtype: torch.dtype
     """Of one number in the KV caches."""
 
-    def pack(self, h: Hyperparameters, read: Read, rope_divisors: Tensor | None = None) -> dict[str, Tensor]:
-        """Read every tensor of the model once and pack it. Returns contiguous tensors by name, valid for ever;
-        at most a few tensors' originals are in memory at a time."""
+    def pack(self, h: Hyperparameters, read: Read) -> dict[str, Tensor]:
+        """Read every tensor of the model once and pack it. Returns contiguous tensors by name; at most a few
+        tensors' originals are in memory at a time."""
         ...
 
     def load(self, h: Hyperparameters, tensors: Mapping[str, Tensor], max_context_tokens: int) -> Blocks:
-        """Make blocks of what `pack` returned, or of the same read back: it may be read-only mapped
-        memory, aligned to 64 bytes, and must outlive the blocks. Raises ModelError where names or shapes differ."""
+        """Make blocks of what `pack` returned, or of the same read back, with `rope_divisors` where a model
+        has them. It may be read-only mapped memory, aligned to 64 bytes. Raises ModelError where names or
+        shapes differ."""
         ...
 
 

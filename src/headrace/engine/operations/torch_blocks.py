@@ -107,9 +107,11 @@ class TorchOperations:
         self._primitives = primitives
         self.description = primitives.description
         self.kv_dtype = primitives.dtype
-        self.packed_format = f"{str(primitives.dtype).removeprefix('torch.')}-1"
+        self.arithmetic = str(primitives.dtype).removeprefix("torch.")
+        self.packed_version = "2"
+        self.bytes_per_weight = float(primitives.dtype.itemsize)
 
-    def pack(self, h: Hyperparameters, read: Read, rope_divisors: Tensor | None = None) -> dict[str, Tensor]:
+    def pack(self, h: Hyperparameters, read: Read) -> dict[str, Tensor]:
         tensors = {}
         for name in _packed_shapes(h):
             prefix, _, part = name.rpartition(".")
@@ -117,8 +119,6 @@ class TorchOperations:
                 tensors[name] = torch.cat([read(f"{prefix}.{each}", self._primitives.dtype) for each in part])
             else:
                 tensors[name] = read(name, self._primitives.dtype).contiguous()
-        if rope_divisors is not None:
-            tensors["rope_divisors"] = rope_divisors.float()
         return tensors
 
     def load(self, h: Hyperparameters, tensors: Mapping[str, Tensor], max_context_tokens: int) -> TorchBlocks:
