@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from headrace.api.messages import FinishedRequest, TenantRule, TerminalState
 from headrace.gateway.endpoint_state import EndpointState, TenantAccount
@@ -22,8 +23,7 @@ MAX_ELSEWHERE_REMEMBERED = 65_536
 """Requests of other gateways that were charged here, kept so that a second report charges nothing."""
 
 
-@dataclass(slots=True)
-class Charge:
+class Charge(msgspec.Struct):
     """What a request was charged so far: expected, then, when settled, measured."""
 
     tenant: str

@@ -106,6 +106,16 @@ class FrontMetrics:
             ("request_engine_seconds", "Engine time measured for ended requests", self.engine_s),
             ("engine_busy_seconds", "Time in which this engine had requests", load.busy_ns * 1e-9),
             ("engine_idle_seconds", "Time in which it had none", load.idle_ns * 1e-9),
+            (
+                "spec_decode_num_draft_tokens",
+                "Tokens that this engine process guessed ahead and verified",
+                load.num_draft_tokens,
+            ),
+            (
+                "spec_decode_num_accepted_tokens",
+                "Tokens that were guessed right: each saved a step",
+                load.num_accepted_tokens,
+            ),
         )
         for name, help_text, value in counters:
             counter = CounterMetricFamily(f"headrace_{name}", help_text, labels=names)
@@ -115,7 +125,11 @@ class FrontMetrics:
     def _histograms(self) -> Iterator[Metric]:
         histograms = (
             ("time_to_first_token_seconds", "Arrival to the first token", self.time_to_first_token),
-            ("inter_token_latency_seconds", "Gap between two tokens", self.inter_token_latency),
+            (
+                "inter_token_latency_seconds",
+                "Gap between two tokens of different steps",
+                self.inter_token_latency,
+            ),
             ("e2e_request_latency_seconds", "Arrival to the end", self.e2e_latency),
         )
         for name, help_text, histogram in histograms:
