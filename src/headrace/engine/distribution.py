@@ -34,6 +34,7 @@ _POLYNOMIAL = (0.693147004, 0.240222424, 0.0555073358, 0.00967151299, 0.00132647
 """2^f for f in [-0.5, 0.5] is about 1 + 0.693 f + 0.240 f^2 + ..., to 1e-7: a minimax fit of the relative
 error with p(0) = 1 (iteratively reweighted least squares over 4,001 Chebyshev points)."""
 _COEFFICIENTS = tuple(np.float32(value) for value in _POLYNOMIAL)
+_LOWEST = -3.4e38
 _SPANS = (1.0, 2.0, 4.0, 8.0, 12.0, math.inf)
 """Tokens at least e^-span times as likely as the likeliest are tried first: sorting few is cheap, and they
 nearly always hold what is looked for. Changes no result."""
@@ -64,9 +65,9 @@ def _mix(z: int) -> int:
 def weights(row_V: Float32Row, highest: float, temperature: float) -> Int64Row:
     """Return each token's weight, a whole number of 0 to 2^44. Each operation rounds to float32, none is fused
     with another: so C++ gets the same bits."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # minus infinity times a scale of 0
         log2 = (row_V - np.float32(highest)) * np.float32(_LOG2_E / temperature)
-    np.maximum(log2, _LEAST_LOG2, out=log2)
+    np.fmax(log2, _LEAST_LOG2, out=log2)
     whole = log2 + _ROUNDER
     fraction = log2 - (whole - _ROUNDER)
     power = np.full_like(fraction, _COEFFICIENTS[-1])
@@ -138,7 +139,8 @@ def _most_likely(
 ) -> _Ordered:
     """Return the most likely tokens in order: at least `count` of them, which weigh at least `mass`."""
     for span in _SPANS:
-        ids = np.flatnonzero(row_V >= highest - span * reach)
+        least = highest - span * reach
+        ids = np.flatnonzero(row_V >= (least if least > _LOWEST else -math.inf))
         if len(ids) >= count and (weights_V is None or int(weights_V[ids].sum()) >= mass):
             break
     # ids rise, and the sort is stable: ties go to the lower id.

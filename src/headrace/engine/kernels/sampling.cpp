@@ -30,6 +30,8 @@ const SamplingPasses& passes() {
   return sampling_passes_portable;
 }
 
+float float_of(double edge) { return edge > -3.4e38 ? static_cast<float>(edge) : -kInfinity; }
+
 // Some tokens, in the order of their ids.
 struct Tokens {
   void reserve(size_t count) {
@@ -89,7 +91,7 @@ class Order {
     const auto least = static_cast<int64_t>(std::ceil(min_p * static_cast<double>(int64_t{1} << kUnitBits)));
     // A little lower than where such weights begin, for what is lost by rounding.
     const double edge = weighing_.highest + (std::log2(min_p) - 0.01) / weighing_.scale;
-    const int num = gather(edge < -3e38 ? -kInfinity : static_cast<float>(edge), kInfinity);
+    const int num = gather(float_of(edge), kInfinity);
     return pass_.mass(scratch_.a.logits.data(), num, weighing_, least);
   }
 
@@ -103,7 +105,7 @@ class Order {
 
  private:
   float edge(size_t ring) const {
-    return static_cast<float>(weighing_.highest - kSpans[ring] * temperature_);
+    return float_of(weighing_.highest - kSpans[ring] * temperature_);
   }
 
   // Copy the tokens with least <= logit < before to scratch.a; return how many.
