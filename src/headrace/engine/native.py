@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
+from typing import Literal
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from headrace.engine.speculation.speculator import Speculator
 from headrace.engine.speculation.verify import Verified, verify
 from headrace.engine.step_batch import StepInputBuilder
 from headrace.engine.work import WorkAccount, decode_part, prompt_part
-from headrace.errors import InvalidRequest, ModelError
+from headrace.errors import InvalidRequest, ModelError, Overloaded
 
 
 class NativeEngine:
@@ -54,6 +55,7 @@ class NativeEngine:
         self._steps = 0
         self._step_s = 0.0
         self._work = WorkAccount(clock.now_ns())
+        self._sleep_level = 0
 
     def __repr__(self) -> str:
         return f"<NativeEngine {self._runner.architecture}, step {self._steps}, {self._scheduler!r}>"
@@ -73,6 +75,7 @@ class NativeEngine:
             max_running=self._spec.max_running,
             path=path,
             phases={},
+            sleep_level=self._sleep_level,
         )
 
     def compute_first_step(self) -> None:
@@ -100,6 +103,8 @@ class NativeEngine:
     def submit(self, request: GenerationRequest) -> None:
         if request.request_id in self._scheduler:
             raise InvalidRequest(f"request id {request.request_id!r} is in use; ids must be unique")
+        if self._sleep_level:
+            raise Overloaded("the engine is asleep; wake it or use another replica", retry_after_s=1.0)
         check_request(request, self._runner.vocab_size, self._max_context_tokens)
         if not self.has_work():
             self._work.rest(self._clock.now_ns())
@@ -154,15 +159,30 @@ class NativeEngine:
             busy_ns=work.busy_ns,
             idle_ns=work.idle_ns,
             step_model=work.fit.model,
+            sleep_level=self._sleep_level,
         )
+
+    def sleep(self, level: Literal[1, 2]) -> list[bytes]:
+        if self.has_work():
+            num_open = len(self._scheduler.running) + len(self._scheduler.waiting)
+            raise Overloaded(f"the engine cannot sleep: it has {num_open} requests", retry_after_s=1.0)
+        self._runner.sleep(level)
+        self._sleep_level = max(level, self._sleep_level)
+        self._scheduler.pool.forget_all()
+        return self._scheduler.pool.take_forgotten()
+
+    def wake(self) -> None:
+        if self._sleep_level:
+            self._runner.wake()
+            self._sleep_level = 0
 
     def check_integrity(self) -> None:
         """Raise AssertionError, showing what failed, unless every block and request is accounted for."""
         self._scheduler.check_integrity()
 
     def _share_time(self, decision: Decision) -> None:
-        """Split the time up to here over the step's requests. What is left of the step, and sending it, goes to
-        the next one."""
+        """Split the time up to here over the step's requests. What is left of the step, and sending it, goes
+        to the next one."""
         parts = [
             decode_part(1 + len(drafts), request.num_computed_tokens + 1 + len(drafts))
             if num_new == 1

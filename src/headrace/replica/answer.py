@@ -91,6 +91,7 @@ class Choice:
         "_sent_entries",
         "_stops",
         "_texts",
+        "engine_ns",
         "finish_reason",
         "index",
         "num_cached_tokens",
@@ -108,6 +109,8 @@ class Choice:
         """All tokens so far: with the prompt, what it takes to continue elsewhere."""
         self.finish_reason = ""
         self.num_cached_tokens = 0
+        self.engine_ns = 0
+        """Engine time so far, as far as the engine told."""
         token_bytes = rules.token_bytes
         self._decoder = TextDecoder(token_bytes)
         self._stops = StopStrings(rules.stops) if rules.stops else None
@@ -135,6 +138,7 @@ class Choice:
         if answer.has_ended:
             return False
         token_ids, reason = output.token_ids, output.finish_reason
+        self.engine_ns = max(self.engine_ns, output.engine_ns)  # a refusal has none
         if len(token_ids) > 1 and self._stops is not None:
             return self._take_one_by_one(output, now_s)
         if reason == "error" or reason == "aborted":
@@ -388,4 +392,5 @@ class Answer:
         record.status, record.finish_reason, record.error = status, finish_reason, error
         record.num_output_tokens = self._num_output_tokens()
         record.num_cached_tokens = self._num_cached_tokens()
+        record.engine_s = sum(choice.engine_ns for choice in self.choices) * 1e-9
         self.services.ledger.close(record, state)

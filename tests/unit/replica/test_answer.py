@@ -171,6 +171,25 @@ def test_a_stop_string_aborts_the_engines_request(is_stream: bool) -> None:
     assert world.state is TerminalState.FINISHED
 
 
+def test_engine_time_is_that_of_all_choices_however_each_ends() -> None:
+    world = World(is_stream=True, n=3, stops=("STOP",))
+    for index in range(3):
+        world.step(index, b"a", engine_ns=1_000_000)
+    world.step(0, b"b", "length", engine_ns=5_000_000)
+    world.step(1, b"STOP", engine_ns=7_000_000)
+    assert world.listener.finished == []
+    world.step(2, b"", "stop", engine_ns=9_000_000)
+    assert world.listener.finished[0].engine_s == pytest.approx(0.021)
+
+
+def test_an_aborted_requests_engine_time_is_what_was_told_until_then() -> None:
+    world = World(is_stream=True)
+    world.step(0, b"a", engine_ns=3_000_000)
+    world.step(0, b"b", engine_ns=4_000_000)
+    world.wire.connection.connection_lost(None)
+    assert [each.engine_s for each in world.listener.finished] == [pytest.approx(0.004)]
+
+
 def test_logprobs_of_text_after_a_stop_string_are_left_out() -> None:
     world = World(is_stream=False, stops=("c",), logprobs=0)
     for byte in b"abcd":
