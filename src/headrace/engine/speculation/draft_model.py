@@ -19,6 +19,8 @@ from headrace.engine.protocol import Int32Array, ModelRunner, StepInput
 from headrace.engine.request import EngineRequest
 from headrace.engine.speculation.proposer import Wanted
 
+_USUAL_ACCEPTANCE = 0.7
+
 
 class _Part(NamedTuple):
     """Tokens of one request that a pass computes, the first one at `position`."""
@@ -70,6 +72,9 @@ class DraftModelProposer:
     def __repr__(self) -> str:
         num_known = sum(block_hash is not None for block_hash in self._hash_of_block)
         return f"<DraftModelProposer {self.description}, {num_known} blocks known>"
+
+    def outlook(self, request: EngineRequest, max_tokens: int) -> Sequence[float]:
+        return [_USUAL_ACCEPTANCE] * max_tokens
 
     def propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
         drafts = self._plan(wanted)

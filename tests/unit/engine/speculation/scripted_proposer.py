@@ -22,6 +22,9 @@ class ScriptedProposer:
         self._vocab_size = vocab_size
         self._random = random.Random(seed)
 
+    def outlook(self, _request: EngineRequest, max_tokens: int) -> Sequence[float]:
+        return [0.9] * max_tokens
+
     def propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
         return [self._propose(request, max_tokens) for request, max_tokens in wanted]
 
@@ -43,6 +46,9 @@ class ConstantProposer:
 
     def __init__(self, token_id: int) -> None:
         self._token_id = token_id
+
+    def outlook(self, _request: EngineRequest, max_tokens: int) -> Sequence[float]:
+        return [0.9] * max_tokens
 
     def propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
         return [[self._token_id] * max_tokens for _, max_tokens in wanted]
