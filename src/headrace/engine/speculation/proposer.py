@@ -33,6 +33,6 @@ class Proposer(Protocol):
         ...
 
     def propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
-        """Return each one's guesses, at most its max_tokens, possibly none. Each had an outlook after its last
-        token."""
+        """Return each one's guesses, at most its max_tokens, possibly none. Each had an outlook with the same
+        tokens."""
         ...
