@@ -20,6 +20,7 @@ from headrace.api.messages import (
     StepOutput,
 )
 from headrace.clock import Clock
+from headrace.engine.grammar_queue import GrammarQueue
 from headrace.engine.kv_cache.block_pool import BlockPool
 from headrace.engine.protocol import ModelRunner, StepInput
 from headrace.engine.request import EngineRequest, check_request
@@ -31,13 +32,22 @@ from headrace.engine.step_batch import StepInputBuilder
 from headrace.engine.work import WorkAccount, decode_part, prompt_part
 from headrace.errors import InvalidRequest, ModelError, Overloaded
 
+_GRAMMAR_WAIT_S = 0.02
+"""Longest wait for a grammar with nothing else to do: commands are read in between."""
+
 
 class NativeEngine:
     """Generates with a model runner. Turn of a step: schedule, guess, run, verify by sampling, update."""
 
     def __init__(
-        self, spec: EngineSpec, runner: ModelRunner, clock: Clock, speculator: Speculator | None = None
+        self,
+        spec: EngineSpec,
+        runner: ModelRunner,
+        clock: Clock,
+        speculator: Speculator | None = None,
+        grammars: GrammarQueue | None = None,
     ) -> None:
+        """Without `grammars`, requests with a grammar are refused."""
         self._spec = spec
         self._runner = runner
         self._clock = clock
@@ -51,6 +61,7 @@ class NativeEngine:
         self._builder = StepInputBuilder(runner.block_size, spec.token_budget, spec.max_running)
         self._sampler = Sampler()
         self._speculator = speculator
+        self._grammars = grammars
         self._arrivals = count()
         self._steps = 0
         self._step_s = 0.0
@@ -101,24 +112,36 @@ class NativeEngine:
         self._work = WorkAccount(self._clock.now_ns())
 
     def submit(self, request: GenerationRequest) -> None:
-        if request.request_id in self._scheduler:
+        grammars = self._grammars
+        if request.request_id in self._scheduler or (grammars and request.request_id in grammars):
             raise InvalidRequest(f"request id {request.request_id!r} is in use; ids must be unique")
         if self._sleep_level:
             raise Overloaded("the engine is asleep; wake it or use another replica", retry_after_s=1.0)
-        check_request(request, self._runner.vocab_size, self._max_context_tokens)
-        if not self.has_work():
-            self._work.rest(self._clock.now_ns())
-        self._scheduler.add(
-            EngineRequest(request, next(self._arrivals), self._runner.eos_token_ids, self._max_context_tokens)
+        check_request(
+            request,
+            self._runner.vocab_size,
+            self._max_context_tokens,
         )
+        accepted = EngineRequest(
+            request, next(self._arrivals), self._runner.eos_token_ids, self._max_context_tokens
+        )
+        if grammars is not None and request.grammar:
+            grammars.add(accepted, request.grammar, self._clock.now_s())
+        else:
+            self._schedule(accepted)
 
     def abort(self, request_id: str) -> None:
         self._scheduler.remove(request_id)
+        if self._grammars is not None:
+            self._grammars.remove(request_id)
 
     def has_work(self) -> bool:
-        return bool(self._scheduler.running or self._scheduler.waiting)
+        return self._is_computing() or bool(self._grammars)
 
     def step(self) -> StepBatch:
+        failures = self._settle_grammars() if self._grammars else []
+        if not self._is_computing():
+            return StepBatch(failures, self.load(), self._scheduler.pool.take_forgotten())
         begin_s = self._clock.now_s()
         decision = self._scheduler.schedule()
         assert decision.scheduled, f"a step without work: {self!r}"
@@ -134,15 +157,32 @@ class NativeEngine:
         self._step_s = self._clock.now_s() - begin_s
         if self._speculator is not None:
             self._speculator.observe(decision, verified, self._step_s)
-        return StepBatch(outputs, self.load(), self._scheduler.pool.take_forgotten())
+        return StepBatch(failures + outputs, self.load(), self._scheduler.pool.take_forgotten())
+
+    def _settle_grammars(self) -> list[StepOutput]:
+        """Schedule the requests whose grammar is compiled; return the end of those whose grammar failed."""
+        assert self._grammars is not None
+        wait_s = 0.0 if self._is_computing() else _GRAMMAR_WAIT_S
+        settled = self._grammars.settle(self._clock.now_s(), wait_s)
+        for request in settled.ready:
+            self._schedule(request)
+        return [StepOutput(name, finish_reason="error", error=error) for name, error in settled.failed]
+
+    def _is_computing(self) -> bool:
+        return bool(self._scheduler.running or self._scheduler.waiting)
+
+    def _schedule(self, request: EngineRequest) -> None:
+        if not self._is_computing():
+            self._work.rest(self._clock.now_ns())
+        self._scheduler.add(request)
 
     def load(self) -> EngineLoad:
         scheduler, work, speculator = self._scheduler, self._work, self._speculator
-        if not self.has_work():
+        if not self._is_computing():
             work.rest(self._clock.now_ns())
         return EngineLoad(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
+            num_waiting=len(scheduler.waiting) + (len(self._grammars) if self._grammars else 0),
             num_free_blocks=scheduler.pool.num_allocatable,
             num_total_blocks=scheduler.pool.num_blocks,
             step_s=self._step_s,

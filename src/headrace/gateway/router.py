@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.1
 DEMAND_PERIOD_S = 0.2
 RECORDS_AT_A_TIME = 32
-"""Records that are written in one turn of the loop: about as much work as four decisions, which wait for it."""
+"""Records written in one turn of the loop: about as much work as four decisions, which wait for it."""
 REQUEST_LOG_BYTES = 64 * 1024 * 1024
 """A gateway's request log, twice: the file and the one before it."""
 BACKLOG = 4096

@@ -38,8 +38,9 @@ class Verified:
             self._take_error(result.error)
             return False
         request, token_id, index = self.request, result.token_id, len(self.token_ids)
+        num_before = len(request.token_ids)
         self.finish_reason = request.append(token_id)
-        if self.finish_reason == "stop":
+        if len(request.token_ids) == num_before:  # a stop token is not kept
             return False
         self.token_ids.append(token_id)
         if result.logprobs is not None:
