@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from headrace.engine.request import EngineRequest
 from headrace.engine.speculation.proposer import Wanted
 
 _USUAL_ACCEPTANCE = 0.7
+"""Where a request begins: what it turns out to be is learned within some guesses."""
 
 
 class _Part(NamedTuple):
@@ -62,18 +63,19 @@ class DraftModelProposer:
     def __init__(self, runner: ModelRunner, token_budget: int) -> None:
         """`runner` has at least as many blocks as the block pool, of the same size. A pass computes at most
         `token_budget` tokens."""
-        self.description = f"draft model {runner.architecture}"
+        self.description = f"a draft model ({runner.architecture} {runner.path})"
         self._runner = runner
         self._token_budget = token_budget
         self._shift = runner.block_size.bit_length() - 1
-        self._hash_of_block: list[BlockHash | None] = [None] * runner.num_blocks
-        """What each block of the small model's KV memory holds, if it is full and known."""
+        self._hash_of_block: dict[int, BlockHash] = {}
+        """What blocks of the small model's KV memory hold, of those that are full and known."""
 
     def __repr__(self) -> str:
-        num_known = sum(block_hash is not None for block_hash in self._hash_of_block)
-        return f"<DraftModelProposer {self.description}, {num_known} blocks known>"
+        return f"<DraftModelProposer {self.description}, {len(self._hash_of_block)} blocks known>"
 
     def outlook(self, request: EngineRequest, max_tokens: int) -> Sequence[float]:
+        if len(request.token_ids) + max_tokens > self._runner.max_context_tokens:
+            return ()
         return [_USUAL_ACCEPTANCE] * max_tokens
 
     def propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
@@ -82,6 +84,13 @@ class DraftModelProposer:
             self._draft(drafts)
         token_ids = {draft.request.request_id: draft.token_ids for draft in drafts}
         return [token_ids.get(request.request_id, []) for request, _ in wanted]
+
+    def sleep(self, level: Literal[1, 2]) -> None:
+        self._runner.sleep(level)
+        self._hash_of_block.clear()
+
+    def wake(self) -> None:
+        self._runner.wake()
 
     def _draft(self, drafts: Sequence[_Draft]) -> None:
         """Compute what is missing, then guess pass by pass. Who is not complete after the first pass, whose
@@ -154,7 +163,9 @@ class DraftModelProposer:
         """Skip blocks that hold the request's tokens already, computed for another request or before."""
         last = min((len(request.token_ids) - 1) >> self._shift, len(request.block_hashes))
         index = state.num_computed_tokens >> self._shift
-        while index < last and self._hash_of_block[request.block_table[index]] == request.block_hashes[index]:
+        while index < last and (
+            self._hash_of_block.get(request.block_table[index]) == request.block_hashes[index]
+        ):
             index += 1
             if index << self._shift > state.num_computed_tokens:
                 state.num_computed_tokens = index << self._shift
@@ -165,7 +176,7 @@ class DraftModelProposer:
         first = draft.state.num_computed_tokens >> self._shift
         last = (draft.end + draft.max_tokens - 2) >> self._shift
         for block in draft.request.block_table[first : last + 1]:
-            self._hash_of_block[block] = None
+            self._hash_of_block.pop(block, None)
 
     # ---- one pass
 

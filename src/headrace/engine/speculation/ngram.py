@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from typing import Literal
 
 from headrace.engine.request import EngineRequest
 from headrace.engine.speculation.proposer import Wanted
@@ -98,6 +99,11 @@ class NgramProposer:
 
     def propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
         return [_continue(request, max_tokens) for request, max_tokens in wanted]
+
+    def sleep(self, level: Literal[1, 2]) -> None:
+        """What it keeps goes with the requests."""
+
+    def wake(self) -> None: ...
 
 
 def _continue(request: EngineRequest, max_tokens: int) -> list[int]:

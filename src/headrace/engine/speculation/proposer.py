@@ -7,7 +7,7 @@ Must not know sampling, logits, or how many guesses pay.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from headrace.engine.request import EngineRequest
 
@@ -35,4 +35,12 @@ class Proposer(Protocol):
     def propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
         """Return each one's guesses, at most its max_tokens, possibly none. Each had an outlook with the same
         tokens."""
+        ...
+
+    def sleep(self, level: Literal[1, 2]) -> None:
+        """Give memory back, as `ModelRunner.sleep`. No request is open."""
+        ...
+
+    def wake(self) -> None:
+        """Take the memory again, as `ModelRunner.wake`."""
         ...

@@ -6,6 +6,7 @@ Owns the counters and the measured cost of a row. Must not know logits, sampling
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from headrace.engine.request import EngineRequest
 from headrace.engine.scheduler import Decision, Scheduler
@@ -66,7 +67,9 @@ class Speculator:
             return
         self._num_steps_without = 0
         proposed = self._proposer.propose(wanted)
-        for place, (_, num_reserved), drafts in zip(reserved, wanted, proposed, strict=True):
+        for place, (request, num_reserved), drafts in zip(reserved, wanted, proposed, strict=True):
+            if request.constraint is not None and drafts:
+                drafts = drafts[: request.constraint.count_valid(drafts)]
             scheduler.set_drafts(decision, place, num_reserved, drafts)
 
     def _choose(
@@ -92,6 +95,14 @@ class Speculator:
             self._row_cost.observe(decision.num_tokens, step_s)
             rate = num_tokens / len(decision.scheduled)
             self._tokens_per_request += (1 - _KEEP) * (rate - self._tokens_per_request)
+
+    def sleep(self, level: Literal[1, 2]) -> None:
+        """Give the proposer's memory back, as `ModelRunner.sleep`."""
+        self._proposer.sleep(level)
+
+    def wake(self) -> None:
+        """Take it again, as `ModelRunner.wake`."""
+        self._proposer.wake()
 
     def _row_tokens(self, num_decoding: int) -> float:
         """Return how many tokens this batch makes in the time by which one more row lengthens its step."""

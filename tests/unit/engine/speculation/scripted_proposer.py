@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from headrace.engine.request import EngineRequest
 from headrace.engine.speculation.proposer import Wanted
 
 
-class ScriptedProposer:
+class _WithoutMemory:
+    def sleep(self, level: Literal[1, 2]) -> None: ...
+
+    def wake(self) -> None: ...
+
+
+class ScriptedProposer(_WithoutMemory):
     """Guesses each request's known continuation; each guess is wrong with probability `error_rate`."""
 
     description = "script"
@@ -39,7 +46,7 @@ class ScriptedProposer:
         return drafts[: self._random.randint(0, max_tokens)] if self._error_rate else drafts
 
 
-class ConstantProposer:
+class ConstantProposer(_WithoutMemory):
     """Guesses `token_id`, as many times as are wanted."""
 
     description = "constant"
