@@ -8,9 +8,6 @@ from __future__ import annotations
 
 from llguidance import LLParserLimits
 
-MAX_GRAMMAR_CHARACTERS = 131_072
-"""Of a schema, pattern, list of choices or grammar as it was sent. Larger ones compile in half a second and
-more, and each request carries its own."""
 _COMPILE_FUEL = 1_000_000
 _GRAMMAR_SYMBOLS = 500_000
 # A mask usually costs 20 µs. These stop the worst near 10 ms, since all running requests wait for it.

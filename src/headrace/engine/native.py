@@ -28,7 +28,6 @@ from headrace.engine.step_batch import StepInputBuilder
 from headrace.engine.step_cost import StepCost
 from headrace.errors import InvalidRequest, ModelError
 
-
 _GRAMMAR_WAIT_S = 0.02
 """Longest wait for a grammar with nothing else to do: commands are read in between."""
 

@@ -36,8 +36,8 @@ NOT_FINITE = "the model gave logits that are not finite for this request; its ge
 
 
 class Sampled(NamedTuple):
-    """One row's result. `token_id` is NO_TOKEN where a grammar is complete, and has no meaning when `error` is
-    set."""
+    """One row's result. `token_id` is NO_TOKEN where a grammar is complete, and has no meaning when `error`
+    is set."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
