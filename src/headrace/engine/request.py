@@ -12,6 +12,7 @@ from headrace.api.messages import FinishReason, GenerationRequest, SamplingParam
 from headrace.engine.constraint import Constraint
 from headrace.engine.kv_cache.prefix_cache import BlockHash, root_hash
 from headrace.engine.penalties import Penalties
+from headrace.engine.speculation.controller import DraftController
 from headrace.errors import InvalidRequest
 
 MAX_LOGPROBS = 64
@@ -92,7 +93,7 @@ class EngineRequest:
     """One accepted request: its tokens, how far they are computed, and its KV blocks.
 
     The scheduler owns num_computed_tokens, the block table and the hashes; the sampler owns `penalties` and
-    `constraint`.
+    `constraint`; speculation owns `draft_controller` and `proposer_state`, None until it needs them.
     """
 
     __slots__ = (
@@ -100,7 +101,9 @@ class EngineRequest:
         "block_hashes",
         "block_table",
         "constraint",
+        "draft_controller",
         "end_token_ids",
+        "engine_ns",
         "has_output",
         "max_total_tokens",
         "num_cached_tokens",
@@ -109,6 +112,7 @@ class EngineRequest:
         "num_shared_tokens",
         "order",
         "penalties",
+        "proposer_state",
         "request_id",
         "root_hash",
         "sampling",
@@ -135,6 +139,8 @@ class EngineRequest:
         self.max_total_tokens = min(self.num_prompt_tokens + sampling.max_tokens, max_context_tokens)
         stops = frozenset(sampling.stop_token_ids)
         self.stop_token_ids = stops if sampling.ignore_eos else stops | eos_token_ids
+        self.engine_ns = 0
+        """Its parts of the steps it was in."""
         self.end_token_ids = self.stop_token_ids & eos_token_ids
         """What may end an answer where its grammar allows an end."""
         self.num_computed_tokens = 0
@@ -147,6 +153,8 @@ class EngineRequest:
         self.root_hash = root_hash(request.cache_salt)
         self.num_shared_tokens = request.num_shared_tokens
         self.penalties = Penalties.of(sampling, self.stop_token_ids)
+        self.draft_controller: DraftController | None = None
+        self.proposer_state: object | None = None
         self.constraint: Constraint | None = None
         """Of a request with a grammar; set before it is scheduled."""
 

@@ -62,10 +62,21 @@ def _mix(z: int) -> int:
 class Sampler:
     """Samples all rows of a step. Holds no state: each request carries its own."""
 
-    def sample(self, logits_SV: torch.Tensor, requests: Sequence[EngineRequest]) -> list[Sampled]:
-        """Return one result per row; row i belongs to requests[i]. `logits_SV` (float32) stays as it is."""
+    def sample(
+        self,
+        logits_SV: torch.Tensor,
+        requests: Sequence[EngineRequest],
+        rows: Sequence[int] | None = None,
+    ) -> list[Sampled]:
+        """Return one result per request: row rows[i] is that of requests[i]; without `rows`, row i.
+
+        A request is there at most once: its next row depends on what came of this one. `logits_SV` (float32)
+        stays as it is.
+        """
         if not requests:
             return []
+        if rows is not None:
+            logits_SV = logits_SV[list(rows)]
         if logits_SV.device.type != "cpu" and not all(_is_plain_greedy(request) for request in requests):
             logits_SV = logits_SV.cpu()
         best, best_logits = _most_likely(logits_SV)

@@ -27,8 +27,12 @@ _QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(?://|#)[^\n]*')
 _INLINE_SCHEMA = re.compile(r"%json\s*(?=\{)")
 _RULE_OPTION = re.compile(r"^[ \t]*[\w-]+\[[^\]\n]*\b(temperature|max_tokens|stop\w*)\b[^\]\n]*\]\s*:", re.M)
 """What only an engine that samples for the library could honour."""
+_TRIED_BYTES = 64
 _END = 256
+_NO_WHITESPACE = (1 << _END) - 1 ^ sum(1 << byte for byte in b" \n\r\t")
 _MAX_ERROR_CHARACTERS = 400
+_REGEX_ERROR = re.compile(r"regex parse error:.*\nerror: ([^\n]*)", re.S)
+_POSITION = re.compile(r"^(?:at )?\d+\(\d+\):\s*")
 
 
 class GrammarError(Exception):
@@ -40,7 +44,7 @@ def write_grammar(kind: FormKind, text: str) -> str:
     if kind == "json":
         lark = f"start: %json {_schema(text)}"
     elif kind == "regex":
-        lark = f"start: /{llguidance.regex_to_lark(text, use_ascii='')}/"
+        lark = f"start: /{llguidance.regex_to_lark(text, use_ascii='d')}/"
     elif kind == "choice":
         choices = sorted(set(json.loads(text)))
         lark = "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
@@ -98,22 +102,30 @@ def _check_inline_schema(lark: str, place: int) -> None:
 
 
 def _try(grammar: str) -> None:
-    """Compile the grammar over single bytes, and see whether anything can match it. Raises GrammarError."""
+    """Compile the grammar over single bytes, and follow it a little way: whether anything can match it, and
+    many a limit, shows at its first bytes. Raises GrammarError."""
     matcher = LLMatcher(LLTokenizer(_Bytes(), slices=[]), grammar, log_level=0, limits=front_limits())  # type: ignore[arg-type]
+    for _ in range(_TRIED_BYTES):
+        if matcher.is_error() or matcher.is_stopped():
+            break
+        mask = int.from_bytes(matcher.compute_bitmask(), "little") & _NO_WHITESPACE
+        if not mask:
+            break
+        matcher.consume_token((mask & -mask).bit_length() - 1)  # the lowest allowed byte
     if not matcher.is_error():
-        matcher.compute_bitmask()
-        if not matcher.is_error():
-            return
+        return
     error = str(matcher.get_error()).strip()
     if error.startswith("NoExtension"):
         raise GrammarError("nothing can match it")
-    raise GrammarError(_without_position(error))
+    raise GrammarError(_explain(error))
 
 
-def _without_position(error: str) -> str:
-    """Leave out where in our own text the error is, and the text itself."""
-    first = error.partition("\n   ")[0]
-    return re.sub(r"^(?:at )?\d+\(\d+\):\s*", "", first)[:_MAX_ERROR_CHARACTERS]
+def _explain(error: str) -> str:
+    """Return the library's words without where they are in our text, and without repeating the client's."""
+    reason = _REGEX_ERROR.search(error)
+    if reason is not None:
+        return f"the pattern cannot be read: {reason[1]}"
+    return _POSITION.sub("", error.partition("\n")[0])[:_MAX_ERROR_CHARACTERS]
 
 
 class _Bytes:

@@ -1,4 +1,4 @@
-"""A native engine with the fake runner over SmolLM2's real vocabulary, for answers that must match a grammar."""
+"""A native engine with the fake runner over SmolLM2's real vocabulary, for answers held to grammars."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from headrace.engine.model_files.metadata import read_metadata
 from headrace.engine.model_files.resolve import resolve_model
 from headrace.engine.model_files.vocabulary import read_token_bytes
 from headrace.engine.native import NativeEngine
+from headrace.engine.speculation.speculator import Speculator
 
 EOS = frozenset({0, 2})
 MAX_STEPS = 3000
@@ -38,10 +39,12 @@ class GrammarRig:
     def text(self, token_ids: Sequence[int]) -> str:
         return b"".join(self.token_bytes[token_id] for token_id in token_ids).decode()
 
-    def engine(self, num_blocks: int = 512, max_running: int = 8) -> NativeEngine:
+    def engine(
+        self, num_blocks: int = 512, max_running: int = 8, speculator: Speculator | None = None
+    ) -> NativeEngine:
         runner = FakeRunner(num_blocks, vocab_size=len(self.token_bytes), eos_token_ids=EOS)
         spec = EngineSpec("native", "fake", max_running=max_running, token_budget=64, block_size=8)
-        return NativeEngine(spec, runner, VirtualClock(), GrammarQueue(lambda: self.compiler))
+        return NativeEngine(spec, runner, VirtualClock(), speculator, GrammarQueue(lambda: self.compiler))
 
     def run(
         self, requests: Sequence[GenerationRequest], engine: NativeEngine | None = None

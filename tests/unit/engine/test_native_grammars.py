@@ -1,7 +1,7 @@
 """The native engine holds answers to grammars: every answer is judged by something else than the matcher.
 
-Pydantic judges JSON, `re` patterns. The fake runner's logits are a hash, so the answers wander everywhere that
-the grammars let them.
+Pydantic judges JSON, `re` patterns. The fake runner's logits are a hash, so the answers wander everywhere
+that the grammars let them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from tests.unit.engine.grammar_rig import EOS, GrammarRig
 from headrace.api.messages import GenerationRequest, SamplingParams
 from headrace.engine.constraint import Constraint
 from headrace.engine.grammar_queue import COMPILE_LIMIT_S, GrammarQueue
+from headrace.engine.speculation.ngram import NgramProposer
+from headrace.engine.speculation.speculator import Speculator
 from headrace.errors import InvalidRequest
 from headrace.replica.grammar_text import write_grammar
 
@@ -27,7 +29,7 @@ PATTERNS = (
     r"[a-z]{3}-\d{4}",
     r"(yes|no|maybe)(, (yes|no|maybe)){0,3}",
     r"[^aeiou]{1,12}",
-    r"\w{1,8}@\w{1,8}\.(com|org)",
+    r"[a-zß-ü.]{1,8}@[a-z]{1,8}\.(com|org)",
     r"(é|ß|😀|日本){1,6}",
     r"(a|ab|abc){0,6}c?",
 )
@@ -66,6 +68,11 @@ def tree_schema() -> dict[str, Any]:
     schema = Tree.model_json_schema()
     # The fewest line ends: what hashes choose would be mostly white.
     return {**schema, "x-guidance": {"whitespace_pattern": " ?"}}
+
+
+def unchecked(lark: str) -> str:
+    """A grammar as no front would let through."""
+    return json.dumps({"grammars": [{"lark_grammar": '%llguidance {"no_forcing": true}\n' + lark}]})
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +127,21 @@ def test_partners_change_nothing_and_free_answers_are_what_they_were(rig: Gramma
         alone = rig.run([one])[one.request_id]
         assert batched[one.request_id].token_ids == alone.token_ids
         assert batched[one.request_id].finish_reason == alone.finish_reason
+
+
+@pytest.mark.slow
+def test_guessing_ahead_changes_nothing(rig: GrammarRig) -> None:
+    tree = write_grammar("json", json.dumps(tree_schema()))
+    repeat = write_grammar("regex", "((red|blue) and ){8}(red|blue)")
+    requests = [request(f"tree{i}", tree, seed=i) for i in range(3)]
+    requests += [request(f"repeat{i}", repeat, seed=i, temperature=0.5 * i) for i in range(3)]
+    speculator = Speculator(NgramProposer(), 4)
+    guessed = rig.run(requests, rig.engine(speculator=speculator))
+    plain = rig.run(requests)
+    for name, answer in plain.items():
+        assert guessed[name].token_ids == answer.token_ids
+        assert guessed[name].finish_reason == answer.finish_reason == "stop"
+    assert speculator.num_accepted_tokens > 0
 
 
 @pytest.mark.slow
@@ -223,13 +245,7 @@ def test_a_grammar_that_does_not_work_ends_its_own_request_only(rig: GrammarRig)
 
 
 def test_a_grammar_that_meets_a_limit_while_it_matches_ends_its_own_request_only(rig: GrammarRig) -> None:
-    ambiguous = json.dumps(
-        {
-            "grammars": [
-                {"lark_grammar": '%llguidance {"no_forcing": true}\nstart: s\ns: s s s | s s | "a" | '}
-            ]
-        }
-    )
+    ambiguous = unchecked('start: s\ns: s s s | s s | "a" | ')
     answers = rig.run(
         [request("r", ambiguous, max_tokens=200, ignore_eos=True), request("free", "", max_tokens=3)]
     )
@@ -239,10 +255,7 @@ def test_a_grammar_that_meets_a_limit_while_it_matches_ends_its_own_request_only
 
 
 def test_special_tokens_are_never_allowed_whatever_the_grammar_says(rig: GrammarRig) -> None:
-    grammar = json.dumps(
-        {"grammars": [{"lark_grammar": '%llguidance {"no_forcing": true}\nstart: <[7]> "a"'}]}
-    )
-    answer = rig.run([request("r", grammar)])["r"]
+    answer = rig.run([request("r", unchecked('start: <[7]> "a"'))])["r"]
     assert answer.finish_reason == "error"
     assert answer.token_ids == []
 
