@@ -122,6 +122,7 @@ class NativeEngine:
             request,
             self._runner.vocab_size,
             self._max_context_tokens,
+            knows_grammars=grammars is not None,
         )
         accepted = EngineRequest(
             request, next(self._arrivals), self._runner.eos_token_ids, self._max_context_tokens

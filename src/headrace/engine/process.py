@@ -240,7 +240,7 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
 
 
 def compiler_for(files: ModelFiles, eos_token_ids: frozenset[int]) -> Compiler:
-    """Return what compiles grammars for a model. Called at the first grammar: the library takes 0.1 s to load."""
+    """Return what compiles grammars for a model. Called at the first grammar: the library loads slowly."""
     from headrace.engine.grammars import GrammarCompiler
     from headrace.engine.model_files.metadata import read_metadata
     from headrace.engine.model_files.vocabulary import read_token_bytes
