@@ -25,7 +25,7 @@ from headrace.engine.request import EngineRequest, check_request
 from headrace.engine.sampler import Sampled, Sampler
 from headrace.engine.scheduler import Decision, Scheduler
 from headrace.engine.step_batch import StepInputBuilder
-from headrace.engine.step_cost import StepCost
+from headrace.engine.work import WorkAccount, decode_part, prompt_part
 from headrace.errors import InvalidRequest, ModelError, Overloaded
 
 
@@ -48,7 +48,7 @@ class NativeEngine:
         self._arrivals = count()
         self._steps = 0
         self._step_s = 0.0
-        self._cost = StepCost()
+        self._work = WorkAccount(clock.now_ns())
         self._sleep_level = 0
 
     def __repr__(self) -> str:
@@ -89,6 +89,7 @@ class NativeEngine:
                 "the model's first step gave logits that are not finite; its file is damaged, or its numbers "
                 "do not fit into this dtype: set dtype to float32"
             )
+        self._work = WorkAccount(self._clock.now_ns())
 
     def submit(self, request: GenerationRequest) -> None:
         if request.request_id in self._scheduler:
@@ -96,6 +97,8 @@ class NativeEngine:
         if self._sleep_level:
             raise Overloaded("the engine is asleep; wake it or use another replica", retry_after_s=1.0)
         check_request(request, self._runner.vocab_size, self._max_context_tokens)
+        if not self.has_work():
+            self._work.rest(self._clock.now_ns())
         self._scheduler.add(
             EngineRequest(request, next(self._arrivals), self._runner.eos_token_ids, self._max_context_tokens)
         )
@@ -113,15 +116,16 @@ class NativeEngine:
         logits_SV = self._runner.execute(self._builder.build(decision.scheduled))
         requests = [item.request for item in decision.scheduled if item.is_sampled]
         sampled = self._sampler.sample(logits_SV, requests)
+        self._share_time(decision)
         outputs = self._update(decision, requests, sampled)
         self._steps += 1
         self._step_s = self._clock.now_s() - begin_s
-        num_decoding = sum(item.num_new_tokens == 1 for item in decision.scheduled)
-        self._cost.observe(self._step_s, decision.num_tokens - num_decoding, num_decoding)
         return StepBatch(outputs, self.load(), self._scheduler.pool.take_forgotten())
 
     def load(self) -> EngineLoad:
-        scheduler = self._scheduler
+        scheduler, work = self._scheduler, self._work
+        if not self.has_work():
+            work.rest(self._clock.now_ns())
         return EngineLoad(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
@@ -132,10 +136,13 @@ class NativeEngine:
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             prefix_query_tokens=scheduler.prefix_query_tokens,
             steps=self._steps,
-            prefill_token_s=self._cost.prefill_token_s,
-            decode_token_s=self._cost.decode_token_s,
+            prefill_token_s=work.fit.prefill_token_s,
+            decode_token_s=work.fit.decode_token_s,
             num_uncomputed_tokens=scheduler.num_uncomputed_tokens,
-            step_per_request_s=self._cost.step_per_request_s,
+            step_per_request_s=work.fit.step_per_request_s,
+            busy_ns=work.busy_ns,
+            idle_ns=work.idle_ns,
+            step_model=work.fit.model,
             sleep_level=self._sleep_level,
         )
 
@@ -157,6 +164,19 @@ class NativeEngine:
         """Raise AssertionError, showing what failed, unless every block and request is accounted for."""
         self._scheduler.check_integrity()
 
+    def _share_time(self, decision: Decision) -> None:
+        """Split the time up to here over the step's requests. What is left of the step, and sending it, goes
+        to the next one."""
+        parts = [
+            decode_part(1, request.num_computed_tokens + 1)
+            if num_new == 1
+            else prompt_part(num_new, request.num_computed_tokens)
+            for request, num_new, _ in decision.scheduled
+        ]
+        shares = self._work.end_step(self._clock.now_ns(), parts)
+        for item, share in zip(decision.scheduled, shares, strict=True):
+            item.request.engine_ns += share
+
     def _update(
         self, decision: Decision, requests: list[EngineRequest], sampled: list[Sampled]
     ) -> list[StepOutput]:
@@ -168,12 +188,15 @@ class NativeEngine:
         request_id = request.request_id
         if result.error:
             self._scheduler.remove(request_id, is_damaged=True)
-            return StepOutput(request_id, finish_reason="error", error=result.error)
-        num_cached_tokens = request.take_num_cached_tokens()
+            return StepOutput(
+                request_id, finish_reason="error", error=result.error, engine_ns=request.engine_ns
+            )
+        num_cached_tokens, engine_ns = request.take_num_cached_tokens(), request.engine_ns
         finish_reason = request.append(result.token_id)
         if finish_reason is not None:
             self._scheduler.remove(request_id)
         if finish_reason == "stop":
-            return StepOutput(request_id, [], finish_reason, num_cached_tokens=num_cached_tokens)
+            return StepOutput(request_id, [], finish_reason, None, num_cached_tokens, "", engine_ns)
         logprobs = None if result.logprobs is None else [result.logprobs]
-        return StepOutput(request_id, [result.token_id], finish_reason, logprobs, num_cached_tokens)
+        token_ids = [result.token_id]
+        return StepOutput(request_id, token_ids, finish_reason, logprobs, num_cached_tokens, "", engine_ns)

@@ -93,6 +93,7 @@ class EngineRequest:
         "arrival",
         "block_hashes",
         "block_table",
+        "engine_ns",
         "has_output",
         "max_total_tokens",
         "num_cached_tokens",
@@ -127,6 +128,8 @@ class EngineRequest:
         self.max_total_tokens = min(self.num_prompt_tokens + sampling.max_tokens, max_context_tokens)
         stops = frozenset(sampling.stop_token_ids)
         self.stop_token_ids = stops if sampling.ignore_eos else stops | eos_token_ids
+        self.engine_ns = 0
+        """Its parts of the steps it was in."""
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
         """Prompt tokens that the prefix cache spared at the first admission; None before it."""

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 
 MAX_PER_REPLICA = 32_768
-"""Hashes remembered per replica: 8 MiB of prompts, about two million tokens."""
+"""Hashes remembered per replica: of 8 MiB of short prompts, two million tokens, and more of long ones."""
 MAX_IN_ALL = 131_072
 """Over all replicas of an endpoint, about 40 MB; with many each may have fewer than MAX_PER_REPLICA."""
 EXPECTED_S = 10.0
