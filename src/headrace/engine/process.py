@@ -34,6 +34,8 @@ from headrace.api.messages import (
 )
 from headrace.clock import Clock, SystemClock
 from headrace.engine.channel import FrontChannel, FrontGone
+from headrace.engine.grammar_queue import Compiler, GrammarQueue
+from headrace.engine.model_files.resolve import ModelFiles
 from headrace.engine.protocol import Engine
 from headrace.engine.simulated import SimulatedEngine
 from headrace.engine.start_phases import StartPhases, describe_phases, process_age_s
@@ -182,7 +184,7 @@ def check_spec(spec: EngineSpec) -> None:
     problems = []
     if spec.block_size < 8 or spec.block_size & (spec.block_size - 1):
         problems.append(f"block_size is {spec.block_size}; it must be a power of two >= 8")
-    for name, least in (("max_running", 1), ("token_budget", 1)):
+    for name, least in (("max_running", 1), ("token_budget", 1), ("max_draft_tokens", 1)):
         if getattr(spec, name) < least:
             problems.append(f"{name} is {getattr(spec, name)}; it must be >= {least}")
     at_least_zero = (
@@ -222,13 +224,25 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
     on_phase("importing torch")
     from headrace.engine.native import NativeEngine
     from headrace.engine.runner import load_runner
+    from headrace.engine.speculation.select import select_speculator
 
-    engine = NativeEngine(spec, load_runner(spec, files, on_phase), clock)
+    runner = load_runner(spec, files, on_phase)
+    grammars = GrammarQueue(lambda: compiler_for(files, runner.eos_token_ids))
+    engine = NativeEngine(spec, runner, clock, select_speculator(spec), grammars)
     on_phase("computing the first step")
     engine.compute_first_step()
     if spec.is_standby:
         engine.sleep(1)
     return engine
+
+
+def compiler_for(files: ModelFiles, eos_token_ids: frozenset[int]) -> Compiler:
+    """Return what compiles grammars for a model. Called at the first grammar: the library takes 0.1 s to load."""
+    from headrace.engine.grammars import GrammarCompiler
+    from headrace.engine.model_files.metadata import read_metadata
+    from headrace.engine.model_files.vocabulary import read_token_bytes
+
+    return GrammarCompiler(lambda: read_token_bytes(read_metadata(files)), eos_token_ids)
 
 
 def is_retryable(error: BaseException) -> bool:

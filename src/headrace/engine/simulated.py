@@ -275,8 +275,7 @@ class SimulatedEngine:
         return max(0, pool.num_blocks - used)
 
     def _prefill(self) -> list[tuple[_SimulatedRequest, StepContents]]:
-        """Compute prompts within this step's budget; complete ones run. Return each with what was
-        computed."""
+        """Compute prompts within this step's budget; complete ones run. Return what was computed of each."""
         is_free = not self._has_cache
         budget = self._spec.token_budget - len(self._running)
         parts = []
