@@ -10,8 +10,8 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Seconds on a monotonic scale, the same as whole nanoseconds for what must add up, and seconds since 1970
-    for what people read."""
+    """Seconds on a monotonic scale, the same as whole nanoseconds for what must add up, and seconds
+    since 1970 for what people read."""
 
     def now_s(self) -> float: ...
 

@@ -7,19 +7,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from headrace.api.messages import EngineSpec
 from headrace.engine.kv_memory import kv_bytes_per_token, plan_kv_blocks
-from headrace.engine.model_files.metadata import ModelMetadata, read_metadata
+from headrace.engine.model_files.metadata import Hyperparameters, ModelMetadata, read_metadata
 from headrace.engine.model_files.resolve import ModelFiles
 from headrace.engine.models.decoder import Decoder, DecoderStep, build_weights
 from headrace.engine.operations.interface import Operations, StepLayout
+from headrace.engine.operations.memory import give_back
 from headrace.engine.operations.select import select_operations
 from headrace.engine.protocol import StepInput
-from headrace.engine.weights.source import open_weights
+from headrace.engine.weights.loading import (
+    ROPE_DIVISORS,
+    Packing,
+    Read,
+    check_free,
+    load_tensors,
+)
+from headrace.engine.weights.names import expected_shapes
 
 
 class DecoderRunner:
@@ -32,19 +41,28 @@ class DecoderRunner:
     """
 
     def __init__(
-        self, metadata: ModelMetadata, decoder: Decoder, spec: EngineSpec, operations: Operations
+        self,
+        metadata: ModelMetadata,
+        load_decoder: Callable[[], Decoder],
+        spec: EngineSpec,
+        operations: Operations,
+        on_phase: Callable[[str], None] = lambda _phase: None,
     ) -> None:
         h = metadata.hyperparameters
         self.vocab_size = h.vocab_size
         self.block_size = spec.block_size
-        self.num_blocks = plan_kv_blocks(spec, h, kv_bytes_per_token(h, operations.dtype.itemsize))
+        bytes_per_token = kv_bytes_per_token(h, operations.dtype.itemsize)
+        self.num_blocks = plan_kv_blocks(spec, h, bytes_per_token)
+        self._kv_bytes = self.num_blocks * self.block_size * bytes_per_token
         longest = min(spec.max_context_tokens or h.context_length, h.context_length)
         self.max_context_tokens = min(longest, self.num_blocks * self.block_size)
         self.eos_token_ids = metadata.eos_token_ids
         self.architecture: str = h.architecture
         self.path = operations.description
-        self._decoder = decoder
-        self._caches = decoder.new_kv_caches(self.num_blocks)
+        self._load_decoder = load_decoder
+        self._decoder: Decoder | None = load_decoder()
+        on_phase("allocating KV memory")
+        self._caches = self._decoder.new_kv_caches(self.num_blocks)
 
     def __repr__(self) -> str:
         return (
@@ -62,7 +80,23 @@ class DecoderRunner:
             sampled_rows_S=torch.from_numpy(batch.sampled_rows_S),
             layout=layout,
         )
+        assert self._decoder is not None, f"a step of a sleeping runner: {self!r}"
         return self._decoder.forward(step, self._caches)
+
+    def sleep(self, level: Literal[1, 2]) -> None:
+        """Give memory back to the system: 1: of keys and values, whose content is lost; 2: and of weights."""
+        self._caches = []
+        if level == 2:
+            self._decoder = None
+        give_back()
+
+    @torch.inference_mode()
+    def wake(self) -> None:
+        """Take the memory again. Raises OutOfMemory, and what loading raises; then it sleeps as before."""
+        check_free(self._kv_bytes, "keys and values")
+        decoder = self._decoder or self._load_decoder()
+        self._caches = decoder.new_kv_caches(self.num_blocks)
+        self._decoder = decoder
 
 
 def load_runner(spec: EngineSpec, files: ModelFiles, on_phase: Callable[[str], None]) -> DecoderRunner:
@@ -75,10 +109,23 @@ def load_runner(spec: EngineSpec, files: ModelFiles, on_phase: Callable[[str], N
     metadata = read_metadata(files)
     torch.set_num_threads(spec.num_threads or len(os.sched_getaffinity(0)))
     operations = select_operations(spec.dtype, torch.get_num_threads())
-    with torch.inference_mode():
+    h = metadata.hyperparameters
+
+    def load_decoder() -> Decoder:
+        tensors = load_tensors(files, h, _packing(operations), spec.packed_dir, on_phase)
         on_phase("loading weights")
-        source = open_weights(files, metadata.hyperparameters)
-        weights = build_weights(metadata.hyperparameters, source.read, operations, source.rope_divisors())
-        on_phase("allocating KV memory")
-        decoder = Decoder(metadata.hyperparameters, weights, operations, spec.block_size)
-        return DecoderRunner(metadata, decoder, spec, operations)
+        weights = build_weights(h, lambda name, _dtype: tensors[name], operations, tensors.get(ROPE_DIVISORS))
+        return Decoder(h, weights, operations, spec.block_size)
+
+    with torch.inference_mode():
+        return DecoderRunner(metadata, load_decoder, spec, operations, on_phase)
+
+
+def _packing(operations: Operations) -> Packing:
+    """All canonical tensors, in the arithmetic's dtype."""
+
+    def pack(h: Hyperparameters, read: Read) -> dict[str, Tensor]:
+        return {name: read(name, operations.dtype) for name in expected_shapes(h)}
+
+    arithmetic = str(operations.dtype).removeprefix("torch.")
+    return Packing(arithmetic, "1", operations.dtype.itemsize, pack)

@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from headrace.api.messages import SamplingParams, TokenLogprobs
+from headrace.engine.constraint import ConstraintError
 from headrace.engine.penalties import Float32Row
-from headrace.engine.request import EngineRequest
+from headrace.engine.request import NO_TOKEN, EngineRequest
 
 Float64Row = NDArray[np.float64]
 _MASK_64 = (1 << 64) - 1
@@ -35,7 +36,8 @@ NOT_FINITE = "the model gave logits that are not finite for this request; its ge
 
 
 class Sampled(NamedTuple):
-    """One row's result. `token_id` has no meaning when `error` is set."""
+    """One row's result. `token_id` is NO_TOKEN where a grammar is complete, and has no meaning when `error` is
+    set."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
@@ -60,10 +62,21 @@ def _mix(z: int) -> int:
 class Sampler:
     """Samples all rows of a step. Holds no state: each request carries its own."""
 
-    def sample(self, logits_SV: torch.Tensor, requests: Sequence[EngineRequest]) -> list[Sampled]:
-        """Return one result per row; row i belongs to requests[i]. `logits_SV` (float32) stays as it is."""
+    def sample(
+        self,
+        logits_SV: torch.Tensor,
+        requests: Sequence[EngineRequest],
+        rows: Sequence[int] | None = None,
+    ) -> list[Sampled]:
+        """Return one result per request: row rows[i] is that of requests[i]; without `rows`, row i.
+
+        A request is there at most once: its next row depends on what came of this one. `logits_SV` (float32)
+        stays as it is.
+        """
         if not requests:
             return []
+        if rows is not None:
+            logits_SV = logits_SV[list(rows)]
         if logits_SV.device.type != "cpu" and not all(_is_plain_greedy(request) for request in requests):
             logits_SV = logits_SV.cpu()
         best, best_logits = _most_likely(logits_SV)
@@ -81,7 +94,10 @@ class Sampler:
 def _is_plain_greedy(request: EngineRequest) -> bool:
     sampling = request.sampling
     return (
-        sampling.temperature < _LEAST_TEMPERATURE and request.penalties is None and sampling.num_logprobs < 0
+        sampling.temperature < _LEAST_TEMPERATURE
+        and request.penalties is None
+        and request.constraint is None
+        and sampling.num_logprobs < 0
     )
 
 
@@ -97,17 +113,47 @@ def _most_likely(logits_SV: torch.Tensor) -> tuple[list[int], list[float]]:
 
 
 def _sample_row(row_V: Float32Row, request: EngineRequest) -> Sampled:
-    sampling = request.sampling
-    if request.penalties is not None:
+    sampling, constraint = request.sampling, request.constraint
+    if request.penalties is not None or constraint is not None:
         row_V = row_V.copy()
+    if request.penalties is not None:
         request.penalties.apply(row_V, request.token_ids, request.num_prompt_tokens)
-    if sampling.temperature < _LEAST_TEMPERATURE:
-        token_id = int(row_V.argmax())
-    else:
-        token_id = draw(row_V, sampling, uniform(sampling.seed, request.num_generated_tokens))
+    try:
+        if constraint is not None and not _constrain(row_V, request):
+            return Sampled(NO_TOKEN)
+        if sampling.temperature < _LEAST_TEMPERATURE:
+            token_id = int(row_V.argmax())
+        else:
+            token_id = draw(row_V, sampling, uniform(sampling.seed, request.num_generated_tokens))
+        if constraint is not None and token_id not in request.stop_token_ids:
+            constraint.advance(token_id)
+    except ConstraintError as error:
+        return Sampled(NO_TOKEN, error=f"the grammar stopped this answer: {error}")
     if sampling.num_logprobs < 0:
         return Sampled(token_id)
-    return Sampled(token_id, token_logprobs(row_V, token_id, sampling.num_logprobs))
+    logprobs = token_logprobs(row_V, token_id, sampling.num_logprobs)
+    if constraint is not None:
+        # What a grammar forbids is no alternative.
+        top = [entry for entry in logprobs.top if entry[1] > _LEAST_LOGPROB]
+        logprobs = TokenLogprobs(logprobs.logprob, top)
+    return Sampled(token_id, logprobs)
+
+
+def _constrain(row_V: Float32Row, request: EngineRequest) -> bool:
+    """Mask the row with the request's grammar; say whether a token is left. Raises ConstraintError.
+
+    None is left where the answer is complete, or where only an end is allowed that min_tokens or ignore_eos
+    forbid: no token obeys both, and what the grammar says is what the answer was asked to be.
+    """
+    constraint = request.constraint
+    assert constraint is not None
+    assert constraint.num_advanced == request.num_generated_tokens, f"{constraint!r} of {request!r}"
+    constraint.mask(row_V, request.end_token_ids)
+    if row_V.max() > -np.inf:
+        return True
+    if constraint.can_end:
+        return False
+    raise ConstraintError("no token of this model's vocabulary can continue it")
 
 
 def draw(row_V: Float32Row, sampling: SamplingParams, u: float) -> int:

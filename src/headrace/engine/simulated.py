@@ -14,6 +14,7 @@ import struct
 from array import array
 from collections import deque
 from collections.abc import Callable
+from typing import Literal
 
 import xxhash
 
@@ -33,7 +34,7 @@ from headrace.engine.kv_cache.prefix_cache import BlockHash, extend_hashes, root
 from headrace.engine.request import check_request
 from headrace.engine.step_model import StepContents
 from headrace.engine.work import WorkAccount, decode_part, prompt_part
-from headrace.errors import InvalidRequest
+from headrace.errors import InvalidRequest, Overloaded
 
 VOCAB_SIZE = 257
 """256 bytes, and 256 for the end of a text."""
@@ -126,6 +127,7 @@ class SimulatedEngine:
         self._prefix_hit_tokens = 0
         self._prefix_query_tokens = 0
         self._work = WorkAccount(clock.now_ns())
+        self._sleep_level = 0
 
     def __repr__(self) -> str:
         running, waiting = len(self._running) + len(self._prefilling), len(self._waiting)
@@ -146,10 +148,13 @@ class SimulatedEngine:
             max_running=spec.max_running,
             path=path,
             phases={},
+            sleep_level=self._sleep_level,
         )
 
     def submit(self, request: GenerationRequest) -> None:
         check_request(request, VOCAB_SIZE, self._max_context_tokens)
+        if self._sleep_level:
+            raise Overloaded("the engine is asleep; wake it or use another replica", retry_after_s=1.0)
         request_id = request.request_id
         is_known = request_id in self._running or request_id in self._prefilling
         if is_known or any(r.request.request_id == request_id for r in self._waiting):
@@ -204,7 +209,19 @@ class SimulatedEngine:
             busy_ns=work.busy_ns,
             idle_ns=work.idle_ns,
             step_model=work.fit.model,
+            sleep_level=self._sleep_level,
         )
+
+    def sleep(self, level: Literal[1, 2]) -> list[BlockHash]:
+        """Behave as if memory were given back."""
+        if self.has_work():
+            raise Overloaded("the engine cannot sleep: it has requests", retry_after_s=1.0)
+        self._sleep_level = max(level, self._sleep_level)
+        self._pool.forget_all()
+        return self._pool.take_forgotten()
+
+    def wake(self) -> None:
+        self._sleep_level = 0
 
     def check_integrity(self) -> None:
         """Raise AssertionError, showing what failed, unless every block is accounted for."""
@@ -258,7 +275,7 @@ class SimulatedEngine:
         return max(0, pool.num_blocks - used)
 
     def _prefill(self) -> list[tuple[_SimulatedRequest, StepContents]]:
-        """Compute prompts within this step's budget; complete ones run. Return each with what was computed."""
+        """Compute prompts within this step's budget; complete ones run. Return what was computed of each."""
         is_free = not self._has_cache
         budget = self._spec.token_budget - len(self._running)
         parts = []

@@ -29,8 +29,6 @@ _MIN_EXPECTED = 32
 """Steps of a kind (with or without prompt tokens) after which one is expected to be like the others."""
 _MAX_RELATIVE_ERROR = 10.0
 """Most that one step adds to the mean of the errors."""
-
-
 _NO_RUN = (0, 0, 0)
 
 
@@ -45,13 +43,13 @@ class StepContents(NamedTuple):
 
 
 class StepModelFit:
-    """Takes each step's time and contents; gives the coefficients, and costs derived from them, in seconds."""
+    """Takes each step's time and contents; gives the coefficients and costs derived from them, in seconds."""
 
     def __init__(self) -> None:
         self._keep = 1.0 - 1.0 / _MEMORY_STEPS
         self._sums = [0.0] * (_SIZE * (_SIZE + 1) // 2 + _SIZE)
-        """Weighted sums of products: for each of the 5 unknowns' factors with itself and all after it, and with
-        the time. The upper half of the normal equations, row by row."""
+        """Weighted sums of products: for each of the 5 unknowns' factors with itself and all after it, and
+        with the time. The upper half of the normal equations, row by row."""
         self._weight = self._count = 0.0
         """Sums of the weights and of 1."""
         self._recent = [0.0] * 5
@@ -73,7 +71,7 @@ class StepModelFit:
     def __repr__(self) -> str:
         a, b, q, c, d = self.coefficients
         return (
-            f"<StepModelFit {1e3 * a:.3f} ms + {1e6 * b:.2f} µs/prompt token + {1e9 * q:.2f} ns/attended token "
+            f"<StepModelFit {1e3 * a:.3f} ms + {1e6 * b:.2f} µs/prompt token + {1e9 * q:.2f} ns/attended "
             f"+ {1e6 * c:.2f} µs/decoded token + {1e9 * d:.2f} ns/KV token, error {self.relative_error:.1%}>"
         )
 
@@ -177,7 +175,7 @@ class StepModelFit:
         p, pc, d = num_prompt / _UNITS[1], num_attended / _UNITS[2], num_decoded / _UNITS[3]
         keep, weight = self._keep**n, 1.0 / (self._expected_s * self._expected_s)
         np, npc, nd = n * p, n * pc, n * d
-        products = (n, np, npc, nd, kv, t, np * p, np * pc, np * d, p * kv, p * t)
+        products = [n, np, npc, nd, kv, t, np * p, np * pc, np * d, p * kv, p * t]
         products += (npc * pc, npc * d, pc * kv, pc * t, nd * d, d * kv, d * t, kv2, tkv)
         self._sums = [old * keep + weight * new for old, new in zip(self._sums, products)]
         self._weight = self._weight * keep + weight * n

@@ -1,4 +1,4 @@
-"""Work accounting: whose engine time a step was. Busy and idle time add up to the time since the engine was ready.
+"""Work accounting: whose engine time a step was. Busy and idle time add up to all time.
 
 An engine is busy while it has requests; its time up to the end of a step is split over that step's requests,
 by what the step model says that each of their parts costs, to the nanosecond. So `busy_ns` is the sum of all

@@ -6,7 +6,7 @@ room, the `Placer` where). Must not know how requests arrive or end.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from headrace.gateway.arrivals import Arrival, Bound
 from headrace.gateway.decisions import Decision, DecisionLog
@@ -19,8 +19,7 @@ from headrace.policy.limits import Refusal, TenantLimits
 from headrace.policy.placement import Placement, explain
 
 
-@dataclass(slots=True)
-class Held:
+class Held(msgspec.Struct):
     """A request that waits, and what it is expected to cost."""
 
     arrival: Arrival

@@ -28,16 +28,15 @@ NotifyHandler = Callable[["SpoeCall", bytes, Arguments], None]
 class SpoeCall:
     """One NOTIFY frame that waits for its answer. Answer it once; once the connection ended, in vain."""
 
-    __slots__ = ("_frame_id", "_stream_id", "connection")
+    __slots__ = ("_frame_key", "connection")
 
-    def __init__(self, connection: SpoeConnection, stream_id: int, frame_id: int) -> None:
+    def __init__(self, connection: SpoeConnection, frame_key: tuple[int, int]) -> None:
         self.connection = connection
-        self._stream_id = stream_id
-        self._frame_id = frame_id
+        self._frame_key = frame_key
 
-    def answer(self, variables: Mapping[bytes, bytes]) -> None:
-        """Set these variables for the request, and let it go on."""
-        self.connection.send_ack(self._stream_id, self._frame_id, variables)
+    def answer(self, actions: bytes) -> None:
+        """Do this for the request (`spop.encode_actions`), and let it go on."""
+        self.connection.send_ack(self._frame_key, actions)
 
 
 class SpoeConnection(asyncio.Protocol):
@@ -100,13 +99,12 @@ class SpoeConnection(asyncio.Protocol):
             self._write_answers()
         self._rest = data[start:]  # at most one frame
 
-    def send_ack(self, stream_id: int, frame_id: int, variables: Mapping[bytes, bytes]) -> None:
+    def send_ack(self, frame_key: tuple[int, int], actions: bytes) -> None:
         """Answer one frame; nothing happens if it was answered or the connection is gone."""
-        key = (stream_id, frame_id)
-        if self._transport is None or key not in self._open_frames:
+        if self._transport is None or frame_key not in self._open_frames:
             return
-        self._open_frames.discard(key)
-        self._answers.append(spop.encode_ack(stream_id, frame_id, variables))
+        self._open_frames.remove(frame_key)
+        self._answers.append(spop.encode_ack(*frame_key, actions))
         if not self._is_reading or len(self._answers) >= MAX_ANSWERS_PER_WRITE:
             self._write_answers()
 
@@ -151,7 +149,7 @@ class SpoeConnection(asyncio.Protocol):
             raise ProtocolError(f"a SPOP frame carries {len(messages)} messages; one is expected")
         self._open_frames.add(key)
         name, arguments = messages[0]
-        self._on_notify(SpoeCall(self, frame.stream_id, frame.frame_id), name, arguments)
+        self._on_notify(SpoeCall(self, key), name, arguments)
 
     def _write(self, data: bytes) -> None:
         self._write_answers()

@@ -136,7 +136,7 @@ def decode_frame(data: bytes) -> Frame:
         raise ProtocolError("a SPOP frame is fragmented; that was never offered")
     stream_id, offset = read_varint(data, 5)
     frame_id, offset = read_varint(data, offset)
-    return Frame(data[0], stream_id, frame_id, bool(flags & _FLAG_ABORT), data[offset:])
+    return Frame(data[0], stream_id, frame_id, flags & _FLAG_ABORT != 0, data[offset:])
 
 
 def decode_messages(payload: bytes) -> list[tuple[bytes, dict[bytes, SpopValue]]]:
@@ -230,19 +230,17 @@ def encode_disconnect(status: int, message: bytes) -> bytes:
     return encode_frame(AGENT_DISCONNECT, 0, 0, payload)
 
 
-def encode_ack(stream_id: int, frame_id: int, variables: Mapping[bytes, bytes]) -> bytes:
-    """Return the ACK frame that sets string variables in the transaction's scope."""
-    parts = [_ACK_HEAD, write_varint(stream_id), write_varint(frame_id)]
+def encode_actions(variables: Mapping[bytes, bytes]) -> bytes:
+    """Return the part of an ACK that sets string variables in the transaction's scope."""
+    parts = []
     for name, value in variables.items():
-        parts += (
-            _SET_VARIABLE_IN_TRANSACTION,
-            write_varint(len(name)),
-            name,
-            _STRING,
-            write_varint(len(value)),
-            value,
-        )
-    body = b"".join(parts)
+        parts += (_SET_VARIABLE_IN_TRANSACTION, write_string(name), _STRING, write_string(value))
+    return b"".join(parts)
+
+
+def encode_ack(stream_id: int, frame_id: int, actions: bytes) -> bytes:
+    """Return the ACK frame with these actions (`encode_actions`)."""
+    body = b"".join((_ACK_HEAD, write_varint(stream_id), write_varint(frame_id), actions))
     return len(body).to_bytes(4, "big") + body
 
 

@@ -17,6 +17,8 @@ MAX_IN_ALL = 131_072
 EXPECTED_S = 10.0
 """How long a bound request's prefix counts as cached without the replica having said so."""
 _PURGE_PERIOD_S = 1.0
+_MAX_SETS = 4096
+"""Sets of replicas whose names are kept spelled out."""
 
 
 class _Holder:
@@ -51,6 +53,8 @@ class PrefixIndex:
         """Replica of each bit; None: the bit is free."""
         self._masks: dict[int, int] = {}
         """Hash -> bits of the replicas that hold it."""
+        self._members: dict[int, list[str]] = {}
+        """Replicas of some sets of bits: spelled out once, until a replica comes or goes."""
         self._next_purge_s = 0.0
 
     def __len__(self) -> int:
@@ -140,6 +144,7 @@ class PrefixIndex:
             self._clear(holder, holder.held)
             self._clear(holder, holder.expected)
             self._names[holder.bit.bit_length() - 1] = None
+            self._members.clear()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the two directions agree and the bounds hold."""
@@ -156,6 +161,7 @@ class PrefixIndex:
     def _holder(self, replica_id: str) -> _Holder:
         holder = self._holders.get(replica_id)
         if holder is None:
+            self._members.clear()
             if None in self._names:
                 position = self._names.index(None)
                 self._names[position] = replica_id
@@ -168,11 +174,14 @@ class PrefixIndex:
         return holder
 
     def _name(self, found: dict[str, int], bits: int, num: int) -> None:
-        while num and bits:
-            low = bits & -bits
-            bits ^= low
-            name = self._names[low.bit_length() - 1]
-            if name is not None:
+        if num and bits:
+            members = self._members.get(bits)
+            if members is None:
+                if len(self._members) >= _MAX_SETS:
+                    self._members.clear()
+                named = [name for position, name in enumerate(self._names) if bits >> position & 1]
+                members = self._members[bits] = [name for name in named if name is not None]
+            for name in members:
                 found[name] = num
 
     def _limit(self) -> int:

@@ -99,8 +99,7 @@ class PrefixPlacer:
         if self._fleet.replicas is not replicas:
             self._fleet = _Fleet(replicas)
         session = self._sessions.get(prompt.session) if prompt.session else None
-        cached = self._cached_bytes(prompt, session, now_s)
-        able = self._candidates(prompt, cached, now_s)
+        able = self._candidates(prompt, session, now_s)
         if not able:
             return must_wait({replica.replica_id: float(load_of(replica)) for replica in replicas})
         is_measured = self._fleet.mean_token_s > 0
@@ -161,17 +160,6 @@ class PrefixPlacer:
         self._busy_until_s.pop(replica_id, None)
         self._under_way.pop(replica_id, None)
 
-    def _cached_bytes(
-        self, prompt: PromptHead, session: tuple[str, int] | None, now_s: float
-    ) -> dict[str, int]:
-        """Return how many bytes of the prompt each replica has cached, for those that have any."""
-        matched = self.index.match(prompt.hashes, now_s) if prompt.hashes else {}
-        num_bytes = prompt.num_bytes
-        cached = {name: min(PREFIX_BYTES[num], num_bytes) for name, num in matched.items()}
-        if session is not None:
-            cached[session[0]] = self._cached_by_session(prompt, session, matched.get(session[0], 0))
-        return cached
-
     def _cached_by_session(self, prompt: PromptHead, session: tuple[str, int], num_matched: int) -> int:
         """Return how many bytes of the prompt the session's replica is expected to hold.
 
@@ -183,8 +171,12 @@ class PrefixPlacer:
             num_bytes = 0
         return min(max(num_bytes, PREFIX_BYTES[num_matched]), prompt.num_bytes)
 
-    def _candidates(self, prompt: PromptHead, cached: dict[str, int], now_s: float) -> list[_Candidate]:
+    def _candidates(
+        self, prompt: PromptHead, session: tuple[str, int] | None, now_s: float
+    ) -> list[_Candidate]:
         """Return the replicas with room; scores are seconds, or loads where no cost is measured."""
+        matched = self.index.match(prompt.hashes, now_s) if prompt.hashes else {}
+        wanted = session[0] if session is not None else None
         fleet, num_bytes, tokens_per_byte = self._fleet, prompt.num_bytes, self._tokens_per_byte
         mean_token_s, busy_until_s = fleet.mean_token_s, self._busy_until_s
         horizon = min(HORIZON_TOKENS, prompt.max_output_tokens or HORIZON_TOKENS)
@@ -198,7 +190,12 @@ class PrefixPlacer:
             load += num_elsewhere
             if load >= most:
                 continue
-            num_cached = cached.get(replica_id, 0)
+            num_matched = matched.get(replica_id, 0)
+            num_cached = PREFIX_BYTES[num_matched]
+            if num_cached > num_bytes:
+                num_cached = num_bytes
+            if session is not None and replica_id == wanted:
+                num_cached = self._cached_by_session(prompt, session, num_matched)
             if not mean_token_s:
                 able.append((float(load), load, num_cached, 0.0, replica))
                 continue

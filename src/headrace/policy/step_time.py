@@ -1,4 +1,4 @@
-"""How long engine steps take, by the step model that an engine fitted: for placement, scaling and planning. Pure.
+"""How long engine steps take, by the step model that an engine fitted. For scaling and planning. Pure.
 
 Computes with `api.messages.StepModel`; `engine.step_model` fits it. Must not know engines or replicas.
 """
@@ -39,8 +39,8 @@ def request_s(
     num_cached_tokens: int = 0,
     num_decoding: float = 1.0,
 ) -> float:
-    """Return the engine time of one request that decodes in a batch of `num_decoding`; its prompt's tokens bear
-    no fixed time, since they ride in steps that others share."""
+    """Return the engine time of one request that decodes in a batch of `num_decoding`; its prompt's tokens
+    bear no fixed time, since they ride in steps that others share."""
     num_prompt = num_uncached_tokens + num_cached_tokens
     prompt_s = num_uncached_tokens * (model.b + model.q * (num_cached_tokens + (num_uncached_tokens + 1) / 2))
     mean_context = num_prompt + num_output_tokens / 2

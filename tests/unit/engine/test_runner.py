@@ -37,7 +37,7 @@ def test_a_runner_says_what_it_serves(tmp_path: Path) -> None:
     phases: list[str] = []
     spec = EngineSpec("native", "m", block_size=8, kv_cache_bytes=1 << 20, num_threads=1, dtype="float32")
     runner = load_runner(spec, files, phases.append)
-    assert phases == ["reading metadata", "loading weights", "allocating KV memory"]
+    assert phases == ["reading metadata", "packing weights", "loading weights", "allocating KV memory"]
     assert (runner.vocab_size, runner.max_context_tokens, runner.block_size) == (96, 256, 8)
     # 3 layers, keys and values, 2 heads of 16 floats: 768 bytes per token.
     assert runner.num_blocks == (1 << 20) // (768 * 8)

@@ -134,7 +134,7 @@ def test_the_same_batch_for_ever_gives_the_cost_of_its_tokens() -> None:
 
 
 def test_decodes_alone_are_predicted_though_not_every_coefficient_can_be_told() -> None:
-    """Always eight requests whose contexts grow: what is fixed and what is per request cannot be told apart."""
+    """Always eight requests whose contexts grow: what is fixed and what each takes cannot be told apart."""
     fit, source = StepModelFit(), random.Random(4)
     context = 100
     for _ in range(3000):

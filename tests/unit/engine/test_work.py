@@ -1,4 +1,4 @@
-"""Work accounting: every nanosecond is somebody's or idle, and each pays for what it brought into the steps."""
+"""Work accounting: every nanosecond is somebody's or idle, and each pays for what it brought."""
 
 from __future__ import annotations
 

@@ -80,8 +80,8 @@ def test_frames_cut_anywhere_are_put_together_and_answered_in_any_order() -> Non
     assert [arguments[b"id"] for _, _, arguments in rig.calls] == [b"a", b"b"]
     rig.transport.sent.clear()
     for call, _, _ in reversed(rig.calls):
-        call.answer({b"server": b"x"})
-        call.answer({b"server": b"again"})
+        call.answer(spop.encode_actions({b"server": b"x"}))
+        call.answer(spop.encode_actions({b"server": b"again"}))
     assert [(frame.kind, frame.stream_id) for frame in rig.transport.frames()] == [
         (spop.ACK, 6),
         (spop.ACK, 5),
@@ -113,7 +113,7 @@ def test_an_answer_after_the_connections_end_is_ignored() -> None:
     rig.greet()
     rig.connection.data_received(notify(1))
     rig.connection.connection_lost(None)
-    rig.calls[0][0].answer({b"server": b"x"})
+    rig.calls[0][0].answer(spop.encode_actions({b"server": b"x"}))
     assert not rig.transport.sent
     assert rig.lost == [rig.connection]
 
@@ -123,7 +123,7 @@ def test_a_reader_that_stops_reading_is_disconnected() -> None:
     rig.greet()
     rig.connection.data_received(notify(1))
     rig.transport.unsent = 1 << 30
-    rig.calls[0][0].answer({b"server": b"x"})
+    rig.calls[0][0].answer(spop.encode_actions({b"server": b"x"}))
     assert rig.transport.is_closed
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from headrace.api.messages.base import Message
+from headrace.api.messages.engine import StepModel
 
 
 class GetStatus(Message, frozen=True):
@@ -103,6 +104,10 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     """Part of the prompt tokens that its prefix cache spared since the engine's start, 0 to 1."""
     num_in_flight: int = 0
     """Requests that the gateways bound to it and that have not ended."""
+    step_model: StepModel | None = None
+    """What its engine found its steps to take; None: nothing measured yet."""
+    busy_ratio: float = 0.0
+    """Part of the time since the engine was ready in which it had requests, 0 to 1."""
 
 
 class EndpointStatus(msgspec.Struct, frozen=True):

@@ -86,8 +86,8 @@ class StepOutput(Record, frozen=True):
 
 class StepModel(Record, frozen=True):
     """Seconds of a step, fitted to recent ones: a + b*P + q*P*C + c*D + d*KV, with P uncached prompt tokens,
-    C the mean context they attend to, D tokens decoded (one per request, guessed ones besides), KV tokens read
-    by those. `policy.step_time` computes with it."""
+    C the mean context they attend to, D tokens decoded (one per request, guessed ones besides), KV tokens
+    read by those. `policy.step_time` computes with it."""
 
     a: float
     b: float
@@ -132,6 +132,8 @@ class EngineLoad(Record, frozen=True):
     step_model: StepModel | None = None
     sleep_level: int = 0
     """0: awake. 1: without KV memory. 2: also without weights. A sleeping engine refuses requests."""
+    sleep_error: str = ""
+    """After a Sleep or Wake that could not be done: why. In one message only."""
 
 
 class EngineSpec(msgspec.Struct, frozen=True):
@@ -212,6 +214,8 @@ class EngineReady(Message, frozen=True):
     phases: dict[str, float]
     """Seconds per start phase."""
     version: int = PROTOCOL_VERSION
+    sleep_level: int = 0
+    """As in EngineLoad: an engine may start asleep."""
 
 
 class StepBatch(Message, frozen=True):
