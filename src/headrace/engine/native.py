@@ -46,8 +46,9 @@ class NativeEngine:
         clock: Clock,
         speculator: Speculator | None = None,
         grammars: GrammarQueue | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
-        """Without `grammars`, requests with a grammar are refused."""
+        """Without `grammars`, requests with a grammar are refused; without `sampler`, numpy samples."""
         self._spec = spec
         self._runner = runner
         self._clock = clock
@@ -59,7 +60,7 @@ class NativeEngine:
             BlockPool(runner.num_blocks), runner.block_size, spec.max_running, spec.token_budget
         )
         self._builder = StepInputBuilder(runner.block_size, spec.token_budget, spec.max_running)
-        self._sampler = Sampler()
+        self._sampler = sampler or Sampler()
         self._speculator = speculator
         self._grammars = grammars
         self._arrivals = count()
@@ -121,6 +122,7 @@ class NativeEngine:
             request,
             self._runner.vocab_size,
             self._max_context_tokens,
+            knows_grammars=grammars is not None,
         )
         accepted = EngineRequest(
             request, next(self._arrivals), self._runner.eos_token_ids, self._max_context_tokens

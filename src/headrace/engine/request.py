@@ -93,7 +93,7 @@ class EngineRequest:
     """One accepted request: its tokens, how far they are computed, and its KV blocks.
 
     The scheduler owns num_computed_tokens, the block table and the hashes; the sampler owns `penalties` and
-    `constraint`; speculation owns `draft_controller` and `proposer_state`, which are None until it needs them.
+    `constraint`; speculation owns `draft_controller` and `proposer_state`, None until it needs them.
     """
 
     __slots__ = (
