@@ -106,6 +106,7 @@ class EngineRequest:
         "engine_ns",
         "has_output",
         "max_total_tokens",
+        "num_admissions",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
@@ -146,6 +147,8 @@ class EngineRequest:
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
         """Prompt tokens that the prefix cache spared at the first admission; None before it."""
+        self.num_admissions = 0
+        """How often it was given a block table: a preemption takes it away."""
         self.has_output = False
         self.block_table: list[int] = []
         self.block_hashes: list[BlockHash] = []

@@ -34,6 +34,7 @@ from headrace.replica.prompt_caching import PromptCaching, shared_prefix_tokens
 from headrace.replica.report import BUSY_INTERVAL_S, Reporter
 from headrace.replica.restart import RestartPolicy
 from headrace.replica.routes import Routes
+from headrace.replica.standby import Standby
 from headrace.replica.text_model import PromptEncoder, TextModel, load_text_model
 
 RELEASE_LIMIT_S = 5.0
@@ -64,7 +65,11 @@ class Front:
         self._access_log = BackgroundLog(sys.stderr.buffer, "access-log")
         self._digest = PrefixDigest()
         self._reporter = Reporter(
-            spec.report_sockets, self._make_report, self._report_interval_s, self._digest
+            spec.report_sockets,
+            self._make_report,
+            self._report_interval_s,
+            self._digest,
+            lambda level: self._standby.set_level(level),
         )
         self._ledger = Ledger(self._metrics, self._access_log, clock, self._reporter)
         self._engine = EngineClient(
@@ -75,6 +80,13 @@ class Front:
             limits.engine,
             RestartPolicy(),
             self._digest,
+        )
+        self._standby = Standby(
+            self._engine,
+            lambda: self._ledger.num_open,
+            lambda: self._reporter.ask_release(self._sequence + 1),
+            self._reporter.is_released,
+            self._reporter.notify,
         )
         services = AnswerServices(self._engine, self._ledger, self._metrics, FailOnEngineLoss())
         fingerprint = "headrace-simulated" if is_simulated else "headrace-native"
@@ -106,6 +118,8 @@ class Front:
             return "draining"
         if self._engine.state == "failed":
             return "failed"
+        if self._engine.state == "asleep" or (self._standby.is_leaving and self._engine.state == "ready"):
+            return "standby"
         is_ready = self._engine.state == "ready" and self._generator.has_model()
         return "ready" if is_ready else "starting"
 
@@ -115,6 +129,8 @@ class Front:
             return ""
         if state == "draining":
             return "this replica is leaving"
+        if self._standby.is_leaving:
+            return "this replica goes on standby; use another one"
         if self._engine.state == "ready":
             return "the model's tokenizer is being loaded"
         return self._engine.why_not_ready()
@@ -136,7 +152,7 @@ class Front:
 
     def _make_report(self, finished: list[FinishedRequest], prefixes: PrefixNews) -> LoadReport:
         self._sequence += 1
-        spec, engine = self._spec, self._engine
+        spec, engine, state = self._spec, self._engine, self.state()
         return LoadReport(
             replica_id=spec.replica_id,
             endpoint=spec.endpoint,
@@ -145,8 +161,10 @@ class Front:
             pid=os.getpid(),
             sequence=self._sequence,
             lease_s=spec.lease_s,
-            state=self.state(),
-            phase=engine.phase,
+            state=state,
+            phase=self._standby.error
+            if state in ("ready", "standby") and self._standby.error
+            else engine.phase,
             num_open=self._ledger.num_open,
             max_open=spec.max_open,
             engine=engine.load,
@@ -236,6 +254,7 @@ class Front:
     async def _drain(self) -> None:
         """Leave by the handshake: report it, serve until released, finish what is open, stop the engine."""
         self._is_draining = True
+        await self._standby.stop()
         self._draining_since_s = self._clock.now_s()
         self._reporter.notify()
         await self._wait_until(self._is_released, RELEASE_LIMIT_S)
