@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx
@@ -25,7 +28,9 @@ ENGINE = EngineSpec(
     kv_cache_bytes=64 << 20,
     max_context_tokens=512,
     num_threads=1,
+    dtype="float32",  # so that a cached prompt gives the same answer as one that is computed
 )
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "structured-output.md"
 SAY = [{"role": "user", "content": "Describe a small red house with one room."}]
 
 
@@ -222,3 +227,20 @@ def test_the_official_client_says_when_a_parsed_answer_was_cut(front: RunningFro
         client.chat.completions.parse(
             model="chat", messages=SAY, response_format=House, temperature=0, max_tokens=5
         )
+
+
+def test_every_snippet_of_the_guide_runs_and_gives_what_it_promises(front: RunningFront) -> None:
+    text = GUIDE.read_text().replace("http://127.0.0.1:8000", front.url)
+    printed = []
+    for language, code in re.findall(r"```(python|bash)\n(.*?)```", text, flags=re.DOTALL):
+        command = [sys.executable, "-c", code] if language == "python" else ["bash", "-c", code]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        assert result.returncode == 0, result.stderr
+        printed.append(result.stdout)
+    house, answer, forms = printed
+    assert re.fullmatch(r".* (red|blue) -?\d+\n", house), house
+    assert isinstance(json.loads(json.loads(answer)["choices"][0]["message"]["content"])["is_true"], bool)
+    choice, date, cities = forms.splitlines()
+    assert choice in ("yes", "no")
+    assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", date)
+    assert re.fullmatch(r"[A-Z][a-z]{2,9}(, [A-Z][a-z]{2,9}){2}", cities)
