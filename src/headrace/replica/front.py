@@ -25,6 +25,7 @@ from headrace.observability.line_log import BackgroundLog
 from headrace.replica.answer import AnswerServices, FailOnEngineLoss
 from headrace.replica.engine_client import EngineClient, EngineTimeLimits
 from headrace.replica.generation import Generator
+from headrace.replica.grammar_checker import GrammarChecker
 from headrace.replica.http_messages import AnswerHeads, HttpLimits
 from headrace.replica.http_server import HttpServer
 from headrace.replica.ledger import Ledger
@@ -96,6 +97,7 @@ class Front:
         heads = AnswerHeads(headers, clock.wall_s)
         self._server = HttpServer(self._routes.handle, limits.http, heads, clock)
         self._encoder: PromptEncoder | None = None
+        self._grammars = None if is_simulated else GrammarChecker(f"headrace: grammars {spec.replica_id}")
         self._address = ""
         self._socket_path = ""
         self._created = int(clock.wall_s())
@@ -246,7 +248,7 @@ class Front:
             self._encoder = PromptEncoder(model.tokenizer)
             shared = await shared_prefix_tokens(self._spec.shared_prefix, model, self._encoder)
             caching = PromptCaching(self._spec.endpoint, self._digest, shared)
-            self._generator.set_model(model, self._encoder, caching)
+            self._generator.set_model(model, self._encoder, caching, self._grammars)
             self._reporter.notify()
 
     async def _drain(self) -> None:
@@ -266,6 +268,8 @@ class Front:
         await self._wait_until(self._reporter.has_told_all, _LAST_REPORTS_S)
         if self._encoder is not None:
             self._encoder.close()
+        if self._grammars is not None:
+            await self._grammars.close()
 
     def _is_released(self) -> bool:
         if self._reporter.has_router():
