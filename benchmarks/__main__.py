@@ -8,7 +8,10 @@ import sys
 
 from benchmarks.peers.catalogue import UnknownPeer
 
-NAMES = ("gateway", "tokens", "peers", "router", "placement", "fairness", "held", "engine", "start", "memory")
+NAMES = (
+    *("gateway", "tokens", "peers", "router", "placement", "fairness", "held", "engine", "overhead", "start"),
+    "memory",
+)
 
 
 def main() -> int:
