@@ -9,8 +9,11 @@ import sys
 
 from benchmarks.peers.catalogue import UnknownPeer
 
-NAMES = ("gateway", "tokens", "peers", "router", "placement", "fairness", "held", "engine", "start", "memory")
-WITH_PEERS = ("peers", "engine")
+NAMES = (
+    *("gateway", "tokens", "peers", "router", "placement", "fairness", "held"),
+    *("engine", "roofline", "prompts", "start", "memory"),
+)
+WITH_PEERS = ("peers", "engine", "prompts")
 """Those that `--only` says the peers of."""
 
 
