@@ -200,7 +200,7 @@ def _notes(system: SystemStatus) -> list[str]:
     ]
     notes += system.warnings
     for replica in system.replicas:
-        if replica.state == "starting" and replica.phase:
+        if replica.state in ("starting", "standby", "ready") and replica.phase:
             notes.append(f"{replica.replica_id}: {replica.phase}")
         elif replica.last_error:
             is_past = "last error: " if replica.state == "ready" else ""

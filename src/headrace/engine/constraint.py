@@ -26,7 +26,7 @@ class ConstraintError(Exception):
 
 
 class TokenMask:
-    """The buffers for one mask at a time. All constraints of an engine share them: 0.2 MB stay in the cache."""
+    """The buffers for one mask at a time. All constraints of an engine share them: 0.2 MB stay cached."""
 
     def __init__(self, num_tokens: int, special_token_ids: Collection[int]) -> None:
         """`num_tokens`: of the logits. `special_token_ids`: a grammar never allows them."""

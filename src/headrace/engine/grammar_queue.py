@@ -17,6 +17,8 @@ from headrace.engine.request import EngineRequest
 COMPILE_LIMIT_S = 20.0
 """Longest time that a request waits for its grammar. Fronts let only such grammars through as compile in a
 second, so this means an engine that has no time."""
+_STACK_BYTES = 8 << 20
+"""Twice what a front's grammar worker has: what is nested too deeply breaks there."""
 
 
 class Compiler(Protocol):
@@ -76,9 +78,7 @@ class GrammarQueue:
     def add(self, request: EngineRequest, grammar: str, now_s: float) -> None:
         """Make the constraint of `request`, with the tokens that it brings; `settle` gives it back."""
         if self._thread is None:
-            # A daemon: nothing that it does is missed when the engine ends.
-            self._thread = threading.Thread(target=self._run, name="grammars", daemon=True)
-            self._thread.start()
+            self._thread = self._start_thread()
         self._waiting[request.request_id] = _Waiting(request, now_s + COMPILE_LIMIT_S)
         generated = request.token_ids[request.num_prompt_tokens :]
         self._jobs.put(_Job(request.arrival, grammar, generated))
@@ -118,6 +118,14 @@ class GrammarQueue:
                 results.append(self._results.get_nowait())
         except queue.Empty:
             return results
+
+    def _start_thread(self) -> threading.Thread:
+        usual = threading.stack_size(_STACK_BYTES)
+        # A daemon: nothing that it does is missed when the engine ends.
+        thread = threading.Thread(target=self._run, name="grammars", daemon=True)
+        thread.start()
+        threading.stack_size(usual)
+        return thread
 
     def _run(self) -> None:
         compiler: Compiler | None = None

@@ -25,7 +25,7 @@ ReadTokenBytes = Callable[[], list[bytes]]
 
 
 class _WrappedVocabulary:
-    """A vocabulary as `LLTokenizer` reads it. Text is never tokenized: grammars are compiled with no_forcing."""
+    """A vocabulary as `LLTokenizer` reads it. Text is never tokenized: grammars say no_forcing."""
 
     is_tokenizer_wrapper = True
 
@@ -86,8 +86,8 @@ class GrammarCompiler:
         return CompiledGrammar(matcher)
 
     def _build_tokenizer(self) -> LLTokenizer:
-        """Put the vocabulary into the matcher's form. For 49,152 tokens: 50 ms here, then twice 50 ms in which
-        no other thread of this process runs Python; between them, steps go on."""
+        """Put the vocabulary into the matcher's form. For 49,152 tokens: 50 ms here, then twice 50 ms in
+        which no other thread of this process runs Python; between them, steps go on."""
         vocabulary = _WrappedVocabulary(self._read_token_bytes(), self._end_token_ids)
         num_tokens = len(vocabulary.tokens)
         time.sleep(_PAUSE_S)

@@ -46,8 +46,9 @@ class NativeEngine:
         clock: Clock,
         speculator: Speculator | None = None,
         grammars: GrammarQueue | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
-        """Without `grammars`, requests with a grammar are refused."""
+        """Without `grammars`, requests with a grammar are refused; without `sampler`, numpy samples."""
         self._spec = spec
         self._runner = runner
         self._clock = clock
@@ -59,7 +60,7 @@ class NativeEngine:
             BlockPool(runner.num_blocks), runner.block_size, spec.max_running, spec.token_budget
         )
         self._builder = StepInputBuilder(runner.block_size, spec.token_budget, spec.max_running)
-        self._sampler = Sampler()
+        self._sampler = sampler or Sampler()
         self._speculator = speculator
         self._grammars = grammars
         self._arrivals = count()
@@ -121,6 +122,7 @@ class NativeEngine:
             request,
             self._runner.vocab_size,
             self._max_context_tokens,
+            knows_grammars=grammars is not None,
         )
         accepted = EngineRequest(
             request, next(self._arrivals), self._runner.eos_token_ids, self._max_context_tokens
@@ -207,6 +209,8 @@ class NativeEngine:
             num_open = len(self._scheduler.running) + len(self._scheduler.waiting)
             raise Overloaded(f"the engine cannot sleep: it has {num_open} requests", retry_after_s=1.0)
         self._runner.sleep(level)
+        if self._speculator is not None:
+            self._speculator.sleep(level)
         self._sleep_level = max(level, self._sleep_level)
         self._scheduler.pool.forget_all()
         return self._scheduler.pool.take_forgotten()
@@ -214,7 +218,16 @@ class NativeEngine:
     def wake(self) -> None:
         if self._sleep_level:
             self._runner.wake()
+            if self._speculator is not None:
+                self._wake_speculator(self._speculator)
             self._sleep_level = 0
+
+    def _wake_speculator(self, speculator: Speculator) -> None:
+        try:
+            speculator.wake()
+        except Exception:  # whatever it is: half awake is no state
+            self._runner.sleep(2 if self._sleep_level == 2 else 1)
+            raise
 
     def check_integrity(self) -> None:
         """Raise AssertionError, showing what failed, unless every block and request is accounted for."""

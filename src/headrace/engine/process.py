@@ -222,13 +222,16 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
         read_ahead_all(Path(spec.packed_dir), str(files.path))
     limit_spinning()
     on_phase("importing torch")
+    from headrace.engine.fused_sampling import load_fused_sampling
     from headrace.engine.native import NativeEngine
     from headrace.engine.runner import load_runner
-    from headrace.engine.speculation.select import select_speculator
+    from headrace.engine.sampler import Sampler
+    from headrace.engine.speculation.select import load_speculator
 
     runner = load_runner(spec, files, on_phase)
     grammars = GrammarQueue(lambda: compiler_for(files, runner.eos_token_ids))
-    engine = NativeEngine(spec, runner, clock, select_speculator(spec), grammars)
+    speculator = load_speculator(spec, files, runner, on_phase)
+    engine = NativeEngine(spec, runner, clock, speculator, grammars, Sampler(load_fused_sampling()))
     on_phase("computing the first step")
     engine.compute_first_step()
     if spec.is_standby:
@@ -237,7 +240,7 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
 
 
 def compiler_for(files: ModelFiles, eos_token_ids: frozenset[int]) -> Compiler:
-    """Return what compiles grammars for a model. Called at the first grammar: the library takes 0.1 s to load."""
+    """Return what compiles grammars for a model. Called at the first grammar: the library loads slowly."""
     from headrace.engine.grammars import GrammarCompiler
     from headrace.engine.model_files.metadata import read_metadata
     from headrace.engine.model_files.vocabulary import read_token_bytes

@@ -93,7 +93,7 @@ class EngineRequest:
     """One accepted request: its tokens, how far they are computed, and its KV blocks.
 
     The scheduler owns num_computed_tokens, the block table and the hashes; the sampler owns `penalties` and
-    `constraint`; speculation owns `draft_controller` and `proposer_state`, which are None until it needs them.
+    `constraint`; speculation owns `draft_controller` and `proposer_state`, None until it needs them.
     """
 
     __slots__ = (
@@ -106,6 +106,7 @@ class EngineRequest:
         "engine_ns",
         "has_output",
         "max_total_tokens",
+        "num_admissions",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
@@ -146,6 +147,8 @@ class EngineRequest:
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
         """Prompt tokens that the prefix cache spared at the first admission; None before it."""
+        self.num_admissions = 0
+        """How often it was given a block table: a preemption takes it away."""
         self.has_output = False
         self.block_table: list[int] = []
         self.block_hashes: list[BlockHash] = []

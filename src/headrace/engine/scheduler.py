@@ -273,6 +273,7 @@ class Scheduler:
         return self.pool.find_prefix(request.block_hashes[:num_useful])
 
     def _start(self, request: EngineRequest, cached: list[int]) -> None:
+        request.num_admissions += 1
         self.pool.share(cached)
         request.block_table.extend(cached)
         request.num_computed_tokens = len(cached) << self._block_shift

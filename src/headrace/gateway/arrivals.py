@@ -14,7 +14,7 @@ from headrace.api.messages import TerminalState
 from headrace.policy.prompt import PromptHead
 
 
-class Bound(msgspec.Struct, frozen=True, eq=False):
+class Bound(msgspec.Struct, frozen=True, eq=False, gc=False):
     """The request goes to this server. Equal to another one that says the same to HAProxy."""
 
     server_name: str
@@ -63,7 +63,9 @@ class NobodyListens:
         pass
 
 
-class Arrival(msgspec.Struct, frozen=True):  # made per request: a third of a frozen dataclass's cost
+class Arrival(
+    msgspec.Struct, frozen=True, gc=False
+):  # made per request: a third of a frozen dataclass's cost
     """One request as HAProxy announces it."""
 
     request_id: str

@@ -19,7 +19,7 @@ from headrace.policy.limits import Refusal, TenantLimits
 from headrace.policy.placement import Placement, explain
 
 
-class Held(msgspec.Struct):
+class Held(msgspec.Struct, gc=False):
     """A request that waits, and what it is expected to cost."""
 
     arrival: Arrival

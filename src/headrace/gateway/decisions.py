@@ -16,7 +16,7 @@ from headrace.policy.prefix_placement import PrefixPlacer
 MAX_DECISIONS = 4096
 
 
-class Decision(msgspec.Struct, frozen=True):
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """One request's placement."""
 
     placement: Placement

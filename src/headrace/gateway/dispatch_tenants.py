@@ -23,7 +23,7 @@ MAX_ELSEWHERE_REMEMBERED = 65_536
 """Requests of other gateways that were charged here, kept so that a second report charges nothing."""
 
 
-class Charge(msgspec.Struct):
+class Charge(msgspec.Struct, gc=False):
     """What a request was charged so far: expected, then, when settled, measured."""
 
     tenant: str

@@ -26,7 +26,7 @@ ORPHAN_LIMIT_S = 600.0
 MAX_ENDED_REMEMBERED = 65_536
 
 
-class InFlight(msgspec.Struct):
+class InFlight(msgspec.Struct, gc=False):
     """A request that is bound, or that HAProxy went on with alone (then without a replica)."""
 
     endpoint: EndpointState

@@ -62,11 +62,11 @@ class Replica:
     """HAProxy has it as a server on HTTP/2, too."""
     is_gone: bool = False
     """Its lease ended; a replica that comes back is a new object."""
+    server_name: str = field(init=False)
+    """Its name inside HAProxy."""
 
-    @property
-    def server_name(self) -> str:
-        """Its name inside HAProxy."""
-        return encode_name(self.replica_id)
+    def __post_init__(self) -> None:
+        self.server_name = encode_name(self.replica_id)
 
     @property
     def paths(self) -> tuple[str, str]:

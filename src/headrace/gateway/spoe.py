@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import cast
 
 from headrace.errors import ProtocolError
 from headrace.gateway import spop
@@ -89,7 +89,11 @@ class SpoeConnection(asyncio.Protocol):
                     break
                 frame = data[start + 4 : end]
                 start = end
-                self._handle(spop.decode_frame(frame))
+                decoded = spop.decode_frame(frame)
+                if decoded.kind == spop.NOTIFY:
+                    self._handle_notify(decoded)
+                else:
+                    self._handle(decoded)
         except ProtocolError as error:
             start = size  # nothing after a lie is believed
             self._on_error(str(error))
@@ -123,9 +127,7 @@ class SpoeConnection(asyncio.Protocol):
         self._close(spop.encode_disconnect(0, b"shutting down"))
 
     def _handle(self, frame: spop.Frame) -> None:
-        if frame.kind == spop.NOTIFY:
-            self._handle_notify(frame)
-        elif frame.kind == spop.HAPROXY_HELLO:
+        if frame.kind == spop.HAPROXY_HELLO:
             hello = spop.decode_hello(frame.payload)
             self._has_greeted = True
             self._write(spop.encode_hello(hello.max_frame_bytes))
@@ -200,5 +202,10 @@ class SpoeAgent:
 
 def text_argument(arguments: Arguments, name: bytes) -> str:
     """Return a string argument, empty if it is absent or of another type."""
-    value: Any = arguments.get(name)
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else ""
+    value = arguments.get(name)
+    if not isinstance(value, bytes):
+        return ""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("utf-8", "replace")

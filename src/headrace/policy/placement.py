@@ -89,7 +89,7 @@ class ReplicaObservation(Protocol):
         ...
 
 
-class Placement(msgspec.Struct, frozen=True):
+class Placement(msgspec.Struct, frozen=True, gc=False):
     """Where a request goes, and why. `replica_id` is None when it must wait."""
 
     replica_id: str | None

@@ -31,7 +31,7 @@ _MAX_SPACES = 64
 _SPACE = b" \t\r\n"
 
 
-class PromptHead(msgspec.Struct, frozen=True):
+class PromptHead(msgspec.Struct, frozen=True, gc=False):
     """One request's prompt as far as the router sees it."""
 
     hashes: tuple[int, ...] = ()

@@ -29,6 +29,14 @@ class Shutdown(Message, frozen=True):
     """Drain everything and end."""
 
 
+class SleepReplica(Message, frozen=True):
+    """Let a replica's engine give memory back: 1: KV, 2: KV and weights; 0: wake it. The reply does not
+    wait."""
+
+    replica_id: str
+    level: Literal[0, 1, 2]
+
+
 class CreateKey(Message, frozen=True):
     """Make an API key for a tenant. The reply's `key` shows it, this once."""
 
@@ -45,7 +53,9 @@ class RevokeKey(Message, frozen=True):
     key_id: str
 
 
-AdminCommand = GetStatus | ScaleEndpoint | ApplyConfig | Shutdown | CreateKey | ListKeys | RevokeKey
+AdminCommand = (
+    GetStatus | ScaleEndpoint | ApplyConfig | Shutdown | SleepReplica | CreateKey | ListKeys | RevokeKey
+)
 
 
 class KeyInfo(msgspec.Struct, frozen=True):
@@ -85,7 +95,7 @@ class TenantStatus(msgspec.Struct, frozen=True):
 class ReplicaStatus(msgspec.Struct, frozen=True):
     replica_id: str
     endpoint: str
-    state: Literal["pending", "starting", "ready", "draining", "failed", "lost"]
+    state: Literal["pending", "starting", "ready", "draining", "failed", "lost", "standby"]
     phase: str
     address: str
     pid: int

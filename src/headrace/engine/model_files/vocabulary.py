@@ -1,7 +1,7 @@
 """The bytes that each token of a model stands for, read from its files without a tokenizer.
 
-Owns how pieces of byte-level and of SentencePiece-like vocabularies spell bytes. Must not know how text becomes
-tokens, nor grammars.
+Owns how pieces of byte-level and of SentencePiece-like vocabularies spell bytes.
+Must not know how text becomes tokens, nor grammars.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Owns the counters and the measured cost of a row. Must not know logits, sampling
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from headrace.engine.request import EngineRequest
 from headrace.engine.scheduler import Decision, Scheduler
@@ -15,6 +16,10 @@ from headrace.engine.speculation.row_cost import RowCost
 from headrace.engine.speculation.verify import Verified
 
 _KEEP = 0.9
+_EXPLORE_EVERY = 512
+"""Steps without any guess after which some are made although rows seem too dear: else that is never measured
+again."""
+_EXPLORING_ROW_TOKENS = 0.5
 
 
 class Speculator:
@@ -30,6 +35,7 @@ class Speculator:
         self._row_cost = RowCost()
         self._tokens_per_request = 1.0
         """Tokens that a step gives each decoding request, smoothed."""
+        self._num_steps_without = 0
 
     def __repr__(self) -> str:
         return (
@@ -43,20 +49,37 @@ class Speculator:
         if not places:
             return
         row_tokens = self._row_tokens(len(places))
+        self._num_steps_without += 1
+        if self._num_steps_without > _EXPLORE_EVERY:
+            row_tokens = min(row_tokens, _EXPLORING_ROW_TOKENS)
+        elif row_tokens >= 1.0:
+            return  # A row brings at most one token.
         wanted: list[Wanted] = []
         reserved: list[int] = []
         for place in places:
             request = decision.scheduled[place].request
-            room = scheduler.draft_room(decision, request, self._max_draft_tokens)
-            num_tokens = self._controller(request).choose(room, row_tokens).num_tokens
+            num_tokens = self._choose(decision, request, scheduler, row_tokens)
             num_reserved = scheduler.reserve_drafts(decision, place, num_tokens) if num_tokens else 0
             if num_reserved:
                 wanted.append(Wanted(request, num_reserved))
                 reserved.append(place)
-        if wanted:
-            proposed = self._proposer.propose(wanted)
-            for place, (_, num_reserved), drafts in zip(reserved, wanted, proposed, strict=True):
-                scheduler.set_drafts(decision, place, num_reserved, drafts)
+        if not wanted:
+            return
+        self._num_steps_without = 0
+        proposed = self._proposer.propose(wanted)
+        for place, (request, num_reserved), drafts in zip(reserved, wanted, proposed, strict=True):
+            if request.constraint is not None and drafts:
+                drafts = drafts[: request.constraint.count_valid(drafts)]
+            scheduler.set_drafts(decision, place, num_reserved, drafts)
+
+    def _choose(
+        self, decision: Decision, request: EngineRequest, scheduler: Scheduler, row_tokens: float
+    ) -> int:
+        room = scheduler.draft_room(decision, request, self._max_draft_tokens)
+        if not room:
+            return 0
+        outlook = self._proposer.outlook(request, room)
+        return self._controller(request).choose(outlook, row_tokens).num_tokens
 
     def observe(self, decision: Decision, verified: Sequence[Verified], step_s: float) -> None:
         """Learn from a step: which guesses were right, and how long it took."""
@@ -72,6 +95,14 @@ class Speculator:
             self._row_cost.observe(decision.num_tokens, step_s)
             rate = num_tokens / len(decision.scheduled)
             self._tokens_per_request += (1 - _KEEP) * (rate - self._tokens_per_request)
+
+    def sleep(self, level: Literal[1, 2]) -> None:
+        """Give the proposer's memory back, as `ModelRunner.sleep`."""
+        self._proposer.sleep(level)
+
+    def wake(self) -> None:
+        """Take it again, as `ModelRunner.wake`."""
+        self._proposer.wake()
 
     def _row_tokens(self, num_decoding: int) -> float:
         """Return how many tokens this batch makes in the time by which one more row lengthens its step."""
