@@ -8,17 +8,25 @@ PURE := policy engine.kv_cache engine.scheduler control.reconciler
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
 # What headrace is measured beside; each in an environment of its own under .peers.
-PEERS := ray-serve vllm-router smg
+PEERS ?= ray-serve vllm-router smg $(ENGINES)
+# Other engines, and the packages that carry Gemma.
+ENGINES := vllm llama-cpp transformers gemma3-270m
 
-.PHONY: help up test check lint format type imports unit fuzz integration e2e test-slow bench peers docs clean
+.PHONY: help up test check lint format type imports unit fuzz integration e2e test-slow bench peers docs kernels clean
 help:
 	@echo "make up      install, then serve SmolLM2-135M-Instruct at http://127.0.0.1:8000/v1"
 	@echo "make test    everything that CI runs: check, unit, integration, end to end"
 	@echo "make check   format, lint, types, import contracts"
 	@echo "make bench   the benchmarks of benchmarks/ (minutes)"
-	@echo "make peers   install what \`make bench\` compares with, into .peers (about 1 GB, a minute or two)"
+	@echo "make kernels compile the engine's kernels again, after changes of their sources"
+	@echo "make peers   install what \`make bench\` compares with, into .peers (about 6 GB, a few minutes);"
+	@echo "             PEERS=\"llama-cpp vllm\" only some of it"
 
-$(INSTALLED): pyproject.toml constraints.txt
+# The compiled kernels; built by the install, and again when their sources change.
+KERNELS := src/headrace/engine/kernels
+KERNEL_SOURCES := setup.py $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.h)
+
+$(INSTALLED): pyproject.toml constraints.txt $(KERNEL_SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e ".[engine,client]"
@@ -74,7 +82,13 @@ peers: $(PEERS:%=.peers/%/.installed)
 	@echo "installing $* into .peers/$*"
 	$(PYTHON) -m venv .peers/$*
 	.peers/$*/bin/python -m pip --disable-pip-version-check install -q -r $<
+	if [ -f $(<:.txt=-no-deps.txt) ]; then \
+		.peers/$*/bin/python -m pip --disable-pip-version-check install -q --no-deps -r $(<:.txt=-no-deps.txt); fi
 	@touch $@
+
+# Builds the kernels in place with whichever Python there is: the environment of this tree, else PYTHON.
+kernels:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) setup.py -q build_ext --inplace
 
 docs: $(INSTALLED_TEST)
 	$(BIN)/python -m docs.generate_reference
@@ -82,4 +96,4 @@ docs: $(INSTALLED_TEST)
 	$(BIN)/pytest tests/unit/test_docs.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build $(KERNELS)/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

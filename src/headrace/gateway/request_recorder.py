@@ -199,6 +199,7 @@ def _join(gateway_id: str, request_id: str, parts: _Parts, wall_s: float) -> Req
         prompt_tokens=front.num_prompt_tokens if front is not None else None,
         cached_tokens=front.num_cached_tokens if front is not None else None,
         output_tokens=front.num_output_tokens if front is not None else None,
+        engine_ms=round(front.engine_s * 1000, 6) if front is not None else None,
         bytes_in=line.bytes_in if line.bytes_in >= 0 else None,
         bytes_out=line.bytes_out if line.bytes_out >= 0 else None,
     )

@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
 DEMAND_PERIOD_S = 0.2
+LEAVING = ("draining", "standby")
+"""States in which a replica waits for the word that it is sent nothing more."""
 RECORDS_AT_A_TIME = 32
 """Records that are written in one turn of the loop: as much work as three decisions, which wait for it."""
 REQUEST_LOG_BYTES = 64 * 1024 * 1024
@@ -261,7 +263,7 @@ class Router:
             self.dispatcher.replica_reported(replica, report, now_s)
             self._on_replicas_changed()
             self.dispatcher.pump(replica.endpoint, now_s)
-        if report.state == "draining":
+        if report.state in LEAVING:
             is_released = replica is None or self._is_released(replica)
             connection.acknowledge(ReportAck(report.sequence, is_released))
 
@@ -289,7 +291,7 @@ class Router:
         for endpoint in list(self.dispatcher.endpoints):
             self.dispatcher.pump(endpoint, now_s)
         for replica in self.replicas.replicas.values():
-            if replica.state == "draining" and self._is_released(replica):
+            if replica.state in LEAVING and self._is_released(replica):
                 connection = replica.connection
                 if isinstance(connection, ReportConnection):
                     connection.acknowledge(ReportAck(replica.sequence, is_released=True))

@@ -15,6 +15,7 @@ from headrace.api.messages import (
     GatewayStatus,
     ProcessStatus,
     ReplicaStatus,
+    StepModel,
     SystemStatus,
     TenantStatus,
 )
@@ -65,6 +66,18 @@ def system(*replicas: ReplicaStatus, is_ready: bool = False) -> SystemStatus:
         "/run/headrace/default",
         gateways=gateways,
     )
+
+
+def test_the_status_says_what_a_replicas_steps_take() -> None:
+    console = Console(file=io.StringIO(), width=120)
+    model = StepModel(0.0041, 1.2e-5, 1e-9, 3.1e-4, 1.5e-8, 0.034)
+    measured = msgspec.structs.replace(replica("chat-1", "ready"), step_model=model, busy_ratio=0.37)
+    console.print(render(system(measured, replica("chat-2", "ready"))))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    line = "chat-1: 37% busy, a step takes 4.1 ms + 12 µs/prompt token + 310 µs/output token"
+    assert line in text
+    assert "chat-2: 0% busy" not in text
 
 
 @pytest.mark.parametrize("width", [80, 120])

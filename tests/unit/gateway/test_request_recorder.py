@@ -39,7 +39,9 @@ def completion(request_id: str = ID, **fields: object) -> Completion:
 
 
 def finished(request_id: str = ID) -> FinishedRequest:
-    return FinishedRequest(request_id, TerminalState.FINISHED, "stop", "acme", 7, 3, 5, 0.025, 0.1)
+    return FinishedRequest(
+        request_id, TerminalState.FINISHED, "stop", "acme", 7, 3, 5, 0.025, 0.1, 0.012345678
+    )
 
 
 class World:
@@ -102,6 +104,7 @@ def test_a_record_holds_what_each_of_them_said() -> None:
             prompt_tokens=7,
             cached_tokens=3,
             output_tokens=5,
+            engine_ms=12.345678,
             bytes_in=10,
             bytes_out=20,
         )

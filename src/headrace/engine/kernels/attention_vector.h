@@ -1,0 +1,67 @@
+// Vectors of floats and what attention computes with them, for any instruction set. Included inside the
+// anonymous namespace of a file that has defined kLanes and FusedAdd (see cpu.h on why).
+
+typedef float F __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I __attribute__((vector_size(4 * kLanes)));
+
+inline F load(const float* at) {
+  F x;
+  __builtin_memcpy(&x, at, sizeof x);
+  return x;
+}
+
+inline I load_words(const void* at) {
+  I x;
+  __builtin_memcpy(&x, at, sizeof x);
+  return x;
+}
+
+inline void store(float* at, F x) { __builtin_memcpy(at, &x, sizeof x); }
+
+inline F splat(float x) { return x - F{}; }
+inline I splat(int32_t x) { return x - I{}; }
+
+inline F select(I is_first, F a, F b) { return (F)((is_first & (I)a) | (~is_first & (I)b)); }
+
+// The larger; b where one is not a number.
+inline F larger(F a, F b) { return a > b ? a : b; }
+
+inline float reduce_max(F x) {
+  float result = x[0];
+  for (int i = 1; i < kLanes; ++i) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
+// Pairs, then pairs of pairs: the same tree always.
+inline float reduce_add(F x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// The lanes' numbers, from `first`.
+inline I count_from(int32_t first) {
+  I lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = first + i;
+  return lanes;
+}
+
+// 2^x for x <= 0, 0 below -125; not a number stays so. Relative error below 2.5e-7: 2^f for f in [-0.5, 0.5] is
+// a polynomial (minimax in relative error, 9.2e-8; 2^0 is exactly 1), the rest goes into the exponent.
+inline F exp2_of(F x) {
+  const F round = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const F clamped = select(x < splat(-125.0f), splat(-125.0f), x);
+  const F shifted = clamped + round;
+  const F f = clamped - (shifted - round);
+  F y = splat(1.326472731e-3f);
+  y = FusedAdd(y, f, splat(9.671512991e-3f));
+  y = FusedAdd(y, f, splat(5.550733581e-2f));
+  y = FusedAdd(y, f, splat(2.402224243e-1f));
+  y = FusedAdd(y, f, splat(6.931470037e-1f));
+  y = FusedAdd(y, f, splat(1.0f));
+  const I exponent = ((I)shifted - (I)round) << 23;
+  y = select(x < splat(-125.0f), F{}, (F)((I)y + exponent));
+  return select(x == x, y, x);
+}
