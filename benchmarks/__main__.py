@@ -11,7 +11,7 @@ from benchmarks.peers.catalogue import UnknownPeer
 
 NAMES = (
     *("gateway", "tokens", "peers", "router", "placement", "fairness", "held"),
-    *("engine", "speculation", "start", "memory"),
+    *("engine", "speculation", "structured", "start", "memory"),
 )
 WITH_PEERS = ("peers", "engine")
 """Those that `--only` says the peers of."""
