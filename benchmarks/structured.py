@@ -60,8 +60,8 @@ def run(*, is_quick: bool) -> Report:
         "structured",
         "Structured output: what a form costs",
         f"One engine in this process, {NUM_THREADS} threads, SmolLM2-135M; {NUM_INPUT} tokens in, "
-        f"{NUM_OUTPUT} out, greedy. Batches that are free and batches that must be a JSON array of objects take turns, "
-        f"{rounds} times; a step's time is the fastest quarter's median, since other processes only lengthen "
+        f"{NUM_OUTPUT} out, greedy. Batches that are free and batches that must be a JSON array of objects "
+        f"take turns, {rounds} times; a step's time is the fastest quarter's median, since other processes only lengthen "
         "it. Masks: CPU time of mask and advance along an answer.",
     )
     grammars, latencies = asyncio.run(compile_forms())
