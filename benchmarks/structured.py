@@ -61,8 +61,8 @@ def run(*, is_quick: bool) -> Report:
         "Structured output: what a form costs",
         f"One engine in this process, {NUM_THREADS} threads, SmolLM2-135M; {NUM_INPUT} tokens in, "
         f"{NUM_OUTPUT} out, greedy. Batches that are free and batches that must be a JSON array of objects "
-        f"take turns, {rounds} times; a step's time is the fastest quarter's median, since other processes only lengthen "
-        "it. Masks: CPU time of mask and advance along an answer.",
+        f"take turns, {rounds} times; a step's time is the fastest quarter's median, since other processes "
+        "only lengthen it. Masks: CPU time of mask and advance along an answer.",
     )
     grammars, latencies = asyncio.run(compile_forms())
     engine = build_engine(
@@ -191,12 +191,12 @@ def plausible_logits(token_bytes: Sequence[bytes]) -> Any:
 
 def follow(constraint: Constraint, logits_V: Any, end_token_ids: Sequence[int]) -> list[float]:
     """Return seconds of CPU of mask and advance for up to 200 tokens."""
-    times = []
+    times: list[float] = []
     generator = np.random.default_rng(2)
     while len(times) < 200 and not constraint.is_complete:
         row_V = np.roll(logits_V, int(generator.integers(len(logits_V))))
         begin_s = time.thread_time()
-        constraint.mask(row_V, ())
+        row_V = constraint.mask(row_V, ())
         masked_s = time.thread_time()
         token_id = int(row_V.argmax())
         if row_V[token_id] == -np.inf or token_id in end_token_ids:
