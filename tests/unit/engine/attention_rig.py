@@ -1,4 +1,4 @@
-"""Runs the compiled attention on steps over block tables of a test's choosing, and says what plain torch gives.
+"""Runs the compiled attention over block tables of a test's choosing, and says what plain torch gives.
 
 Shapes: T tokens of a step, R requests, H heads, K KV heads, D head_dim.
 """
