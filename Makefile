@@ -8,7 +8,9 @@ PURE := policy engine.kv_cache engine.scheduler control.reconciler
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
 # What headrace is measured beside; each in an environment of its own under .peers.
-PEERS := ray-serve vllm-router smg
+PEERS ?= ray-serve vllm-router smg $(ENGINES)
+# Other engines, and the packages that carry Gemma.
+ENGINES := vllm llama-cpp transformers gemma3-270m
 
 .PHONY: help up test check lint format type imports unit fuzz integration e2e test-slow bench peers docs kernels clean
 help:
@@ -17,7 +19,8 @@ help:
 	@echo "make check   format, lint, types, import contracts"
 	@echo "make bench   the benchmarks of benchmarks/ (minutes)"
 	@echo "make kernels compile the engine's kernels again, after changes of their sources"
-	@echo "make peers   install what \`make bench\` compares with, into .peers (about 1 GB, a minute or two)"
+	@echo "make peers   install what \`make bench\` compares with, into .peers (about 6 GB, a few minutes);"
+	@echo "             PEERS=\"llama-cpp vllm\" only some of it"
 
 # The compiled kernels; built by the install, and again when their sources change.
 KERNELS := src/headrace/engine/kernels
@@ -79,6 +82,8 @@ peers: $(PEERS:%=.peers/%/.installed)
 	@echo "installing $* into .peers/$*"
 	$(PYTHON) -m venv .peers/$*
 	.peers/$*/bin/python -m pip --disable-pip-version-check install -q -r $<
+	if [ -f $(<:.txt=-no-deps.txt) ]; then \
+		.peers/$*/bin/python -m pip --disable-pip-version-check install -q --no-deps -r $(<:.txt=-no-deps.txt); fi
 	@touch $@
 
 # Builds the kernels in place with whichever Python there is: the environment of this tree, else PYTHON.

@@ -47,6 +47,7 @@ setup(
                 "-fvisibility=hidden",
                 "-ffp-contract=off",
                 "-fno-math-errno",
+                "-Wno-psabi",
             ],
             extra_link_args=["-pthread"],
             language="c++",

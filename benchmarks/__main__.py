@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 
 from benchmarks.peers.catalogue import UnknownPeer
 
-NAMES = ("gateway", "tokens", "peers", "router", "placement", "fairness", "held", "engine", "start", "memory")
+NAMES = (
+    *("gateway", "tokens", "peers", "router", "placement", "fairness", "held"),
+    *("engine", "roofline", "prompts", "overhead", "speculation", "structured", "start", "memory"),
+)
+WITH_PEERS = ("peers", "engine", "prompts")
+"""Those that `--only` says the peers of."""
 
 
 def main() -> int:
@@ -17,7 +23,7 @@ def main() -> int:
         "names", nargs="*", metavar="NAME", help=f"all (the default), or of: {', '.join(NAMES)}"
     )
     parser.add_argument("--quick", action="store_true", help="short and rough: to see that it runs")
-    parser.add_argument("--only", default="", metavar="PEER,…", help="peers: measure beside these alone")
+    parser.add_argument("--only", default="", metavar="PEER,…", help="measure beside these peers alone")
     parser.add_argument("--no-report", action="store_true", help="print, and write no file")
     arguments = parser.parse_args()
     names = list(NAMES) if arguments.names in ([], ["all"]) else arguments.names
@@ -25,8 +31,9 @@ def main() -> int:
     if unknown:
         parser.error(f"no benchmark {', '.join(unknown)}; there are: {', '.join(NAMES)}, all")
     only = [peer for peer in arguments.only.split(",") if peer]
-    if only and names != ["peers"]:
-        parser.error("--only belongs to `peers` alone: python -m benchmarks peers --only NAME,…")
+    if only and (len(names) != 1 or names[0] not in WITH_PEERS):
+        parser.error(f"--only belongs to {' or '.join(WITH_PEERS)} alone: NAME --only PEER,…")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that whatever was started is ended
     for name in names:
         options = {"only": only} if only else {}
         print(f"== {name}", file=sys.stderr, flush=True)

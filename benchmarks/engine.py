@@ -1,155 +1,174 @@
-"""The native engine's throughput, beside transformers in the same run and other engines' earlier figures."""
+"""The native engine's throughput and latencies, beside other engines in the same run."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from benchmarks.engines.company import Company, company
+from benchmarks.engines.load import Load, measure, workload_for
+from benchmarks.engines.models import GEMMA, SMOLLM2, BenchModel, ModelMissing
+from benchmarks.engines.page import engines_table, failures_of, ratio
+from benchmarks.engines.running import HEADRACE, RunningEngine
 from benchmarks.report import Aim, Report, Table
-from benchmarks.system import MODEL, evaluate_valid, load, serve, workload
-from headrace.bench.load import LoadSpec
-from headrace.bench.results import RunResult
 
-NUM_THREADS = 2
 NUM_INPUT = NUM_OUTPUT = 128
-CONCURRENCY = (1, 4, 16, 32)
-PEER_LIMIT_S = 600.0
-# Measured in November 2026 with the same model and lengths, on another 2-core machine, each engine's own
-# server: output tokens/s and TPOT p50 in ms. None: it died.
-VLLM = {1: (13.6, 73), 4: (46.6, 82), 16: (146, 95), 32: (211, 137)}
-LLAMA_CPP: dict[int, tuple[float, float] | None] = {1: (60.8, 11.2), 4: (67.0, 38), 16: None, 32: None}
+CONTEXT_TOKENS = 512
+VLLM = "vllm"
 
 
-def run(*, is_quick: bool) -> Report:
-    """Measure at each concurrency, headrace and transformers in turns."""
-    report = Report(
-        "engine",
-        "Native engine: SmolLM2-135M on the CPU",
-        f"{NUM_INPUT} tokens in, {NUM_OUTPUT} out, end of text ignored, greedy. headrace: one native replica "
-        f"with {NUM_THREADS} threads, closed loop straight to its front over HTTP. transformers: the same "
-        f"weights in bfloat16, {NUM_THREADS} threads, static batches without any server: its best case. The "
-        "two run in turns.",
-    )
-    concurrencies = CONCURRENCY[:2] if is_quick else CONCURRENCY
-    rows = []
-    endpoint = {"model": MODEL, "replicas": 1, "native": {"num_threads": NUM_THREADS}}
-    with serve(endpoint) as system, transformers_peer() as peer:
-        for concurrency in concurrencies:
-            ours = measure(system.front_urls[0], concurrency, 1 if is_quick else 3)
-            theirs = peer.measure(concurrency)
-            rows.append(_row(concurrency, ours, theirs))
-            wanted, _ = VLLM[concurrency]
-            got = ours.output_tokens_per_s
-            report.aims.append(
-                Aim(f"tokens/s at {concurrency}", f"above vLLM's {wanted:g}", f"{got:.1f}", got > wanted)
-            )
-            report.data[str(concurrency)] = {"headrace": msgspec.to_builtins(ours), "transformers": theirs}
-        report.data["transformers_load_s"] = peer.load_s
-    headers = (
-        *("concurrency", "headrace tokens/s", "TPOT p50 ms", "TTFT p50 ms"),
-        *("transformers tokens/s", "TPOT ms", "ratio"),
-        *("vLLM tokens/s", "TPOT ms", "llama.cpp tokens/s", "TPOT ms"),
-    )
-    report.tables.append(Table("Output tokens per second", headers, rows))
-    report.caveats += [
-        "vLLM 0.32 (CPU, bfloat16) and llama.cpp (Q4_1) were measured on another 2-core machine: compare "
-        "with care. transformers ran here, in this run.",
-        "Our prompts are random words: their token counts are near, not exactly, "
-        f"{NUM_INPUT}, and the chat template adds some. Peers' prompts are exactly {NUM_INPUT} tokens.",
-        "The client takes a share of the same cores.",
-    ]
-    return report
+@dataclass(frozen=True)
+class Plan:
+    """What is measured how often."""
+
+    aims: dict[BenchModel, tuple[float, float]]
+    """Model -> how many times vLLM's tokens/s, how many times the best peer's."""
+    concurrencies: tuple[int, ...]
+    rounds: int
+    repeat_limit_s: float
+    """A load that takes longer is not repeated: the run shall end in minutes."""
 
 
-def measure(url: str, concurrency: int, rounds: int) -> RunResult:
-    """Load the front with `rounds` requests per worker after a warm-up."""
-    spec = LoadSpec(
-        concurrency=concurrency, max_requests=concurrency * rounds, warmup_requests=concurrency, timeout_s=600
-    )
-    work = workload(NUM_INPUT, NUM_OUTPUT, seed=concurrency, route="completions")
-    return evaluate_valid(load(url, work, spec))
+AIMS = {SMOLLM2: (4.0, 1.3), GEMMA: (3.0, 1.0)}
+FULL = Plan(AIMS, (1, 4, 16, 32), 3, 15.0)
+QUICK = Plan({SMOLLM2: AIMS[SMOLLM2]}, (1, 16), 1, 15.0)
 
 
 @dataclass
-class Peer:
-    """A running transformers process."""
+class Loads:
+    """What one model's turns gave."""
 
-    process: subprocess.Popen[str]
-    load_s: float = 0.0
+    model: BenchModel
+    company: Company
+    by_concurrency: dict[int, dict[str, list[Load]]] = field(default_factory=dict)
 
-    def measure(self, batch: int) -> dict[str, float]:
-        """Generate one static batch; return tokens/s and TPOT."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{batch}\n")
-        self.process.stdin.flush()
-        times = self.read()
-        per_token_s = (times["total_s"] - times["first_s"]) / (times["num_output"] - 1)
-        return {
-            **times,
-            "output_tokens_per_s": batch * times["num_output"] / times["total_s"],
-            "tpot_ms": per_token_s * 1e3,
-        }
+    def middle(self, concurrency: int, name: str) -> Load | None:
+        """Return the load of median tokens/s; of two the slower one. None without any."""
+        loads = sorted(self.by_concurrency[concurrency].get(name, []), key=lambda load: load.tokens_per_s)
+        return loads[(len(loads) - 1) // 2] if loads else None
 
-    def read(self) -> dict[str, float]:
-        """Return the next answer. A peer that takes too long is killed, which ends the wait."""
-        assert self.process.stdout is not None
-        guard = threading.Timer(PEER_LIMIT_S, self.process.kill)
-        guard.start()
+
+def run(*, is_quick: bool, only: Sequence[str] = ()) -> Report:
+    """Compare with all engines that are installed, or with those named. Raises UnknownPeer."""
+    plan = QUICK if is_quick else FULL
+    words = ["python -m benchmarks engine", *(["--quick"] if is_quick else [])]
+    words += [f"--only {','.join(only)}"] if only else []
+    report = Report("engine", "Native engine on the CPU", _METHOD, command=" ".join(words))
+    for model, aims in plan.aims.items():
+        print(f"-- {model.title}", file=sys.stderr, flush=True)
         try:
-            line = self.process.stdout.readline()
-        finally:
-            guard.cancel()
-        if not line:
-            raise RuntimeError("the transformers process ended without an answer")
-        answer: dict[str, float] = json.loads(line)
-        return answer
+            loads = compare(model, plan, only)
+        except ModelMissing as error:
+            report.caveats.append(str(error))
+            continue
+        report.tables += [_table(loads, plan), engines_table(model, loads.company)]
+        report.aims += _aims(loads, plan, *aims)
+        report.caveats += failures_of(model, loads.company)
+        report.data[model.name] = _data(loads)
+    report.caveats += _CAVEATS
+    return report
 
 
-@contextmanager
-def transformers_peer() -> Iterator[Peer]:
-    """Start the peer and load its model; it ends with the block."""
-    root = Path(__file__).parents[1]
-    path = os.pathsep.join(filter(None, [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.transformers_peer"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(NUM_THREADS)},
+def compare(model: BenchModel, plan: Plan, only: Sequence[str]) -> Loads:
+    """Measure one model on every engine, in turns. Raises ModelMissing, UnknownPeer."""
+    with company(model, only, CONTEXT_TOKENS) as together:
+        loads = Loads(model, together)
+        for concurrency in plan.concurrencies:
+
+            def ask(engine: RunningEngine, number: int, concurrency: int = concurrency) -> Load:
+                # Other prompts each round: a prefix cache holds none of them.
+                work = workload_for(engine, NUM_INPUT, NUM_OUTPUT, seed=1000 * concurrency + number)
+                return measure(engine, work, concurrency, concurrency)
+
+            loads.by_concurrency[concurrency] = together.take_turns(
+                plan.rounds, f"{model.title} at {concurrency}", ask, plan.repeat_limit_s
+            )
+            _tell(loads, concurrency)
+        return loads
+
+
+def _tell(loads: Loads, concurrency: int) -> None:
+    found = {name: loads.middle(concurrency, name) for name in loads.by_concurrency[concurrency]}
+    words = [f"{name} {load.tokens_per_s:.1f}" for name, load in found.items() if load is not None]
+    print(f"   {concurrency} at a time, tokens/s: {', '.join(words)}", file=sys.stderr, flush=True)
+
+
+def _aims(loads: Loads, plan: Plan, than_vllm: float, than_best: float) -> list[Aim]:
+    aims = []
+    for concurrency in plan.concurrencies:
+        found = {name: loads.middle(concurrency, name) for name in loads.by_concurrency[concurrency]}
+        rates = {name: load.tokens_per_s for name, load in found.items() if load is not None}
+        ours = rates.pop(HEADRACE, 0.0)
+        best = max(rates.values(), default=None)
+        where = f"{loads.model.title}, tokens/s at {concurrency}"
+        for what, times, other in (
+            ("vLLM's", than_vllm, rates.get(VLLM)),
+            ("the best peer's", than_best, best),
+        ):
+            measured = "not measured" if other is None else f"{ours:.1f} is {ours / other:.2f} times"
+            is_met = other is not None and ours >= times * other
+            aims.append(Aim(where, f"at least {times:g} times {what}", measured, is_met))
+    return aims
+
+
+def _table(loads: Loads, plan: Plan) -> Table:
+    headers = (
+        *("at a time", "engine", "tokens/s", "headrace's ratio", "TTFT p50 ms", "p99"),
+        *("ITL p50 ms", "p99", "cores used", "memory MiB", "rounds"),
     )
-    try:
-        peer = Peer(process)
-        peer.load_s = peer.read()["load_s"]
-        yield peer
-    finally:
-        process.kill()
-        process.communicate()
+    rows = []
+    for concurrency in plan.concurrencies:
+        ours = loads.middle(concurrency, HEADRACE)
+        for name, repeated in loads.by_concurrency[concurrency].items():
+            load = loads.middle(concurrency, name)
+            if load is not None:
+                rows.append(_row(concurrency, name, load, ours, len(repeated)))
+    title = f"{loads.model.title}: {NUM_INPUT} tokens in, {NUM_OUTPUT} out, closed loop"
+    return Table(title, headers, rows)
 
 
-def _row(concurrency: int, ours: RunResult, theirs: dict[str, float]) -> list[str]:
-    assert ours.tpot_ms is not None
-    assert ours.ttft_ms is not None
-    ratio = ours.output_tokens_per_s / theirs["output_tokens_per_s"]
-    cells = [
+def _row(concurrency: int, name: str, load: Load, ours: Load | None, rounds: int) -> list[str]:
+    result = load.result
+    assert result.ttft_ms is not None
+    assert result.itl_ms is not None
+    is_ours = name == HEADRACE
+    return [
         str(concurrency),
-        f"**{ours.output_tokens_per_s:.1f}**",
-        f"{ours.tpot_ms.p50:.1f}",
-        f"{ours.ttft_ms.p50:.0f}",
-        f"{theirs['output_tokens_per_s']:.1f}",
-        f"{theirs['tpot_ms']:.1f}",
-        f"{ratio:.1f}",
+        name,
+        f"**{load.tokens_per_s:.1f}**" if is_ours else f"{load.tokens_per_s:.1f}",
+        "" if is_ours else ratio(ours.tokens_per_s if ours else None, load.tokens_per_s),
+        f"{result.ttft_ms.p50:.0f}",
+        f"{result.ttft_ms.p99:.0f}",
+        f"{result.itl_ms.p50:.1f}",
+        f"{result.itl_ms.p99:.1f}",
+        f"{load.cpu_s / result.elapsed_s:.2f}",
+        f"{load.memory_bytes / 2**20:.0f}",
+        str(rounds),
     ]
-    known: tuple[Any, Any] = (VLLM[concurrency], LLAMA_CPP[concurrency])
-    for figures in known:
-        cells += ["died", "-"] if figures is None else [f"{figures[0]:g}", f"{figures[1]:g}"]
-    return cells
+
+
+def _data(loads: Loads) -> dict[str, Any]:
+    return {
+        str(concurrency): {name: msgspec.to_builtins(found) for name, found in by_engine.items()}
+        for concurrency, by_engine in loads.by_concurrency.items()
+    }
+
+
+_METHOD = (
+    f"Text prompts of {NUM_INPUT} tokens, {NUM_OUTPUT} tokens out, end of text ignored, greedy: the same "
+    "bytes for every engine, straight to its own OpenAI server, from one client on the same machine. Each "
+    "engine computes with two threads on the machine's two cores and has room for 32 answers; all read the "
+    "same GGUF file, or what it was converted to. All are started; in turns one runs while the others are "
+    "stopped (SIGSTOP). One load is as many requests as go on at a time; the one of median tokens/s "
+    f"counts; one that takes longer than {FULL.repeat_limit_s:g} s is not repeated."
+)
+_CAVEATS = [
+    "The client takes a share of the same cores.",
+    "Weights are of one file, but not of the same bits: what each engine keeps them in stands in its row. "
+    "headrace's table row is the default of `auto`.",
+    "One wave of requests: all prompts come at once, so TTFT at 16 and 32 is that of a burst.",
+]

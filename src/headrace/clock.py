@@ -10,9 +10,12 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Seconds on a monotonic scale, and seconds since 1970 for what people read."""
+    """Seconds on a monotonic scale, the same as whole nanoseconds for what must add up, and seconds
+    since 1970 for what people read."""
 
     def now_s(self) -> float: ...
+
+    def now_ns(self) -> int: ...
 
     def wall_s(self) -> float: ...
 
@@ -22,6 +25,9 @@ class SystemClock:
 
     def now_s(self) -> float:
         return time.monotonic()
+
+    def now_ns(self) -> int:
+        return time.monotonic_ns()
 
     def wall_s(self) -> float:
         return time.time()
@@ -35,6 +41,9 @@ class VirtualClock:
 
     def now_s(self) -> float:
         return self._now_s
+
+    def now_ns(self) -> int:
+        return round(self._now_s * 1e9)
 
     def wall_s(self) -> float:
         return self._now_s

@@ -13,6 +13,8 @@ what was got, what is allowed and what to do.
     │   └── ReplicaLost        502   send the request again
     ├── EngineDead                   the engine process is gone; its owner restarts it
     ├── ModelError                   a model file is missing, damaged or not supported
+    │   └── ModelChanged             it was changed while it was read: read it again
+    ├── OutOfMemory                  memory is short now; another attempt may succeed
     ├── ConfigError                  the config is wrong; lists every problem at once
     └── ProtocolError                another process sent something that is not of the contract
 """
@@ -115,6 +117,14 @@ class EngineDead(HeadraceError):
 
 class ModelError(HeadraceError):
     """A model file is missing, damaged, or of a kind that is not supported."""
+
+
+class ModelChanged(ModelError):
+    """A model file was changed while it was read; another attempt reads the new one."""
+
+
+class OutOfMemory(HeadraceError):
+    """This machine has too little free memory now. The message says how much is needed, and is free."""
 
 
 class ConfigError(HeadraceError):

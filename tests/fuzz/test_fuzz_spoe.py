@@ -36,7 +36,7 @@ EVERY_KIND = [
     spop.encode_frame(spop.HAPROXY_HELLO, 0, 0, hello_payload()),
     notify(7),
     spop.encode_frame(spop.HAPROXY_DISCONNECT, 0, 0, b""),
-    spop.encode_ack(2**40, 300, {b"server": b"x" * 300}),
+    spop.encode_ack(2**40, 300, spop.encode_actions({b"server": b"x" * 300})),
 ]
 
 
@@ -89,7 +89,7 @@ def test_a_connection_survives_any_bytes_in_any_pieces() -> None:
             assert len(rig.connection._rest) < spop.MAX_FRAME_BYTES + 4
             for number in answers:
                 if number < len(rig.calls):
-                    rig.calls[number][0].answer({b"server": b"x"})
+                    rig.calls[number][0].answer(spop.encode_actions({b"server": b"x"}))
         assert len(rig.connection._open_frames) <= min(len(rig.calls), MAX_FRAMES_IN_FLIGHT)
         answered = [frame for frame in rig.transport.frames() if frame.kind == spop.ACK]
         assert len(answered) <= len(rig.calls), "one answer per call"
@@ -97,7 +97,7 @@ def test_a_connection_survives_any_bytes_in_any_pieces() -> None:
         rig.connection.connection_lost(None)
         assert rig.lost == [rig.connection]
         for call, _, _ in rig.calls:
-            call.answer({b"server": b"late"})
+            call.answer(spop.encode_actions({b"server": b"late"}))
         if was_open:
             assert rig.agent.num_protocol_errors == 0
 

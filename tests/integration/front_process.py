@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -184,14 +184,15 @@ def running_front(
     start_limit_s: float = START_LIMIT_S,
     gateway_dir: str = "",
     replica_id: str = "chat-1",
+    extra_sockets: Sequence[str] = (),
     **spec_fields: Any,
 ) -> Iterator[RunningFront]:
     """Start a front with `engine`; at the end stop it and look for tracebacks in its log. `gateway_dir`: run
-    directory of a gateway that it serves as well."""
+    directory of a gateway that it serves as well. `extra_sockets`: who else hears its reports."""
     run_dir = Path(tempfile.mkdtemp(prefix="headrace-front-"))
     path = str(run_dir / "router.sock")
     router = FakeRouter(path)
-    sockets = [path, str(run_dir / "controller.sock")]
+    sockets = [path, *(extra_sockets or [str(run_dir / "controller.sock")])]
     spec_fields.setdefault("report_sockets", sockets)
     if gateway_dir:
         spec_fields["report_sockets"] = [*sockets, router_socket_path(gateway_dir, "g1")]

@@ -118,7 +118,7 @@ def test_an_engine_reports_its_phases_then_streams_each_request_to_its_end() -> 
         assert isinstance(engine.next_event(), EngineStarting)
         ready = engine.wait_ready()
         assert (ready.kind, ready.vocab_size, ready.max_context_tokens) == ("simulated", 257, 32768)
-        assert set(ready.phases) == {"waiting for simulated_start_s"}
+        assert set(ready.phases) == {"starting python", "waiting for simulated_start_s"}
         assert psutil.Process(engine.process.pid).cmdline()[0] == "headrace: engine test-1"
         engine.send(request("a", 30), request("b", 12))
         outputs = engine.outputs_until(has_finished("a", "b"))

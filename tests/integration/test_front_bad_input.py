@@ -88,7 +88,8 @@ BAD_CHATS: list[tuple[Any, int, str | None, str]] = [
     (chat(logprobs=True, top_logprobs=21), 400, "top_logprobs", "0 to 20"),
     (chat(min_tokens=5), 400, "min_tokens", "0 to max_tokens, here 4"),
     (chat(stop_token_ids=[999]), 400, "stop_token_ids", "999"),
-    (chat(response_format={"type": "json_object"}), 400, "response_format", "not supported yet"),
+    (chat(response_format={"type": "json_object"}), 400, "response_format", "only simulates"),
+    (chat(response_format={"type": "xml"}), 400, "response_format.type", "'json_schema'"),
     (chat(tools=[{"type": "function"}]), 400, "tools", "not supported yet"),
     (chat(stream_options={"include_usage": True}), 400, "stream_options", "needs stream"),
 ]

@@ -87,6 +87,9 @@ class NativeEngine(Section):
     """Arithmetic of the weights. auto: the fastest that keeps the model's quality on this machine."""
     kv_dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
     """What keys and values are kept in. int8 takes half the memory of bfloat16."""
+    packed_dir: str = "auto"
+    """Directory of packed weights: packed at the first start, shared by all engines of the machine from then
+    on. auto: `packed` in the state directory. off: none; each start packs them anew."""
     speculation: Speculation = Speculation()
     """Guessing tokens ahead."""
 
@@ -162,7 +165,9 @@ class Tenant(Section):
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """Share of the work when tenants compete: twice the weight, twice the work."""
     priority: Literal["high", "normal", "low"] = "normal"
-    """Band: while a request of a higher band waits, none of a lower one is bound."""
+    """Band: while a request of a higher band waits, none of a lower one is bound. A lower band gets what is
+    left, under a lasting backlog nothing: its requests are refused after the longest wait (503). Who must
+    always get something belongs into the same band, with a smaller weight."""
     endpoints: list[str] = []
     """Endpoints that it may use. Empty: all."""
     limits: Limits = Limits()

@@ -49,12 +49,14 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     """Suppresses end and stop tokens; a stop string ends the answer all the same."""
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
-    # Known, and refused when set.
+    # vLLM's words for what an answer must match; `replica.structured_output` reads them.
+    structured_outputs: Any = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
-    structured_outputs: Any = None
+    # Known, and refused when set.
+    guided_whitespace_pattern: Any = None
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
@@ -104,11 +106,7 @@ _ALWAYS_REFUSED = (
     ("audio", "audio is not supported; leave audio out"),
     ("prediction", "predicted outputs are not supported; leave prediction out"),
     ("web_search_options", "web search is not supported; leave web_search_options out"),
-    ("guided_json", "guided decoding is not supported yet; leave guided_json out"),
-    ("guided_regex", "guided decoding is not supported yet; leave guided_regex out"),
-    ("guided_choice", "guided decoding is not supported yet; leave guided_choice out"),
-    ("guided_grammar", "guided decoding is not supported yet; leave guided_grammar out"),
-    ("structured_outputs", "structured outputs are not supported yet; leave structured_outputs out"),
+    ("guided_whitespace_pattern", "not supported; put x-guidance.whitespace_pattern into the schema"),
     ("suffix", "suffix is not supported; leave suffix out"),
     ("echo", "echo is not supported; leave echo out, or put the prompt before the answer yourself"),
 )
@@ -119,14 +117,6 @@ def refuse_unsupported(request: GenerationFields) -> None:
     for name, message in _ALWAYS_REFUSED:
         if getattr(request, name, None):
             raise InvalidRequest(message, param=name, code="unsupported_parameter")
-    shape = request.response_format
-    if shape is not None and not (isinstance(shape, dict) and shape.get("type") == "text"):
-        got = shape.get("type") if isinstance(shape, dict) else shape
-        raise InvalidRequest(
-            f"response_format {got!r} is not supported yet; only {{'type': 'text'}} is",
-            param="response_format",
-            code="unsupported_parameter",
-        )
     best_of = getattr(request, "best_of", None)
     if best_of is not None and best_of != (request.n or 1):
         raise InvalidRequest(

@@ -1,4 +1,4 @@
-"""`headrace apply` and `headrace scale`: change a running system without dropping a request.
+"""`headrace apply`, `scale`, `sleep` and `wake`: change a running system without dropping a request.
 
 Must not know how changes are carried out.
 """
@@ -37,4 +37,35 @@ def scale(
 
     reply = ask(find_run_directory(name), ScaleEndpoint(endpoint, replicas))
     for note in reply.notes:
+        typer.echo(note)
+
+
+def sleep(
+    replica: Annotated[str, typer.Argument(help="The replica's name, as in the status.", show_default=False)],
+    level: Annotated[
+        int,
+        typer.Option(help="1: give the memory of keys and values back; 2: of weights, too.", min=1, max=2),
+    ] = 1,
+    name: Name = DEFAULT_NAME,
+) -> None:
+    """Put a replica on standby: it gives memory back and takes no requests. Refused while it has some."""
+    _set_sleep(replica, level, name)
+
+
+def wake(
+    replica: Annotated[str, typer.Argument(help="The replica's name, as in the status.", show_default=False)],
+    name: Name = DEFAULT_NAME,
+) -> None:
+    """Let a replica on standby take requests again."""
+    _set_sleep(replica, 0, name)
+
+
+def _set_sleep(replica: str, level: int, name: str) -> None:
+    import msgspec
+
+    from headrace.api.messages import SleepReplica
+    from headrace.control.admin import ask
+
+    command = msgspec.convert({"type": "SleepReplica", "replica_id": replica, "level": level}, SleepReplica)
+    for note in ask(find_run_directory(name), command).notes:
         typer.echo(note)

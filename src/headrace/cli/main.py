@@ -22,6 +22,8 @@ COMMANDS = {
     "up": ("headrace.cli.up", "up"),
     "apply": ("headrace.cli.change", "apply"),
     "scale": ("headrace.cli.change", "scale"),
+    "sleep": ("headrace.cli.change", "sleep"),
+    "wake": ("headrace.cli.change", "wake"),
     "status": ("headrace.cli.status", "status"),
     "keys": ("headrace.cli.keys", "keys_app"),
     "chat": ("headrace.cli.chat", "chat"),

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from headrace.api.messages import SystemStatus
+    from headrace.api.messages import ReplicaStatus, SystemStatus
 
 WATCH_INTERVAL_S = 0.5
 LONG_WAIT_S = 1.0
+START_IS_NEWS_S = 60.0
+"""For so long after a replica came up, how long its engine took is shown."""
 
 
 def status(
@@ -200,11 +202,17 @@ def _notes(system: SystemStatus) -> list[str]:
     ]
     notes += system.warnings
     for replica in system.replicas:
-        if replica.state == "starting" and replica.phase:
+        if replica.state in ("starting", "standby", "ready") and replica.phase:
             notes.append(f"{replica.replica_id}: {replica.phase}")
         elif replica.last_error:
             is_past = "last error: " if replica.state == "ready" else ""
             notes.append(f"{replica.replica_id}: {is_past}{replica.last_error}")
+        if replica.start_phases and replica.since_s < START_IS_NEWS_S:
+            notes.append(
+                f"{replica.replica_id}: its engine started in {_describe_start(replica.start_phases)}"
+            )
+        if replica.state == "ready" and replica.step_model is not None:
+            notes.append(_costs(replica))
     for tenant in system.tenants:
         if tenant.tenant and tenant.oldest_held_s >= LONG_WAIT_S:
             waits = f"its oldest held request waits {format_seconds(tenant.oldest_held_s)}"
@@ -213,6 +221,26 @@ def _notes(system: SystemStatus) -> list[str]:
         if process.last_error:
             notes.append(f"{process.name}: last ended with {process.last_error}")
     return notes
+
+
+def _costs(replica: ReplicaStatus) -> str:
+    """What the replica's engine found its steps to take, and how much of its time it had work."""
+    model = replica.step_model
+    assert model is not None
+    return (
+        f"{replica.replica_id}: {replica.busy_ratio:.0%} busy, a step takes {1e3 * model.a:.3g} ms "
+        f"+ {1e6 * model.b:.3g} µs/prompt token + {1e6 * model.c:.3g} µs/output token "
+        f"+ {1e9 * model.d:.3g} ns/token of context (±{model.relative_error:.0%})"
+    )
+
+
+def _describe_start(phases: dict[str, float]) -> str:
+    """The sum, and the phases that took most of it."""
+    from headrace.units import format_seconds
+
+    longest = sorted(phases.items(), key=lambda phase: -phase[1])[:3]
+    parts = ", ".join(f"{phase} {format_seconds(seconds)}" for phase, seconds in longest)
+    return f"{format_seconds(sum(phases.values()))}: {parts}"
 
 
 def _processes(system: SystemStatus) -> Table:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from pydantic import ValidationError
@@ -38,7 +39,9 @@ from headrace.api.messages import (
     ReportAck,
     RevokeKey,
     ScaleEndpoint,
+    SetSleep,
     Shutdown,
+    SleepReplica,
 )
 from headrace.api.run_paths import (
     ADMIN_HTTP_SOCKET,
@@ -104,6 +107,8 @@ class Controller:
         self._stop = asyncio.Event()
         self._routers: dict[Channel, str] = {}
         """Connections of routers, with their gateways' ids."""
+        self._fronts: dict[str, Channel] = {}
+        """The connection that each replica reports on."""
 
     def __repr__(self) -> str:
         return f"Controller({self._state})"
@@ -268,6 +273,8 @@ class Controller:
         now_s = self._clock.now_s()
         if isinstance(message, LoadReport):
             slot = self._state.fleet.slots.get(message.replica_id)
+            if slot is not None:
+                self._fronts[message.replica_id] = channel
             before = slot.report.state if slot is not None and slot.report is not None else None
             self._state.fleet.on_report(message, now_s)
             # A controller sends no requests, so that no replica has to wait for it.
@@ -285,6 +292,7 @@ class Controller:
 
     def _on_report_close(self, channel: Channel, reason: str) -> None:
         self._routers.pop(channel, None)
+        self._fronts = {name: front for name, front in self._fronts.items() if front is not channel}
 
     # ---- the CLI and the admin API ----------------
 
@@ -322,6 +330,8 @@ class Controller:
             case Shutdown():
                 self.stop()
                 return AdminReply(notes=["draining"])
+            case SleepReplica(replica_id, level):
+                return AdminReply(notes=[self._set_sleep(replica_id, level)])
             case CreateKey() | ListKeys() | RevokeKey():
                 reply = self._identity.obey(command, self._state.config, self._clock.wall_s())
                 if not isinstance(command, ListKeys):
@@ -336,6 +346,17 @@ class Controller:
             notes.append(f"a restarted controller will not know of this: {CONFIG_FILE}: {error}")
         self._tell_routers()
         return AdminReply(notes=notes)
+
+    def _set_sleep(self, replica_id: str, level: Literal[0, 1, 2]) -> str:
+        """Tell a front how deep its engine is to sleep. Raises ConfigError."""
+        front = self._fronts.get(replica_id)
+        if front is None or replica_id not in self._state.fleet.slots:
+            names = ", ".join(sorted(self._state.fleet.slots)) or "none"
+            raise ConfigError(f"no replica {replica_id!r} reports; replicas are: {names}")
+        front.send(SetSleep(level))
+        note = f"{replica_id} was told to " + (f"sleep at level {level}" if level else "wake")
+        _log.info("%s", note)
+        return f"{note}; `headrace status` shows when it does"
 
     def _path(self, name: str) -> str:
         return str(self._run_directory / name)

@@ -32,7 +32,7 @@ MAX_SURGE = 1
 IDLE_TO_ZERO_S = 300.0
 """An endpoint that held requests woke up from zero goes back to zero after this long without any."""
 
-Phase = Literal["pending", "starting", "ready", "draining", "failed", "lost"]
+Phase = Literal["pending", "starting", "ready", "draining", "failed", "lost", "standby"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +286,7 @@ def _remove(replica: ObservedReplica, phase: Phase, reason: str) -> list[Action]
         return [ForgetReplica(replica.replica_id, replica.endpoint, reason)]
     if replica.is_stopping:
         return []
-    grace_s = {"ready": replica.drain_grace_s, "draining": replica.drain_grace_s, "starting": 1.0}.get(
-        phase, 0
-    )
+    serving, idle = replica.drain_grace_s, 1.0
+    graces_s = {"ready": serving, "draining": serving, "starting": idle, "standby": idle}
+    grace_s = graces_s.get(phase, 0)
     return [StopReplica(replica.replica_id, replica.endpoint, grace_s, reason)]

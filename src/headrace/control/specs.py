@@ -140,7 +140,7 @@ def _replica_spec(config: Config, name: str, replica_id: str, run_directory: Pat
     return ReplicaSpec(
         replica_id=replica_id,
         endpoint=name,
-        engine=_engine_spec(endpoint),
+        engine=_engine_spec(endpoint, config.state_dir),
         run_dir=str(run_directory),
         report_sockets=[
             *(router_socket_path(str(run_directory), gateway_id) for gateway_id in gateway_ids(config)),
@@ -156,7 +156,7 @@ def _replica_spec(config: Config, name: str, replica_id: str, run_directory: Pat
     )
 
 
-def _engine_spec(endpoint: Endpoint) -> EngineSpec:
+def _engine_spec(endpoint: Endpoint, state_dir: str) -> EngineSpec:
     native, simulated = endpoint.native, endpoint.simulated
     return EngineSpec(
         kind=endpoint.engine,
@@ -172,7 +172,15 @@ def _engine_spec(endpoint: Endpoint) -> EngineSpec:
         speculation=native.speculation.method,
         max_draft_tokens=native.speculation.max_draft_tokens,
         draft_model=native.speculation.draft_model,
+        packed_dir=_packed_dir(native.packed_dir, state_dir),
         simulated_step_s=simulated.step_ms / 1000,
         simulated_start_s=simulated.start_s,
         simulated_prefill_token_s=simulated.prefill_ms_per_token / 1000,
     )
+
+
+def _packed_dir(setting: str, state_dir: str) -> str:
+    """Where packed weights are kept; empty: nowhere."""
+    if setting == "auto":
+        return str(Path(state_dir) / "packed") if state_dir else ""
+    return "" if setting == "off" else str(Path(setting).expanduser().absolute())

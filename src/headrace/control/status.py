@@ -116,6 +116,8 @@ def _replica(slot: Slot, num_in_flight: int, now_s: float) -> ReplicaStatus:
         start_phases=info.phases if info is not None else {},
         cached_ratio=_ratio(load.prefix_hit_tokens, load.prefix_query_tokens) if load is not None else 0.0,
         num_in_flight=num_in_flight,
+        step_model=load.step_model if load is not None else None,
+        busy_ratio=_ratio(load.busy_ns, load.busy_ns + load.idle_ns) if load is not None else 0.0,
     )
 
 

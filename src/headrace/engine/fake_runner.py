@@ -8,6 +8,7 @@ Must not know scheduling or sampling.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -50,8 +51,24 @@ class FakeRunner:
         self.poison_token = -1
         """A context that holds this token gives NaN logits."""
         self.num_computed_tokens = 0
-        self._slot_tokens = np.full(num_blocks * block_size, -1, np.int64)
-        self._slot_positions = np.full(num_blocks * block_size, -1, np.int64)
+        self.sleep_level = 0
+        self.wake_error: Exception | None = None
+        """Raised by the next wake."""
+        self.wake()
+
+    def sleep(self, level: Literal[1, 2]) -> None:
+        """Forget all slots; a step would break."""
+        self.sleep_level = level
+        self._slot_tokens = self._slot_positions = np.empty(0, np.int64)
+
+    def wake(self) -> None:
+        """Have empty slots again."""
+        if self.wake_error is not None:
+            error, self.wake_error = self.wake_error, None
+            raise error
+        self.sleep_level = 0
+        self._slot_tokens = np.full(self.num_blocks * self.block_size, -1, np.int64)
+        self._slot_positions = np.full(self.num_blocks * self.block_size, -1, np.int64)
 
     def execute(self, batch: StepInput) -> torch.Tensor:
         """Store the new tokens, then hash the contexts of the sampled rows: [S, vocab_size]."""

@@ -7,6 +7,7 @@ One thread. Must not know text, HTTP, or what a step computes; imports torch onl
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 
 import msgspec
@@ -25,16 +27,21 @@ from headrace.api.messages import (
     EngineFailed,
     EngineSpec,
     EngineStarting,
+    Sleep,
     StepBatch,
     StepOutput,
     Submit,
+    Wake,
 )
 from headrace.clock import Clock, SystemClock
 from headrace.engine.channel import FrontChannel, FrontGone
+from headrace.engine.grammar_queue import Compiler, GrammarQueue
+from headrace.engine.model_files.resolve import ModelFiles
 from headrace.engine.protocol import Engine
 from headrace.engine.simulated import SimulatedEngine
+from headrace.engine.start_phases import StartPhases, describe_phases, process_age_s
 from headrace.engine.threads import limit_spinning
-from headrace.errors import ConfigError, ModelError, Overloaded, ProtocolError, RequestError
+from headrace.errors import ConfigError, HeadraceError, ModelChanged, ModelError, Overloaded, RequestError
 from headrace.lifetime import die_with_parent
 
 HEARTBEAT_S = 1.0
@@ -71,45 +78,26 @@ class DrainSignal:
             raise SystemExit(0)
 
 
-class StartPhases:
-    """Tells the front each start phase as it begins, and measures it."""
-
-    def __init__(self, channel: FrontChannel, clock: Clock) -> None:
-        self._channel = channel
-        self._clock = clock
-        self._start_s = self._phase_start_s = clock.now_s()
-        self._phase = ""
-        self._seconds: dict[str, float] = {}
-
-    def begin(self, phase: str) -> None:
-        """End the running phase and begin `phase`. Raises FrontGone."""
-        now_s = self._end_phase()
-        self._phase = phase
-        self._channel.send(EngineStarting(phase, now_s - self._start_s))
-
-    def finish(self) -> dict[str, float]:
-        """End the last phase; return seconds per phase."""
-        self._end_phase()
-        return self._seconds
-
-    def _end_phase(self) -> float:
-        now_s = self._clock.now_s()
-        if self._phase:
-            spent_s = now_s - self._phase_start_s
-            self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + spent_s
-        self._phase_start_s = now_s
-        return now_s
-
-
 class EngineLoop:
     """Reads what came, advances the engine one step, sends what it gave; in turn, until drained."""
 
-    def __init__(self, engine: Engine, channel: FrontChannel, drain: DrainSignal, clock: Clock) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        channel: FrontChannel,
+        drain: DrainSignal,
+        clock: Clock,
+        phases: StartPhases | None = None,
+    ) -> None:
         self._engine = engine
         self._channel = channel
         self._drain = drain
         self._clock = clock
+        self._phases = phases
         self._refusals: list[StepOutput] = []
+        self._evicted: list[bytes] = []
+        self._sleep_error = ""
+        self._is_load_wanted = False
         self._next_heartbeat_s = clock.now_s()
 
     def run(self) -> None:
@@ -117,12 +105,9 @@ class EngineLoop:
         while True:
             self._read_commands()
             if self._engine.has_work():
-                batch = self._engine.step()
-                if self._refusals:
-                    batch = StepBatch(self._take_refusals() + batch.outputs, batch.load, batch.evicted)
-                self._send(batch)
-            elif self._refusals or self._clock.now_s() >= self._next_heartbeat_s:
-                self._send(StepBatch(self._take_refusals(), self._engine.load()))
+                self._send(self._engine.step())
+            elif self._refusals or self._is_load_wanted or self._clock.now_s() >= self._next_heartbeat_s:
+                self._send(StepBatch([], self._engine.load()))
             elif self._drain.is_set:
                 return
 
@@ -150,18 +135,47 @@ class EngineLoop:
                 self._engine.abort(request_id)
             case Drain():
                 self._drain.is_set = True
+            case Sleep(level):
+                self._change_sleep(lambda: self._evicted.extend(self._engine.sleep(level)))
+            case Wake():
+                self._change_sleep(self._engine.wake)
+
+    def _change_sleep(self, change: Callable[[], None]) -> None:
+        """Sleep or wake, and tell at once what came of it."""
+        self._is_load_wanted = True
+        if self._phases is not None:
+            self._phases.begin("changing")
+        try:
+            if self._drain.is_set:
+                raise Overloaded("the engine is draining")
+            change()
+        except (HeadraceError, MemoryError) as error:
+            self._sleep_error = str(error) or type(error).__name__
+        level = self._engine.load().sleep_level
+        what = f"asleep at level {level}" if level else "awake"
+        spent = f" after {describe_phases(self._phases.finish())}" if self._phases is not None else ""
+        print(
+            f"engine: {what}{spent}{self._sleep_error and ': '}{self._sleep_error}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _check_open(self) -> None:
         if self._drain.is_set:
             raise Overloaded("the engine is draining and takes no more requests")
-        if self._engine.load().num_waiting >= MAX_WAITING:
+        if self._engine.num_waiting() >= MAX_WAITING:
             raise Overloaded(f"{MAX_WAITING} requests wait in the engine already; send it again later")
 
-    def _take_refusals(self) -> list[StepOutput]:
-        refusals, self._refusals = self._refusals, []
-        return refusals
-
     def _send(self, batch: StepBatch) -> None:
+        """Send what a step gave, and what else there is to tell."""
+        if self._refusals or self._evicted:
+            batch = StepBatch(self._refusals + batch.outputs, batch.load, self._evicted + batch.evicted)
+            self._refusals, self._evicted = [], []
+        if self._sleep_error:
+            load = msgspec.structs.replace(batch.load, sleep_error=self._sleep_error)
+            batch = msgspec.structs.replace(batch, load=load)
+            self._sleep_error = ""
+        self._is_load_wanted = False
         self._channel.send(batch)
         self._next_heartbeat_s = self._clock.now_s() + HEARTBEAT_S
 
@@ -171,7 +185,7 @@ def check_spec(spec: EngineSpec) -> None:
     problems = []
     if spec.block_size < 8 or spec.block_size & (spec.block_size - 1):
         problems.append(f"block_size is {spec.block_size}; it must be a power of two >= 8")
-    for name, least in (("max_running", 1), ("token_budget", 1)):
+    for name, least in (("max_running", 1), ("token_budget", 1), ("max_draft_tokens", 1)):
         if getattr(spec, name) < least:
             problems.append(f"{name} is {getattr(spec, name)}; it must be >= {least}")
     at_least_zero = (
@@ -195,36 +209,70 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
     if spec.kind == "simulated":
         on_phase("waiting for simulated_start_s")
         time.sleep(spec.simulated_start_s)
-        return SimulatedEngine(spec, clock, time.sleep)
+        simulated = SimulatedEngine(spec, clock, time.sleep)
+        if spec.is_standby:
+            simulated.sleep(1)
+        return simulated
     from headrace.engine.model_files.resolve import resolve_model
 
     on_phase("finding the model")
     files = resolve_model(spec.model)
+    if spec.packed_dir:
+        from headrace.engine.weights.packed_cache import read_ahead_all
+
+        read_ahead_all(Path(spec.packed_dir), str(files.path))
     limit_spinning()
     on_phase("importing torch")
+    from headrace.engine.fused_sampling import load_fused_sampling
     from headrace.engine.native import NativeEngine
     from headrace.engine.runner import load_runner
+    from headrace.engine.sampler import Sampler
+    from headrace.engine.speculation.select import load_speculator
 
-    engine = NativeEngine(spec, load_runner(spec, files, on_phase), clock)
+    runner = load_runner(spec, files, on_phase)
+    grammars = GrammarQueue(lambda: compiler_for(files, runner.eos_token_ids))
+    speculator = load_speculator(spec, files, runner, on_phase)
+    sampler = Sampler(load_fused_sampling(runner.team))
+    engine = NativeEngine(spec, runner, clock, speculator, grammars, sampler)
     on_phase("computing the first step")
     engine.compute_first_step()
+    if spec.is_standby:
+        engine.sleep(1)
     return engine
+
+
+def compiler_for(files: ModelFiles, eos_token_ids: frozenset[int]) -> Compiler:
+    """Return what compiles grammars for a model. Called at the first grammar: the library loads slowly."""
+    from headrace.engine.grammars import GrammarCompiler
+    from headrace.engine.model_files.metadata import read_metadata
+    from headrace.engine.model_files.vocabulary import read_token_bytes
+
+    return GrammarCompiler(lambda: read_token_bytes(read_metadata(files)), eos_token_ids)
 
 
 def is_retryable(error: BaseException) -> bool:
     """Whether starting the same engine again can help."""
-    return not isinstance(error, ModelError | ConfigError | ImportError | msgspec.DecodeError)
+    return isinstance(error, ModelChanged) or not isinstance(
+        error, ModelError | ConfigError | ImportError | msgspec.DecodeError
+    )
 
 
 def serve(spec_json: str, channel: FrontChannel, drain: DrainSignal, clock: Clock) -> int:
     """Start the engine and run it to its end; return the exit status."""
+    gc.disable()  # a tenth of the time that importing torch takes
     try:
-        phases = StartPhases(channel, clock)
+        phases = StartPhases(
+            lambda phase, elapsed_s: channel.send(EngineStarting(phase, elapsed_s)), clock, process_age_s()
+        )
         engine = build_engine(msgspec.json.decode(spec_json, type=EngineSpec), phases.begin, clock)
         ready = msgspec.structs.replace(engine.describe(), phases=phases.finish())
         drain.is_starting = False
+        # What was imported stays: collections need not look at it again, which would take milliseconds.
+        gc.freeze()
+        gc.enable()
         channel.send(ready)
-        EngineLoop(engine, channel, drain, clock).run()
+        print(f"engine: ready after {describe_phases(ready.phases)}", file=sys.stderr, flush=True)
+        EngineLoop(engine, channel, drain, clock, phases).run()
     except FrontGone as gone:
         print(f"engine: {gone}", file=sys.stderr)
         return 0
@@ -236,7 +284,7 @@ def serve(spec_json: str, channel: FrontChannel, drain: DrainSignal, clock: Cloc
 
 def report_failure(channel: FrontChannel, error: Exception) -> None:
     """Say why the engine ends: to the front, and in full to the log."""
-    is_explained = isinstance(error, ModelError | ConfigError | ProtocolError | msgspec.DecodeError)
+    is_explained = isinstance(error, HeadraceError | msgspec.DecodeError)
     if is_explained:
         print(f"engine: {error}", file=sys.stderr)
     else:

@@ -9,7 +9,7 @@ Must not know: sockets, text, HTTP.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,10 @@ class Engine(Protocol):
         """Forget a request and free its blocks before the next step. Unknown ids are ignored."""
         ...
 
+    def num_waiting(self) -> int:
+        """Requests that wait to run: what `load` says, without its other figures. Asked for each request."""
+        ...
+
     def has_work(self) -> bool:
         """Whether a step would compute anything."""
         ...
@@ -45,6 +49,15 @@ class Engine(Protocol):
 
     def load(self) -> EngineLoad:
         """The state after the last step."""
+        ...
+
+    def sleep(self, level: Literal[1, 2]) -> list[bytes]:
+        """Give memory back: 1: keys and values, 2: weights, too. Asleep it refuses requests. Returns the
+        hashes of the blocks whose content went. Raises Overloaded while it has requests."""
+        ...
+
+    def wake(self) -> None:
+        """Take the memory again. Raises OutOfMemory and ModelError, and sleeps on."""
         ...
 
 
@@ -84,4 +97,12 @@ class ModelRunner(Protocol):
     def execute(self, batch: StepInput) -> Any:
         """Compute one step, writing keys and values into their slots.
         Returns a float32 torch tensor [S, vocab_size] of logits, valid until the next call."""
+        ...
+
+    def sleep(self, level: Literal[1, 2]) -> None:
+        """Give memory back to the system: 1: of keys and values, whose content is lost; 2: and of weights."""
+        ...
+
+    def wake(self) -> None:
+        """Take the memory again. Raises OutOfMemory and ModelError; then it sleeps as before."""
         ...

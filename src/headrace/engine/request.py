@@ -9,20 +9,26 @@ import math
 from collections.abc import Collection
 
 from headrace.api.messages import FinishReason, GenerationRequest, SamplingParams
+from headrace.engine.constraint import Constraint
 from headrace.engine.kv_cache.prefix_cache import BlockHash, root_hash
 from headrace.engine.penalties import Penalties
+from headrace.engine.speculation.controller import DraftController
 from headrace.errors import InvalidRequest
 
 MAX_LOGPROBS = 64
 """Most alternatives reported per token."""
+NO_TOKEN = -1
+"""In place of a token id: the answer is complete, and its grammar allows nothing more."""
 
 
-def check_request(request: GenerationRequest, vocab_size: int, max_context_tokens: int) -> None:
+def check_request(
+    request: GenerationRequest, vocab_size: int, max_context_tokens: int, *, knows_grammars: bool = False
+) -> None:
     """Raise InvalidRequest, saying what was got and what is allowed, if `request` can never run."""
     prompt = request.prompt_token_ids
     if request.lora:
         raise InvalidRequest(f"LoRA {request.lora!r} was asked for; this engine serves none", param="lora")
-    if request.grammar:
+    if request.grammar and not knows_grammars:
         raise InvalidRequest("a grammar was given; this engine does not support grammars", param="grammar")
     if not prompt:
         raise InvalidRequest("the prompt has no tokens; send at least one", param="prompt")
@@ -86,21 +92,28 @@ def _check_ids(name: str, token_ids: Collection[int], vocab_size: int) -> None:
 class EngineRequest:
     """One accepted request: its tokens, how far they are computed, and its KV blocks.
 
-    The scheduler owns num_computed_tokens, the block table and the hashes; the sampler owns `penalties`.
+    The scheduler owns num_computed_tokens, the block table and the hashes; the sampler owns `penalties` and
+    `constraint`; speculation owns `draft_controller` and `proposer_state`, None until it needs them.
     """
 
     __slots__ = (
         "arrival",
         "block_hashes",
         "block_table",
+        "constraint",
+        "draft_controller",
+        "end_token_ids",
+        "engine_ns",
         "has_output",
         "max_total_tokens",
+        "num_admissions",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
         "num_shared_tokens",
         "order",
         "penalties",
+        "proposer_state",
         "request_id",
         "root_hash",
         "sampling",
@@ -127,9 +140,15 @@ class EngineRequest:
         self.max_total_tokens = min(self.num_prompt_tokens + sampling.max_tokens, max_context_tokens)
         stops = frozenset(sampling.stop_token_ids)
         self.stop_token_ids = stops if sampling.ignore_eos else stops | eos_token_ids
+        self.engine_ns = 0
+        """Its parts of the steps it was in."""
+        self.end_token_ids = self.stop_token_ids & eos_token_ids
+        """What may end an answer where its grammar allows an end."""
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
         """Prompt tokens that the prefix cache spared at the first admission; None before it."""
+        self.num_admissions = 0
+        """How often it was given a block table: a preemption takes it away."""
         self.has_output = False
         self.block_table: list[int] = []
         self.block_hashes: list[BlockHash] = []
@@ -137,6 +156,10 @@ class EngineRequest:
         self.root_hash = root_hash(request.cache_salt)
         self.num_shared_tokens = request.num_shared_tokens
         self.penalties = Penalties.of(sampling, self.stop_token_ids)
+        self.draft_controller: DraftController | None = None
+        self.proposer_state: object | None = None
+        self.constraint: Constraint | None = None
+        """Of a request with a grammar; set before it is scheduled."""
 
     def __repr__(self) -> str:
         return (
@@ -150,10 +173,13 @@ class EngineRequest:
         return len(self.token_ids) - self.num_prompt_tokens
 
     def append(self, token_id: int) -> FinishReason | None:
-        """Take the sampled token; say whether it ends the generation. A stop token is not kept."""
-        if token_id in self.stop_token_ids:
+        """Take the sampled token; say whether it ends the generation. A stop token is not kept; a token after
+        which the grammar allows nothing more is."""
+        if token_id in self.stop_token_ids or token_id == NO_TOKEN:
             return "stop"
         self.token_ids.append(token_id)
+        if self.constraint is not None and self.constraint.is_complete:
+            return "stop"
         return "length" if len(self.token_ids) >= self.max_total_tokens else None
 
     def take_num_cached_tokens(self) -> int:

@@ -7,44 +7,58 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from headrace.api.messages import EngineSpec
-from headrace.engine.kv_memory import kv_bytes_per_token, plan_kv_blocks
-from headrace.engine.model_files.metadata import ModelMetadata, read_metadata
+from headrace.engine.kv_memory import plan_kv_blocks
+from headrace.engine.model_files.metadata import Hyperparameters, ModelMetadata, read_metadata
 from headrace.engine.model_files.resolve import ModelFiles
-from headrace.engine.models.decoder import Decoder, DecoderStep, build_weights
-from headrace.engine.operations.interface import Operations, StepLayout
+from headrace.engine.models.decoder import Decoder
+from headrace.engine.operations.interface import Operations
+from headrace.engine.operations.kernels import Team
+from headrace.engine.operations.memory import give_back
 from headrace.engine.operations.select import select_operations
 from headrace.engine.protocol import StepInput
-from headrace.engine.weights.source import open_weights
+from headrace.engine.weights.loading import Packing, check_free, load_tensors
 
 
 class DecoderRunner:
     """A decoder with its KV memory. One caller, one thread; `execute` uses torch's own threads.
 
-    A row's logits are the same bits whoever its partners are, as long as the step has as many rows. They are
-    not the same bits in steps of other sizes: oneDNN and MKL pick their kernels by the number of rows.
-    SmolLM2, measured alone against in a batch of 2 to 8: 1% of the logits' norm in bfloat16, 1e-6 in float32;
-    a prompt in chunks against at once: 0.7% and 0.
+    In int8 a row's logits are the same bits whatever else is in the step, however its prompt was chunked or
+    cached, with any number of threads. In bfloat16 and float32 they are the same bits whoever its partners
+    are, as long as the step has as many rows; not in steps of other sizes: oneDNN and MKL pick their kernels
+    by the number of rows. SmolLM2, measured alone against in a batch of 2 to 8: 1% of the logits' norm in
+    bfloat16, 1e-6 in float32; a prompt in chunks against at once: 0.7% and 0.
     """
 
     def __init__(
-        self, metadata: ModelMetadata, decoder: Decoder, spec: EngineSpec, operations: Operations
+        self,
+        metadata: ModelMetadata,
+        load_decoder: Callable[[], Decoder],
+        spec: EngineSpec,
+        operations: Operations,
+        on_phase: Callable[[str], None] = lambda _phase: None,
     ) -> None:
         h = metadata.hyperparameters
         self.vocab_size = h.vocab_size
         self.block_size = spec.block_size
-        self.num_blocks = plan_kv_blocks(spec, h, kv_bytes_per_token(h, operations.dtype.itemsize))
-        longest = min(spec.max_context_tokens or h.context_length, h.context_length)
-        self.max_context_tokens = min(longest, self.num_blocks * self.block_size)
+        bytes_per_token = -(-operations.kv_block_bytes(h, spec.block_size) // spec.block_size)
+        self.num_blocks = plan_kv_blocks(spec, h, bytes_per_token)
+        self._kv_bytes = self.num_blocks * self.block_size * bytes_per_token
+        self.max_context_tokens = min(longest_context(spec, h), self.num_blocks * self.block_size)
         self.eos_token_ids = metadata.eos_token_ids
         self.architecture: str = h.architecture
         self.path = operations.description
-        self._decoder = decoder
-        self._caches = decoder.new_kv_caches(self.num_blocks)
+        self.team: Team | None = getattr(operations, "team", None)
+        """The threads of a step, which the sampler uses, too; None: torch's own."""
+        self._load_decoder = load_decoder
+        self._decoder: Decoder | None = load_decoder()
+        on_phase("allocating KV memory")
+        self._caches = self._decoder.new_kv_caches(self.num_blocks, self.block_size)
 
     def __repr__(self) -> str:
         return (
@@ -54,15 +68,28 @@ class DecoderRunner:
     @torch.inference_mode()
     def execute(self, batch: StepInput) -> Tensor:
         """Compute one step. Returns float32 logits [S, vocab_size], valid until the next call."""
-        layout = StepLayout(batch.query_starts.tolist(), batch.context_lengths_R.tolist(), batch.block_tables)
-        step = DecoderStep(
-            token_ids_T=torch.from_numpy(batch.token_ids_T),
-            positions_T=torch.from_numpy(batch.positions_T),
-            slots_T=torch.from_numpy(batch.slots_T).long(),
-            sampled_rows_S=torch.from_numpy(batch.sampled_rows_S),
-            layout=layout,
-        )
-        return self._decoder.forward(step, self._caches)
+        assert self._decoder is not None, f"a step of a sleeping runner: {self!r}"
+        return self._decoder.forward(batch, self._caches)
+
+    def sleep(self, level: Literal[1, 2]) -> None:
+        """Give memory back to the system: 1: of keys and values, whose content is lost; 2: and of weights."""
+        self._caches = []
+        if level == 2:
+            self._decoder = None
+        give_back()
+
+    @torch.inference_mode()
+    def wake(self) -> None:
+        """Take the memory again. Raises OutOfMemory, and what loading raises; then it sleeps as before."""
+        check_free(self._kv_bytes, "keys and values")
+        decoder = self._decoder or self._load_decoder()
+        self._caches = decoder.new_kv_caches(self.num_blocks, self.block_size)
+        self._decoder = decoder
+
+
+def longest_context(spec: EngineSpec, h: Hyperparameters) -> int:
+    """Tokens that one request may have, if there is KV memory for them."""
+    return min(spec.max_context_tokens or h.context_length, h.context_length)
 
 
 def load_runner(spec: EngineSpec, files: ModelFiles, on_phase: Callable[[str], None]) -> DecoderRunner:
@@ -74,11 +101,16 @@ def load_runner(spec: EngineSpec, files: ModelFiles, on_phase: Callable[[str], N
     on_phase("reading metadata")
     metadata = read_metadata(files)
     torch.set_num_threads(spec.num_threads or len(os.sched_getaffinity(0)))
-    operations = select_operations(spec.dtype, torch.get_num_threads())
-    with torch.inference_mode():
+    h = metadata.hyperparameters
+    operations = select_operations(spec.dtype, spec.kv_dtype, torch.get_num_threads(), h)
+    packing = Packing(
+        operations.arithmetic, operations.packed_version, operations.bytes_per_weight, operations.pack
+    )
+
+    def load_decoder() -> Decoder:
+        tensors = load_tensors(files, h, packing, spec.packed_dir, on_phase)
         on_phase("loading weights")
-        source = open_weights(files, metadata.hyperparameters)
-        weights = build_weights(metadata.hyperparameters, source.read, operations, source.rope_divisors())
-        on_phase("allocating KV memory")
-        decoder = Decoder(metadata.hyperparameters, weights, operations, spec.block_size)
-        return DecoderRunner(metadata, decoder, spec, operations)
+        return Decoder(h.num_layers, operations.load(h, tensors, longest_context(spec, h)))
+
+    with torch.inference_mode():
+        return DecoderRunner(metadata, load_decoder, spec, operations, on_phase)

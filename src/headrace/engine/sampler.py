@@ -1,208 +1,212 @@
 """Chooses each next token from its row of logits.
 
-Owns the random numbers: a pure function of (seed, index of the generated token). A row's result depends on
-nothing else in the batch: all arithmetic is per row, in float64, with ties going to the lower token id.
+Owns what is done to a row before and after: penalties, grammar, errors. A row's result depends on nothing
+else in the batch; `distribution` defines it, and the compiled kernels compute it where there are any.
 Must not know blocks, scheduling, or why a request ends.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from headrace.api.messages import SamplingParams, TokenLogprobs
+from headrace.api.messages import TokenLogprobs
+from headrace.engine.constraint import ConstraintError
+from headrace.engine.distribution import LEAST_LOGPROB, draw, logprobs_of, token_logprobs, uniform
+from headrace.engine.fused_sampling import FusedSampling, task
 from headrace.engine.penalties import Float32Row
-from headrace.engine.request import EngineRequest
+from headrace.engine.request import NO_TOKEN, EngineRequest
 
-Float64Row = NDArray[np.float64]
-_MASK_64 = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_NEAR_SPAN = 8.0
-_FEW = 500
-_SPANS = (1.0, 2.0, 4.0, _NEAR_SPAN, 12.0, math.inf)
-"""Tokens at least e^-span times as likely as the likeliest are tried first: sorting few is cheap, and they
-nearly always hold the quantile that is looked for."""
-_LEAST_TEMPERATURE = 1e-5
+LEAST_TEMPERATURE = 1e-5
 """Below it the most likely token is taken: dividing by less overflows, and changes nothing."""
-_LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON cannot say."""
 NOT_FINITE = "the model gave logits that are not finite for this request; its generation ends here"
 
 
 class Sampled(NamedTuple):
-    """One row's result. `token_id` has no meaning when `error` is set."""
+    """One row's result. `token_id` is NO_TOKEN where a grammar is complete, and has no meaning when `error`
+    is set."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
     error: str = ""
 
 
-def uniform(seed: int, index: int) -> float:
-    """Return a number in [0, 1) for (seed, index), with 53 random bits.
-
-    Two rounds of the SplitMix64 finaliser (Steele, Lea, Flood 2014), one for each argument.
-    """
-    state = _mix((seed & _MASK_64) + _GOLDEN & _MASK_64)
-    return (_mix((state + (index + 1) * _GOLDEN) & _MASK_64) >> 11) * 2.0**-53
-
-
-def _mix(z: int) -> int:
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK_64
-    return z ^ (z >> 31)
+_DAMAGED = Sampled(-1, error=NOT_FINITE)
 
 
 class Sampler:
-    """Samples all rows of a step. Holds no state: each request carries its own."""
+    """Samples all rows of a step. Keeps nothing from step to step: each request carries its own state."""
 
-    def sample(self, logits_SV: torch.Tensor, requests: Sequence[EngineRequest]) -> list[Sampled]:
-        """Return one result per row; row i belongs to requests[i]. `logits_SV` (float32) stays as it is."""
+    def __init__(self, fused: FusedSampling | None = None) -> None:
+        """Without `fused`, numpy computes the same."""
+        self._fused = fused
+
+    def sample(
+        self,
+        logits_SV: torch.Tensor,
+        requests: Sequence[EngineRequest],
+        rows: Sequence[int] | None = None,
+    ) -> list[Sampled]:
+        """Return one result per request: row rows[i] is that of requests[i]; without `rows`, row i.
+
+        A request is there at most once: its next row depends on what came of this one. `logits_SV` (float32)
+        stays as it is.
+        """
         if not requests:
             return []
-        if logits_SV.device.type != "cpu" and not all(_is_plain_greedy(request) for request in requests):
+        places = range(len(requests)) if rows is None else rows
+        if logits_SV.device.type != "cpu":
+            if all(_is_plain_greedy(request) for request in requests):
+                return _most_likely(logits_SV[list(places)])
             logits_SV = logits_SV.cpu()
-        best, best_logits = _most_likely(logits_SV)
-        results = []
+        logits = logits_SV.numpy()
+        changed: dict[int, Float32Row] = {}
+        ended: dict[int, Sampled] = {}
         for index, request in enumerate(requests):
-            if not math.isfinite(best_logits[index]):
-                results.append(Sampled(-1, error=NOT_FINITE))
-            elif _is_plain_greedy(request):
-                results.append(Sampled(best[index]))
-            else:
-                results.append(_sample_row(logits_SV[index].numpy(), request))
+            if request.penalties is not None or request.constraint is not None:
+                result = _change(logits[places[index]], request)
+                if isinstance(result, Sampled):
+                    ended[index] = result
+                else:
+                    changed[index] = result
+        choose = self._choose if self._fused is None else self._choose_fused
+        results = choose(logits, places, requests, changed)
+        for index in changed:
+            if requests[index].constraint is not None:
+                results[index] = _advance(requests[index], results[index])
+        for index, result in ended.items():
+            results[index] = result
+        return results
+
+    def _choose(
+        self,
+        logits: NDArray[np.float32],
+        places: Sequence[int],
+        requests: Sequence[EngineRequest],
+        changed: Mapping[int, Float32Row],
+    ) -> list[Sampled]:
+        """Choose a token from each row, or from what it was changed to."""
+        return [
+            _choose_one(changed.get(index, logits[place]), request)
+            for index, (place, request) in enumerate(zip(places, requests))
+        ]
+
+    def _choose_fused(
+        self,
+        logits: NDArray[np.float32],
+        places: Sequence[int],
+        requests: Sequence[EngineRequest],
+        changed: Mapping[int, Float32Row],
+    ) -> list[Sampled]:
+        """The same in one call of the kernels."""
+        fused, vocab_size = self._fused, logits.shape[1]
+        assert fused is not None
+        assert logits.strides[1] == logits.itemsize == 4, f"rows of logits lie apart: {logits.strides}"
+        first, stride = logits.ctypes.data, logits.strides[0]
+        tasks = [
+            task(first + place * stride, request.sampling, request.num_generated_tokens)
+            if index not in changed
+            else task(changed[index].ctypes.data, request.sampling, request.num_generated_tokens)
+            for index, (place, request) in enumerate(zip(places, requests))
+        ]
+        token_ids = fused.choose(tasks, vocab_size)
+        results = [Sampled(token_id) if token_id >= 0 else _DAMAGED for token_id in token_ids]
+        for index, request in enumerate(requests):
+            if request.sampling.num_logprobs >= 0 and token_ids[index] >= 0:
+                row_V = changed.get(index, logits[places[index]])
+                drawn = fused.drawn(index, vocab_size)
+                logprobs = logprobs_of(row_V, drawn.token_id, drawn.top_ids, drawn.highest, drawn.mass)
+                results[index] = Sampled(drawn.token_id, logprobs)
         return results
 
 
 def _is_plain_greedy(request: EngineRequest) -> bool:
     sampling = request.sampling
     return (
-        sampling.temperature < _LEAST_TEMPERATURE and request.penalties is None and sampling.num_logprobs < 0
+        sampling.temperature < LEAST_TEMPERATURE
+        and request.penalties is None
+        and request.constraint is None
+        and sampling.num_logprobs < 0
     )
 
 
-def _most_likely(logits_SV: torch.Tensor) -> tuple[list[int], list[float]]:
-    """Return each row's most likely token and its logit, which is NaN if any logit of the row is."""
-    if logits_SV.device.type == "cpu":
-        # numpy's argmax takes a tenth of torch's time here, and gives ties to the lower id.
-        rows_SV = logits_SV.numpy()
-        best_S = rows_SV.argmax(axis=1)
-        return best_S.tolist(), rows_SV[np.arange(len(best_S)), best_S].tolist()
+def _most_likely(logits_SV: torch.Tensor) -> list[Sampled]:
+    """Return each row's most likely token, chosen on its device."""
     values_S, indices_S = logits_SV.max(dim=1)
-    return indices_S.tolist(), values_S.tolist()
+    return [
+        Sampled(token_id) if math.isfinite(highest) else _DAMAGED
+        for token_id, highest in zip(indices_S.tolist(), values_S.tolist())
+    ]
 
 
-def _sample_row(row_V: Float32Row, request: EngineRequest) -> Sampled:
-    sampling = request.sampling
+def _change(row_V: Float32Row, request: EngineRequest) -> Float32Row | Sampled:
+    """Return a row with penalties and grammar applied, or a result if there is nothing to choose."""
     if request.penalties is not None:
         row_V = row_V.copy()
+        if not math.isfinite(row_V.max()):
+            return _DAMAGED
         request.penalties.apply(row_V, request.token_ids, request.num_prompt_tokens)
-    if sampling.temperature < _LEAST_TEMPERATURE:
-        token_id = int(row_V.argmax())
-    else:
+    return row_V if request.constraint is None else _constrain(row_V, request)
+
+
+def _choose_one(row_V: Float32Row, request: EngineRequest) -> Sampled:
+    sampling = request.sampling
+    # numpy's argmax takes a tenth of torch's time, gives ties to the lower id, and finds NaN.
+    token_id = int(row_V.argmax())
+    if not math.isfinite(row_V[token_id]):
+        return _DAMAGED
+    if sampling.temperature >= LEAST_TEMPERATURE:
         token_id = draw(row_V, sampling, uniform(sampling.seed, request.num_generated_tokens))
     if sampling.num_logprobs < 0:
         return Sampled(token_id)
     return Sampled(token_id, token_logprobs(row_V, token_id, sampling.num_logprobs))
 
 
-def draw(row_V: Float32Row, sampling: SamplingParams, u: float) -> int:
-    """Return the token at quantile `u` of the filtered distribution, most likely tokens first.
+def _advance(request: EngineRequest, result: Sampled) -> Sampled:
+    """Tell a request's grammar the token that was chosen."""
+    constraint = request.constraint
+    assert constraint is not None
+    if result.error:
+        return result
+    try:
+        if result.token_id not in request.stop_token_ids:
+            constraint.advance(result.token_id)
+    except ConstraintError as error:
+        return _stopped(error)
+    if result.logprobs is None:
+        return result
+    # What a grammar forbids is no alternative.
+    top = [entry for entry in result.logprobs.top if entry[1] > LEAST_LOGPROB]
+    return Sampled(result.token_id, TokenLogprobs(result.logprobs.logprob, top))
 
-    Filters, each on what the one before left: top_k tokens; the fewest that hold top_p of the mass
-    (arXiv:1904.09751); those at least min_p times as likely as the likeliest (arXiv:2407.01082).
+
+def _stopped(error: ConstraintError) -> Sampled:
+    return Sampled(NO_TOKEN, error=f"the grammar stopped this answer: {error}")
+
+
+def _constrain(row_V: Float32Row, request: EngineRequest) -> Float32Row | Sampled:
+    """Return the row masked with the request's grammar, or a result if no token is left.
+
+    None is left where the answer is complete, or where only an end is allowed that min_tokens or ignore_eos
+    forbid: no token obeys both, and what the grammar says is what the answer was asked to be.
     """
-    temperature = sampling.temperature
-    highest = float(row_V.max())
-    if sampling.top_k:
-        ids = most_likely_ids(row_V, highest, sampling.top_k)
-        place = _quantile(_weights(row_V[ids], highest, temperature), None, sampling, u)
-        assert place is not None
-        return int(ids[place])
-    total = _total_weight(row_V, highest, temperature)
-    near = np.flatnonzero(row_V >= highest - _NEAR_SPAN * temperature)
-    near_logits = row_V[near]
-    spans = _SPANS if len(near) > _FEW else _SPANS[_SPANS.index(_NEAR_SPAN) :]
-    for span in spans:
-        least = highest - span * temperature
-        ids = near[near_logits >= least] if span <= _NEAR_SPAN else np.flatnonzero(row_V >= least)
-        logits = row_V[ids]
-        # ids rise, and the sort is stable: ties go to the lower id.
-        order = np.argsort(-logits, kind="stable")
-        weights = _weights(logits[order], highest, temperature)
-        place = _quantile(weights, None if math.isinf(span) else total, sampling, u)
-        if place is not None:
-            return int(ids[order[place]])
-    raise AssertionError("the whole distribution holds every quantile")
-
-
-def most_likely_ids(row_V: Float32Row, highest: float, count: int) -> NDArray[np.int64]:
-    """Return the `count` most likely tokens (all, if there are fewer), most likely first."""
-    count = min(count, len(row_V))
-    for span in (_NEAR_SPAN, 2 * _NEAR_SPAN, math.inf):
-        ids = np.flatnonzero(row_V >= highest - span)
-        if len(ids) >= count:
-            break
-    logits = row_V[ids]
-    if len(ids) > 4 * count:
-        least = np.partition(logits, len(ids) - count)[len(ids) - count]
-        # All that tie with the last one stay: the sort below chooses the lower ids.
-        ids = ids[logits >= least]
-        logits = row_V[ids]
-    return ids[np.argsort(-logits, kind="stable")[:count]]
-
-
-def _total_weight(row_V: Float32Row, highest: float, temperature: float) -> float:
-    """Return the sum of all weights. Single exponentials, summed in double, are as exact as the logits."""
-    weights_V = row_V - np.float32(highest)
-    weights_V *= np.float32(1.0 / temperature)
-    np.exp(weights_V, out=weights_V)
-    return float(weights_V.sum(dtype=np.float64))
-
-
-def _weights(logits: Float32Row, highest: float, temperature: float) -> Float64Row:
-    weights: Float64Row = np.exp((logits.astype(np.float64) - highest) / temperature)
-    return weights
-
-
-def _quantile(weights: Float64Row, total: float | None, sampling: SamplingParams, u: float) -> int | None:
-    """Return the place of quantile `u` after top_p and min_p, or None if it may lie past these tokens.
-
-    `weights`: of the most likely tokens, falling. `total`: the mass of all tokens; None: these are all.
-    """
-    cumulative = weights.cumsum()
-    count = len(weights)
-    is_cut = total is None  # Whether all that the filters keep is among these tokens.
-    mass = float(cumulative[-1]) if total is None else total
-    if sampling.top_p < 1.0:
-        enough = int(cumulative.searchsorted(sampling.top_p * mass)) + 1
-        if enough <= count:
-            count, is_cut = enough, True
-    if sampling.min_p > 0.0:
-        likely = int((-weights[:count]).searchsorted(-sampling.min_p, side="right"))
-        if likely < count:
-            count, is_cut = likely, True
-    if is_cut:
-        mass = float(cumulative[count - 1])
-    elif sampling.top_p < 1.0:
-        return None
-    place = int(cumulative[:count].searchsorted(u * mass, side="right"))
-    if place < count:
-        return place
-    return count - 1 if is_cut else None
-
-
-def token_logprobs(row_V: Float32Row, token_id: int, num_top: int) -> TokenLogprobs:
-    """Return the log-softmax of `row_V` at `token_id` and at its `num_top` most likely tokens."""
-    highest = float(row_V.max())
-    log_sum = highest + math.log(_total_weight(row_V, highest, 1.0))
-    logprob = max(float(row_V[token_id]) - log_sum, _LEAST_LOGPROB)
-    if num_top == 0:
-        return TokenLogprobs(logprob)
-    ids = most_likely_ids(row_V, highest, num_top)
-    logprobs = np.maximum(row_V[ids].astype(np.float64) - log_sum, _LEAST_LOGPROB)
-    return TokenLogprobs(logprob, list(zip(ids.tolist(), logprobs.tolist())))
+    constraint = request.constraint
+    assert constraint is not None
+    assert constraint.num_advanced == request.num_generated_tokens, f"{constraint!r} of {request!r}"
+    try:
+        masked_V = constraint.mask(row_V, request.end_token_ids)
+    except ConstraintError as error:
+        return _stopped(error)
+    highest = float(masked_V.max())  # of the masked row alone: a pass takes 4 µs; NaN shows here, too
+    if math.isfinite(highest):
+        return masked_V
+    if highest == -math.inf and constraint.can_end:
+        return Sampled(NO_TOKEN)
+    if highest == -math.inf and math.isfinite(row_V.max()):
+        return _stopped(ConstraintError("no token of this model's vocabulary can continue it"))
+    return _DAMAGED

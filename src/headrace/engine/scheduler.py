@@ -8,6 +8,7 @@ Pure. Must not know torch, time, sampling or sockets.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
@@ -26,6 +27,13 @@ class Scheduled(NamedTuple):
     num_new_tokens: int
     is_sampled: bool
     """Its tokens are complete after this step, so that the next one can be chosen."""
+    draft_token_ids: Sequence[int] = ()
+    """Guesses that are computed behind its tokens, so that several can be chosen."""
+
+    @property
+    def is_decoding(self) -> bool:
+        """Computes its last token only (and guesses)."""
+        return self.is_sampled and self.num_new_tokens == 1
 
 
 class Preemption(NamedTuple):
@@ -42,6 +50,9 @@ class Decision:
     scheduled: list[Scheduled] = field(default_factory=list)
     preempted: list[Preemption] = field(default_factory=list)
     num_tokens: int = 0
+    """Rows of the step: tokens, and guesses or the room that is reserved for them."""
+    has_lookahead: bool = False
+    """Some request was given room for guesses."""
 
 
 class Scheduler:
@@ -111,15 +122,64 @@ class Scheduler:
         decision.num_tokens = self._token_budget - budget
         return decision
 
-    def update(self, decision: Decision) -> None:
-        """Take note that the step was computed: advance each request, make its full blocks findable."""
+    def draft_room(self, decision: Decision, request: EngineRequest, max_tokens: int) -> int:
+        """Return how many guesses, at most `max_tokens`, the answer's end and the step's budget leave.
+
+        One token of the answer comes without a guess.
+        """
+        num_to_come = request.max_total_tokens - len(request.token_ids) - 1
+        return max(0, min(max_tokens, num_to_come, self._token_budget - decision.num_tokens))
+
+    def reserve_drafts(self, decision: Decision, place: int, num_wanted: int) -> int:
+        """Give the `place`-th scheduled request slots for up to `num_wanted` guesses; return for how many.
+
+        `num_wanted` is within its `draft_room`. Never preempts: where blocks are short there are fewer
+        guesses. `update` takes back the blocks that no token stays in.
+        """
+        request, num_new = decision.scheduled[place][:2]
+        table = request.block_table
+        num_tokens = request.num_computed_tokens + num_new
+        num_blocks = self._num_blocks(num_tokens + num_wanted) - len(table)
+        for _ in range(min(num_blocks, self.pool.num_allocatable)):
+            table.append(self.pool.allocate())
+        num_reserved = min(num_wanted, (len(table) << self._block_shift) - num_tokens)
+        decision.num_tokens += num_reserved
+        decision.has_lookahead = True
+        return num_reserved
+
+    def set_drafts(
+        self, decision: Decision, place: int, num_reserved: int, draft_token_ids: Sequence[int]
+    ) -> None:
+        """Let the `place`-th scheduled request compute these guesses, at most as many as were reserved."""
+        assert len(draft_token_ids) <= num_reserved, f"{len(draft_token_ids)} guesses, {num_reserved} slots"
+        decision.scheduled[place] = decision.scheduled[place]._replace(draft_token_ids=draft_token_ids)
+        decision.num_tokens -= num_reserved - len(draft_token_ids)
+
+    def update(self, decision: Decision, num_accepted: Sequence[int] = ()) -> None:
+        """Take note that the step was computed: advance each request, make its full blocks findable.
+
+        `num_accepted`: of each sampled request in order, how many guesses became its tokens (and are appended
+        to them); empty: nothing was guessed. Keys and values of other guesses are overwritten later.
+        """
+        accepted = iter(num_accepted)
+        for item in decision.scheduled:
+            num_new = item.num_new_tokens + (next(accepted, 0) if item.is_sampled else 0)
+            self._advance(item.request, num_new)
+            if decision.has_lookahead:
+                self._return_unused(item.request)
+
+    def _advance(self, request: EngineRequest, num_new_tokens: int) -> None:
         shift = self._block_shift
-        for request, num_new, _ in decision.scheduled:
-            num_full_before = request.num_computed_tokens >> shift
-            request.num_computed_tokens += num_new
-            num_full = request.num_computed_tokens >> shift
-            if num_full > num_full_before:
-                self._cache_blocks(request, num_full_before, num_full)
+        num_full_before = request.num_computed_tokens >> shift
+        request.num_computed_tokens += num_new_tokens
+        num_full = request.num_computed_tokens >> shift
+        if num_full > num_full_before:
+            self._cache_blocks(request, num_full_before, num_full)
+
+    def _return_unused(self, request: EngineRequest) -> None:
+        num_needed = self._num_blocks(request.num_computed_tokens)
+        self.pool.release(request.block_table[num_needed:])
+        del request.block_table[num_needed:]
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -149,7 +209,7 @@ class Scheduler:
             assert request.num_computed_tokens == 0, f"{request!r} waits with computed tokens"
         for request in self.running:
             needed = self._num_blocks(request.num_computed_tokens)
-            assert needed <= len(request.block_table), f"{request!r} needs {needed} blocks"
+            assert needed == len(request.block_table), f"{request!r} needs {needed} blocks"
 
     def _num_blocks(self, num_tokens: int) -> int:
         return (num_tokens + self._block_size - 1) >> self._block_shift
@@ -213,6 +273,7 @@ class Scheduler:
         return self.pool.find_prefix(request.block_hashes[:num_useful])
 
     def _start(self, request: EngineRequest, cached: list[int]) -> None:
+        request.num_admissions += 1
         self.pool.share(cached)
         request.block_table.extend(cached)
         request.num_computed_tokens = len(cached) << self._block_shift

@@ -14,6 +14,7 @@ import struct
 from array import array
 from collections import deque
 from collections.abc import Callable
+from typing import Literal
 
 import xxhash
 
@@ -31,8 +32,9 @@ from headrace.clock import Clock
 from headrace.engine.kv_cache.block_pool import BlockPool
 from headrace.engine.kv_cache.prefix_cache import BlockHash, extend_hashes, root_hash
 from headrace.engine.request import check_request
-from headrace.engine.step_cost import StepCost
-from headrace.errors import InvalidRequest
+from headrace.engine.step_model import StepContents
+from headrace.engine.work import WorkAccount, decode_part, prompt_part
+from headrace.errors import InvalidRequest, Overloaded
 
 VOCAB_SIZE = 257
 """256 bytes, and 256 for the end of a text."""
@@ -63,6 +65,7 @@ class _SimulatedRequest:
     __slots__ = (
         "block_hashes",
         "block_table",
+        "engine_ns",
         "key",
         "max_tokens",
         "num_cached_tokens",
@@ -87,6 +90,8 @@ class _SimulatedRequest:
         self.block_table: list[int] = []
         self.block_hashes: list[BlockHash] = []
         """Of the prompt's full blocks."""
+        self.engine_ns = 0
+        """Its parts of the steps it was in."""
 
     def next_token(self) -> int:
         """Return the token at index `num_generated` and advance."""
@@ -121,7 +126,8 @@ class SimulatedEngine:
         self._steps = 0
         self._prefix_hit_tokens = 0
         self._prefix_query_tokens = 0
-        self._cost = StepCost()
+        self._work = WorkAccount(clock.now_ns())
+        self._sleep_level = 0
 
     def __repr__(self) -> str:
         running, waiting = len(self._running) + len(self._prefilling), len(self._waiting)
@@ -142,14 +148,19 @@ class SimulatedEngine:
             max_running=spec.max_running,
             path=path,
             phases={},
+            sleep_level=self._sleep_level,
         )
 
     def submit(self, request: GenerationRequest) -> None:
         check_request(request, VOCAB_SIZE, self._max_context_tokens)
+        if self._sleep_level:
+            raise Overloaded("the engine is asleep; wake it or use another replica", retry_after_s=1.0)
         request_id = request.request_id
         is_known = request_id in self._running or request_id in self._prefilling
         if is_known or any(r.request.request_id == request_id for r in self._waiting):
             raise InvalidRequest(f"request id {request_id!r} is in use; ids must be unique")
+        if not self.has_work():
+            self._work.rest(self._clock.now_ns())
         self._waiting.append(_SimulatedRequest(request, self._max_context_tokens))
 
     def abort(self, request_id: str) -> None:
@@ -159,20 +170,32 @@ class SimulatedEngine:
         else:
             self._pool.release(request.block_table)
 
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
     def has_work(self) -> bool:
         return bool(self._running or self._prefilling or self._waiting)
 
     def step(self) -> StepBatch:
         self._admit()
-        num_decoding = len(self._running)
-        num_prompt_tokens = self._prefill()
+        parts = [(item, decode_part(1, item.num_context)) for item in self._running.values()]
+        prompts = self._prefill()
+        num_prompt_tokens = sum([part.num_prompt_tokens for _, part in prompts])
         self._wait_for_step_end(num_prompt_tokens * self._spec.simulated_prefill_token_s)
-        self._cost.observe(self._step_s, num_prompt_tokens, num_decoding)
+        self._share_time(parts + prompts)
         outputs = [self._advance(request) for request in list(self._running.values())]
         self._steps += 1
         return StepBatch(outputs, self.load(), self._pool.take_forgotten())
 
+    def _share_time(self, parts: list[tuple[_SimulatedRequest, StepContents]]) -> None:
+        shares = self._work.end_step(self._clock.now_ns(), [part for _, part in parts])
+        for (item, _), share in zip(parts, shares, strict=True):
+            item.engine_ns += share
+
     def load(self) -> EngineLoad:
+        work = self._work
+        if not self.has_work():
+            work.rest(self._clock.now_ns())
         return EngineLoad(
             num_running=len(self._running) + len(self._prefilling),
             num_waiting=len(self._waiting),
@@ -182,11 +205,26 @@ class SimulatedEngine:
             prefix_hit_tokens=self._prefix_hit_tokens,
             prefix_query_tokens=self._prefix_query_tokens,
             steps=self._steps,
-            prefill_token_s=self._cost.prefill_token_s,
-            decode_token_s=self._cost.decode_token_s,
+            prefill_token_s=work.fit.prefill_token_s,
+            decode_token_s=work.fit.decode_token_s,
             num_uncomputed_tokens=self._num_uncomputed_tokens(),
-            step_per_request_s=self._cost.step_per_request_s,
+            step_per_request_s=work.fit.step_per_request_s,
+            busy_ns=work.busy_ns,
+            idle_ns=work.idle_ns,
+            step_model=work.fit.model,
+            sleep_level=self._sleep_level,
         )
+
+    def sleep(self, level: Literal[1, 2]) -> list[BlockHash]:
+        """Behave as if memory were given back."""
+        if self.has_work():
+            raise Overloaded("the engine cannot sleep: it has requests", retry_after_s=1.0)
+        self._sleep_level = max(level, self._sleep_level)
+        self._pool.forget_all()
+        return self._pool.take_forgotten()
+
+    def wake(self) -> None:
+        self._sleep_level = 0
 
     def check_integrity(self) -> None:
         """Raise AssertionError, showing what failed, unless every block is accounted for."""
@@ -239,24 +277,24 @@ class SimulatedEngine:
         used = sum([-(-request.num_context // block_size) for request in self._running.values()])
         return max(0, pool.num_blocks - used)
 
-    def _prefill(self) -> int:
-        """Compute prompts within this step's budget; complete ones run. Return the tokens computed."""
+    def _prefill(self) -> list[tuple[_SimulatedRequest, StepContents]]:
+        """Compute prompts within this step's budget; complete ones run. Return what was computed of each."""
         is_free = not self._has_cache
         budget = self._spec.token_budget - len(self._running)
-        num_tokens = 0
+        parts = []
         for request_id, item in list(self._prefilling.items()):
             if budget <= 0 and not is_free:
                 break
             num_new = item.num_uncomputed if is_free else min(item.num_uncomputed, budget)
+            parts.append((item, prompt_part(num_new, item.num_context - item.num_uncomputed)))
             item.num_uncomputed -= num_new
             budget -= num_new
-            num_tokens += num_new
             if item.num_uncomputed == 0:
                 for block, block_hash in zip(item.block_table, item.block_hashes):
                     self._pool.cache(block, block_hash)
                 del self._prefilling[request_id]
                 self._running[request_id] = item
-        return num_tokens
+        return parts
 
     def _wait_for_step_end(self, prefill_s: float) -> None:
         """Sleep to the end of this step. Busy steps are on a grid, so late wake-ups add no drift."""
@@ -282,8 +320,6 @@ class SimulatedEngine:
             finish_reason = "length"
             del self._running[request.request.request_id]
             self._pool.release(request.block_table)
-        request_id = request.request.request_id
-        if not request.num_cached_tokens:
-            return StepOutput(request_id, [token], finish_reason, logprobs)
         num_cached_tokens, request.num_cached_tokens = request.num_cached_tokens, 0
-        return StepOutput(request_id, [token], finish_reason, logprobs, num_cached_tokens)
+        request_id, engine_ns = request.request.request_id, request.engine_ns
+        return StepOutput(request_id, [token], finish_reason, logprobs, num_cached_tokens, "", engine_ns)

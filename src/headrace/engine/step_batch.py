@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from headrace.engine.protocol import StepInput
+from headrace.engine.request import EngineRequest
 from headrace.engine.scheduler import Scheduled
 
 
@@ -27,16 +28,23 @@ class StepInputBuilder:
         self._context_lengths_R = np.empty(max_running, np.int32)
 
     def build(self, scheduled: Sequence[Scheduled]) -> StepInput:
-        """Return the step's arrays: views of buffers that the next call overwrites."""
+        """Return the step's arrays: views of buffers that the next call overwrites.
+
+        Of a request with guesses all rows are sampled: its last token's, and one behind each guess.
+        """
         token_ids, positions, slots = self._token_ids_T, self._positions_T, self._slots_T
         shift, mask = self._shift, self._mask
         sampled_rows: list[int] = []
         ends: list[int] = []
         contexts: list[int] = []
         row = 0
-        for request, num_new, is_sampled in scheduled:
+        for request, num_new, is_sampled, drafts in scheduled:
             position = request.num_computed_tokens
-            if num_new == 1:
+            if drafts:
+                num_new += len(drafts)
+                self._lay_out_drafts(request, drafts, row)
+                sampled_rows.extend(range(row, row + len(drafts)))
+            elif num_new == 1:
                 token_ids[row] = request.token_ids[position]
                 positions[row] = position
                 slots[row] = (request.block_table[position >> shift] << shift) | (position & mask)
@@ -65,3 +73,13 @@ class StepInputBuilder:
             block_tables=[item.request.block_table for item in scheduled],
             sampled_rows_S=np.array(sampled_rows, np.int32),
         )
+
+    def _lay_out_drafts(self, request: EngineRequest, drafts: Sequence[int], row: int) -> None:
+        """Write a request's last token and the guesses behind it from `row` on."""
+        position, table = request.num_computed_tokens, request.block_table
+        for token_id in (request.token_ids[position], *drafts):
+            self._token_ids_T[row] = token_id
+            self._positions_T[row] = position
+            self._slots_T[row] = (table[position >> self._shift] << self._shift) | (position & self._mask)
+            position += 1
+            row += 1

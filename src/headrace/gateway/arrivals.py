@@ -6,7 +6,6 @@ Must not know queues, replicas or HAProxy.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -15,21 +14,28 @@ from headrace.api.messages import TerminalState
 from headrace.policy.prompt import PromptHead
 
 
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """The request goes to this server."""
+class Bound(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """The request goes to this server. Equal to another one that says the same to HAProxy."""
 
     server_name: str
     explanation: str = ""
     """The decision's reasons, for `x-headrace-route`; empty unless asked for."""
-    replica_id: str = field(default="", compare=False)
-    reason: str = field(default="", compare=False)
+    replica_id: str = ""
+    reason: str = ""
     """`Placement.reason`, and the part of the prompt that it expects in the replica's prefix cache."""
-    cached_ratio: float = field(default=0.0, compare=False)
+    cached_ratio: float = 0.0
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Bound)
+            and (self.server_name, self.explanation) == (other.server_name, other.explanation)
+        )  # fmt: skip
+
+    def __hash__(self) -> int:
+        return hash((self.server_name, self.explanation))
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(msgspec.Struct, frozen=True):
     """The request is not served; the client may come again."""
 
     message: str
@@ -57,13 +63,15 @@ class NobodyListens:
         pass
 
 
-class Arrival(msgspec.Struct, frozen=True):  # made per request: a third of a frozen dataclass's cost
+class Arrival(
+    msgspec.Struct, frozen=True, gc=False
+):  # made per request: a third of a frozen dataclass's cost
     """One request as HAProxy announces it."""
 
     request_id: str
     endpoint: str
     answer: Answer
-    """Called once, at once or later."""
+    """Called once, at once or later, while the dispatcher is at work: it must not call the dispatcher."""
     owner: object
     """The connection it came over; `owner_lost` ends its waiting."""
     client: Hashable = None

@@ -6,8 +6,9 @@ Must not know how a decision is made: `policy` does.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Literal, assert_never
+
+import msgspec
 
 from headrace.policy.placement import LeastLoaded, Placement, Placer, RoundRobin
 from headrace.policy.prefix_placement import PrefixPlacer
@@ -15,8 +16,7 @@ from headrace.policy.prefix_placement import PrefixPlacer
 MAX_DECISIONS = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """One request's placement."""
 
     placement: Placement

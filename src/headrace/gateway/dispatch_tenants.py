@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from headrace.api.messages import FinishedRequest, TenantRule, TerminalState
 from headrace.gateway.endpoint_state import EndpointState, TenantAccount
@@ -22,8 +23,7 @@ MAX_ELSEWHERE_REMEMBERED = 65_536
 """Requests of other gateways that were charged here, kept so that a second report charges nothing."""
 
 
-@dataclass(slots=True)
-class Charge:
+class Charge(msgspec.Struct, gc=False):
     """What a request was charged so far: expected, then, when settled, measured."""
 
     tenant: str
@@ -105,7 +105,7 @@ class TenantBook:
             return
         num_prompt, num_output = finished.num_prompt_tokens, finished.num_output_tokens
         charge.is_settled = num_prompt + num_output > 0
-        work = endpoint.work.work(num_prompt - finished.num_cached_tokens, num_output)
+        work = _measured(endpoint, finished)
         is_unseen = charge.account is None
         if charge.account is None:  # HAProxy served it without asking: only the front knows whose it was
             charge.limits = self.limits.get(finished.tenant)
@@ -139,8 +139,7 @@ class TenantBook:
         self._elsewhere[finished.request_id] = None
         if len(self._elsewhere) > MAX_ELSEWHERE_REMEMBERED:
             self._elsewhere.popitem(last=False)
-        uncached = finished.num_prompt_tokens - finished.num_cached_tokens
-        work = endpoint.work.work(uncached, finished.num_output_tokens)
+        work = _measured(endpoint, finished)
         endpoint.queue.charge_elsewhere(finished.tenant, work)
         limits.take(1, num_tokens, now_s)
         endpoint.account(finished.tenant).recent_work_s += work
@@ -189,3 +188,10 @@ class TenantBook:
         )
         self.num_ignored += not is_sane
         return is_sane
+
+
+def _measured(endpoint: EndpointState, finished: FinishedRequest) -> float:
+    num_uncached = finished.num_prompt_tokens - finished.num_cached_tokens
+    return endpoint.work.measured(
+        finished.engine_s, finished.total_s, num_uncached, finished.num_output_tokens
+    )

@@ -189,14 +189,14 @@ class Dispatcher:
     def take_report(self, report: LoadReport, replica: Replica | None, now_s: float) -> None:
         """Take from a replica's report what ended, what it costs, and what others have open there. `replica`
         is None when the report is late: then only the ends count."""
+        endpoint, load = self.endpoints.get(report.endpoint), report.engine
+        # Costs first: what ended is charged in seconds as soon as there are any.
+        if endpoint is not None and replica is not None and load is not None:
+            endpoint.observe_costs(load.prefill_token_s, load.decode_token_s, now_s)
         for finished in report.finished:
             self.front_finished(finished, now_s, report.endpoint)
-        endpoint = self.endpoints.get(report.endpoint)
         if replica is None or endpoint is None:
             return
-        load = report.engine
-        if load is not None:
-            endpoint.observe_costs(load.prefill_token_s, load.decode_token_s, now_s)
         counts = report.open_by_tenant
         if sum(counts.values()) != report.num_open or min(counts.values(), default=0) < 0:
             counts = {}  # not counted by tenant, or nonsense

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from headrace.api.messages import TerminalState
 from headrace.gateway.dispatch_tenants import Charge
@@ -25,8 +26,7 @@ ORPHAN_LIMIT_S = 600.0
 MAX_ENDED_REMEMBERED = 65_536
 
 
-@dataclass(slots=True)
-class InFlight:
+class InFlight(msgspec.Struct, gc=False):
     """A request that is bound, or that HAProxy went on with alone (then without a replica)."""
 
     endpoint: EndpointState

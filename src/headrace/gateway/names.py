@@ -7,6 +7,7 @@ HAProxy allows letters, digits and `- _ . :` and uses `/` between backend and se
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 ENDPOINT_PREFIX = "ep-"
 """Begins every backend of an endpoint, so that none can collide with the gateway's own backends."""
@@ -33,6 +34,7 @@ def is_shared_backend(backend: str) -> bool:
     return backend.endswith(SHARED_SUFFIX)
 
 
+@lru_cache(maxsize=1024)  # asked for each request, twice
 def endpoint_of_backend(backend: str) -> str | None:
     """Return the endpoint of a backend, None if it is one of the gateway's own."""
     if not backend.startswith(ENDPOINT_PREFIX):

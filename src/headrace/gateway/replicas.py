@@ -62,11 +62,11 @@ class Replica:
     """HAProxy has it as a server on HTTP/2, too."""
     is_gone: bool = False
     """Its lease ended; a replica that comes back is a new object."""
+    server_name: str = field(init=False)
+    """Its name inside HAProxy."""
 
-    @property
-    def server_name(self) -> str:
-        """Its name inside HAProxy."""
-        return encode_name(self.replica_id)
+    def __post_init__(self) -> None:
+        self.server_name = encode_name(self.replica_id)
 
     @property
     def paths(self) -> tuple[str, str]:
@@ -90,6 +90,8 @@ class ReplicaTable:
     num_ignored_ends: int = 0
     revision: int = 0
     """Grows when the wanted servers may have changed."""
+    _choosable: dict[str, list[Replica]] = field(default_factory=dict)
+    """By endpoint, as far as it was asked for since the last change or report."""
 
     def observe(self, report: LoadReport, connection: object, now_s: float) -> Replica | None:
         """Take a report. None if it must be ignored (out of date, or of a replica that listens nowhere yet).
@@ -128,6 +130,7 @@ class ReplicaTable:
         replica.connection = connection
         self._observe_load(replica, report)
         replica.is_connected = True
+        self._choosable.clear()
         return replica
 
     def connection_closed(self, connection: object, now_s: float) -> bool:
@@ -136,6 +139,7 @@ class ReplicaTable:
         for replica in self.replicas.values():
             if replica.connection is connection and replica.is_connected:
                 replica.is_connected = False
+                self._choosable.clear()
                 replica.lease_end_s = min(replica.lease_end_s, now_s + CLOSED_GRACE_S)
                 self.revision += 1
                 is_changed = True
@@ -147,6 +151,7 @@ class ReplicaTable:
         for replica in gone:
             self.revision += 1
             replica.is_gone = True
+            self._choosable.clear()
             del self.replicas[replica.replica_id]
             self._note_paths(replica.server, now_s)
         live = {path for replica in self.replicas.values() for path in replica.paths}
@@ -157,19 +162,24 @@ class ReplicaTable:
 
     def mark_serving(self, paths: frozenset[str]) -> None:
         """Record which servers HAProxy has."""
+        self._choosable.clear()
         for replica in self.replicas.values():
             replica.is_serving, replica.is_shared_serving = (path in paths for path in replica.paths)
 
     def choosable(self, endpoint: str) -> list[Replica]:
-        """Return the replicas that a request of `endpoint` may be bound to, full ones included."""
-        return [
-            replica
-            for replica in self.replicas.values()
-            if replica.is_serving
-            and replica.endpoint == endpoint
-            and replica.is_connected
-            and replica.state == "ready"
-        ]
+        """Return the replicas that a request of `endpoint` may be bound to, full ones included. The same list
+        until one of them reports or changes: `Placer.place` relies on it."""
+        choosable = self._choosable.get(endpoint)
+        if choosable is None:
+            choosable = self._choosable[endpoint] = [
+                replica
+                for replica in self.replicas.values()
+                if replica.is_serving
+                and replica.endpoint == endpoint
+                and replica.is_connected
+                and replica.state == "ready"
+            ]
+        return choosable
 
     def wanted_servers(self) -> list[Server]:
         """Return the servers that HAProxy should have. One whose connection closed has probably died: HAProxy

@@ -30,4 +30,5 @@ def is_possible(finished: FinishedRequest) -> bool:
         and 0 <= finished.num_output_tokens <= MAX_TOKENS
         and 0 <= finished.ttft_s <= MAX_DURATION_S
         and 0 <= finished.total_s <= MAX_DURATION_S
+        and 0 <= finished.engine_s <= MAX_DURATION_S
     )

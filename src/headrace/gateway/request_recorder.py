@@ -1,14 +1,17 @@
 """Every request's line: what router, HAProxy and front each know of it, joined, whoever speaks last.
 
-Owns what is known of requests that have not been written yet, bounded in number and in how long it waits. No
-I/O: `now_s` comes in, records go out through a callback. Must not decide, and must not know SPOE or sockets.
+Owns what is known of requests that have not been written yet, bounded in number and in how long it waits.
+Records are joined in batches (`hand_out`): not while a request waits for its decision. No I/O: `now_s` comes
+in, records go out through a callback. Must not decide, and must not know SPOE or sockets.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from headrace.api.messages import FinishedRequest, TerminalState, gateway_of
 from headrace.clock import Clock
@@ -24,8 +27,7 @@ MAX_EARLY = 1024
 _GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions")
 
 
-@dataclass(slots=True)
-class _Parts:
+class _Parts(msgspec.Struct, gc=False):
     """What is known of one request."""
 
     endpoint: str = ""
@@ -39,6 +41,8 @@ class _Parts:
     state: TerminalState | None = None
     completion: Completion | None = None
     finished: FinishedRequest | None = None
+    due_s: float = math.inf
+    """When it is written, whatever is missing."""
 
 
 class RequestRecorder:
@@ -49,13 +53,16 @@ class RequestRecorder:
         self._clock = clock
         self._on_record = on_record
         self._open: dict[str, _Parts] = {}
-        self._due: deque[tuple[float, str, _Parts]] = deque()
+        self._whole: deque[tuple[str, _Parts, float]] = deque()
+        """What is to be joined, and the wall-clock time of its last part."""
+        self._due: deque[tuple[float, str]] = deque()
+        """No part of a request itself: most are written long before."""
         self._early: OrderedDict[str, FinishedRequest] = OrderedDict()
         self.num_incomplete = 0
         """Records that were written without a part that should have come."""
 
     def __repr__(self) -> str:
-        return f"<RequestRecorder open={len(self._open)} due={len(self._due)}>"
+        return f"<RequestRecorder open={len(self._open)} due={len(self._due)} whole={len(self._whole)}>"
 
     def arrived(self, request_id: str, endpoint: str, tenant: str, path: str, now_s: float) -> None:
         """HAProxy announced a request."""
@@ -73,7 +80,7 @@ class RequestRecorder:
             parts.bound = decision
         else:
             parts.code = decision.code
-            self._due.append((now_s + PARTS_LIMIT_S, request_id, parts))
+            self._set_due(request_id, parts, now_s)
 
     def ended(self, request_id: str, endpoint: str, state: TerminalState) -> None:
         """The dispatcher settled a request's state."""
@@ -81,7 +88,7 @@ class RequestRecorder:
         if parts is None:
             parts = self._open[request_id] = _Parts(endpoint, finished=self._early.pop(request_id, None))
         parts.state = state
-        self._due.append((self._clock.now_s() + PARTS_LIMIT_S, request_id, parts))
+        self._set_due(request_id, parts, self._clock.now_s())
 
     def completed(self, completion: Completion) -> None:
         """HAProxy's line, after the dispatcher took it. One of a request that was written, or a second one,
@@ -113,23 +120,37 @@ class RequestRecorder:
         """A request that HAProxy refused before it had an endpoint."""
         self._write(completion.id, _Parts(state=classify(completion), completion=completion))
 
+    def hand_out(self, max_records: int | None = None) -> bool:
+        """Join what is whole and hand it out, the first ones first. True if some are left."""
+        whole = self._whole
+        for _ in range(len(whole) if max_records is None else min(max_records, len(whole))):
+            request_id, parts, wall_s = whole.popleft()
+            self._on_record(_join(self._gateway_id, request_id, parts, wall_s))
+        return bool(whole)
+
     def tick(self, now_s: float) -> None:
-        """Write what has waited long enough."""
+        """Take what has waited long enough for whole."""
         while self._due and self._due[0][0] <= now_s:
-            _, request_id, parts = self._due.popleft()
-            if self._open.get(request_id) is parts:
+            request_id = self._due.popleft()[1]
+            parts = self._open.get(request_id)
+            if parts is not None and parts.due_s <= now_s:
                 self.num_incomplete += parts.completion is None or _is_told_by_front(parts)
                 self._write(request_id, parts)
 
     def flush(self) -> None:
-        """Write everything that has ended: the router stops."""
+        """Hand out everything that has ended: the router stops."""
         for request_id, parts in list(self._open.items()):
             if parts.state is not None:
                 self._write(request_id, parts)
+        self.hand_out()
+
+    def _set_due(self, request_id: str, parts: _Parts, now_s: float) -> None:
+        parts.due_s = now_s + PARTS_LIMIT_S
+        self._due.append((parts.due_s, request_id))
 
     def _write(self, request_id: str, parts: _Parts) -> None:
         self._open.pop(request_id, None)
-        self._on_record(_join(self._gateway_id, request_id, parts, self._clock.wall_s()))
+        self._whole.append((request_id, parts, self._clock.wall_s()))
 
 
 def _is_told_by_front(parts: _Parts) -> bool:
@@ -144,15 +165,15 @@ _NO_LINE = Completion("", status=-1, bytes_in=-1, bytes_out=-1)
 
 
 def _join(gateway_id: str, request_id: str, parts: _Parts, wall_s: float) -> RequestRecord:
-    """Return the record. On the router's hot path: about 3 µs."""
+    """Return the record."""
     line, front, bound = parts.completion or _NO_LINE, parts.finished, parts.bound
     held_ms = ttft_ms = head_ms = first_ms = None
     if parts.answered_s is not None and parts.arrived_s is not None:
-        held_ms = round((parts.answered_s - parts.arrived_s) * 1000, 3)
+        held_ms = _milliseconds(parts.answered_s - parts.arrived_s)
     if line.connect_ms >= 0:  # it reached a server
         head_ms = line.request_ms + line.wait_ms + line.connect_ms
         if front is not None and front.ttft_s > 0:
-            ttft_ms = round(head_ms + front.ttft_s * 1000, 3)
+            ttft_ms = _milliseconds(head_ms / 1000 + front.ttft_s)
         if line.first_byte_ms >= 0:
             first_ms = head_ms + line.first_byte_ms
     return RequestRecord(
@@ -162,7 +183,7 @@ def _join(gateway_id: str, request_id: str, parts: _Parts, wall_s: float) -> Req
         endpoint=parts.endpoint,
         tenant=parts.tenant or _text(line.tenant),
         path=parts.path or _text(line.path),
-        arrived_s=round(parts.arrived_wall_s or wall_s - max(line.total_ms, 0) / 1000, 3),
+        arrived_s=int((parts.arrived_wall_s or wall_s - max(line.total_ms, 0) / 1000) * 1000) / 1000,
         held_ms=held_ms,
         replica=_replica(line, bound),
         placement=bound.reason if bound is not None else "",
@@ -178,9 +199,15 @@ def _join(gateway_id: str, request_id: str, parts: _Parts, wall_s: float) -> Req
         prompt_tokens=front.num_prompt_tokens if front is not None else None,
         cached_tokens=front.num_cached_tokens if front is not None else None,
         output_tokens=front.num_output_tokens if front is not None else None,
+        engine_ms=round(front.engine_s * 1000, 6) if front is not None else None,
         bytes_in=line.bytes_in if line.bytes_in >= 0 else None,
         bytes_out=line.bytes_out if line.bytes_out >= 0 else None,
     )
+
+
+def _milliseconds(seconds: float) -> float:
+    """Return milliseconds with three digits: an eighth of the time that `round` takes."""
+    return int(seconds * 1e6 + 0.5) / 1000
 
 
 def _replica(line: Completion, bound: Bound | None) -> str:

@@ -16,12 +16,12 @@ from headrace.api.config import split_address
 from headrace.api.messages import Demand, GatewaySpec, LoadReport, ReplicaView, ReportAck
 from headrace.clock import Clock
 from headrace.errors import ConfigError, ProtocolError
+from headrace.gateway.answers import Answers, refusal
 from headrace.gateway.certificate_keeper import CertificateKeeper
 from headrace.gateway.channels import CompletionConnection, ControllerLink, ReportConnection
 from headrace.gateway.closed_peers import ClosedPeers
 from headrace.gateway.completions import Completion, CompletionDecoder, classify
 from headrace.gateway.dispatcher import Arrival, Bound, Dispatcher, Refused
-from headrace.gateway.haproxy_answers import error_body
 from headrace.gateway.haproxy_frontend import RELAY_BACKEND
 from headrace.gateway.haproxy_identity import admin_keys
 from headrace.gateway.haproxy_runtime import HaproxyRuntime
@@ -45,6 +45,10 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
 DEMAND_PERIOD_S = 0.2
+LEAVING = ("draining", "standby")
+"""States in which a replica waits for the word that it is sent nothing more."""
+RECORDS_AT_A_TIME = 32
+"""Records that are written in one turn of the loop: as much work as three decisions, which wait for it."""
 REQUEST_LOG_BYTES = 64 * 1024 * 1024
 """A gateway's request log, twice: the file and the one before it."""
 BACKLOG = 4096
@@ -77,6 +81,7 @@ class Router:
         self.admin_keys.want(None, bool(spec.admin_bind))
         self.certificate = _certificate_keeper(spec, self._paths, runtime, clock)
         self.agent = SpoeAgent(self._on_notify, self._on_spoe_lost)
+        self._answers = Answers()
         self._completions = CompletionDecoder()
         self._controller = ControllerLink(
             self._paths.controller_socket, DEMAND_PERIOD_S, self.demand, self._on_spec
@@ -135,12 +140,13 @@ class Router:
 
     def snapshot(self) -> RouterSnapshot:
         """Return what the metrics show."""
+        self.recorder.hand_out()
         totals = {
             "lost_completions": self.dispatcher.num_lost_completions,
             "unseen_completions": self.dispatcher.num_unseen_completions,
             "answered_by_haproxy": self._num_answered_by_haproxy,
             "ignored_reports": self.replicas.num_ignored_reports,
-            "ignored_ends": self.replicas.num_ignored_ends,
+            "ignored_ends": self.replicas.num_ignored_ends + self.dispatcher.num_ignored_finishes,
             "ignored_completions": self._completions.num_ignored,
             "spoe_errors": self.agent.num_protocol_errors,
             "haproxy_failures": self.keeper.num_failures + self.keys.num_failures,
@@ -182,17 +188,10 @@ class Router:
         def answer(decision: Bound | Refused) -> None:
             self.recorder.answered(request_id, decision, self._clock.now_s())
             if isinstance(decision, Bound):
-                variables = {b"server": decision.server_name.encode()}
-                if prompt.is_short_stream and self._speaks_h2(decision):
-                    variables[b"shared"] = b"1"
-                if decision.explanation:
-                    variables[b"explanation"] = decision.explanation.encode()
-                call.answer(variables)
+                is_shared = prompt.is_short_stream and self._speaks_h2(decision)
+                call.answer(self._answers.bound(decision, is_shared=is_shared))
             else:
-                kind = "rate_limit_error" if decision.status == 429 else "server_error"
-                body = error_body(decision.message, kind, decision.code)
-                name = b"limited" if decision.status == 429 else b"refusal"
-                call.answer({name: body.encode(), b"retry_after": b"%d" % decision.retry_after_s})
+                call.answer(refusal(decision))
 
         now_s = self._clock.now_s()
         tenant = text_argument(arguments, b"tenant")
@@ -264,7 +263,7 @@ class Router:
             self.dispatcher.replica_reported(replica, report, now_s)
             self._on_replicas_changed()
             self.dispatcher.pump(replica.endpoint, now_s)
-        if report.state == "draining":
+        if report.state in LEAVING:
             is_released = replica is None or self._is_released(replica)
             connection.acknowledge(ReportAck(report.sequence, is_released))
 
@@ -292,7 +291,7 @@ class Router:
         for endpoint in list(self.dispatcher.endpoints):
             self.dispatcher.pump(endpoint, now_s)
         for replica in self.replicas.replicas.values():
-            if replica.state == "draining" and self._is_released(replica):
+            if replica.state in LEAVING and self._is_released(replica):
                 connection = replica.connection
                 if isinstance(connection, ReportConnection):
                     connection.acknowledge(ReportAck(replica.sequence, is_released=True))
@@ -307,6 +306,8 @@ class Router:
             self._on_replicas_changed()
             self.dispatcher.tick(now_s)
             self.recorder.tick(now_s)
+            while self.recorder.hand_out(RECORDS_AT_A_TIME):  # noqa: ASYNC110, decisions come between
+                await asyncio.sleep(0)
             if self.dispatcher.num_held:
                 self.dispatcher.clients_left(self._closed_peers.find())
             await asyncio.sleep(TICK_S)

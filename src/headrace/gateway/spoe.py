@@ -7,8 +7,9 @@ held); answers go back in any order. Must not know endpoints or replicas: `on_no
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import cast
 
 from headrace.errors import ProtocolError
 from headrace.gateway import spop
@@ -17,7 +18,10 @@ MAX_FRAMES_IN_FLIGHT = 65_536
 """Unanswered frames per connection: as many requests as may be held at all (max-waiting-frames)."""
 MAX_ANSWERS_PER_WRITE = 8
 """Answers to frames that came together leave together, up to this many: a write costs as much as a fifth of a
-decision, and the first answer waits for the last one's decision."""
+decision, and the first answer waits for the last one's decision. The last one leaves at once, before what
+follows from its decision is noted."""
+MIN_FRAME_BYTES = 11
+"""Length, kind, flags and two ids."""
 MAX_UNSENT_BYTES = 4 * 1024 * 1024
 """A HAProxy that stops reading its answers is disconnected at this many."""
 
@@ -28,16 +32,15 @@ NotifyHandler = Callable[["SpoeCall", bytes, Arguments], None]
 class SpoeCall:
     """One NOTIFY frame that waits for its answer. Answer it once; once the connection ended, in vain."""
 
-    __slots__ = ("_frame_id", "_stream_id", "connection")
+    __slots__ = ("_frame_key", "connection")
 
-    def __init__(self, connection: SpoeConnection, stream_id: int, frame_id: int) -> None:
+    def __init__(self, connection: SpoeConnection, frame_key: tuple[int, int]) -> None:
         self.connection = connection
-        self._stream_id = stream_id
-        self._frame_id = frame_id
+        self._frame_key = frame_key
 
-    def answer(self, variables: Mapping[bytes, bytes]) -> None:
-        """Set these variables for the request, and let it go on."""
-        self.connection.send_ack(self._stream_id, self._frame_id, variables)
+    def answer(self, actions: bytes) -> None:
+        """Do this for the request (`spop.encode_actions`), and let it go on."""
+        self.connection.send_ack(self._frame_key, actions)
 
 
 class SpoeConnection(asyncio.Protocol):
@@ -55,8 +58,10 @@ class SpoeConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._rest = b""
         self._has_greeted = False
-        self._is_reading = False
-        self._answers: list[bytes] = []  # given while frames are read, and not written yet
+        self._descriptor = -1
+        self._has_more = False
+        """Whether another frame is there to be handled: its answer may leave together with this one's."""
+        self._answers: list[bytes] = []  # given while frames are handled, and not written yet
         self._open_frames: set[tuple[int, int]] = set()
 
     def __repr__(self) -> str:
@@ -65,9 +70,12 @@ class SpoeConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's own class, of the same shape
+        socket = transport.get_extra_info("socket")
+        self._descriptor = socket.fileno() if socket is not None else -1
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self._descriptor = -1  # soon another file's
         self._rest = b""
         self._answers.clear()
         self._open_frames.clear()
@@ -77,7 +85,6 @@ class SpoeConnection(asyncio.Protocol):
         if self._rest:
             data = self._rest + data
         start, size = 0, len(data)
-        self._is_reading = True
         try:
             while size - start >= 4 and self._transport is not None:
                 length = int.from_bytes(data[start : start + 4], "big")
@@ -90,44 +97,61 @@ class SpoeConnection(asyncio.Protocol):
                     break
                 frame = data[start + 4 : end]
                 start = end
-                self._handle(spop.decode_frame(frame))
+                self._has_more = size - start >= MIN_FRAME_BYTES
+                decoded = spop.decode_frame(frame)
+                if decoded.kind == spop.NOTIFY:
+                    self._handle_notify(decoded)
+                else:
+                    self._handle(decoded)
         except ProtocolError as error:
             start = size  # nothing after a lie is believed
             self._on_error(str(error))
             self._close(spop.encode_disconnect(4, b"invalid frame"))
         finally:
-            self._is_reading = False
+            self._has_more = False
             self._write_answers()
         self._rest = data[start:]  # at most one frame
 
-    def send_ack(self, stream_id: int, frame_id: int, variables: Mapping[bytes, bytes]) -> None:
+    def send_ack(self, frame_key: tuple[int, int], actions: bytes) -> None:
         """Answer one frame; nothing happens if it was answered or the connection is gone."""
-        key = (stream_id, frame_id)
-        if self._transport is None or key not in self._open_frames:
+        if self._transport is None or frame_key not in self._open_frames:
             return
-        self._open_frames.discard(key)
-        self._answers.append(spop.encode_ack(stream_id, frame_id, variables))
-        if not self._is_reading or len(self._answers) >= MAX_ANSWERS_PER_WRITE:
+        self._open_frames.remove(frame_key)
+        self._answers.append(spop.encode_ack(*frame_key, actions))
+        if not self._has_more or len(self._answers) >= MAX_ANSWERS_PER_WRITE:
             self._write_answers()
 
     def _write_answers(self) -> None:
         transport = self._transport
         if transport is None or not self._answers:
             return
-        transport.write(b"".join(self._answers))
+        data = b"".join(self._answers)
         self._answers.clear()
+        if transport.get_write_buffer_size() == 0:
+            data = data[self._write_now(data) :]
+            if not data:
+                return
+        transport.write(data)
         if transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self._on_error("HAProxy does not read its answers; disconnected")
             transport.abort()
+
+    def _write_now(self, data: bytes) -> int:
+        """Write past the event loop, which would write at the end of its turn; return how much was taken.
+        What goes wrong is left to the transport, which meets the same error."""
+        if self._descriptor < 0:
+            return 0
+        try:
+            return os.write(self._descriptor, data)
+        except OSError:  # the socket's buffer is full, or the connection is gone
+            return 0
 
     def close(self) -> None:
         """Say goodbye and close."""
         self._close(spop.encode_disconnect(0, b"shutting down"))
 
     def _handle(self, frame: spop.Frame) -> None:
-        if frame.kind == spop.NOTIFY:
-            self._handle_notify(frame)
-        elif frame.kind == spop.HAPROXY_HELLO:
+        if frame.kind == spop.HAPROXY_HELLO:
             hello = spop.decode_hello(frame.payload)
             self._has_greeted = True
             self._write(spop.encode_hello(hello.max_frame_bytes))
@@ -151,7 +175,7 @@ class SpoeConnection(asyncio.Protocol):
             raise ProtocolError(f"a SPOP frame carries {len(messages)} messages; one is expected")
         self._open_frames.add(key)
         name, arguments = messages[0]
-        self._on_notify(SpoeCall(self, frame.stream_id, frame.frame_id), name, arguments)
+        self._on_notify(SpoeCall(self, key), name, arguments)
 
     def _write(self, data: bytes) -> None:
         self._write_answers()
@@ -202,5 +226,10 @@ class SpoeAgent:
 
 def text_argument(arguments: Arguments, name: bytes) -> str:
     """Return a string argument, empty if it is absent or of another type."""
-    value: Any = arguments.get(name)
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else ""
+    value = arguments.get(name)
+    if not isinstance(value, bytes):
+        return ""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("utf-8", "replace")

@@ -16,7 +16,7 @@ from prometheus_client.core import (
     Metric,
 )
 
-from headrace.api.messages import EngineLoad, TerminalState
+from headrace.api.messages import EngineLoad, StepModel, TerminalState
 from headrace.observability.histogram import LATENCY_BOUNDS_S, Histogram
 
 _ITL_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
@@ -33,6 +33,8 @@ class FrontMetrics:
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
         self.num_output_tokens = 0
+        self.engine_s = 0.0
+        """Engine time of ended requests."""
         self.num_http_errors: dict[int, int] = {}
         """Error answers outside of generation, by status."""
         self.num_open = 0
@@ -71,6 +73,7 @@ class FrontMetrics:
                 used / max(1, load.num_total_blocks),
             ),
             ("engine_step_seconds", "Duration of the last step", load.step_s),
+            *_step_model_gauges(load.step_model),
         )
         for name, help_text, value in gauges:
             gauge = GaugeMetricFamily(f"headrace_{name}", help_text, labels=list(self._labels))
@@ -100,6 +103,19 @@ class FrontMetrics:
             ("engine_restarts", "Engine processes started after a death", self.num_engine_restarts),
             ("engine_preemptions", "Preemptions in this engine process", load.num_preemptions),
             ("engine_steps", "Steps of this engine process", load.steps),
+            ("request_engine_seconds", "Engine time measured for ended requests", self.engine_s),
+            ("engine_busy_seconds", "Time in which this engine had requests", load.busy_ns * 1e-9),
+            ("engine_idle_seconds", "Time in which it had none", load.idle_ns * 1e-9),
+            (
+                "spec_decode_num_draft_tokens",
+                "Tokens that this engine process guessed ahead and verified",
+                load.num_draft_tokens,
+            ),
+            (
+                "spec_decode_num_accepted_tokens",
+                "Tokens that were guessed right: each saved a step",
+                load.num_accepted_tokens,
+            ),
         )
         for name, help_text, value in counters:
             counter = CounterMetricFamily(f"headrace_{name}", help_text, labels=names)
@@ -109,10 +125,31 @@ class FrontMetrics:
     def _histograms(self) -> Iterator[Metric]:
         histograms = (
             ("time_to_first_token_seconds", "Arrival to the first token", self.time_to_first_token),
-            ("inter_token_latency_seconds", "Gap between two tokens", self.inter_token_latency),
+            (
+                "inter_token_latency_seconds",
+                "Gap between two tokens of different steps",
+                self.inter_token_latency,
+            ),
             ("e2e_request_latency_seconds", "Arrival to the end", self.e2e_latency),
         )
         for name, help_text, histogram in histograms:
             family = HistogramMetricFamily(f"headrace_{name}", help_text, labels=list(self._labels))
             family.add_metric(list(self._labels.values()), histogram.cumulative(), histogram.total)
             yield family
+
+
+def _step_model_gauges(model: StepModel | None) -> tuple[tuple[str, str, float], ...]:
+    """What the engine found its steps to take: seconds = a + b*P + q*P*C + c*D + d*KV."""
+    model = model or StepModel(0.0, 0.0, 0.0, 0.0, 0.0)
+    return (
+        ("engine_step_model_fixed_seconds", "A step's fixed time", model.a),
+        ("engine_step_model_prompt_token_seconds", "Per uncached prompt token", model.b),
+        ("engine_step_model_attended_token_seconds", "Per token that a prompt token attends to", model.q),
+        ("engine_step_model_decoded_token_seconds", "Per decoded token", model.c),
+        ("engine_step_model_kv_token_seconds", "Per token of context that decoding reads", model.d),
+        (
+            "engine_step_model_error_ratio",
+            "Mean relative error of its predictions, over recent steps",
+            model.relative_error,
+        ),
+    )

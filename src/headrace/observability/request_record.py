@@ -42,5 +42,9 @@ class RequestRecord(msgspec.Struct, frozen=True, gc=False):
     prompt_tokens: Annotated[int | None, _field("tokens of the prompt")]
     cached_tokens: Annotated[int | None, _field("prompt tokens that the prefix cache spared")]
     output_tokens: Annotated[int | None, _field("generated tokens")]
+    engine_ms: Annotated[
+        float | None,
+        _field("engine time measured for it, its parts of the steps it was in; all choices together"),
+    ]
     bytes_in: Annotated[int | None, _field("bytes received from the client")]
     bytes_out: Annotated[int | None, _field("bytes sent to the client")]

@@ -37,6 +37,7 @@ class TenantTotals:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    engine_s: float = 0.0
 
 
 class RequestStatistics:
@@ -68,6 +69,7 @@ class RequestStatistics:
             totals.prompt_tokens += record.prompt_tokens or 0
             totals.cached_tokens += record.cached_tokens or 0
             totals.output_tokens += record.output_tokens
+            totals.engine_s += (record.engine_ms or 0.0) / 1000
         status = (endpoint, record.status or 0)
         self.statuses[status] = self.statuses.get(status, 0) + 1
         if record.code:

@@ -122,19 +122,21 @@ def _request_metrics(requests: RequestStatistics) -> Iterator[Metric]:
     prompt = _counter("prompt_tokens", "Prompt tokens of ended requests", "endpoint", "tenant")
     cached = _counter("cached_tokens", "Prompt tokens that prefix caches spared", "endpoint", "tenant")
     output = _counter("generation_tokens", "Generated tokens", "endpoint", "tenant")
+    engine = _counter("engine_seconds", "Engine time measured for ended requests", "endpoint", "tenant")
     for (endpoint, tenant), totals in requests.totals.items():
         for state, count in totals.ended.items():
             by_tenant.add_metric([endpoint, tenant, state], count)
         prompt.add_metric([endpoint, tenant], totals.prompt_tokens)
         cached.add_metric([endpoint, tenant], totals.cached_tokens)
         output.add_metric([endpoint, tenant], totals.output_tokens)
+        engine.add_metric([endpoint, tenant], totals.engine_s)
     statuses = _counter("responses", "Ended requests by HTTP status; 0: none was sent", "endpoint", "status")
     for (endpoint, status), count in requests.statuses.items():
         statuses.add_metric([endpoint, str(status)], count)
     refusals = _counter("refusals", "Requests that the router refused, by its reason", "endpoint", "code")
     for (endpoint, code), count in requests.refusals.items():
         refusals.add_metric([endpoint, code], count)
-    yield from (by_tenant, prompt, cached, output, statuses, refusals)
+    yield from (by_tenant, prompt, cached, output, engine, statuses, refusals)
 
 
 def _duration_metrics(requests: RequestStatistics) -> Iterator[Metric]:

@@ -17,7 +17,7 @@ MAX_RETRY_AFTER_S = 60
 
 
 class HeldRequest(
-    msgspec.Struct, frozen=True
+    msgspec.Struct, frozen=True, gc=False
 ):  # made for every request: a third of a frozen dataclass's cost
     """One request that waits for a replica with room."""
 

@@ -67,7 +67,8 @@ class RateBucket:
     def take(self, amount: float, now_s: float) -> None:
         """Take `amount`; below zero if need be. Negative: give back."""
         if self.per_minute:
-            self._level = min(float(self.per_minute), self.level(now_s) - amount)
+            level = self._level if now_s == self._updated_s else self.level(now_s)
+            self._level = min(float(self.per_minute), level - amount)
 
     def give_back(self, amount: float) -> None:
         """Undo a `take`."""
@@ -126,7 +127,8 @@ class TenantLimits:
 
     def take(self, num_requests: int, num_tokens: int, now_s: float) -> None:
         """Charge a request, or correct what was charged (`num_tokens` may be negative)."""
-        self._requests.take(num_requests, now_s)
+        if num_requests:
+            self._requests.take(num_requests, now_s)
         self._tokens.take(num_tokens, now_s)
 
     def give_back(self, num_tokens: int) -> None:

@@ -7,8 +7,9 @@ Owns the seam, when a replica has room, and the two placers that look at load or
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
+
+import msgspec
 
 from headrace.policy.prompt import PromptHead
 
@@ -88,13 +89,12 @@ class ReplicaObservation(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(msgspec.Struct, frozen=True, gc=False):
     """Where a request goes, and why. `replica_id` is None when it must wait."""
 
     replica_id: str | None
     reason: PlacementReason
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float] = {}
     """Of every replica, lower is better: expected seconds, or open requests where no cost is measured.
     Replicas without room are not scored by cost."""
     cached_ratio: float = 0.0
@@ -116,7 +116,11 @@ class Placer(Protocol):
     """One endpoint's placement, with what it remembers of replicas."""
 
     def place(self, replicas: Sequence[ReplicaObservation], prompt: PromptHead, now_s: float) -> Placement:
-        """Choose a replica for a request among those that may be chosen. Remembers nothing."""
+        """Choose a replica for a request among those that may be chosen. Remembers nothing of the request.
+
+        The same `replicas` object as before says that nothing of them changed but what the router itself
+        counts (num_in_flight, num_assigned): what follows from the rest need not be computed again.
+        """
         ...
 
     def bound(self, placement: Placement, prompt: PromptHead, now_s: float) -> None:
@@ -208,13 +212,18 @@ def has_room(replica: ReplicaObservation, load: int) -> bool:
     another replica may become free first; a few are sent ahead, so that the engine never runs dry between two
     reports.
     """
-    if load >= replica.max_open:
-        return False
+    return load < most_open(replica)
+
+
+def most_open(replica: ReplicaObservation) -> int:
+    """Return with how many open requests a replica has no room for another, until its next report."""
     max_running = replica.max_running
     if not max_running:
-        return True
+        return replica.max_open
     lookahead = max_running // _LOOKAHEAD_DIVISOR or 1
-    return load < max_running + lookahead and replica.num_waiting <= lookahead
+    if replica.num_waiting > lookahead:
+        return 0
+    return min(replica.max_open, max_running + lookahead)
 
 
 def explain(placement: Placement) -> str:

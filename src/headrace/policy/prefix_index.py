@@ -7,31 +7,48 @@ Must not know loads, costs or tokens.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections import deque
+from collections.abc import Hashable, Sequence
+from itertools import chain
 
 MAX_PER_REPLICA = 32_768
-"""Hashes remembered per replica: 8 MiB of prompts, about two million tokens."""
+"""Hashes remembered per replica: of 8 MiB of short prompts, two million tokens, and more of long ones."""
 MAX_IN_ALL = 131_072
-"""Over all replicas of an endpoint, about 40 MB; with many each may have fewer than MAX_PER_REPLICA."""
+"""Over all replicas of an endpoint, about 20 MB; with many each may have fewer than MAX_PER_REPLICA."""
 EXPECTED_S = 10.0
 """How long a bound request's prefix counts as cached without the replica having said so."""
 _PURGE_PERIOD_S = 1.0
+_SLACK_DIVISOR = 8
+"""At a bound an eighth is forgotten together: the newest are found by going through all that was said."""
+_MAX_STALE = 4096
+"""Entries of a log that say nothing any more, beyond one per hash that is held."""
+_MAX_SETS = 4096
+"""Sets of replicas whose names are kept spelled out."""
 
 
 class _Holder:
-    """One replica's part of the index."""
+    """One replica's part of the index. It holds a hash if its bit is set in the hash's mask: reported by the
+    replica, unless the hash is in `expected`. Nothing else is kept per hash and replica, since each look-up
+    of a hash that was not used lately waits for the memory."""
 
-    __slots__ = ("bit", "epoch", "expected", "has_reported", "held")
+    __slots__ = ("bit", "epoch", "expected", "has_reported", "log", "num_held", "num_logged")
 
     def __init__(self, bit: int) -> None:
         self.bit = bit
         self.epoch: Hashable = None
         self.has_reported = False
-        self.held: OrderedDict[int, None] = OrderedDict()
-        """Reported by the replica; least recently used first."""
-        self.expected: OrderedDict[int, float] = OrderedDict()
+        self.expected: dict[int, float] = {}
         """Bound there and not reported yet -> when that stops counting; in the order of that time."""
+        self.log: deque[Sequence[int]] = deque()
+        """Every hash that was reported, and those of use since then; hashes that left may be among them."""
+        self.num_held = 0
+        """Hashes that were reported and have not left."""
+        self.num_logged = 0
+
+    def write(self, hashes: Sequence[int]) -> None:
+        """Note in the log that these are the newest now."""
+        self.log.append(hashes)
+        self.num_logged += len(hashes)
 
 
 class PrefixIndex:
@@ -51,6 +68,10 @@ class PrefixIndex:
         """Replica of each bit; None: the bit is free."""
         self._masks: dict[int, int] = {}
         """Hash -> bits of the replicas that hold it."""
+        self._members: dict[int, list[str]] = {}
+        """Replicas of some sets of bits: spelled out once, until a replica comes or goes."""
+        self._limit = max_per_replica
+        """Hashes that each replica may hold."""
         self._next_purge_s = 0.0
 
     def __len__(self) -> int:
@@ -84,20 +105,21 @@ class PrefixIndex:
         holder = self._holders.get(replica_id)
         return holder is not None and holder.has_reported
 
-    def expect(self, replica_id: str, hashes: Iterable[int], now_s: float) -> None:
+    def expect(self, replica_id: str, hashes: Sequence[int], now_s: float) -> None:
         """Note that a prompt is on its way to a replica."""
         holder = self._holder(replica_id)
-        held, expected, bit, masks = holder.held, holder.expected, holder.bit, self._masks
+        expected, bit, masks = holder.expected, holder.bit, self._masks
         end_s = now_s + self._expected_s
         for block_hash in hashes:
-            if block_hash in held:
-                held.move_to_end(block_hash)
+            mask = masks.get(block_hash, 0)
+            if not mask & bit:
+                masks[block_hash] = mask | bit
+                expected[block_hash] = end_s
             elif block_hash in expected:
+                del expected[block_hash]  # to the end
                 expected[block_hash] = end_s
-                expected.move_to_end(block_hash)
-            else:
-                expected[block_hash] = end_s
-                masks[block_hash] = masks.get(block_hash, 0) | bit
+        if 2 * holder.num_held > self._limit:  # which are the newest may soon decide
+            holder.write(hashes)
         self._trim(holder)
 
     def report(self, replica_id: str, epoch: Hashable, added: Sequence[int], removed: Sequence[int]) -> None:
@@ -105,51 +127,55 @@ class PrefixIndex:
         holder = self._holder(replica_id)
         if holder.epoch != epoch:
             holder.epoch = epoch
-            self._clear(holder, holder.held)
-        held, expected, bit, masks = holder.held, holder.expected, holder.bit, self._masks
+            self._clear(holder)
+        expected, bit, masks = holder.expected, holder.bit, self._masks
+        num_held = holder.num_held
         for block_hash in removed:
-            # A hash is in one of the two at most, and its bit is set while it is in one.
-            if block_hash in held:
-                del held[block_hash]
-            elif block_hash in expected:
-                del expected[block_hash]
-            else:
-                continue
-            mask = masks[block_hash] ^ bit
-            if mask:
-                masks[block_hash] = mask
-            else:
-                del masks[block_hash]
-        for block_hash in added[-self._max_per_replica :]:
-            if block_hash in held:
-                held.move_to_end(block_hash)
-                continue
-            held[block_hash] = None
-            if block_hash in expected:
-                del expected[block_hash]
-            else:
-                masks[block_hash] = masks.get(block_hash, 0) | bit
+            mask = masks.get(block_hash, 0)
+            if mask & bit:
+                if expected.pop(block_hash, None) is None:
+                    num_held -= 1
+                if mask == bit:
+                    del masks[block_hash]
+                else:
+                    masks[block_hash] = mask ^ bit
         if added:
+            added = added[-self._max_per_replica :]
+            for block_hash in added:
+                mask = masks.get(block_hash, 0)
+                if not mask & bit:
+                    masks[block_hash] = mask | bit
+                    num_held += 1
+                elif expected.pop(block_hash, None) is not None:
+                    num_held += 1
             holder.has_reported = True
+            holder.write(added)
+        holder.num_held = num_held
         self._trim(holder)
 
     def forget(self, replica_id: str) -> None:
         """The replica is gone."""
         holder = self._holders.pop(replica_id, None)
         if holder is not None:
-            self._clear(holder, holder.held)
-            self._clear(holder, holder.expected)
+            self._clear(holder)
+            for block_hash in holder.expected:
+                self._unset(block_hash, holder.bit)
             self._names[holder.bit.bit_length() - 1] = None
+            self._share_out()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the two directions agree and the bounds hold."""
         back: dict[int, int] = {}
         for name, holder in self._holders.items():
             assert self._names[holder.bit.bit_length() - 1] == name, f"{name} has another's bit"
-            both = holder.held.keys() & holder.expected.keys()
-            assert not both, f"{name}: {len(both)} hashes are held and expected"
-            assert len(holder.held) + len(holder.expected) <= self._limit(), f"{name} is over its bound"
-            for block_hash in (*holder.held, *holder.expected):
+            held = self._newest(holder)
+            assert len(held) == holder.num_held, f"{name}: {len(held)} held != {holder.num_held} counted"
+            assert holder.num_held + len(holder.expected) <= self._limit, f"{name} is over its bound"
+            num_logged = sum(map(len, holder.log))
+            assert num_logged == holder.num_logged <= self._most_logged(holder), (
+                f"{name}: {num_logged} logged"
+            )
+            for block_hash in (*held, *holder.expected):
                 back[block_hash] = back.get(block_hash, 0) | holder.bit
         assert back == self._masks, f"{len(back)} hashes by replica, {len(self._masks)} by hash"
 
@@ -163,39 +189,76 @@ class PrefixIndex:
                 position = len(self._names)
                 self._names.append(replica_id)
             holder = self._holders[replica_id] = _Holder(1 << position)
-            for other in self._holders.values():
-                self._trim(other)  # each one's share got smaller
+            self._share_out()
         return holder
 
     def _name(self, found: dict[str, int], bits: int, num: int) -> None:
-        while num and bits:
-            low = bits & -bits
-            bits ^= low
-            name = self._names[low.bit_length() - 1]
-            if name is not None:
+        if num and bits:
+            members = self._members.get(bits)
+            if members is None:
+                if len(self._members) >= _MAX_SETS:
+                    self._members.clear()
+                named = [name for position, name in enumerate(self._names) if bits >> position & 1]
+                members = self._members[bits] = [name for name in named if name is not None]
+            for name in members:
                 found[name] = num
 
-    def _limit(self) -> int:
-        return min(self._max_per_replica, max(1, self._max_in_all // max(1, len(self._holders))))
+    def _share_out(self) -> None:
+        """A replica came or went: each one's bound is another, and so is what the bits mean."""
+        self._limit = min(self._max_per_replica, max(1, self._max_in_all // max(1, len(self._holders))))
+        self._members.clear()
+        for holder in self._holders.values():
+            self._trim(holder)
+
+    def _most_logged(self, holder: _Holder) -> int:
+        return 2 * holder.num_held + _MAX_STALE
+
+    def _newest(self, holder: _Holder) -> list[int]:
+        """Return what a replica holds by its own word, the newest first."""
+        logged = dict.fromkeys(chain.from_iterable(reversed(hashes) for hashes in reversed(holder.log)))
+        masks, bit, expected = self._masks, holder.bit, holder.expected
+        return [each for each in logged if masks.get(each, 0) & bit and each not in expected]
 
     def _trim(self, holder: _Holder) -> None:
-        held, expected = holder.held, holder.expected
-        num_over = len(held) + len(expected) - self._limit()
-        for _ in range(num_over):
-            block_hash, _when = (held or expected).popitem(last=False)
+        """Keep one replica's bounds."""
+        limit, expected = self._limit, holder.expected
+        if holder.num_held + len(expected) > limit:
+            for block_hash in list(expected)[: max(0, len(expected) - limit)]:
+                del expected[block_hash]
+                self._unset(block_hash, holder.bit)
+            self._rewrite(holder, max(0, limit - limit // _SLACK_DIVISOR - len(expected)))
+        elif holder.num_logged > self._most_logged(holder):
+            self._rewrite(holder, holder.num_held)
+
+    def _rewrite(self, holder: _Holder, num_kept: int) -> None:
+        """Keep the newest of the held hashes, so many at most, and each of them in the log once."""
+        newest = self._newest(holder)
+        for block_hash in newest[num_kept:]:
             self._unset(block_hash, holder.bit)
+        del newest[num_kept:]
+        newest.reverse()
+        holder.log.clear()
+        holder.num_held, holder.num_logged = len(newest), 0
+        holder.write(newest)
 
     def _purge(self, now_s: float) -> None:
         self._next_purge_s = now_s + _PURGE_PERIOD_S
         for holder in self._holders.values():
-            expected = holder.expected
-            while expected and next(iter(expected.values())) <= now_s:
-                self._unset(expected.popitem(last=False)[0], holder.bit)
+            due = []
+            for block_hash, end_s in holder.expected.items():
+                if end_s > now_s:
+                    break
+                due.append(block_hash)
+            for block_hash in due:
+                del holder.expected[block_hash]
+                self._unset(block_hash, holder.bit)
 
-    def _clear(self, holder: _Holder, hashes: OrderedDict[int, None] | OrderedDict[int, float]) -> None:
-        for block_hash in hashes:
+    def _clear(self, holder: _Holder) -> None:
+        """Forget what the replica reported."""
+        for block_hash in self._newest(holder):
             self._unset(block_hash, holder.bit)
-        hashes.clear()
+        holder.log.clear()
+        holder.num_held = holder.num_logged = 0
 
     def _unset(self, block_hash: int, bit: int) -> None:
         mask = self._masks[block_hash] & ~bit

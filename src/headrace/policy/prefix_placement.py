@@ -15,12 +15,12 @@ from headrace.policy.placement import (
     Placement,
     PlacementReason,
     ReplicaObservation,
-    has_room,
     load_of,
+    most_open,
     must_wait,
 )
 from headrace.policy.prefix_index import PrefixIndex
-from headrace.policy.prompt import BLOCK_BYTES, PromptHead
+from headrace.policy.prompt import PREFIX_BYTES, PromptHead
 
 MAX_SESSIONS = 65_536
 HORIZON_TOKENS = 64
@@ -41,9 +41,35 @@ _FIRST_TOKENS_PER_BYTE = 0.25
 """English text in the usual vocabularies; corrected by the first finished requests."""
 _LEARNING_RATE = 0.05
 _MAX_UNDER_WAY = 1024
-_Candidate = tuple[ReplicaObservation, int, int]
-"""A replica that may be chosen, its load, and the bytes of the prompt that it has cached. No object of its
-own: with it a decision took a sixth longer."""
+_Row = tuple[ReplicaObservation, str, int, int, int, float, int]
+"""A replica; its id, room (`most_open`), open requests by its last report: those that may be ours, others';
+seconds per prompt token, room in its KV memory. No object of its own: it is unpacked per decision."""
+_Candidate = tuple[float, int, int, float, ReplicaObservation]
+"""A replica with room: its score, its load, the bytes of the prompt that it has cached, the seconds that it
+needs for the rest of them."""
+
+
+class _Fleet:
+    """What changes with the replicas' reports only, laid out for the decisions until the next one."""
+
+    __slots__ = ("decode_token_s", "mean_token_s", "replicas", "rows", "step_per_request_s")
+
+    def __init__(self, replicas: Sequence[ReplicaObservation]) -> None:
+        self.replicas = replicas
+        self.mean_token_s = mean_s = _mean([replica.prefill_token_s for replica in replicas])
+        """0: no cost is measured yet."""
+        self.decode_token_s = _mean([replica.decode_token_s for replica in replicas])
+        self.step_per_request_s = _mean([replica.step_per_request_s for replica in replicas])
+        slowest, fastest = mean_s * (1 + _SAME_SPEED_RATIO), mean_s * (1 - _SAME_SPEED_RATIO)
+        self.rows: list[_Row] = []
+        for replica in replicas:
+            token_s = replica.prefill_token_s
+            if token_s <= 0 or fastest < token_s < slowest:
+                token_s = mean_s
+            opened = replica.num_open, replica.num_open_elsewhere
+            self.rows.append(
+                (replica, replica.replica_id, most_open(replica), *opened, token_s, replica.num_free_tokens)
+            )
 
 
 class PrefixPlacer:
@@ -59,6 +85,7 @@ class PrefixPlacer:
         self._under_way: dict[str, deque[tuple[float, float]]] = {}
         """When each of the last requests was bound, and the seconds that its prompt takes."""
         self._tokens_per_byte = _FIRST_TOKENS_PER_BYTE
+        self._fleet = _Fleet(())
 
     def __repr__(self) -> str:
         return f"<PrefixPlacer {self.index!r} {len(self._sessions)} sessions>"
@@ -69,43 +96,31 @@ class PrefixPlacer:
         return self._tokens_per_byte
 
     def place(self, replicas: Sequence[ReplicaObservation], prompt: PromptHead, now_s: float) -> Placement:
-        matched = self.index.match(prompt.hashes, now_s) if prompt.hashes else {}
+        if self._fleet.replicas is not replicas:
+            self._fleet = _Fleet(replicas)
         session = self._sessions.get(prompt.session) if prompt.session else None
-        wanted = session[0] if session is not None else None
-        num_bytes = prompt.num_bytes
-        able: list[_Candidate] = []
-        for replica in replicas:
-            load = load_of(replica)
-            if has_room(replica, load):
-                replica_id = replica.replica_id
-                num = matched.get(replica_id, 0) if matched else 0
-                num_cached = num * BLOCK_BYTES
-                if num_cached > num_bytes:
-                    num_cached = num_bytes
-                if session is not None and wanted == replica_id:
-                    num_cached = self._cached_by_session(replica_id, prompt, num, session[1])
-                able.append((replica, load, num_cached))
+        able = self._candidates(prompt, session, now_s)
         if not able:
             return must_wait({replica.replica_id: float(load_of(replica)) for replica in replicas})
-        costs = self._estimate(able, prompt, now_s)
-        scores = [score for score, _ in costs] if costs else [float(load) for _, load, _ in able]
-        limit = min(scores)
-        limit = limit * (1 + _TIE_RATIO) + _TIE_S if costs else limit + LOAD_WINDOW
-        best, best_key = 0, None
-        for position, score in enumerate(scores):
+        is_measured = self._fleet.mean_token_s > 0
+        limit = min([candidate[0] for candidate in able])
+        limit = limit * (1 + _TIE_RATIO) + _TIE_S if is_measured else limit + LOAD_WINDOW
+        wanted = session[0] if session is not None else None
+        best, best_key = able[0], None
+        for candidate in able:
+            score, load, num_cached, _, replica = candidate
             if score <= limit:
-                replica, load, num_cached = able[position]
-                preference = replica.replica_id != wanted if costs else -num_cached
+                preference = replica.replica_id != wanted if is_measured else -num_cached
                 key = (preference, load, replica.num_assigned)
                 if best_key is None or key < best_key:
-                    best, best_key = position, key
-        chosen, _, num_cached = able[best]
+                    best, best_key = candidate, key
+        _, _, num_cached, prefill_s, chosen = best
         return Placement(
             chosen.replica_id,
             _reason(chosen.replica_id, num_cached, able, wanted),
-            {candidate[0].replica_id: score for candidate, score in zip(able, scores, strict=True)},
-            num_cached / num_bytes if num_bytes else 0.0,
-            costs[best][1] if costs else 0.0,
+            {replica.replica_id: score for score, _, _, _, replica in able},
+            num_cached / prompt.num_bytes if prompt.num_bytes else 0.0,
+            prefill_s,
         )
 
     def bound(self, placement: Placement, prompt: PromptHead, now_s: float) -> None:
@@ -136,7 +151,7 @@ class PrefixPlacer:
         self._busy_until_s[replica_id] = now_s + busy_s
 
     def finished(self, num_bytes: int, num_tokens: int) -> None:
-        if num_bytes >= BLOCK_BYTES and 0 < num_tokens <= 2 * num_bytes:
+        if num_bytes >= PREFIX_BYTES[1] and 0 < num_tokens <= 2 * num_bytes:
             ratio = num_tokens / num_bytes
             self._tokens_per_byte += (ratio - self._tokens_per_byte) * _LEARNING_RATE
 
@@ -145,49 +160,56 @@ class PrefixPlacer:
         self._busy_until_s.pop(replica_id, None)
         self._under_way.pop(replica_id, None)
 
-    def _cached_by_session(
-        self, replica_id: str, prompt: PromptHead, num_matched: int, num_bytes: int
-    ) -> int:
+    def _cached_by_session(self, prompt: PromptHead, session: tuple[str, int], num_matched: int) -> int:
         """Return how many bytes of the prompt the session's replica is expected to hold.
 
         The session knows more than the index where the prompt goes on behind the hashed head, and where the
         replica says nothing of what it holds. A head that is not held any more disproves it.
         """
+        replica_id, num_bytes = session
         if num_matched < len(prompt.hashes) and self.index.is_reporting(replica_id):
             num_bytes = 0
-        return min(max(num_bytes, num_matched * BLOCK_BYTES), prompt.num_bytes)
+        return min(max(num_bytes, PREFIX_BYTES[num_matched]), prompt.num_bytes)
 
-    def _estimate(
-        self, able: Sequence[_Candidate], prompt: PromptHead, now_s: float
-    ) -> list[tuple[float, float]]:
-        """Return each candidate's cost and its prefill's part, in seconds. Empty: nothing is measured yet."""
-        mean_token_s = _mean([replica.prefill_token_s for replica, _, _ in able])
-        if mean_token_s <= 0:
-            return []
-        decode_token_s = _mean([replica.decode_token_s for replica, _, _ in able])
-        step_per_request_s = _mean([replica.step_per_request_s for replica, _, _ in able])
+    def _candidates(
+        self, prompt: PromptHead, session: tuple[str, int] | None, now_s: float
+    ) -> list[_Candidate]:
+        """Return the replicas with room; scores are seconds, or loads where no cost is measured."""
+        matched = self.index.match(prompt.hashes, now_s) if prompt.hashes else {}
+        wanted = session[0] if session is not None else None
+        fleet, num_bytes, tokens_per_byte = self._fleet, prompt.num_bytes, self._tokens_per_byte
+        mean_token_s, busy_until_s = fleet.mean_token_s, self._busy_until_s
         horizon = min(HORIZON_TOKENS, prompt.max_output_tokens or HORIZON_TOKENS)
         # Each open request lengthens the step that we wait for, and those of our own tokens.
-        request_s = decode_token_s + step_per_request_s * horizon
-        num_bytes, tokens_per_byte, busy_until_s = prompt.num_bytes, self._tokens_per_byte, self._busy_until_s
-        slowest, fastest = mean_token_s * (1 + _SAME_SPEED_RATIO), mean_token_s * (1 - _SAME_SPEED_RATIO)
-        costs = []
-        for replica, load, num_cached in able:
-            token_s = replica.prefill_token_s
-            if token_s <= 0 or fastest < token_s < slowest:
-                token_s = mean_token_s
+        request_s = fleet.decode_token_s + fleet.step_per_request_s * horizon
+        able: list[_Candidate] = []
+        for replica, replica_id, most, num_open, num_elsewhere, token_s, num_free in fleet.rows:
+            load = replica.num_in_flight
+            if load < num_open:
+                load = num_open
+            load += num_elsewhere
+            if load >= most:
+                continue
+            num_matched = matched.get(replica_id, 0)
+            num_cached = PREFIX_BYTES[num_matched]
+            if num_cached > num_bytes:
+                num_cached = num_bytes
+            if session is not None and replica_id == wanted:
+                num_cached = self._cached_by_session(prompt, session, num_matched)
+            if not mean_token_s:
+                able.append((float(load), load, num_cached, 0.0, replica))
+                continue
             num_tokens = (num_bytes - num_cached) * tokens_per_byte
             prefill_s = score = num_tokens * token_s
             if load:
-                backlog_s = busy_until_s.get(replica.replica_id, 0.0) - now_s
+                backlog_s = busy_until_s.get(replica_id, 0.0) - now_s
                 if backlog_s > 0:
                     score += backlog_s
                 score += request_s * token_s / mean_token_s * load
-            num_free = replica.num_free_tokens
             if 0 <= num_free < num_tokens + horizon:
                 score += (num_tokens + horizon - num_free) * token_s  # pushes out what is computed again
-            costs.append((score, prefill_s))
-        return costs
+            able.append((score, load, num_cached, prefill_s, replica))
+        return able
 
 
 def _reason(

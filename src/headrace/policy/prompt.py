@@ -7,7 +7,7 @@ Must not know tokens, tokenizers or replicas.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import msgspec
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
@@ -16,9 +16,12 @@ from headrace.policy.answer_size import is_short_stream
 
 HEAD_BYTES = 16_384
 """The part of a body that is looked at. Longer prompts of one session are known by the session."""
-BLOCK_BYTES = 256
-"""About 64 tokens of English, four KV blocks. Half of it would double the time for hashing and matching;
-twice as much would give away 64 tokens more of every shared prefix."""
+PREFIX_BYTES = tuple(accumulate((0, *[256] * 4, *[512] * 6, *[1024] * 12)))
+"""How many bytes of the prompt its first hashes stand for: of none, of one, of two, ... Blocks grow with what
+is before them, since what they round off is to be small beside it: 256 bytes are about 64 tokens of English,
+four KV blocks. A 4 kB prompt has 9 hashes in place of 15, one of 16 kB 22 in place of 64: each costs the
+router time when it is hashed, matched, expected, reported and withdrawn."""
+_BLOCKS = tuple(pairwise(PREFIX_BYTES))
 MAX_SESSION_BYTES = 256
 _TAIL_BYTES = 2048
 """Fields behind the prompt are looked for in this many last bytes: searching the whole prompt for fields that
@@ -28,8 +31,7 @@ _MAX_SPACES = 64
 _SPACE = b" \t\r\n"
 
 
-@dataclass(frozen=True, slots=True)
-class PromptHead:
+class PromptHead(msgspec.Struct, frozen=True, gc=False):
     """One request's prompt as far as the router sees it."""
 
     hashes: tuple[int, ...] = ()
@@ -112,9 +114,12 @@ def _read_head(head: bytes, body_bytes: int, root: int, session: bytes) -> Promp
 def chain_blocks(root: int, head: bytes, start: int) -> tuple[int, ...]:
     """Return the hash of each full block of `head` from `start`: of its bytes, seeded with the one before."""
     digest = xxh3_64_intdigest
+    num_bytes = len(head) - start
     hashes = []
-    for begin in range(start, len(head) - BLOCK_BYTES + 1, BLOCK_BYTES):
-        root = digest(head[begin : begin + BLOCK_BYTES], root)
+    for begin, end in _BLOCKS:
+        if end > num_bytes:
+            break
+        root = digest(head[start + begin : start + end], root)
         hashes.append(root)
     return tuple(hashes)
 

@@ -21,6 +21,8 @@ UNMEASURED_SECOND = 2000 * UNMEASURED_DECODE_TOKEN_S
 MAX_TOKEN_S = 60.0
 """No engine takes longer per token: a larger cost is nonsense and ignored."""
 MAX_TOKENS = 100_000_000
+CLOCK_SLACK_S = 1.0
+"""A request pays for its first step from where the one before ended, which may be before it arrived."""
 COST_MEMORY_S = 10.0
 """Time in which a new cost takes two thirds of an old one's place: so that all kinds of steps count."""
 FIRST_BYTES_PER_TOKEN = 4.0
@@ -77,6 +79,16 @@ class WorkModel:
     def work(self, num_uncached_tokens: float, num_output_tokens: float) -> float:
         """Return the engine-seconds of so many tokens."""
         return num_uncached_tokens * self.prefill_token_s + num_output_tokens * self.decode_token_s
+
+    def measured(
+        self, engine_s: float, total_s: float, num_uncached_tokens: int, num_output_tokens: int
+    ) -> float:
+        """Return what a request that was open for `total_s` did cost: the engine time measured for it, or,
+        where there is none (an engine that does not measure, an end before the first token) or it cannot be
+        (an engine does not work longer on a request than that is open), that of its tokens."""
+        if self.is_measured and 0 < engine_s <= total_s + CLOCK_SLACK_S:
+            return engine_s
+        return self.work(num_uncached_tokens, num_output_tokens)
 
     def observe_costs(self, prefill_token_s: float, decode_token_s: float, now_s: float) -> None:
         """Take what an engine measured per token, smoothed over time and replicas. 0: not measured yet; then

@@ -91,6 +91,7 @@ class Choice:
         "_sent_entries",
         "_stops",
         "_texts",
+        "engine_ns",
         "finish_reason",
         "index",
         "num_cached_tokens",
@@ -108,6 +109,8 @@ class Choice:
         """All tokens so far: with the prompt, what it takes to continue elsewhere."""
         self.finish_reason = ""
         self.num_cached_tokens = 0
+        self.engine_ns = 0
+        """Engine time so far, as far as the engine told."""
         token_bytes = rules.token_bytes
         self._decoder = TextDecoder(token_bytes)
         self._stops = StopStrings(rules.stops) if rules.stops else None
@@ -135,6 +138,9 @@ class Choice:
         if answer.has_ended:
             return False
         token_ids, reason = output.token_ids, output.finish_reason
+        self.engine_ns = max(self.engine_ns, output.engine_ns)  # a refusal has none
+        if len(token_ids) > 1 and self._stops is not None:
+            return self._take_one_by_one(output, now_s)
         if reason == "error" or reason == "aborted":
             answer.fail(
                 GenerationFailed(f"the engine could not go on with this request: {output.error or reason}")
@@ -144,7 +150,8 @@ class Choice:
         if token_ids:
             metrics = self._metrics
             if self.token_ids:
-                metrics.inter_token_latency.observe(now_s - self._last_token_s)
+                if now_s > self._last_token_s:  # tokens of one step come together
+                    metrics.inter_token_latency.observe(now_s - self._last_token_s)
             else:
                 self.num_cached_tokens = output.num_cached_tokens
                 answer.on_first_token(now_s)
@@ -165,6 +172,24 @@ class Choice:
             return False
         else:
             self._send(text)
+        return True
+
+    def _take_one_by_one(self, output: StepOutput, now_s: float) -> bool:
+        """Take tokens as if each came in its own step: none behind a stop string is part of the answer."""
+        logprobs = output.logprobs or []
+        last = len(output.token_ids) - 1
+        for index, token_id in enumerate(output.token_ids):
+            if self.finish_reason:
+                break
+            single = StepOutput(
+                output.request_id,
+                [token_id],
+                output.finish_reason if index == last else None,
+                logprobs[index : index + 1],
+                output.num_cached_tokens,
+                output.error,
+            )
+            self.on_output(single, now_s)
         return True
 
     def _feed_with_logprobs(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> str:
@@ -367,4 +392,5 @@ class Answer:
         record.status, record.finish_reason, record.error = status, finish_reason, error
         record.num_output_tokens = self._num_output_tokens()
         record.num_cached_tokens = self._num_cached_tokens()
+        record.engine_s = sum(choice.engine_ns for choice in self.choices) * 1e-9
         self.services.ledger.close(record, state)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import msgspec
+
 from headrace.api.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -23,9 +25,11 @@ from headrace.api.messages import (
     EngineSpec,
     EngineStarting,
     GenerationRequest,
+    Sleep,
     StepBatch,
     StepOutput,
     Submit,
+    Wake,
 )
 from headrace.clock import Clock
 from headrace.errors import Overloaded
@@ -33,7 +37,7 @@ from headrace.replica.engine_process import EngineProcess
 from headrace.replica.restart import EngineEnd, RestartPolicy
 
 _log = logging.getLogger(__name__)
-EngineState = Literal["starting", "ready", "failed", "stopped"]
+EngineState = Literal["starting", "ready", "asleep", "failed", "stopped"]
 
 
 class EngineStream(Protocol):
@@ -82,6 +86,20 @@ class EngineTimeLimits:
     start_phase_s: float = 900.0
     """Within one phase of its start: a large model may take minutes to read."""
     check_s: float = 1.0
+    sleep_s: float = 60.0
+    """For falling asleep and for waking, which may read the weights again."""
+
+
+@dataclass(frozen=True, slots=True)
+class _SleepChange:
+    """A Sleep or Wake that the engine has not answered yet."""
+
+    level: int
+    done: asyncio.Future[str]
+
+    def is_reached(self, level: int) -> bool:
+        """Whether a load that tells of `level` was sent after the change."""
+        return level >= self.level if self.level else level == 0
 
 
 class EngineClient:
@@ -104,6 +122,7 @@ class EngineClient:
         self._time_limits = time_limits or EngineTimeLimits()
         self._restart_policy = restart_policy or RestartPolicy()
         self._cache_watcher = cache_watcher
+        self._is_sleep_wanted = spec.is_standby
         self._streams: dict[str, EngineStream] = {}
         self._process: EngineProcess | None = None
         self._timers: list[asyncio.TimerHandle] = []
@@ -113,6 +132,7 @@ class EngineClient:
         self._last_event_s = clock.now_s()
         self._error = ""
         self._is_retryable_end = True
+        self._sleep_change: _SleepChange | None = None
         self.state: EngineState = "starting"
         self.phase = "starting the engine"
         self.info: EngineReady | None = None
@@ -150,6 +170,34 @@ class EngineClient:
             if self._cache_watcher is not None:
                 self._cache_watcher.on_abort(request_id)
 
+    @property
+    def sleep_level(self) -> int:
+        """0 awake, 1 without KV memory, 2 without weights, too."""
+        return 0 if self.load is None else self.load.sleep_level
+
+    async def set_sleep(self, level: int) -> str:
+        """Put the engine to sleep (1, 2) or wake it (0). Return why it could not be done; empty: it was.
+
+        From the call on no request is taken, until it is awake. One call at a time.
+        """
+        assert self._sleep_change is None, "one change of sleep at a time"
+        if self.state not in ("ready", "asleep") or self._process is None:
+            return self.why_not_ready()
+        if level and self._streams:
+            return f"it cannot sleep: {len(self._streams)} requests are open"
+        self._set_state("asleep", f"falling asleep to level {level}" if level else "waking")
+        done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._sleep_change = _SleepChange(level, done)
+        self._process.send(Sleep(1 if level == 1 else 2) if level else Wake())
+        try:
+            async with asyncio.timeout(self._time_limits.sleep_s):
+                return await done
+        except TimeoutError:
+            return f"the engine did not answer within {self._time_limits.sleep_s:g} s"
+        finally:
+            self._sleep_change = None
+            self._follow_sleep()
+
     def has_request(self, request_id: str) -> bool:
         return request_id in self._streams
 
@@ -157,6 +205,8 @@ class EngineClient:
         """Say in a sentence why no request can be taken."""
         if self.state == "failed":
             return f"the engine failed and is not started again: {self.last_error}"
+        if self.state == "asleep":
+            return f"this replica is on standby ({self.phase}); use another one"
         return f"the engine is not ready ({self.phase or self.state}); try again shortly"
 
     # ---- life
@@ -201,7 +251,9 @@ class EngineClient:
 
     async def _run_start(self, process: EngineProcess) -> None:
         try:
-            await process.start(self._spec, self._title)
+            # An engine that is started again is as its replica was: a woken standby stays awake.
+            spec = msgspec.structs.replace(self._spec, is_standby=self._is_sleep_wanted)
+            await process.start(spec, self._title)
         except OSError as error:
             if process.pid:
                 process.kill(f"the engine's socket could not be opened: {error}")
@@ -257,10 +309,27 @@ class EngineClient:
         self._ready_at_s = now_s
         if self._cache_watcher is not None:
             self._cache_watcher.on_ready(event.block_size)
-        self._set_state("ready", "")
+        self.load = EngineLoad(sleep_level=event.sleep_level)
+        self._set_state("asleep" if event.sleep_level else "ready", _sleep_phase(event.sleep_level))
+
+    def _follow_sleep(self) -> None:
+        """Be in the state that the engine's last load tells of; tell whoever waits for a change."""
+        load, change = self.load, self._sleep_change
+        if load is None or self.state not in ("ready", "asleep"):
+            return
+        if change is not None:
+            if not change.done.done() and (load.sleep_error or change.is_reached(load.sleep_level)):
+                change.done.set_result(load.sleep_error)
+            return
+        state: EngineState = "asleep" if load.sleep_level else "ready"
+        self._is_sleep_wanted = state == "asleep"
+        phase = _sleep_phase(load.sleep_level)
+        if (state, phase) != (self.state, self.phase):
+            self._set_state(state, phase)
 
     def _hand_out(self, batch: StepBatch, now_s: float) -> None:
         self.load = batch.load
+        self._follow_sleep()
         if self._cache_watcher is not None:
             self._cache_watcher.on_step(batch)
         streams = self._streams
@@ -284,8 +353,10 @@ class EngineClient:
     def on_lost(self, reason: str) -> None:
         error = self._error or reason
         self._error = error
-        if self.state == "ready":
+        if self.state in ("ready", "asleep"):
             self._set_state("starting", "restarting the engine", error)
+        if self._sleep_change is not None and not self._sleep_change.done.done():
+            self._sleep_change.done.set_result(error)
         self.load = None
         if self._cache_watcher is not None:
             self._cache_watcher.on_lost()
@@ -310,3 +381,7 @@ class EngineClient:
         self.num_restarts += 1
         self._set_state("starting", "restarting the engine", error=error)
         self._schedule(decision.delay_s, self._start_process)
+
+
+def _sleep_phase(level: int) -> str:
+    return f"asleep at level {level}" if level else ""

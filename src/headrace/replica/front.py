@@ -25,6 +25,7 @@ from headrace.observability.line_log import BackgroundLog
 from headrace.replica.answer import AnswerServices, FailOnEngineLoss
 from headrace.replica.engine_client import EngineClient, EngineTimeLimits
 from headrace.replica.generation import Generator
+from headrace.replica.grammar_checker import GrammarChecker
 from headrace.replica.http_messages import AnswerHeads, HttpLimits
 from headrace.replica.http_server import HttpServer
 from headrace.replica.ledger import Ledger
@@ -33,6 +34,7 @@ from headrace.replica.prompt_caching import PromptCaching, shared_prefix_tokens
 from headrace.replica.report import BUSY_INTERVAL_S, Reporter
 from headrace.replica.restart import RestartPolicy
 from headrace.replica.routes import Routes
+from headrace.replica.standby import Standby
 from headrace.replica.text_model import PromptEncoder, TextModel, load_text_model
 
 RELEASE_LIMIT_S = 5.0
@@ -63,7 +65,11 @@ class Front:
         self._access_log = BackgroundLog(sys.stderr.buffer, "access-log")
         self._digest = PrefixDigest()
         self._reporter = Reporter(
-            spec.report_sockets, self._make_report, self._report_interval_s, self._digest
+            spec.report_sockets,
+            self._make_report,
+            self._report_interval_s,
+            self._digest,
+            lambda level: self._standby.set_level(level),
         )
         self._ledger = Ledger(self._metrics, self._access_log, clock, self._reporter)
         self._engine = EngineClient(
@@ -75,6 +81,13 @@ class Front:
             RestartPolicy(),
             self._digest,
         )
+        self._standby = Standby(
+            self._engine,
+            lambda: self._ledger.num_open,
+            lambda: self._reporter.ask_release(self._sequence + 1),
+            self._reporter.is_released,
+            self._reporter.notify,
+        )
         services = AnswerServices(self._engine, self._ledger, self._metrics, FailOnEngineLoss())
         fingerprint = "headrace-simulated" if is_simulated else "headrace-native"
         self._generator = Generator(spec.endpoint, spec.max_open, fingerprint, services, self._engine, clock)
@@ -84,6 +97,7 @@ class Front:
         heads = AnswerHeads(headers, clock.wall_s)
         self._server = HttpServer(self._routes.handle, limits.http, heads, clock)
         self._encoder: PromptEncoder | None = None
+        self._grammars = None if is_simulated else GrammarChecker(f"headrace: grammars {spec.replica_id}")
         self._address = ""
         self._socket_path = ""
         self._created = int(clock.wall_s())
@@ -104,6 +118,8 @@ class Front:
             return "draining"
         if self._engine.state == "failed":
             return "failed"
+        if self._engine.state == "asleep" or (self._standby.is_leaving and self._engine.state == "ready"):
+            return "standby"
         is_ready = self._engine.state == "ready" and self._generator.has_model()
         return "ready" if is_ready else "starting"
 
@@ -113,6 +129,8 @@ class Front:
             return ""
         if state == "draining":
             return "this replica is leaving"
+        if self._standby.is_leaving:
+            return "this replica goes on standby; use another one"
         if self._engine.state == "ready":
             return "the model's tokenizer is being loaded"
         return self._engine.why_not_ready()
@@ -134,7 +152,7 @@ class Front:
 
     def _make_report(self, finished: list[FinishedRequest], prefixes: PrefixNews) -> LoadReport:
         self._sequence += 1
-        spec, engine = self._spec, self._engine
+        spec, engine, state = self._spec, self._engine, self.state()
         return LoadReport(
             replica_id=spec.replica_id,
             endpoint=spec.endpoint,
@@ -143,8 +161,10 @@ class Front:
             pid=os.getpid(),
             sequence=self._sequence,
             lease_s=spec.lease_s,
-            state=self.state(),
-            phase=engine.phase,
+            state=state,
+            phase=self._standby.error
+            if state in ("ready", "standby") and self._standby.error
+            else engine.phase,
             num_open=self._ledger.num_open,
             max_open=spec.max_open,
             engine=engine.load,
@@ -228,12 +248,13 @@ class Front:
             self._encoder = PromptEncoder(model.tokenizer)
             shared = await shared_prefix_tokens(self._spec.shared_prefix, model, self._encoder)
             caching = PromptCaching(self._spec.endpoint, self._digest, shared)
-            self._generator.set_model(model, self._encoder, caching)
+            self._generator.set_model(model, self._encoder, caching, self._grammars)
             self._reporter.notify()
 
     async def _drain(self) -> None:
         """Leave by the handshake: report it, serve until released, finish what is open, stop the engine."""
         self._is_draining = True
+        await self._standby.stop()
         self._draining_since_s = self._clock.now_s()
         self._reporter.notify()
         await self._wait_until(self._is_released, RELEASE_LIMIT_S)
@@ -247,6 +268,8 @@ class Front:
         await self._wait_until(self._reporter.has_told_all, _LAST_REPORTS_S)
         if self._encoder is not None:
             self._encoder.close()
+        if self._grammars is not None:
+            await self._grammars.close()
 
     def _is_released(self) -> bool:
         if self._reporter.has_router():

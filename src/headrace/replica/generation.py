@@ -30,10 +30,12 @@ from headrace.replica.answer import Answer, AnswerServices, GenerationFailed, Te
 from headrace.replica.answer_shape import AnswerShape
 from headrace.replica.chat import flatten_messages
 from headrace.replica.engine_client import EngineClient
+from headrace.replica.grammar_checker import GrammarChecker
 from headrace.replica.http_messages import HttpRequest
 from headrace.replica.http_responder import Responder
 from headrace.replica.ledger import RequestRecord
 from headrace.replica.prompt_caching import PromptCaching
+from headrace.replica.structured_output import read_form
 from headrace.replica.text_model import PromptEncoder, TextModel
 from headrace.replica.validate import (
     ModelLimits,
@@ -62,6 +64,8 @@ class Prompt:
     stops: list[str]
     sampling: SamplingParams
     choices_per_prompt: int
+    grammar: str
+    """What each answer must match; empty: anything."""
 
 
 class Generator:
@@ -87,6 +91,7 @@ class Generator:
         self._model: TextModel | None = None
         self._encoder: PromptEncoder | None = None
         self._caching: PromptCaching | None = None
+        self._grammars: GrammarChecker | None = None
         self._preparing: set[asyncio.Task[None]] = set()
         self._answers: set[Answer] = set()
         self._has_failed_open = False
@@ -96,9 +101,18 @@ class Generator:
     def __repr__(self) -> str:
         return f"Generator({len(self._preparing)} preparing, {len(self._answers)} answers)"
 
-    def set_model(self, model: TextModel, encoder: PromptEncoder, caching: PromptCaching) -> None:
-        """The model's text side is loaded; requests can be taken once the engine is ready too."""
-        self._model, self._encoder, self._caching = model, encoder, caching
+    def set_model(
+        self,
+        model: TextModel,
+        encoder: PromptEncoder,
+        caching: PromptCaching,
+        grammars: GrammarChecker | None = None,
+    ) -> None:
+        """The model's text side is loaded; requests can be taken once the engine is ready too.
+
+        `grammars`: None where the engine knows none.
+        """
+        self._model, self._encoder, self._caching, self._grammars = model, encoder, caching, grammars
 
     def has_model(self) -> bool:
         return self._model is not None
@@ -199,6 +213,7 @@ class Generator:
 
     async def _read_prompt(self, fields: GenerationFields, limits: ModelLimits) -> Prompt:
         stops = parse_stops(fields.stop)
+        grammar = await self._read_grammar(fields)
         if isinstance(fields, ChatCompletionRequest):
             n = count_choices(fields, 1)
             token_ids = [await self.encode_chat(fields.messages)]
@@ -210,7 +225,21 @@ class Generator:
             token_ids = [await self._encode_prompt(prompt, limits, num_characters) for prompt in prompts]
         longest = max(map(len, token_ids))
         seed = int.from_bytes(os.urandom(7), "big")
-        return Prompt(token_ids, stops, build_sampling(fields, limits, longest, seed), n)
+        return Prompt(token_ids, stops, build_sampling(fields, limits, longest, seed), n, grammar)
+
+    async def _read_grammar(self, fields: GenerationFields) -> str:
+        """Return what the answer must match. Raises InvalidRequest, and Overloaded if there is no time."""
+        form = read_form(fields)
+        if form is None:
+            return ""
+        if self._grammars is None:
+            raise InvalidRequest(
+                f"{form.param} needs an engine that can be held to a form; this one, which only simulates, "
+                "cannot. Leave it out",
+                param=form.param,
+                code="unsupported_parameter",
+            )
+        return await self._grammars.compile(form)
 
     async def encode_chat(self, messages: list[ChatMessage]) -> list[int]:
         """Return the token ids of the rendered chat. Raises InvalidRequest."""
@@ -281,6 +310,7 @@ class Generator:
                     seeded,
                     tenant=record.tenant,
                     cache_salt=cache_salt,
+                    grammar=prompt.grammar,
                     num_shared_tokens=self._caching.num_shared(token_ids),
                 )
             )

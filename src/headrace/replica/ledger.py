@@ -29,6 +29,8 @@ class RequestRecord:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
+    engine_s: float = 0.0
+    """Engine time measured for it, all its choices together."""
     first_token_s: float = 0.0
     """0: none came."""
     finish_reason: str = ""
@@ -101,6 +103,7 @@ class Ledger:
         metrics.num_ended[state] += 1
         metrics.num_prompt_tokens += record.num_prompt_tokens
         metrics.num_cached_tokens += record.num_cached_tokens
+        metrics.engine_s += record.engine_s
         total_s = now_s - record.arrived_s
         ttft_s = record.first_token_s - record.arrived_s if record.first_token_s else 0.0
         if state is TerminalState.FINISHED:
@@ -121,6 +124,7 @@ class Ledger:
                 "output_tokens": record.num_output_tokens,
                 "ttft_s": round(ttft_s, 6),
                 "total_s": round(total_s, 6),
+                "engine_ms": round(record.engine_s * 1000, 6),
                 "error": record.error,
             }
         )
@@ -135,6 +139,7 @@ class Ledger:
                 record.num_output_tokens,
                 ttft_s,
                 total_s,
+                record.engine_s,
             )
         )
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from headrace.api.messages import GenerationRequest, StepBatch
 from headrace.engine.kv_cache.prefix_cache import BlockHash, extend_hashes, root_hash
-from headrace.policy.prompt import BLOCK_BYTES, HEAD_BYTES, read_prompt
+from headrace.policy.prompt import HEAD_BYTES, PREFIX_BYTES, read_prompt
 
 MAX_HASHES = 32_768
 """Hashes tied to blocks; at the bound the one used longest ago is withdrawn."""
@@ -169,13 +169,13 @@ class PrefixDigest:
         num_full = num_tokens // block_size if block_size else 0
         if num_full == 0:
             return
-        blocks_per_hash = BLOCK_BYTES * num_tokens / (block_size * max(1, done.num_bytes))
-        num_tied = min(num_full, max(1, int(len(done.hashes) * blocks_per_hash)))
+        blocks_per_byte = num_tokens / (block_size * max(1, done.num_bytes))
+        num_tied = min(num_full, max(1, int(PREFIX_BYTES[len(done.hashes)] * blocks_per_byte)))
         chain: list[BlockHash] = []
         root = root_hash(request.cache_salt)
         extend_hashes(chain, request.prompt_token_ids, num_tied, block_size, root, request.num_shared_tokens)
         for number, prompt_hash in enumerate(done.hashes, 1):
-            index = min(num_tied, max(1, int(number * blocks_per_hash)))
+            index = min(num_tied, max(1, int(PREFIX_BYTES[number] * blocks_per_byte)))
             self._set(prompt_hash, chain[index - 1])
 
     def _set(self, prompt_hash: int, block_hash: BlockHash) -> None:

@@ -11,22 +11,27 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from headrace.api.framing import FrameDecoder, encode_frame
-from headrace.api.messages import FinishedRequest, LoadReport, ReportAck
+from headrace.api.messages import FinishedRequest, LoadReport, ReportAck, SetSleep
 from headrace.errors import ProtocolError
 from headrace.replica.prefix_digest import PrefixDigest, PrefixFeed, PrefixNews
 
 MIN_RETRY_S = 0.05
 MAX_RETRY_S = 1.0
 BUSY_INTERVAL_S = 0.05
+MIN_GAP_S = 0.01
+"""Between two reports to one listener: the first news leave at once, and what follows them closely together.
+A busy router would wake up for each single end, which HAProxy tells it anyway."""
 _IO_LIMIT_S = 2.0
 _MAX_KEPT = 4096
 _MAX_PER_REPORT = 512
 _CONTROLLER_SOCKET = "controller.sock"
 _log = logging.getLogger(__name__)
 
+OnSleep = Callable[[int], None]
 MakeReport = Callable[[list[FinishedRequest], PrefixNews], LoadReport]
 
 
@@ -39,6 +44,7 @@ class ReportSink:
         make_report: MakeReport,
         interval_s: Callable[[], float],
         digest: PrefixDigest | None = None,
+        on_sleep: OnSleep | None = None,
     ) -> None:
         self._path = path
         self._make_report = make_report
@@ -52,6 +58,8 @@ class ReportSink:
             self._prefixes = digest.subscribe()
         self.is_connected = False
         self.is_released = False
+        self._released_from = 0
+        self._on_sleep = on_sleep
 
     def __repr__(self) -> str:
         state = "connected" if self.is_connected else "disconnected"
@@ -93,7 +101,9 @@ class ReportSink:
         self.is_connected = True
         if self._prefixes is not None:
             self._prefixes.restart()
+        loop = asyncio.get_running_loop()
         reading = asyncio.create_task(self._read(reader))
+        reading.add_done_callback(lambda _: self._news.set())
         try:
             while not reading.done():
                 self._news.clear()
@@ -103,9 +113,11 @@ class ReportSink:
                 async with asyncio.timeout(_IO_LIMIT_S):
                     await writer.drain()
                 self._forget(finished)
-                if self._finished:
+                if len(self._finished) >= _MAX_PER_REPORT:
                     continue
-                await self._wait(reading)
+                sent_s = loop.time()
+                await self._wait_for_news(self._interval_s())
+                await asyncio.sleep(max(0.0, sent_s + MIN_GAP_S - loop.time()))
             await reading
         finally:
             reading.cancel()
@@ -116,20 +128,30 @@ class ReportSink:
             if self._finished and self._finished[0] is entry:
                 self._finished.popleft()
 
-    async def _wait(self, reading: asyncio.Task[None]) -> None:
-        news = asyncio.ensure_future(self._news.wait())
-        try:
-            await asyncio.wait(
-                {news, reading}, timeout=self._interval_s(), return_when=asyncio.FIRST_COMPLETED
-            )
-        finally:
-            news.cancel()
+    async def _wait_for_news(self, limit_s: float) -> None:
+        if self._finished:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._news.wait()
+
+    def ask_release(self, sequence: int) -> None:
+        """Acknowledgements of reports before number `sequence` release nothing any more."""
+        self.is_released = False
+        self._released_from = sequence
+        self._news.set()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        decoder: FrameDecoder[ReportAck] = FrameDecoder(ReportAck)
+        # Only a controller may put the engine to sleep.
+        kinds = ReportAck if self.is_router or self._on_sleep is None else ReportAck | SetSleep
+        decoder: FrameDecoder[ReportAck | SetSleep] = FrameDecoder(kinds)
         while data := await reader.read(65536):
-            for ack in decoder.feed(data):
-                self.is_released = ack.is_released
+            for message in decoder.feed(data):
+                if isinstance(message, ReportAck):
+                    if message.sequence >= self._released_from:
+                        self.is_released = message.is_released
+                elif self._on_sleep is not None:
+                    self._on_sleep(message.level)
 
 
 class Reporter:
@@ -141,8 +163,10 @@ class Reporter:
         make_report: MakeReport,
         interval_s: Callable[[], float],
         digest: PrefixDigest | None = None,
+        on_sleep: OnSleep | None = None,
     ) -> None:
-        self.sinks = [ReportSink(path, make_report, interval_s, digest) for path in paths]
+        """on_sleep: hears how deep a controller wants the engine to sleep."""
+        self.sinks = [ReportSink(path, make_report, interval_s, digest, on_sleep) for path in paths]
 
     def on_busy(self) -> None:
         """The replica was idle and is busy now: report at once, and often."""
@@ -161,6 +185,11 @@ class Reporter:
     def has_router(self) -> bool:
         """Whether a router is connected."""
         return any(sink.is_router and sink.is_connected for sink in self.sinks)
+
+    def ask_release(self, sequence: int) -> None:
+        """Report at once; from report number `sequence` on, every router must release this replica anew."""
+        for sink in self.sinks:
+            sink.ask_release(sequence)
 
     def is_released(self) -> bool:
         """Whether every connected router will send no more requests."""

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
+from headrace.engine.model_files.vocabulary import decoder_kinds_of, spelling_of
 from headrace.errors import InvalidRequest, ModelError
 from headrace.replica.text import TokenBytes
 
 SIMULATED_END = 256
 """The simulated engine's end token; the ids below are bytes."""
-_SPACE_MARK = "▁"
 
 
 class TextTokenizer(Protocol):
@@ -76,14 +76,9 @@ class TokenBytesTable(dict[int, bytes]):
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
         self._tokenizer = tokenizer
-        kinds = _decoder_kinds(tokenizer)
-        self._is_byte_level = "ByteLevel" in kinds
-        if not self._is_byte_level and not kinds & {"ByteFallback", "Metaspace"}:
-            raise ModelError(
-                f"the tokenizer's decoder is {'+'.join(sorted(kinds)) or 'none'}; "
-                "supported are ByteLevel, ByteFallback and Metaspace"
-            )
-        self._byte_of = _byte_level_alphabet() if self._is_byte_level else {}
+        decoder = tokenizer.decoder
+        state: dict[str, Any] | None = None if decoder is None else json.loads(decoder.__getstate__())
+        self._spelling = spelling_of(decoder_kinds_of(state))
         self._added = tokenizer.get_added_tokens_decoder()
 
     def __missing__(self, token_id: int) -> bytes:
@@ -92,16 +87,9 @@ class TokenBytesTable(dict[int, bytes]):
             data = b"" if added.special else str(added.content).encode()
         else:
             piece = self._tokenizer.id_to_token(token_id)
-            data = b"" if piece is None else self._piece_bytes(piece)
+            data = b"" if piece is None else self._spelling.spell(piece)
         self[token_id] = data
         return data
-
-    def _piece_bytes(self, piece: str) -> bytes:
-        if self._is_byte_level:
-            return b"".join([self._byte_of.get(c) or c.encode() for c in piece])
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace(_SPACE_MARK, " ").encode()
 
 
 def load_tokenizer_json(path: Path) -> Tokenizer:
@@ -119,24 +107,3 @@ def _to_utf8(text: str) -> bytes:
         raise InvalidRequest(
             f"the text has half of a surrogate pair at character {error.start}; send whole characters"
         ) from None
-
-
-def _decoder_kinds(tokenizer: Tokenizer) -> set[str]:
-    """Return the names of the decoder's parts."""
-    if tokenizer.decoder is None:
-        return set()
-    state: dict[str, Any] = json.loads(tokenizer.decoder.__getstate__())
-    parts = state.get("decoders", [state])
-    return {part["type"] for part in parts}
-
-
-def _byte_level_alphabet() -> dict[str, bytes]:
-    """The printable stand-in of each byte in byte-level BPE vocabularies (GPT-2, `bytes_to_unicode`).
-
-    Bytes that print stand for themselves; the others follow from U+0100 on, in order.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    stand_ins = {chr(byte): bytes([byte]) for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    stand_ins.update({chr(0x100 + place): bytes([byte]) for place, byte in enumerate(others)})
-    return stand_ins

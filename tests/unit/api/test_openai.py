@@ -85,9 +85,7 @@ def test_deep_nesting_is_refused(body: bytes) -> None:
     [
         {"tools": [{}]},
         {"functions": [{}]},
-        {"response_format": {"type": "json_schema"}},
-        {"response_format": "json"},
-        {"guided_json": {}} | {"guided_regex": "a"},
+        {"guided_whitespace_pattern": " "},
         {"audio": {"voice": "x"}},
     ],
 )

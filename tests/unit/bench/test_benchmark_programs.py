@@ -35,7 +35,7 @@ class FakeProcess:
         (FakeProcess("python", "headrace: front chat-1     "), "front"),
         (FakeProcess("python", "headrace: router"), "router"),
         (FakeProcess("haproxy", "haproxy", "-W", "-f", "x"), "haproxy"),
-        (FakeProcess("python", "python", "-m", "benchmarks.transformers_peer"), ""),
+        (FakeProcess("python", "python", "-m", "benchmarks.engines.tether"), ""),
         (FakeProcess("python"), ""),
     ],
 )

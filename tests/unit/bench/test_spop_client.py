@@ -39,8 +39,8 @@ def test_a_question_is_a_frame_with_every_argument_that_haproxy_sends(tmp_path: 
 async def test_answers_cut_anywhere_are_put_together() -> None:
     seen: list[tuple[int, str]] = []
     client = SpopClient(lambda _, answers: seen.extend(answers))
-    data = spop.encode_hello(65_532) + spop.encode_ack(300, 1, {b"server": b"chat-3"})
-    data += spop.encode_ack(301, 1, {b"refusal": b"{}", b"retry_after": b"1"})
+    data = spop.encode_hello(65_532) + spop.encode_ack(300, 1, spop.encode_actions({b"server": b"chat-3"}))
+    data += spop.encode_ack(301, 1, spop.encode_actions({b"refusal": b"{}", b"retry_after": b"1"}))
     for position in range(len(data)):
         client.data_received(data[position : position + 1])
     assert client.greeted.done()

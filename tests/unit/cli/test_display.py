@@ -15,6 +15,7 @@ from headrace.api.messages import (
     GatewayStatus,
     ProcessStatus,
     ReplicaStatus,
+    StepModel,
     SystemStatus,
     TenantStatus,
 )
@@ -65,6 +66,34 @@ def system(*replicas: ReplicaStatus, is_ready: bool = False) -> SystemStatus:
         "/run/headrace/default",
         gateways=gateways,
     )
+
+
+def test_the_status_says_what_a_replicas_steps_take() -> None:
+    console = Console(file=io.StringIO(), width=120)
+    model = StepModel(0.0041, 1.2e-5, 1e-9, 3.1e-4, 1.5e-8, 0.034)
+    measured = msgspec.structs.replace(replica("chat-1", "ready"), step_model=model, busy_ratio=0.37)
+    console.print(render(system(measured, replica("chat-2", "ready"))))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    line = "chat-1: 37% busy, a step takes 4.1 ms + 12 µs/prompt token + 310 µs/output token"
+    assert line in text
+    assert "chat-2: 0% busy" not in text
+
+
+def test_the_status_says_what_a_start_took_while_that_is_news() -> None:
+    phases = {"starting python": 0.05, "importing torch": 1.25, "finding the model": 0.0, "mapping": 0.1}
+    fresh = msgspec.structs.replace(replica("chat-1", "ready"), start_phases=phases, since_s=5.0)
+    old = msgspec.structs.replace(replica("chat-2", "ready"), start_phases=phases, since_s=500.0)
+    resting = msgspec.structs.replace(replica("chat-3", "standby", phase="asleep at level 1"))
+    console = Console(file=io.StringIO(), width=120)
+    console.print(render(system(fresh, old, resting)))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert (
+        "chat-1: its engine started in 1.4 s: importing torch 1.2 s, mapping 100 ms, starting python" in text
+    )
+    assert "chat-2: its engine" not in text
+    assert "chat-3: asleep at level 1" in text
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -18,11 +18,12 @@ from tests.unit.engine.tiny_models import VOCAB_SIZE, gguf_file, huggingface_dir
 from headrace.api.messages import EngineSpec
 from headrace.engine.model_files.metadata import read_metadata
 from headrace.engine.model_files.resolve import ModelFiles
-from headrace.engine.models.decoder import Decoder, DecoderStep, build_weights
+from headrace.engine.models.decoder import Decoder
 from headrace.engine.naive import NaiveModel
-from headrace.engine.operations.cpu import CpuOperations
-from headrace.engine.operations.interface import Operations, StepLayout
-from headrace.engine.operations.reference import ReferenceOperations
+from headrace.engine.operations.cpu import CpuPrimitives
+from headrace.engine.operations.interface import Operations
+from headrace.engine.operations.reference import ReferencePrimitives
+from headrace.engine.operations.torch_blocks import TorchOperations
 from headrace.engine.runner import DecoderRunner, load_runner
 from headrace.engine.weights.source import open_weights
 
@@ -196,17 +197,19 @@ def test_bfloat16_stays_near_float32(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     "operations",
-    [ReferenceOperations(torch.float32), CpuOperations(torch.float32, 1, is_packed=False)],
+    [
+        TorchOperations(ReferencePrimitives(torch.float32)),
+        TorchOperations(CpuPrimitives(torch.float32, 1, is_packed=False)),
+    ],
     ids=["reference", "cpu"],
 )
 def test_operations_keep_the_contract(tmp_path: Path, architecture: str, operations: Operations) -> None:
     files = huggingface_directory(tmp_path, architecture)
     h = read_metadata(files).hyperparameters
     with torch.inference_mode():
-        decoder = Decoder(
-            h, build_weights(h, open_weights(files, h).read, operations), operations, BLOCK_SIZE
-        )
-        caches = decoder.new_kv_caches(16)
+        packed = operations.pack(h, open_weights(files, h).read)
+        decoder = Decoder(h.num_layers, operations.load(h, packed, max_context_tokens=64))
+        caches = decoder.new_kv_caches(16, BLOCK_SIZE)
         tokens, other = prompt(30), prompt(9, seed=1)
         naive = NaiveModel(files)
         steps = [
@@ -217,18 +220,7 @@ def test_operations_keep_the_contract(tmp_path: Path, architecture: str, operati
         expected = [[tokens[:17], other[:8]], [other], [tokens]]
         for parts, prefixes in zip(steps, expected):
             batch = step_input(parts, BLOCK_SIZE)
-            logits = decoder.forward(
-                DecoderStep(
-                    torch.from_numpy(batch.token_ids_T),
-                    torch.from_numpy(batch.positions_T),
-                    torch.from_numpy(batch.slots_T).long(),
-                    torch.from_numpy(batch.sampled_rows_S),
-                    StepLayout(
-                        batch.query_starts.tolist(), batch.context_lengths_R.tolist(), batch.block_tables
-                    ),
-                ),
-                caches,
-            )
+            logits = decoder.forward(batch, caches)
             assert logits.shape == (len(prefixes), VOCAB_SIZE)
             for row, prefix in zip(logits, prefixes):
                 assert_close(row, naive.logits(prefix)[-1])

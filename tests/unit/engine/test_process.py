@@ -119,7 +119,14 @@ def test_the_loop_ends_when_the_front_leaves(front: Front) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("block_size", 4), ("block_size", 12), ("max_running", 0), ("token_budget", 0), ("kv_cache_bytes", -1)],
+    [
+        ("block_size", 4),
+        ("block_size", 12),
+        ("max_running", 0),
+        ("token_budget", 0),
+        ("kv_cache_bytes", -1),
+        ("max_draft_tokens", 0),
+    ],
 )
 def test_settings_that_cannot_work_are_named(setting: str, value: int) -> None:
     spec = msgspec.structs.replace(EngineSpec("native", "m"), **{setting: value})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from tests.unit.engine.step_builder import Part, step_input
 from tests.unit.engine.tiny_models import gguf_file, huggingface_directory
 
 from headrace.api.messages import EngineSpec
-from headrace.engine.model_files.metadata import read_metadata
+from headrace.engine.model_files.metadata import Hyperparameters, read_metadata
 from headrace.engine.model_files.resolve import ModelFiles, resolve_model
 from headrace.engine.naive import NaiveModel
-from headrace.engine.operations import mkldnn_linear
+from headrace.engine.operations import mkldnn_linear, select
+from headrace.engine.operations.kernels import KernelsMissing, Library, load_kernels
 from headrace.engine.operations.select import select_operations
 from headrace.engine.runner import DecoderRunner, load_runner
 from headrace.engine.weights.names import expected_shapes, huggingface_name
@@ -37,7 +39,7 @@ def test_a_runner_says_what_it_serves(tmp_path: Path) -> None:
     phases: list[str] = []
     spec = EngineSpec("native", "m", block_size=8, kv_cache_bytes=1 << 20, num_threads=1, dtype="float32")
     runner = load_runner(spec, files, phases.append)
-    assert phases == ["reading metadata", "loading weights", "allocating KV memory"]
+    assert phases == ["reading metadata", "packing weights", "loading weights", "allocating KV memory"]
     assert (runner.vocab_size, runner.max_context_tokens, runner.block_size) == (96, 256, 8)
     # 3 layers, keys and values, 2 heads of 16 floats: 768 bytes per token.
     assert runner.num_blocks == (1 << 20) // (768 * 8)
@@ -66,13 +68,44 @@ def test_a_model_without_weights_is_refused(tmp_path: Path) -> None:
         load(files)
 
 
-def test_auto_is_bfloat16_only_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+SIZES = Hyperparameters("llama", 96, 256, 2, 64, 96, 4, 2, 16, 1e-5, 1e4)
+
+
+def no_kernels() -> Library:
+    raise KernelsMissing("no compiled kernels: a reason")
+
+
+def test_without_kernels_auto_is_bfloat16_where_the_processor_has_it_and_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(select, "load_kernels", no_kernels)
     monkeypatch.setattr(mkldnn_linear, "is_available", lambda: False)
-    assert select_operations("auto", 1).dtype == torch.float32
-    assert select_operations("bfloat16", 1).description == "bfloat16, 1 thread"
+    assert select_operations("auto", "auto", 1, SIZES).arithmetic == "float32"
+    assert select_operations("bfloat16", "auto", 1, SIZES).description == "bfloat16, 1 thread"
     monkeypatch.setattr(mkldnn_linear, "is_available", lambda: True)
-    assert select_operations("auto", 2).description == "bfloat16 mkldnn, 2 threads"
-    assert select_operations("float32", 1).dtype == torch.float32
+    path = "bfloat16 mkldnn, 2 threads; no compiled kernels: a reason"
+    assert select_operations("auto", "auto", 2, SIZES).description == path
+    assert select_operations("float32", "auto", 1, SIZES).arithmetic == "float32"
+    with pytest.raises(ConfigError, match=r"dtype is int8; .* no compiled kernels: a reason"):
+        select_operations("int8", "auto", 1, SIZES)
+    with pytest.raises(ConfigError, match="kv_dtype is int8; with bfloat16 mkldnn, 1 thread; no compiled"):
+        select_operations("auto", "int8", 1, SIZES)
+
+
+def test_with_kernels_auto_is_int8_where_model_and_processor_fit() -> None:
+    try:
+        library = load_kernels()
+    except KernelsMissing as missing:
+        pytest.skip(str(missing))
+    assert select_operations("int8", "auto", 2, SIZES).description == f"int8 {library.isa}, 2 threads"
+    odd = replace(SIZES, intermediate_size=100)
+    assert "intermediate_size is 100; int8 needs" in select_operations("auto", "auto", 1, odd).description
+    library.limit_isa(0)
+    try:
+        assert "int8 is slower here" in select_operations("auto", "auto", 1, SIZES).description
+        assert select_operations("int8", "auto", 1, SIZES).description == "int8 portable, 1 thread"
+    finally:
+        library.limit_isa(2)
 
 
 def greedy(runner: DecoderRunner, prompt: list[int], num_tokens: int) -> list[int]:

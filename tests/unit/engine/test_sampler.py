@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from headrace.api.messages import GenerationRequest, SamplingParams
+from headrace.engine.distribution import draw, token_logprobs, uniform
 from headrace.engine.request import EngineRequest
-from headrace.engine.sampler import Sampler, draw, token_logprobs, uniform
+from headrace.engine.sampler import Sampler
 
 # Probabilities 0.4, 0.3, 0.2, 0.1 at ids 2, 0, 3, 1.
 FOUR = np.log(np.array([0.3, 0.1, 0.4, 0.2], np.float32))

@@ -153,6 +153,55 @@ def test_the_integrity_check_shows_which_sum_failed() -> None:
         world.scheduler.check_integrity()
 
 
+# ---- drafts ----------------
+
+
+def test_drafts_get_slots_within_the_budget_and_the_end_of_the_answer() -> None:
+    world = World(token_budget=10)
+    first, second = world.add("a", 4), world.add("b", 4)
+    world.step()
+    decision = world.scheduler.schedule()
+    assert [item.is_decoding for item in decision.scheduled] == [True, True]
+    assert world.scheduler.draft_room(decision, first, 20) == 8
+    assert world.scheduler.reserve_drafts(decision, 0, 5) == 5
+    assert (decision.num_tokens, world.scheduler.draft_room(decision, second, 20)) == (7, 3)
+    world.scheduler.set_drafts(decision, 0, 5, [1, 1])
+    assert decision.num_tokens == 4
+    second.max_total_tokens = len(second.token_ids) + 2
+    assert world.scheduler.draft_room(decision, second, 20) == 1, "one token comes without a draft"
+
+
+def test_accepted_drafts_advance_a_request_and_unused_blocks_go_back() -> None:
+    world = World()
+    request = world.add("a", 6)
+    world.step()
+    decision = world.scheduler.schedule()
+    assert world.scheduler.reserve_drafts(decision, 0, 20) == 20
+    assert len(request.block_table) == 4
+    world.scheduler.set_drafts(decision, 0, 20, [1] * 12)
+    request.token_ids += [1, 1, 1]  # two drafts were right, and a token of the model's own
+    world.scheduler.update(decision, [2])
+    world.scheduler.check_integrity()
+    assert (request.num_computed_tokens, len(request.token_ids), len(request.block_table)) == (9, 10, 2)
+    assert len(request.block_hashes) == 1, "its first block is full of accepted tokens, and findable"
+    assert parts(world.step()) == [("a", 1)]
+
+
+def test_drafts_take_what_blocks_are_left_and_never_preempt() -> None:
+    world = World(num_blocks=4)
+    world.add("a", 6)
+    world.add("b", 6)
+    world.step()
+    decision = world.scheduler.schedule()
+    assert world.scheduler.reserve_drafts(decision, 0, 30) == 1 + 2 * BLOCK_SIZE
+    assert world.scheduler.reserve_drafts(decision, 1, 30) == 1, "what is left of its own block"
+    world.scheduler.set_drafts(decision, 0, 17, [])
+    world.scheduler.set_drafts(decision, 1, 1, [])
+    world.scheduler.update(decision)
+    assert world.scheduler.num_preemptions == 0
+    assert world.scheduler.pool.num_allocatable == 2
+
+
 def test_a_decoding_request_costs_the_same_at_any_context_length() -> None:
     """Counts the blocks and tokens that a step touches, not seconds."""
 

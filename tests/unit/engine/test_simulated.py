@@ -10,6 +10,7 @@ from headrace.api.messages import EngineSpec, GenerationRequest, SamplingParams
 from headrace.clock import VirtualClock
 from headrace.engine.simulated import SimulatedEngine
 from headrace.errors import InvalidRequest
+from headrace.policy.step_time import step_s
 
 
 def make_engine(clock: VirtualClock | None = None, **settings: Any) -> SimulatedEngine:
@@ -215,3 +216,34 @@ def test_costs_are_measured() -> None:
     load = engine.load()
     assert load.prefill_token_s == pytest.approx(1e-4, rel=0.05)
     assert load.decode_token_s == pytest.approx(0.005, rel=0.1)
+
+
+def test_every_nanosecond_is_a_requests_or_idle() -> None:
+    clock = VirtualClock(5.0)
+    engine = costly(clock)
+    told: dict[str, int] = {}
+    clock.advance(0.25)
+    engine.submit(request("a", 30, PROMPT))
+    engine.submit(request("b", 12, PROMPT[:20], seed=2))
+    for _ in range(10):
+        told.update({output.request_id: output.engine_ns for output in engine.step().outputs})
+    engine.submit(request("c", 5, PROMPT, seed=3))
+    while engine.has_work():
+        told.update({output.request_id: output.engine_ns for output in engine.step().outputs})
+    clock.advance(0.5)
+    load = engine.load()
+    assert load.idle_ns == 750_000_000
+    assert sum(told.values()) == load.busy_ns
+    assert load.busy_ns + load.idle_ns == clock.now_ns() - 5_000_000_000
+    assert load.step_model is not None
+
+
+def test_planning_gets_the_step_model_that_was_set() -> None:
+    engine = costly()
+    for number in range(60):
+        cached_tokens(engine, request(f"r{number}", 5, bytes([number]) * (50 + number * 5)))
+    model = engine.load().step_model
+    assert model is not None
+    assert step_s(model, 300, 150) == pytest.approx(0.005 + 300e-4, rel=0.05)
+    assert step_s(model, num_decoded_tokens=1, num_kv_tokens=200) == pytest.approx(0.005, rel=0.05)
+    assert model.relative_error < 0.05

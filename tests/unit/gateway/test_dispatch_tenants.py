@@ -88,10 +88,9 @@ class World:
 def finish(
     request_id: str, tenant: str = "a", prompt: int = 100, output: int = 100, **changes: Any
 ) -> FinishedRequest:
-    values = {"state": TerminalState.FINISHED, "cached": 0, **changes}
-    return FinishedRequest(
-        request_id, values["state"], "stop", tenant, prompt, values["cached"], output, 0.1, 1.0
-    )
+    values = {"state": TerminalState.FINISHED, "cached": 0, "engine_s": 0.0, **changes}
+    state, cached, engine_s = values["state"], values["cached"], values["engine_s"]
+    return FinishedRequest(request_id, state, "stop", tenant, prompt, cached, output, 0.1, 1.0, engine_s)
 
 
 def test_a_flood_of_one_tenant_delays_another_by_one_request() -> None:
@@ -198,6 +197,29 @@ def test_the_fronts_word_corrects_the_charge_before_or_after_the_log_and_once(is
     assert (account.prompt_tokens, account.output_tokens) == (50, 10)
     assert account.work_s == pytest.approx(0.11)
     assert world.dispatcher._tenants.limits["a"]._tokens.level(world.now_s) == 10_000 - 60
+
+
+@pytest.mark.parametrize("gateway", ["here", "elsewhere"])
+def test_a_request_is_charged_the_engine_time_that_was_measured_for_it(gateway: str) -> None:
+    world = World()
+    world.report()
+    done = finish("x" if gateway == "here" else "hr-g2-1", prompt=50, output=10, engine_s=0.375)
+    if gateway == "here":
+        world.arrive("x")
+    # The costs come with the same report: what ended is charged in seconds all the same.
+    world.report("chat-1", done, engine=EngineLoad(prefill_token_s=0.001, decode_token_s=0.01))
+    assert world.counter("a") == pytest.approx(0.375)
+    assert world.account("a").share == 1.0
+    if gateway == "here":
+        assert world.account("a").work_s == pytest.approx(0.375)
+
+
+def test_engine_time_that_cannot_be_is_not_believed() -> None:
+    world = World()
+    world.report(engine=EngineLoad(prefill_token_s=0.001, decode_token_s=0.01))
+    world.arrive("x")
+    world.report("chat-1", finish("x", prompt=10, output=10, engine_s=1000.0))  # open for 1 s
+    assert world.counter("a") == pytest.approx(0.11)
 
 
 def test_a_finish_that_never_comes_leaves_the_estimate_and_no_slot() -> None:

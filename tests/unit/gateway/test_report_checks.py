@@ -26,6 +26,9 @@ GOOD = FinishedRequest("hr-g1-1", TerminalState.FINISHED, "stop", "acme", 10, 4,
         {"ttft_s": math.nan},
         {"ttft_s": -0.1},
         {"total_s": math.inf},
+        {"engine_s": math.nan},
+        {"engine_s": -1e-9},
+        {"engine_s": math.inf},
     ],
 )
 def test_an_impossible_end_is_left_out(change: dict[str, Any]) -> None:

@@ -39,14 +39,22 @@ def completion(request_id: str = ID, **fields: object) -> Completion:
 
 
 def finished(request_id: str = ID) -> FinishedRequest:
-    return FinishedRequest(request_id, TerminalState.FINISHED, "stop", "acme", 7, 3, 5, 0.025, 0.1)
+    return FinishedRequest(
+        request_id, TerminalState.FINISHED, "stop", "acme", 7, 3, 5, 0.025, 0.1, 0.012345678
+    )
 
 
 class World:
     def __init__(self) -> None:
         self.clock = VirtualClock(100.0)
-        self.records: list[RequestRecord] = []
-        self.recorder = RequestRecorder("g1", self.clock, self.records.append)
+        self._records: list[RequestRecord] = []
+        self.recorder = RequestRecorder("g1", self.clock, self._records.append)
+
+    @property
+    def records(self) -> list[RequestRecord]:
+        """All records until now."""
+        self.recorder.hand_out()
+        return self._records
 
     def arrive(self, request_id: str = ID) -> None:
         self.recorder.arrived(request_id, "chat", "acme", "/v1/completions", self.clock.now_s())
@@ -96,6 +104,7 @@ def test_a_record_holds_what_each_of_them_said() -> None:
             prompt_tokens=7,
             cached_tokens=3,
             output_tokens=5,
+            engine_ms=12.345678,
             bytes_in=10,
             bytes_out=20,
         )
@@ -205,3 +214,19 @@ def test_clocks_that_jump_harm_nothing() -> None:
     world.complete()
     world.let_time_pass()
     assert world.records[0].held_ms == 0.0
+
+
+def test_records_are_handed_out_in_batches_in_their_order() -> None:
+    world = World()
+    handed_out: list[str] = []
+    recorder = RequestRecorder("g1", world.clock, lambda record: handed_out.append(record.id))
+    for number in range(5):
+        recorder.answered_by_haproxy(completion(f"hr-g1-{number}", status=401))
+    assert handed_out == [], "nothing is joined while decisions are made"
+    assert recorder.hand_out(2)
+    assert recorder.hand_out(2)
+    assert not recorder.hand_out(2)
+    assert handed_out == [f"hr-g1-{number}" for number in range(5)]
+    recorder.answered_by_haproxy(completion("hr-g1-5", status=401))
+    recorder.flush()
+    assert handed_out[-1] == "hr-g1-5"

@@ -119,6 +119,8 @@ def test_hello_is_answered_with_what_both_sides_can_do() -> None:
 
 
 def test_an_ack_sets_each_variable_in_the_transaction() -> None:
-    frame = spop.decode_frame(spop.encode_ack(7, 3, {b"server": b"chat-1", b"x": b""})[4:])
+    frame = spop.decode_frame(
+        spop.encode_ack(7, 3, spop.encode_actions({b"server": b"chat-1", b"x": b""}))[4:]
+    )
     assert (frame.kind, frame.stream_id, frame.frame_id) == (spop.ACK, 7, 3)
     assert frame.payload == b"\x01\x03\x02\x06server\x08\x06chat-1" + b"\x01\x03\x02\x01x\x08\x00"

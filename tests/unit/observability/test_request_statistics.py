@@ -21,6 +21,7 @@ RECORD = msgspec.structs.replace(
     prompt_tokens=10,
     cached_tokens=4,
     output_tokens=6,
+    engine_ms=250.0,
 )
 
 
@@ -30,6 +31,7 @@ def test_tenants_beyond_the_bound_are_counted_together() -> None:
         statistics.observe(msgspec.structs.replace(RECORD, tenant=f"t{number}"))
     assert len(statistics.totals) == MAX_TENANTS + 1
     assert statistics.totals["chat", OTHER].ended == {"finished": 50}
+    assert statistics.totals["chat", OTHER].engine_s == 50 * 0.25
     assert sum(totals.output_tokens for totals in statistics.totals.values()) == 6 * (MAX_TENANTS + 50)
 
 

@@ -10,12 +10,12 @@ from tests.unit.policy.fake_replica import FakeReplica
 
 from headrace.policy.placement import CacheChanges, Placement, has_room, load_of
 from headrace.policy.prefix_placement import PrefixPlacer
-from headrace.policy.prompt import BLOCK_BYTES, PromptHead
+from headrace.policy.prompt import PREFIX_BYTES, PromptHead
 
-HASHES = tuple(range(100, 120))
-PROMPT = PromptHead(HASHES, num_bytes=20 * BLOCK_BYTES, max_output_tokens=32)
-OTHER = PromptHead(tuple(range(500, 520)), num_bytes=20 * BLOCK_BYTES, max_output_tokens=32)
-PREFILL_S = 20 * BLOCK_BYTES * 0.25 * 1e-4
+HASHES = tuple(range(100, 111))
+PROMPT = PromptHead(HASHES, num_bytes=PREFIX_BYTES[11], max_output_tokens=32)
+OTHER = PromptHead(tuple(range(500, 511)), num_bytes=PREFIX_BYTES[11], max_output_tokens=32)
+PREFILL_S = PREFIX_BYTES[11] * 0.25 * 1e-4
 """Of the whole prompt, with a quarter of a token per byte: 0.128 s."""
 
 
@@ -70,9 +70,9 @@ def test_prompts_that_a_replica_reports_as_uncomputed_count_as_work() -> None:
 
 
 def test_the_part_that_is_cached_counts() -> None:
-    placer = placer_with(r0=HASHES[:5], r1=HASHES[:15], r2=HASHES[10:])
+    placer = placer_with(r0=HASHES[:4], r1=HASHES[:9], r2=HASHES[6:])
     placement = placer.place(fleet(0, 0, 0), PROMPT, 0.0)
-    assert (placement.replica_id, placement.cached_ratio) == ("r1", 0.75)
+    assert (placement.replica_id, placement.cached_ratio) == ("r1", 0.7)
 
 
 def test_what_was_bound_attracts_the_next_of_its_kind_before_any_report() -> None:

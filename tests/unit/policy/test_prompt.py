@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.policy.prompt import BLOCK_BYTES, HEAD_BYTES, MAX_SESSION_BYTES, PromptHead, read_prompt
+from headrace.policy.prompt import HEAD_BYTES, MAX_SESSION_BYTES, PREFIX_BYTES, PromptHead, read_prompt
 
-LONG = "The quick brown fox jumps over the lazy dog. " * 60
+LONG = "The quick brown fox jumps over the lazy dog. " * 100
 
 
 def read(body: Any, salt: str = "", header: str = "", *, is_spaced: bool = False) -> PromptHead:
@@ -22,6 +22,11 @@ def read(body: Any, salt: str = "", header: str = "", *, is_spaced: bool = False
 
 def chat(*texts: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text} for text in texts]
+
+
+def num_full(num_bytes: int) -> int:
+    """How many hashes so long a prompt has."""
+    return sum(end <= num_bytes for end in PREFIX_BYTES[1:])
 
 
 def num_common(a: PromptHead, b: PromptHead) -> int:
@@ -60,14 +65,14 @@ def test_tenants_share_no_hash_and_no_session() -> None:
 
 def test_completions_are_read_too_and_blocks_are_whole() -> None:
     head = read({"model": "m", "prompt": LONG})
-    assert len(head.hashes) == len(json.dumps(LONG)) // BLOCK_BYTES
+    assert len(head.hashes) == num_full(len(json.dumps(LONG)))
     assert head.num_bytes == len(json.dumps(LONG))
     assert read({"model": "m", "prompt": "short"}).hashes == ()
 
 
 def test_a_body_beyond_the_head_gives_what_fits_and_its_whole_size() -> None:
     head = read({"messages": chat(LONG * 40), "model": "m"})
-    assert len(head.hashes) == (HEAD_BYTES - len('{"messages":')) // BLOCK_BYTES
+    assert len(head.hashes) == num_full(HEAD_BYTES - len('{"messages":'))
     assert head.num_bytes > 100_000
 
 
@@ -104,7 +109,7 @@ def test_the_longest_answer_is_found_before_and_behind_the_prompt() -> None:
 @given(st.binary(max_size=2000), st.integers(-(2**63), 2**63), st.text(max_size=20), st.text(max_size=400))
 def test_no_bytes_make_it_raise(head: bytes, size: int, salt: str, header: str) -> None:
     prompt = read_prompt(head, size, salt, header)
-    assert len(prompt.hashes) <= len(head) // BLOCK_BYTES
+    assert len(prompt.hashes) <= num_full(len(head))
     assert prompt.num_bytes >= 0
 
 
@@ -129,3 +134,11 @@ FRAGMENTS = st.sampled_from(
 @given(st.lists(FRAGMENTS, max_size=60).map(b"".join))
 def test_no_broken_json_makes_it_raise(head: bytes) -> None:
     assert read_prompt(head, len(head), "t") == read_prompt(head, len(head), "t")
+
+
+@given(st.integers(1, HEAD_BYTES))
+def test_what_the_blocks_round_off_is_small_beside_the_prompt(num_bytes: int) -> None:
+    lost = num_bytes - PREFIX_BYTES[num_full(num_bytes)]
+    assert PREFIX_BYTES[0] == 0
+    assert PREFIX_BYTES[-1] == HEAD_BYTES
+    assert lost < max(PREFIX_BYTES[1], num_bytes / 3)

@@ -70,3 +70,13 @@ def test_output_tokens_are_expected_by_the_tenants_own_mean_up_to_what_is_allowe
     for _ in range(200):
         mean.learn(100)
     assert mean.value == pytest.approx(100, rel=0.01)
+
+
+def test_what_was_measured_counts_where_it_can_be_true() -> None:
+    model = WorkModel()
+    assert model.measured(0.5, 2.0, 10, 10) == model.work(10, 10), "in seconds only once tokens are"
+    model.observe_costs(0.001, 0.01, 0.0)
+    assert model.measured(0.5, 2.0, 10, 10) == 0.5
+    assert model.measured(0.0, 2.0, 10, 10) == pytest.approx(0.11), "not measured"
+    assert model.measured(3.5, 2.0, 10, 10) == pytest.approx(0.11), "longer than the request was open"
+    assert model.measured(float("nan"), 2.0, 10, 10) == pytest.approx(0.11)

@@ -171,11 +171,74 @@ def test_a_stop_string_aborts_the_engines_request(is_stream: bool) -> None:
     assert world.state is TerminalState.FINISHED
 
 
+def test_engine_time_is_that_of_all_choices_however_each_ends() -> None:
+    world = World(is_stream=True, n=3, stops=("STOP",))
+    for index in range(3):
+        world.step(index, b"a", engine_ns=1_000_000)
+    world.step(0, b"b", "length", engine_ns=5_000_000)
+    world.step(1, b"STOP", engine_ns=7_000_000)
+    assert world.listener.finished == []
+    world.step(2, b"", "stop", engine_ns=9_000_000)
+    assert world.listener.finished[0].engine_s == pytest.approx(0.021)
+
+
+def test_an_aborted_requests_engine_time_is_what_was_told_until_then() -> None:
+    world = World(is_stream=True)
+    world.step(0, b"a", engine_ns=3_000_000)
+    world.step(0, b"b", engine_ns=4_000_000)
+    world.wire.connection.connection_lost(None)
+    assert [each.engine_s for each in world.listener.finished] == [pytest.approx(0.004)]
+
+
 def test_logprobs_of_text_after_a_stop_string_are_left_out() -> None:
     world = World(is_stream=False, stops=("c",), logprobs=0)
     for byte in b"abcd":
         world.step(0, bytes([byte]), logprobs=[TokenLogprobs(-1.0)])
     assert world.choices()[0]["logprobs"]["tokens"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+@pytest.mark.parametrize("logprobs", [-1, 0])
+@pytest.mark.parametrize("reason", [None, "length"])
+def test_tokens_of_one_step_give_the_same_answer_as_tokens_one_by_one(
+    is_stream: bool, logprobs: int, reason: Any
+) -> None:
+    """What comes behind a stop string is not in the text, the logprobs or the usage, however it came."""
+    text = b"one END and"
+    outcomes = []
+    for sizes in ([1] * 11, [11], [2, 5, 4], [6, 5], [5, 6]):
+        world = World(is_stream=is_stream, n=2, stops=("END",), logprobs=logprobs)
+        start = 0
+        for size in sizes:
+            piece = text[start : start + size]
+            entries = [TokenLogprobs(-float(byte)) for byte in piece] if logprobs >= 0 else None
+            start += size
+            world.step(0, piece, reason if start == len(text) else None, logprobs=entries)
+        assert set(world.engine.streams) == {"r#1"}, "the engine goes on with what nobody reads"
+        world.step(1, b"two", "stop", logprobs=[TokenLogprobs(-1.0)] * 3 if logprobs >= 0 else None)
+        entries_sent = [
+            pair
+            for choice in world.choices()
+            if choice["index"] == 0 and choice.get("logprobs")
+            for pair in zip(choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"], strict=True)
+        ]
+        reasons = [choice["finish_reason"] for choice in world.choices() if choice["index"] == 0]
+        outcomes.append(
+            (world.texts(), entries_sent, reasons[-1], world.listener.finished[0].num_output_tokens)
+        )
+    assert outcomes[0][0] == {0: "one ", 1: "two"}
+    assert outcomes[0][2:] == ("stop", len(b"one END") + len(b"two"))
+    assert all(outcome == outcomes[0] for outcome in outcomes)
+
+
+def test_tokens_that_come_together_have_one_gap_before_them() -> None:
+    for stops in ((), ("never",)):
+        world = World(is_stream=True, stops=stops)
+        stream = world.engine.streams["r#0"]
+        for now_s in (1.0, 1.5, 2.5):
+            stream.on_output(StepOutput("r#0", list(b"abc")), now_s)
+        latency = world.metrics.inter_token_latency
+        assert (latency.cumulative()[-1][1], latency.total) == (2, 1.5)
 
 
 def test_an_engine_error_before_the_first_token_is_an_http_status() -> None:

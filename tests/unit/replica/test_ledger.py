@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from headrace.api.messages import EngineLoad, FinishedRequest, TerminalState
+from headrace.api.messages import EngineLoad, FinishedRequest, StepModel, TerminalState
 from headrace.clock import VirtualClock
 from headrace.observability.front_metrics import FrontMetrics, Histogram
 from headrace.replica.ledger import Ledger, RequestRecord
@@ -51,12 +51,14 @@ def test_an_end_is_counted_logged_and_reported_once() -> None:
     world = World()
     record = world.open()
     record.num_prompt_tokens, record.num_output_tokens, record.first_token_s = 3, 4, 50.5
+    record.engine_s = 0.125
     world.clock.advance(2)
     world.ledger.close(record, TerminalState.FINISHED)
     assert world.listener.finished == [
-        FinishedRequest("r", TerminalState.FINISHED, "", "", 3, 0, 4, 0.5, 2.0)
+        FinishedRequest("r", TerminalState.FINISHED, "", "", 3, 0, 4, 0.5, 2.0, 0.125)
     ]
-    assert [line["state"] for line in world.listener.lines] == ["finished"]
+    assert [(line["state"], line["engine_ms"]) for line in world.listener.lines] == [("finished", 125.0)]
+    assert world.metrics.engine_s == 0.125
     assert json.dumps(world.listener.lines)
     with pytest.raises(AssertionError, match="ended twice"):
         world.ledger.close(record, TerminalState.FAILED)
@@ -98,12 +100,20 @@ def test_the_metrics_are_prometheus_text() -> None:
     world = World()
     world.ledger.close(world.open(), TerminalState.REFUSED)
     world.metrics.count_http_error(404)
-    world.metrics.engine_load = EngineLoad(num_free_blocks=25, num_total_blocks=100)
+    world.metrics.engine_load = EngineLoad(
+        num_free_blocks=25,
+        num_total_blocks=100,
+        busy_ns=1_500_000_000,
+        step_model=StepModel(0.004, 1e-5, 1e-9, 2e-4, 1e-7, 0.03),
+    )
     world.metrics.inter_token_latency.observe(0.004)
     families = {f.name: f for f in text_string_to_metric_families(world.metrics.text().decode())}
     states = {sample.labels["state"]: sample.value for sample in families["headrace_requests"].samples}
     assert states == {"finished": 0, "aborted": 0, "refused": 1, "failed": 0}
     assert families["headrace_engine_kv_used_ratio"].samples[0].value == 0.75
+    assert families["headrace_engine_busy_seconds"].samples[0].value == 1.5
+    assert families["headrace_engine_step_model_fixed_seconds"].samples[0].value == 0.004
+    assert families["headrace_engine_step_model_error_ratio"].samples[0].value == 0.03
     assert families["headrace_http_errors"].samples[0].labels["status"] == "404"
     buckets = {s.labels.get("le"): s.value for s in families["headrace_inter_token_latency_seconds"].samples}
     assert (buckets["0.0025"], buckets["0.005"], buckets["+Inf"]) == (0, 1, 1)

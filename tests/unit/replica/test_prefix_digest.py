@@ -12,7 +12,7 @@ from headrace.api.messages import EngineSpec, GenerationRequest, SamplingParams,
 from headrace.clock import VirtualClock
 from headrace.engine.simulated import KV_BYTES_PER_TOKEN, SimulatedEngine
 from headrace.policy.prefix_index import PrefixIndex
-from headrace.policy.prompt import read_prompt
+from headrace.policy.prompt import PREFIX_BYTES, read_prompt
 from headrace.replica import prefix_digest
 from headrace.replica.prefix_digest import PrefixDigest
 
@@ -83,7 +83,7 @@ def test_what_the_router_believes_is_what_the_engine_spares() -> None:
     world.ask(shared + "first question")
     blocks = world.num_known(shared + "a second one, of another kind")
     assert blocks >= 5
-    assert world.ask(shared + "a second one, of another kind") >= 5 * 256 - 16
+    assert world.ask(shared + "a second one, of another kind") >= PREFIX_BYTES[5] - 16
 
 
 def test_nothing_is_announced_before_the_prompt_is_computed_nor_for_a_refused_or_aborted_one() -> None:
@@ -161,5 +161,5 @@ def test_the_router_never_believes_in_much_more_than_is_cached(asked: list[tuple
     world = World(kv_tokens=3072)
     for prefix, tail, tenant in asked:
         text = f"{prefix} " + WORDS * 10 + f"{tail} " + "tail " * tail
-        believed = world.num_known(text, tenant) * 256
-        assert world.ask(text, tenant) >= believed - 2 * 256
+        believed = PREFIX_BYTES[world.num_known(text, tenant)]
+        assert world.ask(text, tenant) >= believed - 2 * PREFIX_BYTES[1]

@@ -2,10 +2,10 @@
 
     front  -> engine      EngineCommand       submit, abort, drain, sleep, wake
     engine -> front       EngineEvent         starting, ready, one StepBatch per step, failed
-    front  -> router and controller           LoadReport (`ReportAck` comes back)
-    router -> controller  Demand              (`GatewaySpec` comes back when the config changes)
-    controller -> supervisor  LauncherCommand (`LauncherEvent` comes back)
-    CLI    -> controller  AdminCommand        (`AdminReply` comes back)
+    front  -> router and controller           LoadReport (`ReportAck` comes back, from the controller
+    `SetSleep`) router -> controller  Demand              (`GatewaySpec` comes back when the config changes)
+    controller -> supervisor  LauncherCommand (`LauncherEvent` comes back) CLI    -> controller  AdminCommand
+    (`AdminReply` comes back)
 
 Every channel is a UNIX stream socket with mode 0600, framed by `headrace.api.framing`.
 Must not know: who sends what when. Token ids are plain ints; seconds are floats.
@@ -28,6 +28,7 @@ from headrace.api.messages.admin import (
     RevokeKey,
     ScaleEndpoint,
     Shutdown,
+    SleepReplica,
     SystemStatus,
     TenantStatus,
 )
@@ -90,6 +91,7 @@ from headrace.api.messages.replica import (
     ReplicaSpec,
     ReplicaState,
     ReportAck,
+    SetSleep,
     gateway_of,
 )
 
@@ -142,8 +144,10 @@ __all__ = [
     "RevokeKey",
     "SamplingParams",
     "ScaleEndpoint",
+    "SetSleep",
     "Shutdown",
     "Sleep",
+    "SleepReplica",
     "StartProcess",
     "StepBatch",
     "StepModel",

@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from headrace.api.messages.base import Message
+from headrace.api.messages.engine import StepModel
 
 
 class GetStatus(Message, frozen=True):
@@ -28,6 +29,14 @@ class Shutdown(Message, frozen=True):
     """Drain everything and end."""
 
 
+class SleepReplica(Message, frozen=True):
+    """Let a replica's engine give memory back: 1: KV, 2: KV and weights; 0: wake it. The reply does not
+    wait."""
+
+    replica_id: str
+    level: Literal[0, 1, 2]
+
+
 class CreateKey(Message, frozen=True):
     """Make an API key for a tenant. The reply's `key` shows it, this once."""
 
@@ -44,7 +53,9 @@ class RevokeKey(Message, frozen=True):
     key_id: str
 
 
-AdminCommand = GetStatus | ScaleEndpoint | ApplyConfig | Shutdown | CreateKey | ListKeys | RevokeKey
+AdminCommand = (
+    GetStatus | ScaleEndpoint | ApplyConfig | Shutdown | SleepReplica | CreateKey | ListKeys | RevokeKey
+)
 
 
 class KeyInfo(msgspec.Struct, frozen=True):
@@ -84,7 +95,7 @@ class TenantStatus(msgspec.Struct, frozen=True):
 class ReplicaStatus(msgspec.Struct, frozen=True):
     replica_id: str
     endpoint: str
-    state: Literal["pending", "starting", "ready", "draining", "failed", "lost"]
+    state: Literal["pending", "starting", "ready", "draining", "failed", "lost", "standby"]
     phase: str
     address: str
     pid: int
@@ -103,6 +114,10 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     """Part of the prompt tokens that its prefix cache spared since the engine's start, 0 to 1."""
     num_in_flight: int = 0
     """Requests that the gateways bound to it and that have not ended."""
+    step_model: StepModel | None = None
+    """What its engine found its steps to take; None: nothing measured yet."""
+    busy_ratio: float = 0.0
+    """Part of the time since the engine was ready in which it had requests, 0 to 1."""
 
 
 class EndpointStatus(msgspec.Struct, frozen=True):

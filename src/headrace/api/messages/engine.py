@@ -80,13 +80,14 @@ class StepOutput(Record, frozen=True):
     """Prompt tokens found in the prefix cache; set on the request's first output."""
     error: str = ""
     engine_ns: int = 0
-    """With finish_reason: engine time spent on this request in nanoseconds, its parts of the steps it was in.
-    (An integer: a zero takes one byte of every step's message.)"""
+    """Engine time spent on this request so far, in nanoseconds: its parts of the steps it was in. Told with
+    every output, since a request whose client left, or whose stop string came, has no last one."""
 
 
 class StepModel(Record, frozen=True):
     """Seconds of a step, fitted to recent ones: a + b*P + q*P*C + c*D + d*KV, with P uncached prompt tokens,
-    C the mean context they attend to, D requests decoding, KV tokens read by those."""
+    C the mean context they attend to, D tokens decoded (one per request, guessed ones besides), KV tokens
+    read by those. `policy.step_time` computes with it."""
 
     a: float
     b: float
@@ -124,12 +125,15 @@ class EngineLoad(Record, frozen=True):
     """Tokens guessed and verified since the start, and how many of them were right."""
     num_accepted_tokens: int = 0
     busy_ns: int = 0
-    """Engine time since the start: in steps (equals the sum of all requests' shares, those of aborted ones
-    included), and between them. busy_ns + idle_ns is the time since the engine was ready."""
+    """Engine time since it was ready: while it had requests, up to its last step (equals the sum of all
+    requests' shares, those of aborted ones included), and while it had none. Together they are the time from
+    ready to the last step, or to now if there is nothing to do."""
     idle_ns: int = 0
     step_model: StepModel | None = None
     sleep_level: int = 0
     """0: awake. 1: without KV memory. 2: also without weights. A sleeping engine refuses requests."""
+    sleep_error: str = ""
+    """After a Sleep or Wake that could not be done: why. In one message only."""
 
 
 class EngineSpec(msgspec.Struct, frozen=True):
@@ -210,6 +214,8 @@ class EngineReady(Message, frozen=True):
     phases: dict[str, float]
     """Seconds per start phase."""
     version: int = PROTOCOL_VERSION
+    sleep_level: int = 0
+    """As in EngineLoad: an engine may start asleep."""
 
 
 class StepBatch(Message, frozen=True):

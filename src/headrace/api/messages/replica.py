@@ -9,7 +9,9 @@ import msgspec
 from headrace.api.messages.base import Message, Record, TerminalState
 from headrace.api.messages.engine import EngineLoad, EngineReady, EngineSpec
 
-ReplicaState = Literal["starting", "ready", "draining", "failed"]
+ReplicaState = Literal["starting", "ready", "draining", "failed", "standby"]
+"""standby: everything is there, but the engine sleeps or is about to. It takes no requests until it is
+woken."""
 
 
 class FinishedRequest(Record, frozen=True):
@@ -43,7 +45,8 @@ class LoadReport(Message, frozen=True):
     lease_s: float
     state: ReplicaState
     phase: str = ""
-    """While starting: what it is doing."""
+    """While starting: what it is doing. Standby: how deep it sleeps, or why it could not wake. Ready: why it
+    could not sleep, if that was asked last."""
     num_open: int = 0
     max_open: int = 0
     engine: EngineLoad | None = None
@@ -74,11 +77,19 @@ class LoadReport(Message, frozen=True):
 
 
 class ReportAck(Message, frozen=True):
-    """Answers the reports of a draining replica; others may go unanswered.
+    """Answers the reports of a draining or standby replica; others may go unanswered.
     `is_released`: this router will send it no more requests."""
 
     sequence: int
     is_released: bool = False
+
+
+class SetSleep(Message, frozen=True):
+    """Controller to front, on the connection of its reports: how deep its engine is to sleep; 0: wake.
+    Carried out as soon as routers send it nothing; refused while requests are open. The reports tell what
+    came of it."""
+
+    level: Literal[0, 1, 2]
 
 
 def gateway_of(request_id: str) -> str:

@@ -89,6 +89,11 @@ class BlockPool:
             if self._references[block] == 1:
                 self._cache.forget(block)
 
+    def forget_all(self) -> None:
+        """Make every cached block free: the memory behind them goes. None may be in use."""
+        assert self.num_in_use == 0, f"blocks are in use: {self!r}"
+        self._free.extend(self._cache.forget_all())
+
     def take_forgotten(self) -> list[BlockHash]:
         """Return the hashes of the blocks whose content was forgotten since the last call."""
         return self._cache.take_forgotten()

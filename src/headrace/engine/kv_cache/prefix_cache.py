@@ -124,6 +124,16 @@ class PrefixCache:
             del self._block_of[block_hash]
             self._forgotten.append(block_hash)
 
+    def forget_all(self) -> list[int]:
+        """Forget every block; all must be evictable. Return them."""
+        assert len(self._evictable) == len(self._hash_of), f"cached blocks are in use: {self!r}"
+        blocks = list(self._evictable)
+        self._forgotten.extend(self._hash_of.values())
+        self._block_of.clear()
+        self._hash_of.clear()
+        self._evictable.clear()
+        return blocks
+
     def take_forgotten(self) -> list[BlockHash]:
         """Return the hashes of the blocks that were evicted or forgotten since the last call: of one step."""
         forgotten, self._forgotten = self._forgotten, []

@@ -23,12 +23,16 @@ class RotaryTable:
         frequencies = scale_frequencies(theta**-exponents, scaling)
         self._frequencies = frequencies if divisors is None else frequencies / divisors  # [head_dim / 2]
 
-    def at(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, [T, 1, head_dim] each; the first half of sin is negated (`Operations.rotate`).
+    def angles(self, positions_T: Tensor) -> Tensor:
+        """Return the angles at `positions_T`, [T, head_dim / 2].
 
-        Angles are computed in float32: bfloat16 cannot tell position 256 from 257.
+        In float32: bfloat16 cannot tell position 256 from 257.
         """
-        angles = positions_T.to(torch.float32)[:, None] * self._frequencies
+        return positions_T.to(torch.float32)[:, None] * self._frequencies
+
+    def at(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cos and sin, [T, 1, head_dim] each; the first half of sin is negated (`Primitives`)."""
+        angles = self.angles(positions_T)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
 

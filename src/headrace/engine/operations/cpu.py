@@ -1,4 +1,4 @@
-"""Fast operations on CPUs with nothing but torch: oneDNN's packed linears, attention in batched products.
+"""Fast primitives on CPUs with nothing but torch: oneDNN's packed linears, attention in batched products.
 
 Must not know architectures, requests or files.
 """
@@ -11,13 +11,13 @@ from torch.nn import functional
 
 from headrace.engine.model_files.metadata import Activation
 from headrace.engine.operations.cpu_attention import AttentionPlan, Scratch, attend, plan_attention
-from headrace.engine.operations.interface import AttentionShape, GatedLinear, Linear, StepLayout
 from headrace.engine.operations.memory import lazy_zeros
 from headrace.engine.operations.mkldnn_linear import MkldnnGatedLinear, MkldnnLinear
 from headrace.engine.operations.reference import PlainGatedLinear, PlainLinear
+from headrace.engine.operations.torch_blocks import AttentionShape, GatedLinear, Linear, StepLayout
 
 
-class CpuOperations:
+class CpuPrimitives:
     """bfloat16 or float32. With `is_packed` (bfloat16 only) linears run through oneDNN's packed weights."""
 
     def __init__(self, dtype: torch.dtype, num_threads: int, *, is_packed: bool) -> None:

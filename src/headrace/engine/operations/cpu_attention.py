@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headrace.engine.operations.interface import AttentionShape, StepLayout
+from headrace.engine.operations.torch_blocks import AttentionShape, StepLayout
 
 _GROUP_OVERHEAD_SLOTS = 1024
 """One more group costs as much time as attending to this many padded slots (about 60 µs)."""

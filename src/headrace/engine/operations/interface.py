@@ -1,98 +1,97 @@
-"""The seam between a decoder and the machine's arithmetic.
+"""The seam between a decoder and the machine's arithmetic: four fused operations per step and layer.
 
-A decoder is written against `Operations`; each implementation chooses how weights are packed (plain, oneDNN's
-layout, later int8 with its activation scales) and how attention walks the blocks. `reference` is the plain
-torch one, `cpu` the fast one; a contract test runs both.
+`Operations.pack` turns a model's tensors into the form that this arithmetic computes with, a flat dict that
+can be written to disk; `Operations.load` makes `Blocks` of it, without copying where the arithmetic allows.
+A decoder calls Blocks. `torch_blocks` computes them in torch, plainly (`reference`) or fast (`cpu`), `int8`
+in C++.
 Must not know architectures, requests or files.
 
-Shapes: T tokens of a step, H heads, K KV heads, D head_dim, S rows sampled, R requests.
+Shapes: T tokens of a step, S rows sampled. x is [T, hidden_size], in whatever dtype the blocks choose.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from headrace.engine.model_files.metadata import Activation
+from headrace.engine.model_files.metadata import Hyperparameters
+from headrace.engine.protocol import StepInput
+from headrace.errors import ModelError
+
+Read = Callable[[str, torch.dtype], Tensor]
+"""Reads a tensor by its canonical name (`weights.names`), in the dtype that is wanted."""
 
 
-class Linear(Protocol):
-    """A packed weight [out_features, in_features]."""
+class Blocks(Protocol):
+    """A model ready to compute. One caller, one thread. A step's values are valid until the next one."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, in_features] -> [T, out_features]."""
+    def new_kv_caches(self, num_blocks: int, block_size: int) -> list[Tensor]:
+        """One cache per layer, zeroed lazily: pages become resident when they are first written."""
         ...
 
-    def add_to(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual + linear(x), as a new tensor."""
+    def prepare(self, batch: StepInput) -> Any:
+        """What all layers of a step share. Opaque to the decoder."""
         ...
 
-
-class GatedLinear(Protocol):
-    """Two packed weights of one shape: activation(gate(x)) * up(x)."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, hidden_size] -> [T, intermediate_size]."""
+    def embed(self, step: Any) -> Tensor:
+        """The tokens' embeddings, scaled as the model wants: x."""
         ...
 
+    def attend(self, layer: int, x: Tensor, step: Any, cache: Tensor) -> Tensor:
+        """x + attention(norm(x)) with all that belongs to it: projections, rotary embedding, the norms
+        that the model has. Writes the step's keys and values into `cache`. May change x in place."""
+        ...
 
-@dataclass(frozen=True, slots=True)
-class AttentionShape:
-    """What attention must know of a model."""
+    def mlp(self, layer: int, x: Tensor) -> Tensor:
+        """x + down(activation(gate(norm(x))) * up(norm(x))), any number of rows. May change x in place."""
+        ...
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    """Factor on q·k."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepLayout:
-    """Which tokens of a step belong together, in plain Python: what attention plans are made from.
-
-    One `window` per plan: a token at position p sees positions (p - window, p]; 0 means all before it.
-    """
-
-    query_starts: list[int]
-    context_lengths: list[int]
-    block_tables: list[list[int]]
-    window: int = 0
+    def head(self, x: Tensor) -> Tensor:
+        """Logits of rows: float32 [S, vocab_size]."""
+        ...
 
 
 class Operations(Protocol):
-    """One machine's arithmetic. Stateless, apart from what pack_* return."""
+    """One machine's arithmetic."""
 
     description: str
-    """For people: `bfloat16 mkldnn, 2 threads`."""
-    dtype: torch.dtype
+    """For people: `int8 avx512-vnni, 2 threads`."""
+    arithmetic: str
+    """`int8`, `bfloat16`, `float32`: names what `pack` returns, together with packed_version."""
+    packed_version: str
+    """Changes when what `pack` returns does."""
+    bytes_per_weight: float
+    """About, once packed."""
 
-    def pack_linear(self, weight: Tensor) -> Linear:
-        """Take a weight [out_features, in_features] of any float dtype; the caller may drop it after."""
+    def pack(self, h: Hyperparameters, read: Read) -> dict[str, Tensor]:
+        """Read every tensor of the model once and pack it. Returns contiguous tensors by name; at most a few
+        tensors' originals are in memory at a time."""
         ...
 
-    def pack_gated(self, gate: Tensor, up: Tensor, activation: Activation) -> GatedLinear: ...
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x / sqrt(mean(x²) + eps) * weight over the last dimension (arXiv:1910.07467)."""
+    def kv_block_bytes(self, h: Hyperparameters, block_size: int) -> int:
+        """KV memory of one block in all layers."""
         ...
 
-    def rotate(self, x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
-        """Rotary embedding over halves (arXiv:2104.09864): x * cos + swap_halves(x) * sin, where the first
-        half of `sin` is negated already."""
+    def load(self, h: Hyperparameters, tensors: Mapping[str, Tensor], max_context_tokens: int) -> Blocks:
+        """Make blocks of what `pack` returned, or of the same read back, with `rope_divisors` where a model
+        has them. It may be read-only mapped memory, aligned to 64 bytes. Raises ModelError where names or
+        shapes differ."""
         ...
 
-    def kv_cache(self, num_blocks: int, block_size: int, shape: AttentionShape) -> Tensor:
-        """One layer's KV memory, zeroed lazily: pages become resident when they are first written."""
-        ...
 
-    def plan(self, layout: StepLayout, slots_T: Tensor, block_size: int, shape: AttentionShape) -> Any:
-        """Indices that all layers of one step with the same window share. Opaque to the decoder."""
-        ...
-
-    def attend(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cache: Tensor, plan: Any) -> Tensor:
-        """Write k and v into the cache's slots, then attend over each request's blocks: [T, H * D]."""
-        ...
+def check_packed(
+    expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]], tensors: Mapping[str, Tensor]
+) -> None:
+    """Compare packed tensors with what a model needs. Raises ModelError."""
+    for name, (shape, dtype) in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise ModelError(f"packed weights: {name} is missing; pack the model again")
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ModelError(
+                f"packed weights: {name} is {list(tensor.shape)} {tensor.dtype} and must be {list(shape)} "
+                f"{dtype}; pack the model again"
+            )

@@ -1,6 +1,6 @@
-"""Plain torch operations: short, obviously right, any dtype. The yardstick for the fast ones.
+"""Plain torch primitives: short, obviously right, any dtype. The yardstick for the fast ones.
 
-Must not know architectures, requests or files. Shape letters as in `interface`.
+Must not know architectures, requests or files. Shape letters as in `torch_blocks`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from headrace.engine.model_files.metadata import Activation
-from headrace.engine.operations.interface import AttentionShape, GatedLinear, Linear, StepLayout
 from headrace.engine.operations.memory import lazy_zeros
+from headrace.engine.operations.torch_blocks import AttentionShape, GatedLinear, Linear, StepLayout
 
 
 class PlainLinear:
@@ -53,7 +53,7 @@ class ReferencePlan:
     shape: AttentionShape
 
 
-class ReferenceOperations:
+class ReferencePrimitives:
     """One request after another, its blocks gathered and masked in full."""
 
     def __init__(self, dtype: torch.dtype) -> None:

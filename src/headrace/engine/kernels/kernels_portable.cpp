@@ -1,0 +1,40 @@
+// The kernels in plain C++, for every other processor; and the choice between all of them.
+#include "cpu.h"
+#include "matrix.h"
+
+namespace headrace {
+namespace {
+
+#include "lanes.h"
+#include "rows.h"
+
+template <int N>
+HEADRACE_INLINE void accumulate(const uint8_t* panel, int depth, const int8_t* x, int64_t stride,
+                                Integers sums[N][2]) {
+  for (int i = 0; i < N; ++i) {
+    int32_t totals[kPanelChannels] = {};
+    const uint8_t* w = panel;
+    const int8_t* row = x + i * stride;
+    for (int k = 0; k < depth; ++k, w += kPanelChannels * kDepth, row += kDepth)
+      for (int channel = 0; channel < kPanelChannels; ++channel)
+        for (int j = 0; j < kDepth; ++j) totals[channel] += w[channel * kDepth + j] * row[j];
+    for (int channel = 0; channel < kPanelChannels; ++channel)
+      sums[i][channel / kLanes][channel % kLanes] += totals[channel];
+  }
+}
+
+#include "panel.h"
+
+}  // namespace
+
+const Kernels kPortableKernels = make_kernels();
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  if (best_isa() == Isa::avx512_vnni) return kAvx512Kernels;
+  if (best_isa() == Isa::avx2) return kAvx2Kernels;
+#endif
+  return kPortableKernels;
+}
+
+}  // namespace headrace

@@ -1,0 +1,60 @@
+// The C functions that `operations/int8.py` calls. Each returns 0, or 1 where memory ran out.
+#include <exception>
+
+#include "blocks.h"
+#include "export.h"
+
+using namespace headrace;
+
+namespace {
+
+template <typename F>
+int guarded(const F& f) {
+  try {
+    f();
+    return 0;
+  } catch (const std::exception&) {
+    return 1;
+  }
+}
+
+}  // namespace
+
+HEADRACE_EXPORT void* headrace_workspace_new() { return new (std::nothrow) Workspace; }
+
+HEADRACE_EXPORT void headrace_workspace_free(void* workspace) { delete static_cast<Workspace*>(workspace); }
+
+HEADRACE_EXPORT int headrace_attention_block(Team* team, Workspace* workspace, const AttentionBlock* block,
+                                             const AttentionStep* step, void* cache, float* x) {
+  return guarded([&] { attention_block(*team, *workspace, *block, *step, cache, x); });
+}
+
+HEADRACE_EXPORT int headrace_mlp_block(Team* team, Workspace* workspace, const MlpBlock* block, int num_rows,
+                                       float* x) {
+  return guarded([&] { mlp_block(*team, *workspace, *block, num_rows, x); });
+}
+
+HEADRACE_EXPORT int headrace_head(Team* team, Workspace* workspace, const float* norm, float norm_eps,
+                                  const Matrix* matrix, int num_rows, const float* x, float* logits) {
+  return guarded([&] { head(*team, *workspace, norm, norm_eps, *matrix, num_rows, x, logits); });
+}
+
+HEADRACE_EXPORT void headrace_embed(Team* team, const Matrix* matrix, const int32_t* indices, int num_rows,
+                                    float factor, float* x) {
+  embed(*team, *matrix, indices, num_rows, factor, x);
+}
+
+// weight [out_features, in_features] -> to [panels, in_features / 4, 32, 4], scale [panels * 32]
+HEADRACE_EXPORT void headrace_pack(Team* team, const float* weight, int in_features, int out_features,
+                                   uint8_t* to, float* scale) {
+  const int num_panels = Matrix{nullptr, nullptr, in_features, out_features}.num_panels();
+  team->parallel_for(num_panels, [&](int panel) {
+    kernels().pack(weight, in_features, out_features, panel, to, scale);
+  });
+}
+
+// out [num_rows, out_features] = matrix * x, for tests and benchmarks of the multiplication alone.
+HEADRACE_EXPORT int headrace_multiply(Team* team, Workspace* workspace, const Matrix* matrix, int num_rows,
+                                      const float* x, float* out) {
+  return guarded([&] { linear(*team, *workspace, *matrix, num_rows, x, out); });
+}

@@ -1,0 +1,1 @@
+"""Guessing tokens ahead, so that one step can yield several: who guesses, how many, and which were right."""
