@@ -11,9 +11,9 @@ from benchmarks.peers.catalogue import UnknownPeer
 
 NAMES = (
     *("gateway", "tokens", "peers", "router", "placement", "fairness", "held"),
-    *("engine", "speculation", "start", "memory"),
+    *("engine", "roofline", "prompts", "overhead", "speculation", "structured", "start", "memory"),
 )
-WITH_PEERS = ("peers", "engine")
+WITH_PEERS = ("peers", "engine", "prompts")
 """Those that `--only` says the peers of."""
 
 

@@ -105,17 +105,22 @@ class CpuWindow:
 
 
 @contextmanager
-def cpu_window(after_s: float, length_s: float, foreign: ForeignTree | None = None) -> Iterator[CpuWindow]:
+def cpu_window(
+    after_s: float,
+    length_s: float,
+    foreign: ForeignTree | None = None,
+    on_sample: Callable[[], None] = lambda: None,
+) -> Iterator[CpuWindow]:
     """Sample from a thread `after_s` seconds into the block and again `length_s` later. The block must last
-    longer than both."""
+    longer than both. `on_sample` is called with each sample."""
     window = CpuWindow()
     is_over = threading.Event()
 
     def watch() -> None:
-        if not is_over.wait(after_s):
-            window.samples.append(sample_cpu(foreign))
-        if not is_over.wait(length_s):
-            window.samples.append(sample_cpu(foreign))
+        for wait_s in (after_s, length_s):
+            if not is_over.wait(wait_s):
+                window.samples.append(sample_cpu(foreign))
+                on_sample()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -32,6 +32,8 @@ class EngineRig:
     """Its own, and gone afterwards."""
     context_tokens: int
     """Most tokens of one prompt and its answer."""
+    max_running: int = MAX_RUNNING
+    """Most answers computed together."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def vllm_command(rig: EngineRig) -> list[str]:
         str(rig.model.huggingface()),
         *("--served-model-name", "chat", "--host", "127.0.0.1", "--port", str(rig.port)),
         *("--dtype", "bfloat16", "--max-model-len", str(rig.context_tokens)),
-        *("--max-num-seqs", str(MAX_RUNNING), "--block-size", str(VLLM_BLOCK_TOKENS)),
+        *("--max-num-seqs", str(rig.max_running), "--block-size", str(VLLM_BLOCK_TOKENS)),
         *("--enforce-eager", "--no-enable-log-requests"),
     ]
 
@@ -109,7 +111,7 @@ def llama_command(form: Callable[[BenchModel], Path]) -> Callable[[EngineRig], l
                 str(Path(__file__).with_name("llama_server.py")),
             ),
             *("--model", str(form(rig.model)), "--port", str(rig.port)),
-            *("--threads", str(NUM_THREADS), "--slots", str(MAX_RUNNING)),
+            *("--threads", str(NUM_THREADS), "--slots", str(rig.max_running)),
             *("--context", str(rig.context_tokens)),
         ]
 
@@ -118,7 +120,7 @@ def llama_command(form: Callable[[BenchModel], Path]) -> Callable[[EngineRig], l
 
 def transformers_command(rig: EngineRig) -> list[str]:
     """Continuous batching, which its server offers on CPUs, too."""
-    blocks = MAX_RUNNING * rig.context_tokens // 16
+    blocks = rig.max_running * rig.context_tokens // 16
     return [
         *(str(INSTALLED / "transformers" / "bin" / "transformers"), "serve", str(_endless(rig))),
         *("--host", "127.0.0.1", "--port", str(rig.port), "--device", "cpu", "--dtype", "bfloat16"),

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from benchmarks.engines.catalogue import PeerEngine, engines
+from benchmarks.engines.catalogue import MAX_RUNNING, PeerEngine, engines
 from benchmarks.engines.load import LoadFailed
 from benchmarks.engines.models import BenchModel
 from benchmarks.engines.running import (
@@ -92,14 +92,14 @@ def choose_engines(only: Sequence[str]) -> list[PeerEngine]:
 
 @contextmanager
 def company(
-    model: BenchModel, only: Sequence[str], context_tokens: int, **native: object
+    model: BenchModel, only: Sequence[str], context_tokens: int, max_running: int = MAX_RUNNING
 ) -> Iterator[Company]:
     """Start headrace and every peer that is installed, one after another, and yield them paused. All end with
-    the block. `native`: settings of headrace's engine. Raises UnknownPeer; what headrace raises."""
+    the block. Raises UnknownPeer; what headrace raises."""
     found = Company()
     chosen = choose_engines(only)
     with ExitStack() as life:
-        found.running.append(life.enter_context(running_headrace(model, context_tokens, **native)))
+        found.running.append(life.enter_context(running_headrace(model, context_tokens, max_running)))
         _tell(found.running[-1])
         for peer in chosen:
             if not peer.is_installed:
@@ -107,7 +107,7 @@ def company(
                 print(f"-- {peer.title}: {found.failures[peer.name]}", file=sys.stderr, flush=True)
                 continue
             try:
-                engine = life.enter_context(running_peer(peer, model, context_tokens))
+                engine = life.enter_context(running_peer(peer, model, context_tokens, max_running))
             except (EngineFailed, OSError) as error:
                 found.failures[peer.name] = str(error)
                 print(f"-- {peer.title}: {error}", file=sys.stderr, flush=True)

@@ -85,6 +85,8 @@ def run_checked(engine: RunningEngine, work: Workload, spec: LoadSpec) -> LoadRu
         first = failed[0]
         raise LoadFailed(f"{len(failed)} of {len(run.records)} failed: {first.error}: {first.error_detail}")
     short = [record.num_output_tokens for record in run.records if record.num_output_tokens != wanted]
+    if any(not record.token_times for record in run.records):
+        raise LoadFailed("an answer came without any text")
     if short:
         raise LoadFailed(f"{len(short)} answers have not the {wanted} tokens asked for, one has {short[0]}")
     return run

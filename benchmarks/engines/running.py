@@ -87,11 +87,13 @@ class RunningEngine:
 
 
 @contextmanager
-def running_peer(engine: PeerEngine, model: BenchModel, context_tokens: int) -> Iterator[RunningEngine]:
+def running_peer(
+    engine: PeerEngine, model: BenchModel, context_tokens: int, max_running: int = MAX_RUNNING
+) -> Iterator[RunningEngine]:
     """Start a peer's server and yield it when it has answered. Raises EngineFailed."""
     with tempfile.TemporaryDirectory(prefix="hr-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        rig = EngineRig(model, free_port(), folder, context_tokens)
+        rig = EngineRig(model, free_port(), folder, context_tokens, max_running)
         log_path = folder / "log"
         url = f"http://127.0.0.1:{rig.port}/v1"
         command = engine.command(rig)
@@ -129,11 +131,12 @@ def running_peer(engine: PeerEngine, model: BenchModel, context_tokens: int) -> 
 
 
 @contextmanager
-def running_headrace(model: BenchModel, context_tokens: int, **native: object) -> Iterator[RunningEngine]:
-    """Serve with one native replica and yield its front: its own OpenAI server. `native`: more of that
-    section. Raises EngineFailed."""
-    section = {"num_threads": NUM_THREADS, "max_running": MAX_RUNNING, "max_context_tokens": context_tokens}
-    endpoint = {"model": str(model.gguf()), "replicas": 1, "native": {**section, **native}}
+def running_headrace(
+    model: BenchModel, context_tokens: int, max_running: int = MAX_RUNNING
+) -> Iterator[RunningEngine]:
+    """Serve with one native replica and yield its front: its own OpenAI server. Raises EngineFailed."""
+    native = {"num_threads": NUM_THREADS, "max_running": max_running, "max_context_tokens": context_tokens}
+    endpoint = {"model": str(model.gguf()), "replicas": 1, "native": native}
     started_s = time.monotonic()
     with serve(endpoint) as system:
         url = system.front_urls[0]

@@ -1,8 +1,8 @@
 """From one row of logits to a token: the definition, in numpy. `kernels/sampling.cpp` gives the same tokens.
 
 A token's weight is e^((logit - highest) / temperature) as a whole number, in units of 2^-44 of the likeliest
-one's: so sums are exact in any order, on any number of threads. Tokens are ordered by logit, ties by the lower
-id; a token is at the quantile that its place in this order gives. Owns the random numbers, a pure function of
+one's: so sums are exact in any order, on any number of threads. Tokens are in the order of their logits, ties
+by their ids; a token is at the quantile that its place gives. Owns the random numbers, a pure function of
 (seed, index). Must not know requests, penalties or batches.
 """
 
@@ -63,8 +63,8 @@ def _mix(z: int) -> int:
 
 
 def weights(row_V: Float32Row, highest: float, temperature: float) -> Int64Row:
-    """Return each token's weight, a whole number of 0 to 2^44. Each operation rounds to float32, none is fused
-    with another: so C++ gets the same bits."""
+    """Return each token's weight, a whole number of 0 to 2^44. Each operation rounds to float32, and none is
+    fused with another: so C++ gets the same bits."""
     with np.errstate(over="ignore", invalid="ignore"):  # minus infinity times a scale of 0
         log2 = (row_V - np.float32(highest)) * np.float32(_LOG2_E / temperature)
     np.fmax(log2, _LEAST_LOG2, out=log2)

@@ -85,8 +85,8 @@ class FusedSampling:
         self._addresses = (self._tasks.ctypes.data, self._top_ids.ctypes.data)
 
     def choose(self, tasks: Sequence[Task], vocab_size: int) -> list[int]:
-        """Return each task's token; -1 as in `Drawn`. The rows, `vocab_size` float32 each, stay as they are and
-        must not go away meanwhile. Raises MemoryError."""
+        """Return each task's token; -1 as in `Drawn`. The rows, `vocab_size` float32 each, stay as they are,
+        and must live so long. Raises MemoryError."""
         num_tasks = len(tasks)
         if num_tasks > len(self._tasks):
             self._reserve(2 * num_tasks)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from headrace.api.messages import EngineSpec
-from headrace.engine.kv_memory import kv_bytes_per_token, plan_kv_blocks
+from headrace.engine.kv_memory import plan_kv_blocks
 from headrace.engine.model_files.metadata import Hyperparameters, ModelMetadata, read_metadata
 from headrace.engine.model_files.resolve import ModelFiles
 from headrace.engine.models.decoder import Decoder
 from headrace.engine.operations.interface import Operations
+from headrace.engine.operations.kernels import Team
 from headrace.engine.operations.memory import give_back
 from headrace.engine.operations.select import select_operations
 from headrace.engine.protocol import StepInput
@@ -45,13 +46,15 @@ class DecoderRunner:
         h = metadata.hyperparameters
         self.vocab_size = h.vocab_size
         self.block_size = spec.block_size
-        bytes_per_token = kv_bytes_per_token(h, operations.kv_dtype.itemsize)
+        bytes_per_token = -(-operations.kv_block_bytes(h, spec.block_size) // spec.block_size)
         self.num_blocks = plan_kv_blocks(spec, h, bytes_per_token)
         self._kv_bytes = self.num_blocks * self.block_size * bytes_per_token
         self.max_context_tokens = min(longest_context(spec, h), self.num_blocks * self.block_size)
         self.eos_token_ids = metadata.eos_token_ids
         self.architecture: str = h.architecture
         self.path = operations.description
+        self.team: Team | None = getattr(operations, "team", None)
+        """The threads of a step, which the sampler uses, too; None: torch's own."""
         self._load_decoder = load_decoder
         self._decoder: Decoder | None = load_decoder()
         on_phase("allocating KV memory")
@@ -99,7 +102,7 @@ def load_runner(spec: EngineSpec, files: ModelFiles, on_phase: Callable[[str], N
     metadata = read_metadata(files)
     torch.set_num_threads(spec.num_threads or len(os.sched_getaffinity(0)))
     h = metadata.hyperparameters
-    operations = select_operations(spec.dtype, torch.get_num_threads(), h)
+    operations = select_operations(spec.dtype, spec.kv_dtype, torch.get_num_threads(), h)
     packing = Packing(
         operations.arithmetic, operations.packed_version, operations.bytes_per_weight, operations.pack
     )

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from headrace.engine.step_model import StepContents, StepModelFit
 
-_WEIGHT_SCALE = float(1 << 40)
+_WEIGHT_SCALE = float(1 << 46)
 _UNMEASURED = (1.0, 1.0, 0.0, 2.0, 0.0)
 """Weights while nothing is measured: a decoded token as two prompt tokens, as in `policy.work`."""
 
@@ -35,17 +35,22 @@ def split(total_ns: int, weights: Sequence[float]) -> list[int]:
     Ties go to the earlier part. Weights that are negative or not finite count as 0; if none counts, all parts
     are alike. `weights` must not be empty.
     """
-    kept = [weight if 0 < weight < math.inf else 0.0 for weight in weights]
-    largest = max(kept)
-    scaled = [int(weight / largest * _WEIGHT_SCALE) for weight in kept] if largest else [1] * len(kept)
+    whole_weight = sum(weights)
+    if not (0 < whole_weight < math.inf and min(weights) >= 0):
+        weights = [weight if 0 < weight < math.inf else 0.0 for weight in weights]
+        largest = max(weights) or 1.0
+        weights = [weight / largest for weight in weights]
+        whole_weight = sum(weights)
+    scale = _WEIGHT_SCALE / whole_weight if whole_weight else 0.0
+    scaled = [int(weight * scale) for weight in weights] if scale < math.inf else [0]
     whole = sum(scaled)
-    parts, remainders = [], []
-    for weight in scaled:
-        part, remainder = divmod(total_ns * weight, whole)
-        parts.append(part)
-        remainders.append(remainder)
+    if not whole:
+        scaled, whole = [1] * len(weights), len(weights)
+    products = [total_ns * weight for weight in scaled]
+    parts = [product // whole for product in products]
     missing = total_ns - sum(parts)
     if missing:
+        remainders = [product % whole for product in products]
         for index in sorted(range(len(parts)), key=remainders.__getitem__, reverse=True)[:missing]:
             parts[index] += 1
     return parts
@@ -74,8 +79,7 @@ class WorkAccount:
         elapsed_ns = self._pass(now_ns)
         self.busy_ns += elapsed_ns
         shares = split(elapsed_ns, self._weights(parts))
-        num_prompt, num_attended, num_decoded, num_kv = map(sum, zip(*parts))
-        self.fit.observe(elapsed_ns * 1e-9, StepContents(num_prompt, num_attended, num_decoded, num_kv))
+        self.fit.observe(elapsed_ns * 1e-9, StepContents._make(map(sum, zip(*parts))))
         return shares
 
     def _pass(self, now_ns: int) -> int:

@@ -1,4 +1,4 @@
-"""Runs the compiled attention on steps over block tables of a test's choosing, and says what plain torch gives.
+"""Runs the compiled attention over block tables of a test's choosing, and says what plain torch gives.
 
 Shapes: T tokens of a step, R requests, H heads, K KV heads, D head_dim.
 """
@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headrace.engine.operations import interface
+from headrace.engine.operations import torch_blocks
 from headrace.engine.operations.kernels import Library, Team
-from headrace.engine.operations.reference import ReferenceOperations, causal_mask, masked_attention
+from headrace.engine.operations.reference import ReferencePrimitives, causal_mask, masked_attention
 
 Floats = NDArray[np.float32]
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
@@ -160,7 +160,7 @@ class Attention:
 
 def expected(model: Model, qkv: Floats, start: int, end: int) -> Floats:
     """Rows [start, end) of a whole context's attention by the plain torch operations, in float32."""
-    reference = ReferenceOperations(torch.float32)
+    reference = ReferencePrimitives(torch.float32)
     heads = model.num_heads + model.num_kv_heads
     x = torch.from_numpy(qkv[:end]).view(end, -1, model.head_dim)
     qk, v = x[:, :heads], x[:, heads:]
@@ -172,7 +172,7 @@ def expected(model: Model, qkv: Floats, start: int, end: int) -> Floats:
     cos, sin = (torch.from_numpy(angle)[:end, None] for angle in model.angles(end))
     qk = reference.rotate(qk, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
     mask = causal_mask(torch.arange(start, end), torch.arange(end), model.window)
-    shape = interface.AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim, model.factor)
+    shape = torch_blocks.AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim, model.factor)
     result: Tensor = masked_attention(
         qk[start:end, : model.num_heads], qk[:, model.num_heads :], v, mask, shape
     )

@@ -19,7 +19,8 @@ from tests.unit.engine.tiny_models import VOCAB_SIZE, gguf_file, huggingface_dir
 from headrace.api.messages import EngineSpec
 from headrace.engine.model_files.metadata import Hyperparameters, read_metadata
 from headrace.engine.naive import NaiveModel
-from headrace.engine.operations.int8 import Int8Operations, _Matrix, why_not_int8
+from headrace.engine.operations.int8 import Int8Operations, why_not_int8
+from headrace.engine.operations.kernel_structures import Matrix
 from headrace.engine.operations.kernels import KernelsMissing, Library, load_kernels
 from headrace.engine.runner import DecoderRunner, load_runner
 from headrace.engine.weights.source import open_weights
@@ -75,7 +76,7 @@ def multiply(library: Library, operations: Int8Operations, weight: np.ndarray, x
     function = library.function("headrace_multiply", [pointer] * 3 + [number] + [pointer] * 2, number)
     workspace = library.function("headrace_workspace_new", [], pointer)()
     packed, scale = operations.pack_matrix(torch.from_numpy(weight))
-    matrix = _Matrix(packed.data_ptr(), scale.data_ptr(), weight.shape[1], weight.shape[0])
+    matrix = Matrix(packed.data_ptr(), scale.data_ptr(), weight.shape[1], weight.shape[0])
     x = np.ascontiguousarray(x, np.float32)
     out = np.empty((len(x), len(weight)), np.float32)
     team = operations.team.handle

@@ -64,12 +64,6 @@ class Tree(BaseModel):
     note: str | None = Field(max_length=5)
 
 
-def tree_schema() -> dict[str, Any]:
-    schema = Tree.model_json_schema()
-    # The fewest line ends: what hashes choose would be mostly white.
-    return {**schema, "x-guidance": {"whitespace_pattern": " ?"}}
-
-
 def unchecked(lark: str) -> str:
     """A grammar as no front would let through."""
     return json.dumps({"grammars": [{"lark_grammar": '%llguidance {"no_forcing": true}\n' + lark}]})
@@ -98,7 +92,7 @@ def test_every_answer_is_accepted_by_an_independent_judge(
     sampling: dict[str, Any] = {"seed": seed, "temperature": temperature}
     requests = [request(f"re{i}", write_grammar("regex", p), **sampling) for i, p in enumerate(PATTERNS)]
     requests += [
-        request("tree", write_grammar("json", json.dumps(tree_schema())), **sampling),
+        request("tree", write_grammar("json", json.dumps(Tree.model_json_schema())), **sampling),
         request("choice", write_grammar("choice", json.dumps(CHOICES)), top_p=0.9, **sampling),
         request("gbnf", write_grammar("grammar", GBNF), top_k=20, repetition_penalty=1.3, **sampling),
         request("free", "", seed=seed, max_tokens=40, ignore_eos=True),
@@ -116,7 +110,7 @@ def test_every_answer_is_accepted_by_an_independent_judge(
 
 @pytest.mark.slow
 def test_partners_change_nothing_and_free_answers_are_what_they_were(rig: GrammarRig) -> None:
-    tree = write_grammar("json", json.dumps(tree_schema()))
+    tree = write_grammar("json", json.dumps(Tree.model_json_schema()))
     together = [
         *(request(f"tree{i}", tree, seed=i) for i in range(3)),
         *(request(f"free{i}", "", seed=i, max_tokens=30) for i in range(3)),
@@ -131,7 +125,7 @@ def test_partners_change_nothing_and_free_answers_are_what_they_were(rig: Gramma
 
 @pytest.mark.slow
 def test_guessing_ahead_changes_nothing(rig: GrammarRig) -> None:
-    tree = write_grammar("json", json.dumps(tree_schema()))
+    tree = write_grammar("json", json.dumps(Tree.model_json_schema()))
     repeat = write_grammar("regex", "((red|blue) and ){8}(red|blue)")
     requests = [request(f"tree{i}", tree, seed=i) for i in range(3)]
     requests += [request(f"repeat{i}", repeat, seed=i, temperature=0.5 * i) for i in range(3)]
@@ -150,7 +144,7 @@ def test_an_answer_resumed_after_any_token_continues_as_if_undisturbed(
     rig: GrammarRig, temperature: float
 ) -> None:
     sampling: dict[str, Any] = {"seed": 11, "temperature": temperature, "frequency_penalty": 0.5}
-    tree = write_grammar("json", json.dumps(tree_schema()))
+    tree = write_grammar("json", json.dumps(Tree.model_json_schema()))
     whole = rig.run([request("whole", tree, **sampling)])["whole"]
     assert whole.finish_reason == "stop"
     assert len(whole.token_ids) > 20

@@ -80,14 +80,16 @@ def test_without_kernels_auto_is_bfloat16_where_the_processor_has_it_and_says_wh
 ) -> None:
     monkeypatch.setattr(select, "load_kernels", no_kernels)
     monkeypatch.setattr(mkldnn_linear, "is_available", lambda: False)
-    assert select_operations("auto", 1, SIZES).kv_dtype == torch.float32
-    assert select_operations("bfloat16", 1, SIZES).description == "bfloat16, 1 thread"
+    assert select_operations("auto", "auto", 1, SIZES).arithmetic == "float32"
+    assert select_operations("bfloat16", "auto", 1, SIZES).description == "bfloat16, 1 thread"
     monkeypatch.setattr(mkldnn_linear, "is_available", lambda: True)
     path = "bfloat16 mkldnn, 2 threads; no compiled kernels: a reason"
-    assert select_operations("auto", 2, SIZES).description == path
-    assert select_operations("float32", 1, SIZES).kv_dtype == torch.float32
+    assert select_operations("auto", "auto", 2, SIZES).description == path
+    assert select_operations("float32", "auto", 1, SIZES).arithmetic == "float32"
     with pytest.raises(ConfigError, match=r"dtype is int8; .* no compiled kernels: a reason"):
-        select_operations("int8", 1, SIZES)
+        select_operations("int8", "auto", 1, SIZES)
+    with pytest.raises(ConfigError, match="kv_dtype is int8; with bfloat16 mkldnn, 1 thread; no compiled"):
+        select_operations("auto", "int8", 1, SIZES)
 
 
 def test_with_kernels_auto_is_int8_where_model_and_processor_fit() -> None:
@@ -95,13 +97,13 @@ def test_with_kernels_auto_is_int8_where_model_and_processor_fit() -> None:
         library = load_kernels()
     except KernelsMissing as missing:
         pytest.skip(str(missing))
-    assert select_operations("int8", 2, SIZES).description == f"int8 {library.isa}, 2 threads"
+    assert select_operations("int8", "auto", 2, SIZES).description == f"int8 {library.isa}, 2 threads"
     odd = replace(SIZES, intermediate_size=100)
-    assert "intermediate_size is 100; int8 needs" in select_operations("auto", 1, odd).description
+    assert "intermediate_size is 100; int8 needs" in select_operations("auto", "auto", 1, odd).description
     library.limit_isa(0)
     try:
-        assert "int8 is slower here" in select_operations("auto", 1, SIZES).description
-        assert select_operations("int8", 1, SIZES).description == "int8 portable, 1 thread"
+        assert "int8 is slower here" in select_operations("auto", "auto", 1, SIZES).description
+        assert select_operations("int8", "auto", 1, SIZES).description == "int8 portable, 1 thread"
     finally:
         library.limit_isa(2)
 

@@ -49,6 +49,10 @@ def test_choices_are_taken_literally() -> None:
     grammar = write_grammar("choice", json.dumps(choices))
     assert all(accepts(grammar, choice) for choice in choices)
     assert not accepts(grammar, "abc")
+    many = write_grammar("choice", json.dumps([f"option {i}" for i in range(5000)]))
+    assert accepts(many, "option 4999")
+    assert not accepts(many, "option 5000")
+    assert accepts(write_grammar("choice", '[""]'), "")
 
 
 @pytest.mark.parametrize(
@@ -65,13 +69,17 @@ def test_grammars_come_in_larks_and_in_gbnfs_notation(text: str) -> None:
     assert not accepts(grammar, "SELECT c")
 
 
-def test_a_schema_may_say_where_whitespace_is_allowed_and_otherwise_has_a_limit() -> None:
-    anything = {"type": "array", "items": {"type": "integer"}}
-    assert accepts(schema(anything), "[\n  1,\n  2\n]")
-    assert not accepts(schema(anything), "[" + " " * 41 + "1]")
-    compact = schema({**anything, "x-guidance": {"whitespace_flexible": False, "whitespace_pattern": ""}})
-    assert accepts(compact, "[1,2]")
-    assert not accepts(compact, "[1, 2]")
+def test_json_has_one_line_unless_the_schema_says_where_whitespace_is_allowed() -> None:
+    numbers = {"type": "object", "additionalProperties": {"type": "array", "items": {"type": "integer"}}}
+    for text in ('{"a": [1, 2], "b":[1,2]}', "{}"):
+        assert accepts(schema(numbers), text)
+    for text in ('{ "a":[]}', '{"a":  []}', '{"a":[\n]}', '{"a" :[]}', '{"a":[1 ,2]}', '{"a":[]} '):
+        assert not accepts(schema(numbers), text)
+    compact = schema({**numbers, "x-guidance": {"whitespace_flexible": False}})
+    assert accepts(compact, '{"a":[1,2]}')
+    assert not accepts(compact, '{"a": [1,2]}')
+    free = schema({**numbers, "x-guidance": {"whitespace_flexible": True}})
+    assert accepts(free, '{\n\t"a" : [\r\n  1 ,  2]  }')
 
 
 def test_a_schema_cannot_ask_to_be_lenient() -> None:

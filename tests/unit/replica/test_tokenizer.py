@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from headrace.api.messages import EngineSpec
 from headrace.engine.model_files.metadata import GgufTokenizer, ModelMetadata, read_metadata
 from headrace.engine.model_files.resolve import resolve_model
+from headrace.engine.model_files.vocabulary import read_token_bytes
 from headrace.errors import InvalidRequest, ModelError
 from headrace.replica.gguf_tokenizer import build_gguf_tokenizer
 from headrace.replica.text import TextDecoder, TokenBytes
@@ -213,6 +215,31 @@ def test_a_damaged_tokenizer_json_and_an_unknown_decoder_are_model_errors(tmp_pa
         load_tokenizer_json(path)
     with pytest.raises(ModelError, match="decoder is none"):
         ModelTokenizer(Tokenizer(models.BPE()))
+
+
+def test_the_engine_reads_the_same_bytes_without_a_tokenizer(
+    model: TextModel, metadata: ModelMetadata, tmp_path: Path
+) -> None:
+    token_bytes = read_token_bytes(metadata)
+    assert len(token_bytes) == metadata.hyperparameters.vocab_size
+    assert token_bytes == [model.tokenizer.token_bytes[token_id] for token_id in range(len(token_bytes))]
+
+    # More logits than tokens, as embeddings are rounded up.
+    source = sentencepiece()
+    num_tokens = len(source.tokens) + 5
+    shape = replace(metadata.hyperparameters, vocab_size=num_tokens)
+    tokenizer = build_gguf_tokenizer(source, 1, "</s>")
+    by_library = ModelTokenizer(tokenizer).token_bytes
+    wanted = [by_library[token_id] for token_id in range(num_tokens)]
+    assert wanted[-6:] == [b"<tag>", b"", b"", b"", b"", b""]
+    assert read_token_bytes(replace(metadata, gguf_tokenizer=source, hyperparameters=shape)) == wanted
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    from_json = replace(metadata, gguf_tokenizer=None, tokenizer_json=path, hyperparameters=shape)
+    assert read_token_bytes(from_json) == wanted
+    path.write_text('{"model": {"vocab": []}}')
+    with pytest.raises(ModelError, match="vocabulary cannot be read"):
+        read_token_bytes(from_json)
 
 
 @pytest.mark.parametrize("is_simulated", [True, False])

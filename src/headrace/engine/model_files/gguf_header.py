@@ -220,6 +220,11 @@ class _HeaderReader:
             if name in tensors:
                 raise self._error(f"tensor {name!r} occurs twice")
             tensors[name] = self._checked(name, shape, type_id, data_start + offset)
+        end = data_start
+        for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset_bytes):
+            if tensor.offset_bytes < end:  # else a small file could claim as much memory as it has names
+                raise self._error(f"tensor {tensor.name!r} overlaps another")
+            end = tensor.offset_bytes + tensor.size_bytes
         return tensors
 
     def _checked(self, name: str, shape: tuple[int, ...], type_id: int, offset_bytes: int) -> GgufTensor:

@@ -23,6 +23,8 @@ from headrace.errors import ModelError
 _MAX_JSON_BYTES = 16 * 1024 * 1024
 _MAX_SIZE = 1 << 31
 _MAX_LAYERS = 4096
+_MAX_WHOLE = 1 << 53
+"""Whole numbers up to here are floats exactly; longer ones are no setting of any model."""
 _LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM")
 _GEMMA3 = "Gemma3ForCausalLM"
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -77,22 +79,24 @@ class _Section:
         value = self.values.get(key)
         value = default if value is None else value
         if type(value) is not int or not 1 <= value <= at_most:
-            raise self.error(f"{key} is {value!r}; it must be a number from 1 to {at_most}")
+            raise self.error(f"{key} is {_brief(value)}; it must be a number from 1 to {at_most}")
         return value
 
     def integer(self, key: str) -> int | None:
         value = self.values.get(key)
         if value is not None and type(value) is not int:
-            raise self.error(f"{key} is {value!r}; it must be a whole number")
+            raise self.error(f"{key} is {_brief(value)}; it must be a whole number")
         return value
 
     def number(self, key: str) -> float | None:
         value = self.values.get(key)
         if value is None:
             return None
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise self.error(f"{key} is {value!r}; it must be a finite number")
-        return float(value)
+        if type(value) is int and abs(value) <= _MAX_WHOLE:
+            value = float(value)
+        if type(value) is not float or not math.isfinite(value):
+            raise self.error(f"{key} is {_brief(value)}; it must be a finite number")
+        return value
 
     def positive(self, key: str, default: float) -> float:
         value = self.number(key)
@@ -104,13 +108,13 @@ class _Section:
     def flag(self, key: str, default: bool) -> bool:
         value = self.values.get(key, default)
         if type(value) is not bool:
-            raise self.error(f"{key} is {value!r}; it must be true or false")
+            raise self.error(f"{key} is {_brief(value)}; it must be true or false")
         return value
 
     def text(self, key: str) -> str | None:
         value = self.values.get(key)
         if value is not None and not isinstance(value, str):
-            raise self.error(f"{key} is {value!r}; it must be a string")
+            raise self.error(f"{key} is {_brief(value)}; it must be a string")
         return value
 
     def ids(self, key: str) -> list[int]:
@@ -118,8 +122,14 @@ class _Section:
         value = self.values.get(key)
         items = value if isinstance(value, list) else [] if value is None else [value]
         if any(type(item) is not int or not 0 <= item < _MAX_SIZE for item in items):
-            raise self.error(f"{key} is {value!r}; it must be a token id or a list of them")
+            raise self.error(f"{key} is {_brief(value)}; it must be a token id or a list of them")
         return items
+
+
+def _brief(value: Any) -> str:
+    """`value` for a message: a hostile one may be megabytes long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _read_object(path: Path, required: bool) -> dict[str, Any]:
@@ -159,13 +169,14 @@ def _chat_template(directory: Path, tokenizer: _Section) -> str | None:
     path = directory / "chat_template.jinja"
     if path.is_file():
         try:
-            return path.read_text("utf-8")
+            with path.open(encoding="utf-8") as file:
+                return file.read(_MAX_JSON_BYTES)
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     value = tokenizer.values.get("chat_template")
     if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        value = named.get("default")
+        named = [item for item in value if isinstance(item, dict) and item.get("name") == "default"]
+        value = named[-1].get("template") if named else None
     if value is not None and not isinstance(value, str):
         raise tokenizer.error("chat_template must be a string or a list of named templates")
     return value
@@ -179,7 +190,7 @@ def _hyperparameters(config: _Section) -> Hyperparameters:
     if architecture == _GEMMA3:
         return Hyperparameters(architecture="gemma3", **_shared(config), **_gemma3(config))
     supported = ", ".join((*_LLAMA_LIKE, _GEMMA3))
-    raise config.error(f"architecture {architecture!r} is not supported; supported are {supported}")
+    raise config.error(f"architecture {_brief(architecture)} is not supported; supported are {supported}")
 
 
 def _shared(config: _Section) -> dict[str, Any]:
@@ -268,7 +279,8 @@ def _sliding_layers(config: _Section) -> tuple[bool, ...]:
 
 def _activation(config: _Section, name: str) -> Activation:
     if name not in _ACTIVATIONS:
-        raise config.error(f"activation {name!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
+        supported = ", ".join(_ACTIVATIONS)
+        raise config.error(f"activation {_brief(name)} is not supported; supported are {supported}")
     return _ACTIVATIONS[name]
 
 
@@ -294,4 +306,4 @@ def _rope_scaling(rope: _Section | None) -> RopeScaling | None:
             rope.positive("high_freq_factor", 4.0),
             rope.size("original_max_position_embeddings", 8192),
         )
-    raise rope.error(f"rope type {kind!r} is not supported; supported are default, linear and llama3")
+    raise rope.error(f"rope type {_brief(kind)} is not supported; supported are default, linear and llama3")

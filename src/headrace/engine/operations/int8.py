@@ -9,9 +9,9 @@ Shapes: T tokens of a step, R requests, S rows sampled, D head_dim. Panels are 3
 from __future__ import annotations
 
 from collections.abc import Mapping
-from ctypes import Structure, byref, c_float, c_int, c_int32, c_void_p
+from ctypes import byref, c_float, c_int, c_size_t, c_void_p
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,14 @@ from torch import Tensor
 from headrace.engine.model_files.metadata import Hyperparameters
 from headrace.engine.models.rotary import RotaryTable
 from headrace.engine.operations.interface import Read, check_packed
-from headrace.engine.operations.kernels import Library, Team
+from headrace.engine.operations.kernel_structures import (
+    AttentionBlock,
+    AttentionShape,
+    AttentionStep,
+    Matrix,
+    MlpBlock,
+)
+from headrace.engine.operations.kernels import Library
 from headrace.engine.operations.memory import lazy_zeros
 from headrace.engine.protocol import StepInput
 
@@ -28,68 +35,9 @@ _PANEL = 32
 _GATE_CHANNELS = 16
 """gate and up alternate in runs of so many channels, half a panel."""
 _MAX_FEATURES = 65536
+_MAX_HEAD_DIM = 256
 _FEATURE_MULTIPLE = 16
 _NORMS = ("attention_norm", "mlp_norm", "q_norm", "k_norm", "post_attention_norm", "post_mlp_norm")
-
-
-class _Matrix(Structure):
-    _fields_ = [
-        ("weight", c_void_p),
-        ("scale", c_void_p),
-        ("in_features", c_int32),
-        ("out_features", c_int32),
-    ]
-
-
-class _AttentionShape(Structure):
-    _fields_ = [
-        ("num_heads", c_int32),
-        ("num_kv_heads", c_int32),
-        ("head_dim", c_int32),
-        ("window", c_int32),
-        ("scale", c_float),
-        ("norm_eps", c_float),
-        ("kv_kind", c_int32),
-    ]
-
-
-class _AttentionBlock(Structure):
-    _fields_ = [
-        ("norm", c_void_p),
-        ("qkv", _Matrix),
-        ("q_norm", c_void_p),
-        ("k_norm", c_void_p),
-        ("o", _Matrix),
-        ("post_norm", c_void_p),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-        ("shape", _AttentionShape),
-    ]
-
-
-class _MlpBlock(Structure):
-    _fields_ = [
-        ("norm", c_void_p),
-        ("gate_up", _Matrix),
-        ("down", _Matrix),
-        ("post_norm", c_void_p),
-        ("norm_eps", c_float),
-        ("is_gelu", c_int32),
-    ]
-
-
-class _AttentionStep(Structure):
-    _fields_ = [
-        ("num_tokens", c_int32),
-        ("num_requests", c_int32),
-        ("block_size", c_int32),
-        ("table_stride", c_int32),
-        ("query_starts", c_void_p),
-        ("context_lengths", c_void_p),
-        ("block_tables", c_void_p),
-        ("positions", c_void_p),
-        ("slots", c_void_p),
-    ]
 
 
 def why_not_int8(h: Hyperparameters) -> str:
@@ -104,17 +52,22 @@ def why_not_int8(h: Hyperparameters) -> str:
     return ""
 
 
+KvKind = Literal["float32", "bfloat16", "int8"]
+_KV_KINDS: dict[KvKind, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
+
+
 class Int8Operations:
     """Operations in C++. Owns a team of threads for as long as it or its blocks live."""
 
     arithmetic = "int8"
     packed_version = "1"
     bytes_per_weight = 1.05
-    kv_dtype = torch.float32
 
-    def __init__(self, library: Library, num_threads: int) -> None:
+    def __init__(self, library: Library, num_threads: int, kv_kind: KvKind = "bfloat16") -> None:
         """Raises OSError when there are no more threads."""
-        self._library = library
+        self.library = library
+        self._kv_kind = kv_kind
+        self._kv_block_bytes = library.function("headrace_kv_block_bytes", [c_void_p, c_int], c_size_t)
         self.team = library.start_team(num_threads)
         threads = f"{num_threads} thread{'s' if num_threads != 1 else ''}"
         self.description = f"int8 {library.isa}, {threads}"
@@ -170,7 +123,29 @@ class Int8Operations:
             expected[name + ".scale"] = ((panels * _PANEL,), torch.float32)
         expected |= {name: ((size,), torch.float32) for name, size in _vectors(h).items()}
         check_packed(expected, tensors)
-        return Int8Blocks(h, tensors, self._library, self.team, max_context_tokens)
+        return Int8Blocks(h, tensors, self, max_context_tokens)
+
+    def kv_block_bytes(self, h: Hyperparameters, block_size: int) -> int:
+        return h.num_layers * self.kv_layer_block_bytes(h, block_size)
+
+    def kv_layer_block_bytes(self, h: Hyperparameters, block_size: int) -> int:
+        """Bytes of one block in one layer."""
+        num_bytes: int = self._kv_block_bytes(byref(self.attention_shape(h, 0)), block_size)
+        assert num_bytes, f"attention cannot serve {h.head_dim=}, {block_size=}"
+        return num_bytes
+
+    def attention_shape(self, h: Hyperparameters, layer: int) -> AttentionShape:
+        """What attention in `layer` must know."""
+        slides = bool(h.sliding_window and h.is_sliding_by_layer and h.is_sliding_by_layer[layer])
+        return AttentionShape(
+            h.num_heads,
+            h.num_kv_heads,
+            h.head_dim,
+            h.sliding_window if slides else 0,
+            h.attention_scale or h.head_dim**-0.5,
+            h.norm_eps,
+            _KV_KINDS[self._kv_kind],
+        )
 
 
 def _matrices(h: Hyperparameters) -> dict[str, tuple[int, int]]:
@@ -202,7 +177,7 @@ def _vectors(h: Hyperparameters) -> dict[str, int]:
 @dataclass(frozen=True, slots=True)
 class _Step:
     token_ids_T: Any
-    attention: _AttentionStep
+    attention: AttentionStep
     kept: tuple[Any, ...]
     """What `attention` points to."""
 
@@ -214,13 +189,13 @@ class Int8Blocks:
         self,
         h: Hyperparameters,
         tensors: Mapping[str, Tensor],
-        library: Library,
-        team: Team,
+        operations: Int8Operations,
         max_context_tokens: int,
     ) -> None:
         self._h = h
         self._kept = dict(tensors)
-        self._library, self._team = library, team
+        self._operations, self._team = operations, operations.team
+        library = operations.library
         self._declare(library)
         self._workspace = c_void_p(library.function("headrace_workspace_new", [], c_void_p)())
         self._free = library.function("headrace_workspace_free", [c_void_p])
@@ -252,8 +227,8 @@ class Int8Blocks:
         tensor = self._kept.get(name)
         return None if tensor is None else tensor.data_ptr()
 
-    def _matrix(self, name: str, out_features: int, in_features: int) -> _Matrix:
-        return _Matrix(self._pointer(name), self._pointer(name + ".scale"), in_features, out_features)
+    def _matrix(self, name: str, out_features: int, in_features: int) -> Matrix:
+        return Matrix(self._pointer(name), self._pointer(name + ".scale"), in_features, out_features)
 
     def _rotary_tables(self, max_context_tokens: int) -> dict[bool, tuple[int, int]]:
         """Pointers to cos and sin [max_context_tokens, D / 2], by whether a layer slides."""
@@ -271,33 +246,24 @@ class Int8Blocks:
             tables[kind] = (cos.data_ptr(), sin.data_ptr())
         return tables
 
-    def _attention_block(self, index: int, rotary: dict[bool, tuple[int, int]]) -> _AttentionBlock:
+    def _attention_block(self, index: int, rotary: dict[bool, tuple[int, int]]) -> AttentionBlock:
         h, at = self._h, f"layers.{index}."
         query_size, kv_size = h.num_heads * h.head_dim, h.num_kv_heads * h.head_dim
-        slides = bool(h.sliding_window and h.is_sliding_by_layer and h.is_sliding_by_layer[index])
-        shape = _AttentionShape(
-            h.num_heads,
-            h.num_kv_heads,
-            h.head_dim,
-            h.sliding_window if slides else 0,
-            h.attention_scale or h.head_dim**-0.5,
-            h.norm_eps,
-            0,
-        )
-        return _AttentionBlock(
+        shape = self._operations.attention_shape(h, index)
+        return AttentionBlock(
             self._pointer(at + "attention_norm"),
             self._matrix(at + "qkv", query_size + 2 * kv_size, h.hidden_size),
             self._pointer(at + "q_norm"),
             self._pointer(at + "k_norm"),
             self._matrix(at + "o", h.hidden_size, query_size),
             self._pointer(at + "post_attention_norm"),
-            *rotary[slides],
+            *rotary[bool(shape.window)],
             shape,
         )
 
-    def _mlp_block(self, index: int) -> _MlpBlock:
+    def _mlp_block(self, index: int) -> MlpBlock:
         h, at = self._h, f"layers.{index}."
-        return _MlpBlock(
+        return MlpBlock(
             self._pointer(at + "mlp_norm"),
             self._matrix(at + "gate_up", 2 * h.intermediate_size, h.hidden_size),
             self._matrix(at + "down", h.hidden_size, h.intermediate_size),
@@ -309,10 +275,8 @@ class Int8Blocks:
     def new_kv_caches(self, num_blocks: int, block_size: int) -> list[Tensor]:
         h = self._h
         self._block_size = block_size
-        shape = (num_blocks * block_size, 2, h.num_kv_heads, h.head_dim)
-        return [lazy_zeros(shape, self.kv_dtype) for _ in range(h.num_layers)]
-
-    kv_dtype = Int8Operations.kv_dtype
+        num_bytes = num_blocks * self._operations.kv_layer_block_bytes(h, block_size)
+        return [lazy_zeros((num_bytes,), torch.uint8) for _ in range(h.num_layers)]
 
     def prepare(self, batch: StepInput) -> _Step:
         num_requests = len(batch.block_tables)
@@ -321,7 +285,7 @@ class Int8Blocks:
         for row, table in enumerate(batch.block_tables):
             tables[row, : len(table)] = table
         arrays = (batch.query_starts, batch.context_lengths_R, tables, batch.positions_T, batch.slots_T)
-        step = _AttentionStep(
+        step = AttentionStep(
             len(batch.token_ids_T),
             num_requests,
             self._block_size,

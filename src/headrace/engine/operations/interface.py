@@ -65,12 +65,14 @@ class Operations(Protocol):
     """Changes when what `pack` returns does."""
     bytes_per_weight: float
     """About, once packed."""
-    kv_dtype: torch.dtype
-    """Of one number in the KV caches."""
 
     def pack(self, h: Hyperparameters, read: Read) -> dict[str, Tensor]:
         """Read every tensor of the model once and pack it. Returns contiguous tensors by name; at most a few
         tensors' originals are in memory at a time."""
+        ...
+
+    def kv_block_bytes(self, h: Hyperparameters, block_size: int) -> int:
+        """KV memory of one block in all layers."""
         ...
 
     def load(self, h: Hyperparameters, tensors: Mapping[str, Tensor], max_context_tokens: int) -> Blocks:

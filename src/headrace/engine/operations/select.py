@@ -16,48 +16,57 @@ from headrace.engine.operations.torch_blocks import TorchOperations
 from headrace.errors import ConfigError
 
 _MAX_THREADS = 256
+Dtype = Literal["auto", "int8", "bfloat16", "float32"]
 
 
-def select_operations(
-    dtype: Literal["auto", "int8", "bfloat16", "float32"], num_threads: int, h: Hyperparameters
-) -> Operations:
-    """Return the operations in `dtype`; auto: the fastest that keep the model's quality.
+def select_operations(dtype: Dtype, kv_dtype: Dtype, num_threads: int, h: Hyperparameters) -> Operations:
+    """Return the operations in `dtype`, with keys and values in `kv_dtype`; auto: the fastest that keep the
+    model's quality.
 
-    auto: int8 where there are compiled kernels for this processor's vector instructions, else bfloat16, or
+    auto is int8 where there are compiled kernels for this processor's vector instructions, else bfloat16, or
     float32 where the processor has no instructions for bfloat16 (no AVX-512): there emulated bfloat16 is
     several times slower than float32. Raises ConfigError.
     """
     if dtype not in ("auto", "int8"):
-        return _torch_operations(dtype, num_threads, "")
+        return _torch_operations(dtype, kv_dtype, num_threads, "")
     try:
-        return _int8_operations(num_threads, h, is_asked=dtype == "int8")
+        return _int8_operations(kv_dtype, num_threads, h, is_asked=dtype == "int8")
     except KernelsMissing as missing:
         if dtype == "int8":
             raise ConfigError(
                 [f"dtype is int8; it must be auto, bfloat16 or float32 here: {missing}"]
             ) from missing
-        return _torch_operations(dtype, num_threads, f"; {missing}")
+        return _torch_operations(dtype, kv_dtype, num_threads, f"; {missing}")
 
 
-def _int8_operations(num_threads: int, h: Hyperparameters, *, is_asked: bool) -> Int8Operations:
+def _int8_operations(
+    kv_dtype: Dtype, num_threads: int, h: Hyperparameters, *, is_asked: bool
+) -> Int8Operations:
     library = load_kernels()
     if reason := why_not_int8(h):
         raise KernelsMissing(reason)
     if library.isa == "portable" and not is_asked:
         raise KernelsMissing("int8 is slower here: the processor has neither AVX2 nor AVX-512 VNNI")
     try:
-        return Int8Operations(library, min(num_threads, _MAX_THREADS))
+        kv_kind = "bfloat16" if kv_dtype == "auto" else kv_dtype
+        return Int8Operations(library, min(num_threads, _MAX_THREADS), kv_kind)
     except OSError as error:
         raise ConfigError([str(error)]) from error
 
 
-def _torch_operations(
-    dtype: Literal["auto", "int8", "bfloat16", "float32"], num_threads: int, remark: str
-) -> Operations:
+def _torch_operations(dtype: Dtype, kv_dtype: Dtype, num_threads: int, remark: str) -> Operations:
     is_packed = dtype != "float32" and mkldnn_linear.is_available()
     if dtype == "float32" or (dtype == "auto" and not is_packed):
         primitives = CpuPrimitives(torch.float32, num_threads, is_packed=False)
     else:
         primitives = CpuPrimitives(torch.bfloat16, num_threads, is_packed=is_packed)
     primitives.description += remark
-    return TorchOperations(primitives)
+    operations = TorchOperations(primitives)
+    if kv_dtype not in ("auto", operations.arithmetic):
+        raise ConfigError(
+            [
+                f"kv_dtype is {kv_dtype}; with {primitives.description} it must be auto or "
+                f"{operations.arithmetic}. Set it to auto, or dtype to int8"
+            ]
+        )
+    return operations

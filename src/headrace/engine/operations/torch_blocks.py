@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from headrace.engine.kv_memory import kv_bytes_per_token
 from headrace.engine.model_files.metadata import Activation, Hyperparameters
 from headrace.engine.models.rotary import RotaryTable
 from headrace.engine.operations.interface import Read, check_packed
@@ -106,7 +107,6 @@ class TorchOperations:
     def __init__(self, primitives: Primitives) -> None:
         self._primitives = primitives
         self.description = primitives.description
-        self.kv_dtype = primitives.dtype
         self.arithmetic = str(primitives.dtype).removeprefix("torch.")
         self.packed_version = "2"
         self.bytes_per_weight = float(primitives.dtype.itemsize)
@@ -120,6 +120,9 @@ class TorchOperations:
             else:
                 tensors[name] = read(name, self._primitives.dtype).contiguous()
         return tensors
+
+    def kv_block_bytes(self, h: Hyperparameters, block_size: int) -> int:
+        return block_size * kv_bytes_per_token(h, self._primitives.dtype.itemsize)
 
     def load(self, h: Hyperparameters, tensors: Mapping[str, Tensor], max_context_tokens: int) -> TorchBlocks:
         dtype = self._primitives.dtype

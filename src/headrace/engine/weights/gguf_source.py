@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from headrace.engine.model_files.gguf_header import read_gguf_header
 from headrace.engine.model_files.metadata import Hyperparameters
 from headrace.engine.weights.dequantize import dequantize
+from headrace.engine.weights.file_bytes import FileBytes
 from headrace.engine.weights.names import expected_shapes, gguf_name
 from headrace.engine.weights.source import check_tensors
 from headrace.errors import ModelError
@@ -23,11 +23,12 @@ ROPE_DIVISORS = "rope_freqs.weight"
 
 
 class GgufSource:
-    """Reads tensors one at a time from the mapped file."""
+    """Reads tensors one at a time."""
 
     def __init__(self, path: Path, hyperparameters: Hyperparameters) -> None:
         self._h = hyperparameters
         self._path = path
+        self._file = FileBytes(path)
         self._tensors = read_gguf_header(path).tensors
         check_tensors(
             str(path),
@@ -35,10 +36,6 @@ class GgufSource:
             {name: tensor.shape for name, tensor in self._tensors.items()},
             ignored=frozenset({ROPE_DIVISORS}),
         )
-        try:
-            self._bytes = np.memmap(path, np.uint8, "r")
-        except OSError as error:
-            raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         weight = self._read_file_name(gguf_name(name), dtype)
@@ -62,8 +59,8 @@ class GgufSource:
 
     def _read_file_name(self, file_name: str, dtype: torch.dtype) -> Tensor:
         tensor = self._tensors[file_name]
-        end = tensor.offset_bytes + tensor.size_bytes
-        return dequantize(self._bytes[tensor.offset_bytes : end], tensor.type_id, tensor.shape, dtype)
+        raw = self._file.read(tensor.offset_bytes, tensor.size_bytes)
+        return dequantize(raw, tensor.type_id, tensor.shape, dtype)
 
 
 def _undo_rotary_permutation(weight: Tensor, num_heads: int) -> Tensor:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headrace.engine.model_files.metadata import Hyperparameters
+from headrace.engine.model_files.safetensors_header import SafetensorsTensor, read_safetensors_header
+from headrace.engine.weights.file_bytes import FileBytes
 from headrace.engine.weights.names import expected_shapes, huggingface_name
 from headrace.engine.weights.source import check_tensors
 from headrace.errors import ModelError
@@ -21,19 +21,21 @@ from headrace.errors import ModelError
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _MAX_INDEX_BYTES = 64 * 1024 * 1024
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class SafetensorsSource:
-    """Reads tensors one at a time from mapped files."""
+    """Reads tensors one at a time."""
 
     def __init__(self, directory: Path, hyperparameters: Hyperparameters) -> None:
         self._h = hyperparameters
         self._directory = directory
-        self._files = {path: _open(path) for path in _weight_files(directory)}
-        self._file_of = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118
+        self._where: dict[str, tuple[FileBytes, SafetensorsTensor]] = {}
+        for path in _weight_files(directory):
+            file = FileBytes(path)
+            self._where |= {name: (file, tensor) for name, tensor in read_safetensors_header(path).items()}
         expected = {self._file_name(name): shape for name, shape in expected_shapes(hyperparameters).items()}
-        found = {name: self._shape(name) for name in self._file_of}
+        found = {name: tensor.shape for name, (_, tensor) in self._where.items()}
         # A tied model may repeat its embedding as lm_head; old checkpoints carry rotary tables.
         ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
         if hyperparameters.is_tied:
@@ -42,19 +44,16 @@ class SafetensorsSource:
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         file_name = self._file_name(name)
-        path = self._file_of[file_name]
-        try:
-            weight: Tensor = self._files[path].get_tensor(file_name)
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise ModelError(f"{path}: tensor {file_name} cannot be read: {error}") from error
-        if weight.dtype not in _DTYPES:
+        file, tensor = self._where[file_name]
+        if tensor.dtype not in _DTYPES:
             raise ModelError(
-                f"{path}: tensor {file_name} is {weight.dtype}; supported are float32, float16, bfloat16"
+                f"{self._directory}: tensor {file_name} is {tensor.dtype}; supported are {', '.join(_DTYPES)}"
             )
+        raw = torch.from_numpy(file.read(tensor.offset_bytes, tensor.size_bytes))
+        weight = raw.view(_DTYPES[tensor.dtype]).view(tensor.shape)
         if self._h.is_norm_plus_one and name.endswith("norm"):
             return (weight.float() + 1.0).to(dtype)
-        # A copy even where the dtype is right: a mapped tensor would keep the pages of its file resident.
-        return weight.to(dtype, copy=True)
+        return weight.to(dtype)
 
     def rope_divisors(self) -> Tensor | None:
         """Never: config.json describes the scaling."""
@@ -62,16 +61,6 @@ class SafetensorsSource:
 
     def _file_name(self, canonical: str) -> str:
         return huggingface_name(canonical, self._h.has_post_norms)
-
-    def _shape(self, file_name: str) -> tuple[int, ...]:
-        return tuple(self._files[self._file_of[file_name]].get_slice(file_name).get_shape())
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: damaged or no safetensors file: {error}") from error
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -1,0 +1,75 @@
+"""What the structures of the compiled kernels look like from Python. They change together with the headers."""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_float, c_int32, c_void_p
+
+
+class Matrix(Structure):
+    """kernels/matrix.h: a packed weight."""
+
+    _fields_ = [
+        ("weight", c_void_p),
+        ("scale", c_void_p),
+        ("in_features", c_int32),
+        ("out_features", c_int32),
+    ]
+
+
+class AttentionShape(Structure):
+    """kernels/attention.h."""
+
+    _fields_ = [
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("window", c_int32),
+        ("scale", c_float),
+        ("norm_eps", c_float),
+        ("kv_kind", c_int32),
+    ]
+
+
+class AttentionBlock(Structure):
+    """kernels/blocks.h."""
+
+    _fields_ = [
+        ("norm", c_void_p),
+        ("qkv", Matrix),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("o", Matrix),
+        ("post_norm", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("shape", AttentionShape),
+    ]
+
+
+class MlpBlock(Structure):
+    """kernels/blocks.h."""
+
+    _fields_ = [
+        ("norm", c_void_p),
+        ("gate_up", Matrix),
+        ("down", Matrix),
+        ("post_norm", c_void_p),
+        ("norm_eps", c_float),
+        ("is_gelu", c_int32),
+    ]
+
+
+class AttentionStep(Structure):
+    """kernels/attention.h."""
+
+    _fields_ = [
+        ("num_tokens", c_int32),
+        ("num_requests", c_int32),
+        ("block_size", c_int32),
+        ("table_stride", c_int32),
+        ("query_starts", c_void_p),
+        ("context_lengths", c_void_p),
+        ("block_tables", c_void_p),
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+    ]
