@@ -80,7 +80,9 @@ class Binder:
 
     def pump(self, endpoint_name: str, now_s: float) -> None:
         """Bind held requests of an endpoint while a replica has room."""
-        self._to_pump.add(endpoint_name)
+        endpoint = self.endpoints.get(endpoint_name)
+        if endpoint is not None and endpoint.queue.has_turn:
+            self._to_pump.add(endpoint_name)
         while self._to_pump:  # a slot that came free may let a tenant go on at another endpoint, too
             endpoint = self.endpoints.get(self._to_pump.pop())
             if endpoint is not None:
