@@ -163,7 +163,7 @@ class EngineLoop:
     def _check_open(self) -> None:
         if self._drain.is_set:
             raise Overloaded("the engine is draining and takes no more requests")
-        if self._engine.load().num_waiting >= MAX_WAITING:
+        if self._engine.num_waiting() >= MAX_WAITING:
             raise Overloaded(f"{MAX_WAITING} requests wait in the engine already; send it again later")
 
     def _send(self, batch: StepBatch) -> None:
@@ -232,7 +232,8 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
     runner = load_runner(spec, files, on_phase)
     grammars = GrammarQueue(lambda: compiler_for(files, runner.eos_token_ids))
     speculator = load_speculator(spec, files, runner, on_phase)
-    engine = NativeEngine(spec, runner, clock, speculator, grammars, Sampler(load_fused_sampling()))
+    sampler = Sampler(load_fused_sampling(runner.team))
+    engine = NativeEngine(spec, runner, clock, speculator, grammars, sampler)
     on_phase("computing the first step")
     engine.compute_first_step()
     if spec.is_standby:
