@@ -32,6 +32,8 @@ SECTIONS = [
     ("endpoints.NAME.native", config.NativeEngine),
     ("endpoints.NAME.simulated", config.SimulatedEngine),
     ("gateway", config.Gateway),
+    ("tenants.NAME", config.Tenant),
+    ("tenants.NAME.limits", config.Limits),
 ]
 
 

@@ -255,3 +255,24 @@ async def test_a_connection_that_outlived_a_reload_is_no_way_around_a_revocation
             status = (await asyncio.wait_for(client.receive(), 5)).status
         assert status in (0, 401)
         assert len(front.served) == 1
+
+
+async def test_a_connection_from_before_there_were_tenants_is_no_way_in_without_a_key() -> None:
+    async with running_gateway(*ENDPOINTS) as gateway:
+        front = await gateway.add_front("chat-1")
+        client = await gateway.connect()
+        running = json.dumps({"model": "chat", "mock": {"events": 40, "gap_s": 0.05}}).encode()
+        client.send("POST", "/v1/chat/completions", running)
+        await wait_for(lambda: front.open_requests, "the stream runs")
+        spec = msgspec.structs.replace(gateway.spec, tenants=TENANTS, keys=KEYS)
+        gateway.send_spec(spec)
+        await wait_for(lambda: num_workers(gateway) == 2, "HAProxy was reloaded")
+        assert (await client.receive()).is_whole
+        short = json.dumps({"model": "chat", "mock": {"events": 1}}).encode()
+        client.send("POST", "/v1/chat/completions", short)
+        status = 0  # closing the connection is an answer, too
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            status = (await asyncio.wait_for(client.receive(), 5)).status
+        assert status in (0, 401, 503)
+        assert len(front.served) == 1
+        assert (await ask(gateway, ACME)).status == 200

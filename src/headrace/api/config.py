@@ -165,7 +165,9 @@ class Tenant(Section):
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """Share of the work when tenants compete: twice the weight, twice the work."""
     priority: Literal["high", "normal", "low"] = "normal"
-    """Band: while a request of a higher band waits, none of a lower one is bound."""
+    """Band: while a request of a higher band waits, none of a lower one is bound. A lower band gets what is
+    left, under a lasting backlog nothing: its requests are refused after the longest wait (503). Who must
+    always get something belongs into the same band, with a smaller weight."""
     endpoints: list[str] = []
     """Endpoints that it may use. Empty: all."""
     limits: Limits = Limits()

@@ -18,6 +18,7 @@ from headrace.engine.model_files.metadata import Hyperparameters, ModelMetadata,
 from headrace.engine.model_files.resolve import ModelFiles
 from headrace.engine.models.decoder import Decoder
 from headrace.engine.operations.interface import Operations
+from headrace.engine.operations.kernels import Team
 from headrace.engine.operations.memory import give_back
 from headrace.engine.operations.select import select_operations
 from headrace.engine.protocol import StepInput
@@ -52,6 +53,8 @@ class DecoderRunner:
         self.eos_token_ids = metadata.eos_token_ids
         self.architecture: str = h.architecture
         self.path = operations.description
+        self.team: Team | None = getattr(operations, "team", None)
+        """The threads of a step, which the sampler uses, too; None: torch's own."""
         self._load_decoder = load_decoder
         self._decoder: Decoder | None = load_decoder()
         on_phase("allocating KV memory")

@@ -71,7 +71,7 @@ class Arrival(
     request_id: str
     endpoint: str
     answer: Answer
-    """Called once, at once or later."""
+    """Called once, at once or later, while the dispatcher is at work: it must not call the dispatcher."""
     owner: object
     """The connection it came over; `owner_lost` ends its waiting."""
     client: Hashable = None

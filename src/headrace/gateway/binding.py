@@ -50,9 +50,9 @@ class Binder:
         placement = self._place(arrival, endpoint, now_s)
         if placement.replica_id is None:
             return False
+        self._bind(held, endpoint, placement, "", now_s)
         work = self._tenants.charge_bound(endpoint, held.charge, placement.cached_ratio)
         endpoint.queue.serve(arrival.tenant, work)
-        self._bind(held, endpoint, placement, "", now_s)
         return True
 
     def hold(
@@ -80,7 +80,9 @@ class Binder:
 
     def pump(self, endpoint_name: str, now_s: float) -> None:
         """Bind held requests of an endpoint while a replica has room."""
-        self._to_pump.add(endpoint_name)
+        endpoint = self.endpoints.get(endpoint_name)
+        if endpoint is not None and endpoint.queue.has_turn:
+            self._to_pump.add(endpoint_name)
         while self._to_pump:  # a slot that came free may let a tenant go on at another endpoint, too
             endpoint = self.endpoints.get(self._to_pump.pop())
             if endpoint is not None:
@@ -133,12 +135,13 @@ class Binder:
         arrival, replica_id = held.arrival, placement.replica_id
         assert replica_id is not None
         replica = self._replicas.replicas[replica_id]
-        self._flights.enter(arrival.request_id, InFlight(endpoint, replica, now_s, held.charge))
-        endpoint.placer.bound(placement, arrival.prompt, now_s)
-        self.decisions.add(arrival.request_id, Decision(placement, arrival.prompt.num_bytes, now_s))
+        # The answer first: HAProxy goes on with the request while the rest is noted here.
         explanation = explain(placement) + turn if arrival.wants_route else ""
         ratio = placement.cached_ratio
         arrival.answer(Bound(replica.server_name, explanation, replica_id, placement.reason, ratio))
+        self._flights.enter(arrival.request_id, InFlight(endpoint, replica, now_s, held.charge))
+        endpoint.placer.bound(placement, arrival.prompt, now_s)
+        self.decisions.add(arrival.request_id, Decision(placement, arrival.prompt.num_bytes, now_s))
 
     def _pass_over(self, endpoint: EndpointState, limits: TenantLimits) -> None:
         endpoint.queue.pass_over(limits.rule.name)

@@ -7,6 +7,7 @@ in, records go out through a callback. Must not decide, and must not know SPOE o
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
@@ -40,6 +41,8 @@ class _Parts(msgspec.Struct, gc=False):
     state: TerminalState | None = None
     completion: Completion | None = None
     finished: FinishedRequest | None = None
+    due_s: float = math.inf
+    """When it is written, whatever is missing."""
 
 
 class RequestRecorder:
@@ -52,7 +55,8 @@ class RequestRecorder:
         self._open: dict[str, _Parts] = {}
         self._whole: deque[tuple[str, _Parts, float]] = deque()
         """What is to be joined, and the wall-clock time of its last part."""
-        self._due: deque[tuple[float, str, _Parts]] = deque()
+        self._due: deque[tuple[float, str]] = deque()
+        """No part of a request itself: most are written long before."""
         self._early: OrderedDict[str, FinishedRequest] = OrderedDict()
         self.num_incomplete = 0
         """Records that were written without a part that should have come."""
@@ -76,7 +80,7 @@ class RequestRecorder:
             parts.bound = decision
         else:
             parts.code = decision.code
-            self._due.append((now_s + PARTS_LIMIT_S, request_id, parts))
+            self._set_due(request_id, parts, now_s)
 
     def ended(self, request_id: str, endpoint: str, state: TerminalState) -> None:
         """The dispatcher settled a request's state."""
@@ -84,7 +88,7 @@ class RequestRecorder:
         if parts is None:
             parts = self._open[request_id] = _Parts(endpoint, finished=self._early.pop(request_id, None))
         parts.state = state
-        self._due.append((self._clock.now_s() + PARTS_LIMIT_S, request_id, parts))
+        self._set_due(request_id, parts, self._clock.now_s())
 
     def completed(self, completion: Completion) -> None:
         """HAProxy's line, after the dispatcher took it. One of a request that was written, or a second one,
@@ -127,8 +131,9 @@ class RequestRecorder:
     def tick(self, now_s: float) -> None:
         """Take what has waited long enough for whole."""
         while self._due and self._due[0][0] <= now_s:
-            _, request_id, parts = self._due.popleft()
-            if self._open.get(request_id) is parts:
+            request_id = self._due.popleft()[1]
+            parts = self._open.get(request_id)
+            if parts is not None and parts.due_s <= now_s:
                 self.num_incomplete += parts.completion is None or _is_told_by_front(parts)
                 self._write(request_id, parts)
 
@@ -138,6 +143,10 @@ class RequestRecorder:
             if parts.state is not None:
                 self._write(request_id, parts)
         self.hand_out()
+
+    def _set_due(self, request_id: str, parts: _Parts, now_s: float) -> None:
+        parts.due_s = now_s + PARTS_LIMIT_S
+        self._due.append((parts.due_s, request_id))
 
     def _write(self, request_id: str, parts: _Parts) -> None:
         self._open.pop(request_id, None)

@@ -48,7 +48,7 @@ DEMAND_PERIOD_S = 0.2
 LEAVING = ("draining", "standby")
 """States in which a replica waits for the word that it is sent nothing more."""
 RECORDS_AT_A_TIME = 32
-"""Records written in one turn of the loop: about as much work as four decisions, which wait for it."""
+"""Records that are written in one turn of the loop: as much work as three decisions, which wait for it."""
 REQUEST_LOG_BYTES = 64 * 1024 * 1024
 """A gateway's request log, twice: the file and the one before it."""
 BACKLOG = 4096
@@ -306,7 +306,7 @@ class Router:
             self._on_replicas_changed()
             self.dispatcher.tick(now_s)
             self.recorder.tick(now_s)
-            while self.recorder.hand_out(RECORDS_AT_A_TIME):
+            while self.recorder.hand_out(RECORDS_AT_A_TIME):  # noqa: ASYNC110, decisions come between
                 await asyncio.sleep(0)
             if self.dispatcher.num_held:
                 self.dispatcher.clients_left(self._closed_peers.find())

@@ -7,6 +7,7 @@ held); answers go back in any order. Must not know endpoints or replicas: `on_no
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping
 from typing import cast
 
@@ -17,7 +18,10 @@ MAX_FRAMES_IN_FLIGHT = 65_536
 """Unanswered frames per connection: as many requests as may be held at all (max-waiting-frames)."""
 MAX_ANSWERS_PER_WRITE = 8
 """Answers to frames that came together leave together, up to this many: a write costs as much as a fifth of a
-decision, and the first answer waits for the last one's decision."""
+decision, and the first answer waits for the last one's decision. The last one leaves at once, before what
+follows from its decision is noted."""
+MIN_FRAME_BYTES = 11
+"""Length, kind, flags and two ids."""
 MAX_UNSENT_BYTES = 4 * 1024 * 1024
 """A HAProxy that stops reading its answers is disconnected at this many."""
 
@@ -54,8 +58,10 @@ class SpoeConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._rest = b""
         self._has_greeted = False
-        self._is_reading = False
-        self._answers: list[bytes] = []  # given while frames are read, and not written yet
+        self._descriptor = -1
+        self._has_more = False
+        """Whether another frame is there to be handled: its answer may leave together with this one's."""
+        self._answers: list[bytes] = []  # given while frames are handled, and not written yet
         self._open_frames: set[tuple[int, int]] = set()
 
     def __repr__(self) -> str:
@@ -64,9 +70,12 @@ class SpoeConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's own class, of the same shape
+        socket = transport.get_extra_info("socket")
+        self._descriptor = socket.fileno() if socket is not None else -1
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self._descriptor = -1  # soon another file's
         self._rest = b""
         self._answers.clear()
         self._open_frames.clear()
@@ -76,7 +85,6 @@ class SpoeConnection(asyncio.Protocol):
         if self._rest:
             data = self._rest + data
         start, size = 0, len(data)
-        self._is_reading = True
         try:
             while size - start >= 4 and self._transport is not None:
                 length = int.from_bytes(data[start : start + 4], "big")
@@ -89,6 +97,7 @@ class SpoeConnection(asyncio.Protocol):
                     break
                 frame = data[start + 4 : end]
                 start = end
+                self._has_more = size - start >= MIN_FRAME_BYTES
                 decoded = spop.decode_frame(frame)
                 if decoded.kind == spop.NOTIFY:
                     self._handle_notify(decoded)
@@ -99,7 +108,7 @@ class SpoeConnection(asyncio.Protocol):
             self._on_error(str(error))
             self._close(spop.encode_disconnect(4, b"invalid frame"))
         finally:
-            self._is_reading = False
+            self._has_more = False
             self._write_answers()
         self._rest = data[start:]  # at most one frame
 
@@ -109,18 +118,33 @@ class SpoeConnection(asyncio.Protocol):
             return
         self._open_frames.remove(frame_key)
         self._answers.append(spop.encode_ack(*frame_key, actions))
-        if not self._is_reading or len(self._answers) >= MAX_ANSWERS_PER_WRITE:
+        if not self._has_more or len(self._answers) >= MAX_ANSWERS_PER_WRITE:
             self._write_answers()
 
     def _write_answers(self) -> None:
         transport = self._transport
         if transport is None or not self._answers:
             return
-        transport.write(b"".join(self._answers))
+        data = b"".join(self._answers)
         self._answers.clear()
+        if transport.get_write_buffer_size() == 0:
+            data = data[self._write_now(data) :]
+            if not data:
+                return
+        transport.write(data)
         if transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self._on_error("HAProxy does not read its answers; disconnected")
             transport.abort()
+
+    def _write_now(self, data: bytes) -> int:
+        """Write past the event loop, which would write at the end of its turn; return how much was taken.
+        What goes wrong is left to the transport, which meets the same error."""
+        if self._descriptor < 0:
+            return 0
+        try:
+            return os.write(self._descriptor, data)
+        except OSError:  # the socket's buffer is full, or the connection is gone
+            return 0
 
     def close(self) -> None:
         """Say goodbye and close."""

@@ -42,8 +42,8 @@ _FIRST_TOKENS_PER_BYTE = 0.25
 _LEARNING_RATE = 0.05
 _MAX_UNDER_WAY = 1024
 _Row = tuple[ReplicaObservation, str, int, int, int, float, int]
-"""A replica; its id, room (`most_open`), open requests by its last report that may be ours, and those that are
-others', seconds per prompt token, room in its KV memory. No object of its own: it is unpacked per decision."""
+"""A replica; its id, room (`most_open`), open requests by its last report: those that may be ours, others';
+seconds per prompt token, room in its KV memory. No object of its own: it is unpacked per decision."""
 _Candidate = tuple[float, int, int, float, ReplicaObservation]
 """A replica with room: its score, its load, the bytes of the prompt that it has cached, the seconds that it
 needs for the rest of them."""

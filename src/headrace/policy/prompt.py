@@ -19,8 +19,8 @@ HEAD_BYTES = 16_384
 PREFIX_BYTES = tuple(accumulate((0, *[256] * 4, *[512] * 6, *[1024] * 12)))
 """How many bytes of the prompt its first hashes stand for: of none, of one, of two, ... Blocks grow with what
 is before them, since what they round off is to be small beside it: 256 bytes are about 64 tokens of English,
-four KV blocks. A 4 kB prompt has 9 hashes, not 15, and 16 kB 22, not 64: each costs the router time when it is
-hashed, matched, expected, reported and withdrawn."""
+four KV blocks. A 4 kB prompt has 9 hashes in place of 15, one of 16 kB 22 in place of 64: each costs the
+router time when it is hashed, matched, expected, reported and withdrawn."""
 _BLOCKS = tuple(pairwise(PREFIX_BYTES))
 MAX_SESSION_BYTES = 256
 _TAIL_BYTES = 2048

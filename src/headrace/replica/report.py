@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from headrace.api.framing import FrameDecoder, encode_frame
@@ -21,6 +22,9 @@ from headrace.replica.prefix_digest import PrefixDigest, PrefixFeed, PrefixNews
 MIN_RETRY_S = 0.05
 MAX_RETRY_S = 1.0
 BUSY_INTERVAL_S = 0.05
+MIN_GAP_S = 0.01
+"""Between two reports to one listener: the first news leave at once, and what follows them closely together.
+A busy router would wake up for each single end, which HAProxy tells it anyway."""
 _IO_LIMIT_S = 2.0
 _MAX_KEPT = 4096
 _MAX_PER_REPORT = 512
@@ -97,7 +101,9 @@ class ReportSink:
         self.is_connected = True
         if self._prefixes is not None:
             self._prefixes.restart()
+        loop = asyncio.get_running_loop()
         reading = asyncio.create_task(self._read(reader))
+        reading.add_done_callback(lambda _: self._news.set())
         try:
             while not reading.done():
                 self._news.clear()
@@ -107,9 +113,11 @@ class ReportSink:
                 async with asyncio.timeout(_IO_LIMIT_S):
                     await writer.drain()
                 self._forget(finished)
-                if self._finished:
+                if len(self._finished) >= _MAX_PER_REPORT:
                     continue
-                await self._wait(reading)
+                sent_s = loop.time()
+                await self._wait_for_news(self._interval_s())
+                await asyncio.sleep(max(0.0, sent_s + MIN_GAP_S - loop.time()))
             await reading
         finally:
             reading.cancel()
@@ -120,14 +128,12 @@ class ReportSink:
             if self._finished and self._finished[0] is entry:
                 self._finished.popleft()
 
-    async def _wait(self, reading: asyncio.Task[None]) -> None:
-        news = asyncio.ensure_future(self._news.wait())
-        try:
-            await asyncio.wait(
-                {news, reading}, timeout=self._interval_s(), return_when=asyncio.FIRST_COMPLETED
-            )
-        finally:
-            news.cancel()
+    async def _wait_for_news(self, limit_s: float) -> None:
+        if self._finished:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._news.wait()
 
     def ask_release(self, sequence: int) -> None:
         """Acknowledgements of reports before number `sequence` release nothing any more."""

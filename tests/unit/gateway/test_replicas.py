@@ -175,3 +175,23 @@ def test_a_replica_that_speaks_http_2_is_two_servers_where_that_is_wanted() -> N
         table.mark_serving(frozenset(server.path for server in table.wanted_servers()))
         assert replica.is_serving
         assert replica.is_shared_serving == (expected == [False, True])
+
+
+def test_the_list_of_replicas_is_the_same_until_one_of_them_reports_or_changes() -> None:
+    table = ReplicaTable()
+    for name in ("chat-1", "chat-2"):
+        table.observe(report(1, replica_id=name), name, 0.0)
+    table.mark_serving(frozenset({"ep-chat/chat-1", "ep-chat/chat-2"}))
+    changes = [
+        lambda: table.observe(report(2), "chat-1", 0.0),
+        lambda: table.connection_closed("chat-2", 0.0),
+        lambda: table.mark_serving(frozenset({"ep-chat/chat-1"})),
+        lambda: table.expire(10.0),
+    ]
+    for change in changes:
+        before = table.choosable("chat")
+        before[0].num_in_flight += 1
+        assert table.choosable("chat") is before
+        change()
+        assert table.choosable("chat") is not before
+    assert table.choosable("chat") == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 from tests.unit.gateway.test_spop import hello_payload, notify_payload
 
@@ -133,3 +134,65 @@ def test_haproxys_goodbye_is_answered() -> None:
     rig.connection.data_received(spop.encode_frame(spop.HAPROXY_DISCONNECT, 0, 0, b""))
     assert rig.transport.frames()[-1].kind == spop.AGENT_DISCONNECT
     assert rig.transport.is_closed
+
+
+class SocketTransport(FakeTransport):
+    """Has a real socket below it, as the event loop's transports have."""
+
+    def __init__(self, ours: socket.socket) -> None:
+        super().__init__()
+        self._socket = ours
+
+    def get_extra_info(self, name: str, default: object = None) -> object:
+        return self._socket if name == "socket" else default
+
+
+def received(theirs: socket.socket) -> bytes:
+    data = b""
+    while True:
+        try:
+            data += theirs.recv(65_536)
+        except BlockingIOError:
+            return data
+
+
+def test_the_last_answer_leaves_before_its_handler_returns_and_others_leave_with_it() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        seen: list[int] = []
+
+        def on_notify(call: SpoeCall, name: bytes, arguments: Arguments) -> None:
+            call.answer(spop.encode_actions({b"server": b"x"}))
+            seen.append(len(received(theirs)))
+
+        connection = SpoeAgent(on_notify, lambda _: None).make_connection()
+        connection.connection_made(SocketTransport(ours))
+        connection.data_received(spop.encode_frame(spop.HAPROXY_HELLO, 0, 0, hello_payload()))
+        connection.data_received(notify(1))
+        assert seen[0] > 0
+        connection.data_received(notify(2) + notify(3))
+        assert seen[1:] == [0, 2 * seen[0]]
+        connection.connection_lost(None)
+
+
+def test_answers_that_the_socket_does_not_take_follow_in_their_order() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        rig = Rig()
+        transport = SocketTransport(ours)
+        rig.connection.connection_made(transport)
+        rig.greet()
+        transport.sent.clear()
+        rig.connection.data_received(b"".join(notify(number) for number in range(400)))
+        wanted = b""
+        for number, (call, _, _) in enumerate(rig.calls):
+            transport.unsent = len(transport.sent)
+            actions = spop.encode_actions({b"server": b"%d" % number * 1000})
+            wanted += spop.encode_ack(number, 1, actions)
+            call.answer(actions)
+        assert transport.sent, "the socket's buffer is full"
+        assert received(theirs) + transport.sent == wanted

@@ -134,3 +134,11 @@ FRAGMENTS = st.sampled_from(
 @given(st.lists(FRAGMENTS, max_size=60).map(b"".join))
 def test_no_broken_json_makes_it_raise(head: bytes) -> None:
     assert read_prompt(head, len(head), "t") == read_prompt(head, len(head), "t")
+
+
+@given(st.integers(1, HEAD_BYTES))
+def test_what_the_blocks_round_off_is_small_beside_the_prompt(num_bytes: int) -> None:
+    lost = num_bytes - PREFIX_BYTES[num_full(num_bytes)]
+    assert PREFIX_BYTES[0] == 0
+    assert PREFIX_BYTES[-1] == HEAD_BYTES
+    assert lost < max(PREFIX_BYTES[1], num_bytes / 3)

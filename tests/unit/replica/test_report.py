@@ -176,3 +176,13 @@ async def test_a_listener_that_sends_nonsense_is_left_and_tried_again(world: Wor
             await world.wait(world.reporter.has_router)
             world.reporter.on_end(finished("a"))
             await world.wait(lambda: "a" in router.finished_ids and "a" in controller.finished_ids)
+
+
+async def test_ends_that_follow_each_other_closely_share_a_report(world: World) -> None:
+    async with world.listening("router.sock") as router, world.reporting():
+        await world.wait(lambda: len(router.reports) == 1)
+        for index in range(100):
+            world.reporter.on_end(finished(str(index)))
+            await asyncio.sleep(0)
+        await world.wait(lambda: len(router.finished_ids) == 100)
+        assert len(router.reports) <= 3
