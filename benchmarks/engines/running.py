@@ -160,7 +160,7 @@ def _arithmetic(model: BenchModel) -> str:
     from headrace.engine.operations.select import select_operations
 
     h = read_metadata(model.find()).hyperparameters
-    return select_operations("auto", NUM_THREADS, h).description
+    return select_operations("auto", "auto", NUM_THREADS, h).description
 
 
 def _replica() -> list[psutil.Process]:
