@@ -81,7 +81,9 @@ def _turn(
 
 
 def choose_engines(only: Sequence[str]) -> list[PeerEngine]:
-    """Return the peers to compare with: those named, or all. Raises UnknownPeer."""
+    """Return the peers to compare with: those named, or all; `none`: headrace alone. Raises UnknownPeer."""
+    if list(only) == ["none"]:
+        return []
     known = {engine.name: engine for engine in [*engines(), *on_request()]}
     unknown = [name for name in only if name not in known]
     if unknown:

@@ -116,6 +116,8 @@ def test_every_package_of_an_engine_is_pinned(environment: str) -> None:
 def test_an_unknown_engine_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UnknownPeer, match="no engine ollama; there are: vllm, llama-cpp, "):
         choose_engines(["ollama"])
+    assert choose_engines(["none"]) == []
+    assert choose_engines([]) == engines()
 
 
 @pytest.mark.slow
