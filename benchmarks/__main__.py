@@ -11,7 +11,7 @@ from benchmarks.peers.catalogue import UnknownPeer
 
 NAMES = (
     *("gateway", "tokens", "peers", "router", "placement", "fairness", "held"),
-    *("engine", "roofline", "prompts", "overhead", "speculation", "start", "memory"),
+    *("engine", "roofline", "prompts", "overhead", "speculation", "structured", "start", "memory"),
 )
 WITH_PEERS = ("peers", "engine", "prompts")
 """Those that `--only` says the peers of."""

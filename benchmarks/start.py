@@ -1,4 +1,4 @@
-"""`headrace up` from the command to the first streamed token, several times, with its phases."""
+"""Start to first token, several times, with its phases: of `headrace up`, and of one engine in every way."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine_start import COLD, MODEL, PACKED, PROMPT_TOKENS, STANDBY, WAKE, Samples, measure_starts
 from benchmarks.report import Aim, Report, Table
 from benchmarks.system import free_port, workload
 from headrace.bench.load import LoadSpec, run_load
@@ -24,6 +25,7 @@ from headrace.bench.target import parse_target
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "examples" / "quickstart.yaml"
 AIM_S = 10.0
+ENGINE_AIMS_S = {COLD: 4.0, PACKED: 2.0, STANDBY: 0.1, WAKE: 0.5}
 LIMIT_S = 120.0
 STOP_LIMIT_S = 60.0
 
@@ -44,14 +46,20 @@ class Start:
 
 
 def run(*, is_quick: bool) -> Report:
-    """Start and stop the quickstart's system several times."""
+    """Start one engine in every way, then start and stop the quickstart's system, several times each."""
     count = 1 if is_quick else 5
     report = Report(
         "start",
         "Start to first token",
-        f"`headrace up examples/quickstart.yaml`, installed, files in the page cache, {count} times. A "
+        f"First one engine process, {count} times each way, by turns: a request of {PROMPT_TOKENS} tokens to "
+        f"{MODEL} is there from the start, and 0 is the process's start, or the word to wake. Files are in "
+        "the page cache unless it says otherwise. Then "
+        f"`headrace up examples/quickstart.yaml`, installed, files in the page cache, {count} times: a "
         "client asks over and over until the first token comes; 0 is the start of the command.",
     )
+    engine = measure_starts(count)
+    report.aims += _engine_aims(engine)
+    report.tables += [_engine_table(engine), _engine_phases(engine)]
     starts = [measure() for _ in range(count)]
     rows = [
         [str(n), *(f"{value:.2f}" for value in (s.listens_s, s.first_token_s, s.ready_s, s.stopped_s))]
@@ -64,7 +72,10 @@ def run(*, is_quick: bool) -> Report:
         Aim("command to first token, median", f"at most {AIM_S:g} s", f"{median_s:.2f} s", median_s <= AIM_S)
     )
     report.tables.append(_phases(starts))
-    report.data = {"starts": [vars(start) for start in starts]}
+    report.data = {
+        "starts": [vars(start) for start in starts],
+        "engine": {way: vars(samples) for way, samples in engine.items()},
+    }
     report.caveats.append("Both replicas load at the same time on the same cores.")
     return report
 
@@ -151,6 +162,37 @@ def _status(environment: dict[str, str]) -> dict[str, Any]:
     return tree
 
 
+def _engine_aims(engine: dict[str, Samples]) -> list[Aim]:
+    aims = []
+    for way, aim_s in ENGINE_AIMS_S.items():
+        median_s = percentile(sorted(engine[way].first_token_s), 0.5)
+        text = f"at most {aim_s:g} s"
+        aims.append(
+            Aim(f"engine to first token, {way}, median", text, f"{median_s:.3f} s", median_s <= aim_s)
+        )
+    return aims
+
+
+def _engine_table(engine: dict[str, Samples]) -> Table:
+    rows = []
+    for way, samples in engine.items():
+        columns = [sorted(samples.until_ready_s), sorted(samples.first_token_s)]
+        rows.append([way, *(f"{value:.3f}" for s in columns for value in (percentile(s, 0.5), s[-1]))])
+    headers = ("one engine", "ready or awake, p50", "max", "**first token, p50**", "max")
+    return Table("One engine, in seconds from its start or from the word to wake", headers, rows)
+
+
+def _engine_phases(engine: dict[str, Samples]) -> Table:
+    """Return the median of each phase, for each way to start."""
+    ways = [way for way, samples in engine.items() if samples.phases]
+    names = list(dict.fromkeys(name for way in ways for phases in engine[way].phases for name in phases))
+    rows = []
+    for name in names:
+        medians = [percentile(sorted(p.get(name, 0.0) for p in engine[way].phases), 0.5) for way in ways]
+        rows.append([name, *(f"{median_s:.3f}" for median_s in medians)])
+    return Table("Phases of one engine's start, medians in seconds", ("phase", *ways), rows)
+
+
 def _phases(starts: list[Start]) -> Table:
     """Return the median of each engine phase over all replicas and starts."""
     samples: dict[str, list[float]] = {}
@@ -162,4 +204,6 @@ def _phases(starts: list[Start]) -> Table:
         [phase, f"{percentile(sorted(values), 0.5):.2f}", f"{max(values):.2f}"]
         for phase, values in samples.items()
     ]
-    return Table("Phases of an engine's start, in seconds", ("phase", "median", "longest"), rows)
+    return Table(
+        "Phases of the engines' starts in the system, in seconds", ("phase", "median", "longest"), rows
+    )

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 WATCH_INTERVAL_S = 0.5
 LONG_WAIT_S = 1.0
+START_IS_NEWS_S = 60.0
+"""For so long after a replica came up, how long its engine took is shown."""
 
 
 def status(
@@ -205,6 +207,10 @@ def _notes(system: SystemStatus) -> list[str]:
         elif replica.last_error:
             is_past = "last error: " if replica.state == "ready" else ""
             notes.append(f"{replica.replica_id}: {is_past}{replica.last_error}")
+        if replica.start_phases and replica.since_s < START_IS_NEWS_S:
+            notes.append(
+                f"{replica.replica_id}: its engine started in {_describe_start(replica.start_phases)}"
+            )
         if replica.state == "ready" and replica.step_model is not None:
             notes.append(_costs(replica))
     for tenant in system.tenants:
@@ -226,6 +232,15 @@ def _costs(replica: ReplicaStatus) -> str:
         f"+ {1e6 * model.b:.3g} µs/prompt token + {1e6 * model.c:.3g} µs/output token "
         f"+ {1e9 * model.d:.3g} ns/token of context (±{model.relative_error:.0%})"
     )
+
+
+def _describe_start(phases: dict[str, float]) -> str:
+    """The sum, and the phases that took most of it."""
+    from headrace.units import format_seconds
+
+    longest = sorted(phases.items(), key=lambda phase: -phase[1])[:3]
+    parts = ", ".join(f"{phase} {format_seconds(seconds)}" for phase, seconds in longest)
+    return f"{format_seconds(sum(phases.values()))}: {parts}"
 
 
 def _processes(system: SystemStatus) -> Table:

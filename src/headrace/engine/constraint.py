@@ -42,14 +42,14 @@ class TokenMask:
         self._bounds = np.empty((num_words * 4, 8), np.float32)
         self._bounds_V = self._bounds.reshape(-1)[:num_tokens]
 
-    def apply(self, row_V: Float32Row, end_token_ids: Collection[int]) -> None:
-        """Set the logits of tokens whose bit is 0 to minus infinity, and of all special ones but
+    def apply(self, row_V: Float32Row, end_token_ids: Collection[int]) -> Float32Row:
+        """Return the row with minus infinity for tokens whose bit is 0, and for all special ones but
         `end_token_ids`. Takes 12 µs for 49,152 tokens, however many are allowed."""
         self.words &= self._plain
         for token_id in end_token_ids:
             self._bytes[token_id >> 3] |= 1 << (token_id & 7)
         np.take(_BOUNDS_OF_BYTE, self._bytes, axis=0, out=self._bounds, mode="clip")
-        np.minimum(row_V, self._bounds_V, out=row_V)
+        return np.minimum(row_V, self._bounds_V)
 
 
 class Constraint:
@@ -75,10 +75,10 @@ class Constraint:
         """The answer matches the grammar, whether or not something could follow it."""
         return bool(self._matcher.is_accepting())
 
-    def mask(self, row_V: Float32Row, end_token_ids: Collection[int]) -> None:
-        """Set the logits of forbidden tokens to minus infinity, in place. `end_token_ids`: special tokens
-        that end an answer; they are allowed where the answer may end. All may become minus infinity: the
-        answer is complete then, or nothing fits (see `can_end`). Raises ConstraintError."""
+    def mask(self, row_V: Float32Row, end_token_ids: Collection[int]) -> Float32Row:
+        """Return the row with minus infinity for forbidden tokens; NaN stays NaN. `end_token_ids`: special
+        tokens that end an answer; they are allowed where the answer may end. All may become minus infinity:
+        the answer is complete then, or nothing fits (see `can_end`). Raises ConstraintError."""
         token_mask = self._token_mask
         words = token_mask.words
         if self.is_complete:
@@ -87,7 +87,7 @@ class Constraint:
             self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
             if self._matcher.is_error():
                 raise ConstraintError(self._error())
-        token_mask.apply(row_V, end_token_ids if self.can_end else ())
+        return token_mask.apply(row_V, end_token_ids if self.can_end else ())
 
     def advance(self, token_id: int) -> None:
         """Take the chosen token, which `mask` allowed. A token that ends the answer is not given here.

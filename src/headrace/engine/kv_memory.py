@@ -25,8 +25,14 @@ def kv_bytes_per_token(h: Hyperparameters, bytes_per_number: int) -> int:
 
 
 def plan_kv_blocks(spec: EngineSpec, h: Hyperparameters, bytes_per_token: int) -> int:
-    """Decide the number of KV blocks for `spec` on this machine. Raises ConfigError when it cannot fit."""
-    return choose_num_blocks(spec, h.context_length, bytes_per_token, free_memory_bytes())
+    """Decide the number of KV blocks for `spec` on this machine. Raises ConfigError when it cannot fit.
+
+    On standby, what was asked for need not be free yet: it is taken, and looked for, when the engine wakes.
+    """
+    free_bytes = free_memory_bytes()
+    if spec.is_standby:
+        free_bytes = max(free_bytes, spec.kv_cache_bytes)
+    return choose_num_blocks(spec, h.context_length, bytes_per_token, free_bytes)
 
 
 def choose_num_blocks(spec: EngineSpec, context_length: int, bytes_per_token: int, free_bytes: int) -> int:

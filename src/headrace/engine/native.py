@@ -137,6 +137,9 @@ class NativeEngine:
         if self._grammars is not None:
             self._grammars.remove(request_id)
 
+    def num_waiting(self) -> int:
+        return len(self._scheduler.waiting) + (len(self._grammars) if self._grammars else 0)
+
     def has_work(self) -> bool:
         return self._is_computing() or bool(self._grammars)
 
@@ -184,7 +187,7 @@ class NativeEngine:
             work.rest(self._clock.now_ns())
         return EngineLoad(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting) + (len(self._grammars) if self._grammars else 0),
+            num_waiting=self.num_waiting(),
             num_free_blocks=scheduler.pool.num_allocatable,
             num_total_blocks=scheduler.pool.num_blocks,
             step_s=self._step_s,

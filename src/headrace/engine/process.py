@@ -7,6 +7,7 @@ One thread. Must not know text, HTTP, or what a step computes; imports torch onl
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import socket
@@ -162,7 +163,7 @@ class EngineLoop:
     def _check_open(self) -> None:
         if self._drain.is_set:
             raise Overloaded("the engine is draining and takes no more requests")
-        if self._engine.load().num_waiting >= MAX_WAITING:
+        if self._engine.num_waiting() >= MAX_WAITING:
             raise Overloaded(f"{MAX_WAITING} requests wait in the engine already; send it again later")
 
     def _send(self, batch: StepBatch) -> None:
@@ -231,7 +232,8 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
     runner = load_runner(spec, files, on_phase)
     grammars = GrammarQueue(lambda: compiler_for(files, runner.eos_token_ids))
     speculator = load_speculator(spec, files, runner, on_phase)
-    engine = NativeEngine(spec, runner, clock, speculator, grammars, Sampler(load_fused_sampling()))
+    sampler = Sampler(load_fused_sampling(runner.team))
+    engine = NativeEngine(spec, runner, clock, speculator, grammars, sampler)
     on_phase("computing the first step")
     engine.compute_first_step()
     if spec.is_standby:
@@ -257,6 +259,7 @@ def is_retryable(error: BaseException) -> bool:
 
 def serve(spec_json: str, channel: FrontChannel, drain: DrainSignal, clock: Clock) -> int:
     """Start the engine and run it to its end; return the exit status."""
+    gc.disable()  # a tenth of the time that importing torch takes
     try:
         phases = StartPhases(
             lambda phase, elapsed_s: channel.send(EngineStarting(phase, elapsed_s)), clock, process_age_s()
@@ -264,6 +267,9 @@ def serve(spec_json: str, channel: FrontChannel, drain: DrainSignal, clock: Cloc
         engine = build_engine(msgspec.json.decode(spec_json, type=EngineSpec), phases.begin, clock)
         ready = msgspec.structs.replace(engine.describe(), phases=phases.finish())
         drain.is_starting = False
+        # What was imported stays: collections need not look at it again, which would take milliseconds.
+        gc.freeze()
+        gc.enable()
         channel.send(ready)
         print(f"engine: ready after {describe_phases(ready.phases)}", file=sys.stderr, flush=True)
         EngineLoop(engine, channel, drain, clock, phases).run()

@@ -34,6 +34,10 @@ class Engine(Protocol):
         """Forget a request and free its blocks before the next step. Unknown ids are ignored."""
         ...
 
+    def num_waiting(self) -> int:
+        """Requests that wait to run: what `load` says, without its other figures. Asked for each request."""
+        ...
+
     def has_work(self) -> bool:
         """Whether a step would compute anything."""
         ...

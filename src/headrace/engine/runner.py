@@ -18,10 +18,12 @@ from headrace.engine.model_files.metadata import Hyperparameters, ModelMetadata,
 from headrace.engine.model_files.resolve import ModelFiles
 from headrace.engine.models.decoder import Decoder
 from headrace.engine.operations.interface import Operations
+from headrace.engine.operations.kernels import Team
 from headrace.engine.operations.memory import give_back
 from headrace.engine.operations.select import select_operations
 from headrace.engine.protocol import StepInput
-from headrace.engine.weights.loading import Packing, check_free, load_tensors
+from headrace.engine.weights.loading import Packing, check_free, check_unchanged, load_tensors
+from headrace.engine.weights.stamp import stamp_files
 
 
 class DecoderRunner:
@@ -52,6 +54,8 @@ class DecoderRunner:
         self.eos_token_ids = metadata.eos_token_ids
         self.architecture: str = h.architecture
         self.path = operations.description
+        self.team: Team | None = getattr(operations, "team", None)
+        """The threads of a step, which the sampler uses, too; None: torch's own."""
         self._load_decoder = load_decoder
         self._decoder: Decoder | None = load_decoder()
         on_phase("allocating KV memory")
@@ -104,7 +108,10 @@ def load_runner(spec: EngineSpec, files: ModelFiles, on_phase: Callable[[str], N
         operations.arithmetic, operations.packed_version, operations.bytes_per_weight, operations.pack
     )
 
+    stamps = stamp_files(files)
+
     def load_decoder() -> Decoder:
+        check_unchanged(files, stamps)  # who wakes must be who fell asleep
         tensors = load_tensors(files, h, packing, spec.packed_dir, on_phase)
         on_phase("loading weights")
         return Decoder(h.num_layers, operations.load(h, tensors, longest_context(spec, h)))

@@ -170,6 +170,9 @@ class SimulatedEngine:
         else:
             self._pool.release(request.block_table)
 
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
     def has_work(self) -> bool:
         return bool(self._running or self._prefilling or self._waiting)
 

@@ -22,8 +22,8 @@ _OPTIONS = '%llguidance {"no_forcing": true}\n'
 """Any tokens that spell the text will do, as if the model were free: it prefers the usual ones by itself, and
 the engine needs no tokenizer."""
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-"""JSON in one line, as most programs write it. Where any whitespace is allowed, small models fill answers with
-line ends: SmolLM2 takes 2 to 3 times the tokens, and does not always come to an end."""
+"""JSON in one line, as most programs write it. Where any whitespace is allowed, small models fill answers
+with line ends: SmolLM2 takes 2 to 3 times the tokens, and does not always come to an end."""
 _SPACING_OPTIONS = frozenset((*_SPACING, "whitespace_pattern"))
 _QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(?://|#)[^\n]*')
 _INLINE_SCHEMA = re.compile(r"%json\s*(?=\{)")
@@ -48,13 +48,20 @@ def write_grammar(kind: FormKind, text: str) -> str:
     elif kind == "regex":
         lark = f"start: /{llguidance.regex_to_lark(text, use_ascii='d')}/"
     elif kind == "choice":
-        choices = sorted(set(json.loads(text)))
-        lark = "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+        lark = _one_of(set(json.loads(text)))
     else:
         lark = _checked_lark(text)
     grammar = json.dumps({"grammars": [{"lark_grammar": _OPTIONS + lark}]}, ensure_ascii=False)
     _try(grammar)
     return grammar
+
+
+def _one_of(choices: set[str]) -> str:
+    # One terminal: as many rules would be matched side by side, and meet a limit.
+    texts = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in sorted(choices - {""}))
+    if "" not in choices:
+        return f"start: CHOICE\nCHOICE: {texts}"
+    return f'start: CHOICE | ""\nCHOICE: {texts}' if texts else 'start: ""'
 
 
 def _schema(text: str) -> str:

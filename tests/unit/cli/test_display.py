@@ -80,6 +80,22 @@ def test_the_status_says_what_a_replicas_steps_take() -> None:
     assert "chat-2: 0% busy" not in text
 
 
+def test_the_status_says_what_a_start_took_while_that_is_news() -> None:
+    phases = {"starting python": 0.05, "importing torch": 1.25, "finding the model": 0.0, "mapping": 0.1}
+    fresh = msgspec.structs.replace(replica("chat-1", "ready"), start_phases=phases, since_s=5.0)
+    old = msgspec.structs.replace(replica("chat-2", "ready"), start_phases=phases, since_s=500.0)
+    resting = msgspec.structs.replace(replica("chat-3", "standby", phase="asleep at level 1"))
+    console = Console(file=io.StringIO(), width=120)
+    console.print(render(system(fresh, old, resting)))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert (
+        "chat-1: its engine started in 1.4 s: importing torch 1.2 s, mapping 100 ms, starting python" in text
+    )
+    assert "chat-2: its engine" not in text
+    assert "chat-3: asleep at level 1" in text
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_status_fits_the_screen_with_every_column_and_gateway(width: int) -> None:
     console = Console(file=io.StringIO(), width=width)

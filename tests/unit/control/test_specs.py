@@ -91,3 +91,20 @@ def test_the_url_is_one_that_a_client_can_use() -> None:
     assert gateway_url(Gateway(bind="[::]:80")) == "http://[::1]:80/v1"
     tls = Tls(certificate="c.pem", key="k.pem")
     assert gateway_url(Gateway(bind="127.0.0.1:8000", tls=tls)) == "https://127.0.0.1:8000/v1"
+
+
+@pytest.mark.parametrize(
+    ("state_dir", "setting", "packed_dir"),
+    [
+        ("/state", "auto", "/state/packed"),
+        ("/state", "off", ""),
+        ("/state", "/fast/disk", "/fast/disk"),
+        ("", "auto", ""),
+    ],
+)
+def test_packed_weights_lie_in_the_state_directory_if_nothing_else_is_said(
+    state_dir: str, setting: str, packed_dir: str
+) -> None:
+    tree = config(native={"packed_dir": setting}).model_copy(update={"state_dir": state_dir})
+    process = replica_process(tree, "chat", "chat-1", Path("/run/x"))
+    assert msgspec.json.decode(process.argv[-1], type=ReplicaSpec).engine.packed_dir == packed_dir

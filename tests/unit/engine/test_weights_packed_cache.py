@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,51 @@ cache.load(sys.argv[2], {"version": "1"}, lambda: {"a": RawTensor("int8", (3,), 
     assert torch.equal(rig.load(), torch.arange(1000))
     assert (rig.num_packed, rig.lines) == (1, [])
     assert sorted(path.name for path in rig.directory.iterdir()) == [f".{NAME}.lock", NAME]
+
+
+@pytest.mark.slow
+def test_engines_that_map_the_same_file_share_one_copy_in_memory(tmp_path: Path) -> None:
+    size = 32 << 20
+    tensors = to_raw({"a": torch.full((size,), 7, dtype=torch.uint8)})
+    PackedCache(tmp_path, print).load(NAME, {}, lambda: tensors, lambda _phase: None)
+    program = """
+import sys
+from pathlib import Path
+from headrace.engine.weights.packed_file import map_packed
+tensors = map_packed(Path(sys.argv[1]), {})
+print("mapped", flush=True)
+sys.stdin.read()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(packed_cache.__file__).parents[3])}
+    command = [sys.executable, "-c", program, str(tmp_path / NAME)]
+    with ExitStack() as stack:
+        engines = []
+        for _ in range(2):
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe)
+            engines.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        for process in engines:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"mapped\n"
+        for process in engines:
+            memory = mapping_bytes(process.pid, NAME)
+            assert memory["Rss"] >= size
+            assert memory["Pss"] < 0.6 * size, "each pays for half"
+            assert memory["Private_Dirty"] == 0
+
+
+def mapping_bytes(pid: int, name: str) -> dict[str, int]:
+    """What a process's mappings of a file take, by kind."""
+    kinds: dict[str, int] = {}
+    is_wanted = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            is_wanted = line.endswith(name)
+        elif is_wanted and words[-1] == "kB":
+            kinds[words[0][:-1]] = kinds.get(words[0][:-1], 0) + int(words[1]) * 1024
+    return kinds
 
 
 def test_reading_ahead_needs_no_directory_and_touches_only_the_models_files(tmp_path: Path) -> None:

@@ -49,6 +49,10 @@ def test_choices_are_taken_literally() -> None:
     grammar = write_grammar("choice", json.dumps(choices))
     assert all(accepts(grammar, choice) for choice in choices)
     assert not accepts(grammar, "abc")
+    many = write_grammar("choice", json.dumps([f"option {i}" for i in range(5000)]))
+    assert accepts(many, "option 4999")
+    assert not accepts(many, "option 5000")
+    assert accepts(write_grammar("choice", '[""]'), "")
 
 
 @pytest.mark.parametrize(

@@ -98,13 +98,13 @@ class HeadOfPiece {
   // Find a tile's granules. Those beyond the context are never computed with: any place does.
   void locate(int index, const uint8_t** granules) {
     const KvLayout& layout = task_.layout;
-    const int block_size = task_.step.block_size;
+    const int block_size = task_.step.block_size, shift = __builtin_ctz(block_size);
     if (layout.granule < kGranuleKeys) return gather(index, granules);
     for (int g = 0; g < kTileGranules; ++g) {
       int key = index * kTileKeys + g * kGranuleKeys;
       if (key >= context_) key = context_ - 1;
-      granules[g] = task_.cache + size_t(table_[key / block_size]) * layout.block_bytes +
-                    head_ * layout.head_bytes + key % block_size / kGranuleKeys * layout.granule_bytes;
+      granules[g] = task_.cache + size_t(table_[key >> shift]) * layout.block_bytes +
+                    head_ * layout.head_bytes + (key & (block_size - 1)) / kGranuleKeys * layout.granule_bytes;
     }
   }
 

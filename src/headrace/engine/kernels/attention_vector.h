@@ -21,16 +21,28 @@ inline void store(float* at, F x) { __builtin_memcpy(at, &x, sizeof x); }
 inline F splat(float x) { return x - F{}; }
 inline I splat(int32_t x) { return x - I{}; }
 
-inline F select(I is_first, F a, F b) { return (F)((is_first & (I)a) | (~is_first & (I)b)); }
+#ifdef __AVX512F__
+inline F select(I is_first, F a, F b) {
+  return (F)_mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)is_first), (__m512)b, (__m512)a);
+}
 
 // The larger; b where one is not a number.
+inline F larger(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
+
+inline float reduce_max(F x) { return _mm512_reduce_max_ps((__m512)x); }
+#else
+inline F select(I is_first, F a, F b) { return (F)((is_first & (I)a) | (~is_first & (I)b)); }
+
 inline F larger(F a, F b) { return a > b ? a : b; }
 
 inline float reduce_max(F x) {
-  float result = x[0];
-  for (int i = 1; i < kLanes; ++i) result = x[i] > result ? x[i] : result;
-  return result;
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  return lanes[0];
 }
+#endif
 
 // Pairs, then pairs of pairs: the same tree always.
 inline float reduce_add(F x) {
@@ -48,20 +60,29 @@ inline I count_from(int32_t first) {
   return lanes;
 }
 
-// 2^x for x <= 0, 0 below -125; not a number stays so. Relative error below 2.5e-7: 2^f for f in [-0.5, 0.5] is
-// a polynomial (minimax in relative error, 9.2e-8; 2^0 is exactly 1), the rest goes into the exponent.
-inline F exp2_of(F x) {
-  const F round = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const F clamped = select(x < splat(-125.0f), splat(-125.0f), x);
-  const F shifted = clamped + round;
-  const F f = clamped - (shifted - round);
+// 2^f for f in [-0.5, 0.5]: minimax in relative error, 9.2e-8; 2^0 is exactly 1.
+inline F exp2_of_fraction(F f) {
   F y = splat(1.326472731e-3f);
   y = FusedAdd(y, f, splat(9.671512991e-3f));
   y = FusedAdd(y, f, splat(5.550733581e-2f));
   y = FusedAdd(y, f, splat(2.402224243e-1f));
   y = FusedAdd(y, f, splat(6.931470037e-1f));
-  y = FusedAdd(y, f, splat(1.0f));
+  return FusedAdd(y, f, splat(1.0f));
+}
+
+// 2^x for x <= 0, relative error below 2.5e-7; far below -125 it is 0; not a number stays so.
+inline F exp2_of(F x) {
+#ifdef __AVX512F__
+  const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);
+  const __m512 whole = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (F)_mm512_scalef_ps((__m512)exp2_of_fraction((F)_mm512_sub_ps(clamped, whole)), whole);
+#else
+  const F round = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const F clamped = select(x < splat(-125.0f), splat(-125.0f), x);
+  const F shifted = clamped + round;
+  const F y = exp2_of_fraction(clamped - (shifted - round));
   const I exponent = ((I)shifted - (I)round) << 23;
-  y = select(x < splat(-125.0f), F{}, (F)((I)y + exponent));
-  return select(x == x, y, x);
+  const F scaled = select(x < splat(-125.0f), F{}, (F)((I)y + exponent));
+  return select(x == x, scaled, x);
+#endif
 }
