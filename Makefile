@@ -77,7 +77,7 @@ bench: $(INSTALLED_TEST)
 	$(BIN)/python -m benchmarks
 
 bench-engine: $(INSTALLED_TEST)
-	$(BIN)/python -m benchmarks engine roofline prompts overhead speculation start
+	$(BIN)/python -m benchmarks engine roofline prompts overhead speculation structured start
 
 peers: $(PEERS:%=.peers/%/.installed)
 	@du -sh $(PEERS:%=.peers/%)
