@@ -18,14 +18,14 @@ EXPECTED_S = 10.0
 """How long a bound request's prefix counts as cached without the replica having said so."""
 _PURGE_PERIOD_S = 1.0
 _SLACK_DIVISOR = 8
-"""At a bound an eighth is forgotten together: a dict's first keys are found slowly where others were deleted."""
+"""At a bound an eighth is forgotten together: the first keys of a dict with many deleted are found slowly."""
 _MAX_SETS = 4096
 """Sets of replicas whose names are kept spelled out."""
 
 
 class _Holder:
-    """One replica's part of the index. Each of its hashes is in one of the two, and its bit is set in the mask
-    of each: the mask is looked at first, since a hash that was not used lately has to come from memory."""
+    """One replica's part of the index. Each of its hashes is in one of the two, and its bit is set in each's
+    mask: the mask is looked at first, since a hash that was not used lately has to come from memory."""
 
     __slots__ = ("bit", "epoch", "expected", "has_reported", "held")
 
