@@ -98,27 +98,33 @@ class Scheduler:
             self.pool.distrust(request.block_table)
         self._release(request)
 
-    def schedule(self) -> Decision:
+    def schedule(self, max_prompt_tokens: int | None = None) -> Decision:
         """Choose the next step's tokens, and give them blocks.
 
         Every running request gets at least one token while the budget lasts, so that one long prompt does not
-        stall the streams behind it. Nobody is admitted in a step that had to preempt.
+        stall the streams behind it; `max_prompt_tokens` bounds what prompts get together. Nobody is admitted
+        in a step that had to preempt.
         """
         decision = Decision()
         budget = self._token_budget
+        for_prompts = budget if max_prompt_tokens is None else max_prompt_tokens
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
             num_behind = len(self.running) - index - 1
             num_missing = len(request.token_ids) - request.num_computed_tokens
-            num_new = 1 if num_missing == 1 else min(num_missing, max(1, budget - num_behind))
+            num_new = 1
+            if num_missing > 1:
+                num_new = min(num_missing, max(1, min(budget - num_behind, for_prompts)))
+                for_prompts -= num_new
             if not self._make_room(request, request.num_computed_tokens + num_new, decision):
                 break  # It was the last one, and had to give way itself.
             decision.scheduled.append(Scheduled(request, num_new, num_new == num_missing))
             budget -= num_new
             index += 1
         if not decision.preempted:
-            budget = self._admit(budget, decision)
+            for_prompts = min(budget, for_prompts)
+            budget -= for_prompts - self._admit(for_prompts, decision)
         decision.num_tokens = self._token_budget - budget
         return decision
 
@@ -154,6 +160,19 @@ class Scheduler:
         assert len(draft_token_ids) <= num_reserved, f"{len(draft_token_ids)} guesses, {num_reserved} slots"
         decision.scheduled[place] = decision.scheduled[place]._replace(draft_token_ids=draft_token_ids)
         decision.num_tokens -= num_reserved - len(draft_token_ids)
+
+    def streams(self) -> tuple[int, int, int]:
+        """Return how many requests decode, the tokens in their contexts, and how far the first prompt is."""
+        num_decoding = num_kv_tokens = 0
+        num_before: int | None = None
+        for request in self.running:
+            num_tokens, num_computed = len(request.token_ids), request.num_computed_tokens
+            if num_tokens - num_computed == 1:
+                num_decoding += 1
+                num_kv_tokens += num_tokens
+            elif num_before is None:
+                num_before = num_computed
+        return num_decoding, num_kv_tokens, num_before or 0
 
     def update(self, decision: Decision, num_accepted: Sequence[int] = ()) -> None:
         """Take note that the step was computed: advance each request, make its full blocks findable.

@@ -55,6 +55,25 @@ def test_a_long_prompt_is_computed_in_chunks_next_to_running_requests() -> None:
     assert third.num_tokens == 4
 
 
+def test_prompts_together_get_no_more_than_they_may_and_streams_go_on() -> None:
+    world = World(token_budget=64)
+    stream = world.add("stream", 4)
+    world.step()
+    prompt = world.add("prompt", 40)
+    world.add("next", 9)
+    decision = world.scheduler.schedule(16)
+    assert parts(decision) == [("stream", 1), ("prompt", 16)]
+    assert decision.num_tokens == 17
+    world.scheduler.update(decision)
+    stream.append(1)
+    assert world.scheduler.streams() == (1, len(stream.token_ids), 16)
+    decision = world.scheduler.schedule(30)
+    assert parts(decision) == [("stream", 1), ("prompt", 24), ("next", 6)]
+    world.scheduler.update(decision)
+    assert prompt.num_computed_tokens == 40
+    assert parts(world.scheduler.schedule(0))[2] == ("next", 1), "what runs gets a token in every step"
+
+
 def test_a_chunk_leaves_a_token_for_each_request_behind_it() -> None:
     world = World(token_budget=8)
     world.add("behind", 4, priority=-1)
