@@ -12,12 +12,13 @@ PEERS ?= ray-serve vllm-router smg $(ENGINES)
 # Other engines, and the packages that carry Gemma.
 ENGINES := vllm llama-cpp transformers gemma3-270m
 
-.PHONY: help up test check lint format type imports unit fuzz integration e2e test-slow bench peers docs kernels clean
+.PHONY: help up test check lint format type imports unit fuzz integration e2e test-slow bench bench-engine peers docs kernels clean
 help:
 	@echo "make up      install, then serve SmolLM2-135M-Instruct at http://127.0.0.1:8000/v1"
 	@echo "make test    everything that CI runs: check, unit, integration, end to end"
 	@echo "make check   format, lint, types, import contracts"
 	@echo "make bench   the benchmarks of benchmarks/ (minutes)"
+	@echo "make bench-engine  those that concern the engine"
 	@echo "make kernels compile the engine's kernels again, after changes of their sources"
 	@echo "make peers   install what \`make bench\` compares with, into .peers (about 6 GB, a few minutes);"
 	@echo "             PEERS=\"llama-cpp vllm\" only some of it"
@@ -74,6 +75,9 @@ e2e: $(INSTALLED_TEST)
 
 bench: $(INSTALLED_TEST)
 	$(BIN)/python -m benchmarks
+
+bench-engine: $(INSTALLED_TEST)
+	$(BIN)/python -m benchmarks engine roofline prompts overhead speculation structured start
 
 peers: $(PEERS:%=.peers/%/.installed)
 	@du -sh $(PEERS:%=.peers/%)

@@ -168,7 +168,6 @@ _METHOD = (
 )
 _CAVEATS = [
     "The client takes a share of the same cores.",
-    "Weights are of one file, but not of the same bits: what each engine keeps them in stands in its row. "
-    "headrace's table row is the default of `auto`.",
+    "Weights are of one file, but not of the same bits: what each engine keeps them in stands in its row.",
     "One wave of requests: all prompts come at once, so TTFT at 16 and 32 is that of a burst.",
 ]

@@ -180,11 +180,11 @@ def run(*, is_quick: bool) -> Report:
     report = Report(
         "overhead",
         "What a step costs beside the model",
-        f"{BATCH} requests decode; vocabulary {VOCAB_SIZE:,}. Engine: the real scheduler, sampler and channel "
-        "around a model that takes no time, in one thread; medians over steps of its CPU time. Front: its "
-        f"process's CPU time per step at {BATCH} streams in a closed loop over HTTP, heads and ends of "
-        f"requests included, with an engine of {FRONT_STEP_MS:g} ms steps. The share is engine plus front over "
-        "the step of a native replica under the same load.",
+        f"{BATCH} requests decode; vocabulary {VOCAB_SIZE:,}. Engine: the real scheduler, sampler and "
+        "channel around a model that takes no time, in one thread; medians over steps of its CPU time. "
+        f"Front: its process's CPU time per step at {BATCH} streams in a closed loop over HTTP, heads and "
+        f"ends of requests included, with an engine of {FRONT_STEP_MS:g} ms steps. The share is engine plus "
+        "front over the step of a native replica under the same load.",
     )
     num_steps = 100 if is_quick else 600
     rows = []

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ from benchmarks.engines.models import MODELS, BenchModel, ModelMissing
 from benchmarks.engines.peaks import Peaks, measure_peaks
 from benchmarks.report import Aim, Report, Table
 from headrace.bench.statistics import percentile
-from headrace.engine.kv_memory import kv_bytes_per_token
-from headrace.engine.model_files.metadata import read_metadata
 
 ROOT = Path(__file__).parents[1]
 AIMS = {1: 0.70, 8: 0.60, 32: 0.55}
@@ -29,32 +27,36 @@ BYTES_PER_WEIGHT = {"int8": 1, "bfloat16": 2, "float32": 4}
 def run(*, is_quick: bool) -> Report:
     """Time steps of each model at each batch; the machine's limits before and after."""
     num_steps, rounds = (16, 1) if is_quick else (64, 3)
-    report = Report("roofline", "Decode steps and the machine's limits", _METHOD.format(steps=num_steps))
-    peaks = measure_peaks(NUM_THREADS)
+    command = f"python -m benchmarks roofline{' --quick' if is_quick else ''}"
+    method = _METHOD.format(steps=num_steps)
+    report = Report("roofline", "Decode steps and the machine's limits", method, command)
+    limits = [measure_peaks(NUM_THREADS)]
+    found: dict[BenchModel, list[dict[int, dict[str, Any]]]] = {}
     for name, model in MODELS.items():
         try:
-            steps = [time_steps(name, num_steps) for _ in range(rounds)]
+            found[model] = [time_steps(name, num_steps) for _ in range(rounds)]
         except (ModelMissing, StepsFailed) as error:
             report.caveats.append(f"{model.title}: {error}")
-            continue
-        after = measure_peaks(NUM_THREADS)
-        peaks = max(peaks, after, key=lambda found: found.read_bytes_per_s)
-        rows = [_row(model, batch, [found[batch] for found in steps], peaks) for batch in AIMS]
+        limits.append(measure_peaks(NUM_THREADS))
+    peaks = highest(limits)
+    for model, steps in found.items():
+        rows = [_row(model, batch, [timed[batch] for timed in steps], peaks) for batch in AIMS]
         report.tables.append(_table(model, rows, steps[0][1]["path"]))
-        report.aims += [
-            Aim(
-                f"{model.title}, memory roofline at batch {row['batch']}",
-                f"at least {AIMS[row['batch']]:.0%}",
-                f"{row['memory_share']:.0%}",
-                row["memory_share"] >= AIMS[row["batch"]],
-            )
-            for row in rows
-        ]
+        report.aims += [_aim(model, row) for row in rows]
         report.data[model.name] = rows
     report.data["peaks"] = asdict(peaks)
     report.tables.append(_peaks_table(peaks))
     report.caveats += _CAVEATS
     return report
+
+
+def highest(limits: list[Peaks]) -> Peaks:
+    """Return the best of each limit: what disturbs a measurement only lowers it."""
+    return replace(
+        limits[0],
+        read_bytes_per_s=max(peaks.read_bytes_per_s for peaks in limits),
+        int8_operations_per_s=max(peaks.int8_operations_per_s for peaks in limits),
+    )
 
 
 class StepsFailed(Exception):
@@ -90,10 +92,8 @@ def _row(model: BenchModel, batch: int, found: list[dict[str, Any]], peaks: Peak
     step_s = min(medians_s)
     path = str(found[0]["path"])
     width = next((width for word, width in BYTES_PER_WEIGHT.items() if path.startswith(word)), 4)
-    kv_width = 2 if width == 1 else width
-    h = read_metadata(model.find()).hyperparameters
     weight_bytes = model.num_weights * width
-    kv_bytes = batch * CONTEXT_TOKENS * kv_bytes_per_token(h, kv_width)
+    kv_bytes = batch * CONTEXT_TOKENS * int(found[0]["kv_bytes_per_token"])
     memory_s = (weight_bytes + kv_bytes) / peaks.read_bytes_per_s
     compute_s = 0.0
     if width == 1 and peaks.int8_operations_per_s:
@@ -113,6 +113,12 @@ def _row(model: BenchModel, batch: int, found: list[dict[str, Any]], peaks: Peak
         "share": floor_s / step_s,
         "tokens_per_s": batch / step_s,
     }
+
+
+def _aim(model: BenchModel, row: dict[str, Any]) -> Aim:
+    batch, share = row["batch"], row["memory_share"]
+    figure = f"{model.title}, memory roofline at batch {batch}"
+    return Aim(figure, f"at least {AIMS[batch]:.0%}", f"{share:.0%}", share >= AIMS[batch])
 
 
 def _table(model: BenchModel, rows: list[dict[str, Any]], path: str) -> Table:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.engines.models import BenchModel
@@ -75,13 +75,18 @@ class PeerEngine:
 
 def vllm_command(rig: EngineRig) -> list[str]:
     """Eager: compiled, it starts in minutes."""
+    return [*vllm_compiled_command(rig), "--enforce-eager"]
+
+
+def vllm_compiled_command(rig: EngineRig) -> list[str]:
+    """As by default: it compiles the model at its first start and keeps that in the user's cache."""
     return [
         *(str(INSTALLED / "vllm" / "bin" / "python"), "-m", "vllm.entrypoints.cli.main", "serve"),
         str(rig.model.huggingface()),
         *("--served-model-name", "chat", "--host", "127.0.0.1", "--port", str(rig.port)),
         *("--dtype", "bfloat16", "--max-model-len", str(rig.context_tokens)),
         *("--max-num-seqs", str(rig.max_running), "--block-size", str(VLLM_BLOCK_TOKENS)),
-        *("--enforce-eager", "--no-enable-log-requests"),
+        "--no-enable-log-requests",
     ]
 
 
@@ -99,6 +104,12 @@ def vllm_variables(rig: EngineRig) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+
+
+def vllm_default_variables(rig: EngineRig) -> dict[str, str]:
+    """Return the same with its own number of threads: on two cores one, the other is its server's."""
+    own = ("OMP_NUM_THREADS", "VLLM_CPU_NUM_OF_RESERVED_CPU")
+    return {name: value for name, value in vllm_variables(rig).items() if name not in own}
 
 
 def llama_command(form: Callable[[BenchModel], Path]) -> Callable[[EngineRig], list[str]]:
@@ -180,5 +191,27 @@ def engines() -> list[PeerEngine]:
             start_limit_s=90.0,
             max_rounds=1,
             note="continuous batching",
+        ),
+    ]
+
+
+def on_request() -> list[PeerEngine]:
+    """Return the variants that run only when they are named."""
+    vllm = engines()[0]
+    return [
+        replace(
+            vllm,
+            name="vllm-compiled",
+            title="vLLM 0.32, bfloat16, compiled",
+            command=vllm_compiled_command,
+            start_limit_s=600.0,
+            note="compiled at its first start",
+        ),
+        replace(
+            vllm,
+            name="vllm-threads",
+            title="vLLM 0.32, bfloat16, its own number of threads",
+            variables=vllm_default_variables,
+            note="eager; its own number of threads",
         ),
     ]

@@ -13,11 +13,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from benchmarks.engines.catalogue import MAX_RUNNING, PeerEngine, engines
+from benchmarks.engines.catalogue import MAX_RUNNING, PeerEngine, engines, on_request
 from benchmarks.engines.load import LoadFailed
 from benchmarks.engines.models import BenchModel
 from benchmarks.engines.running import (
-    HEADRACE,
     EngineFailed,
     RunningEngine,
     running_headrace,
@@ -82,12 +81,14 @@ def _turn(
 
 
 def choose_engines(only: Sequence[str]) -> list[PeerEngine]:
-    """Return the peers to compare with: those named, or all. Raises UnknownPeer."""
-    known = {engine.name: engine for engine in engines()}
+    """Return the peers to compare with: those named, or all; `none`: headrace alone. Raises UnknownPeer."""
+    if list(only) == ["none"]:
+        return []
+    known = {engine.name: engine for engine in [*engines(), *on_request()]}
     unknown = [name for name in only if name not in known]
     if unknown:
         raise UnknownPeer(f"no engine {', '.join(unknown)}; there are: {', '.join(known)}")
-    return [known[name] for name in only] if only else list(known.values())
+    return [known[name] for name in only] if only else engines()
 
 
 @contextmanager
@@ -116,11 +117,6 @@ def company(
             found.running.append(engine)
             _tell(engine)
         yield found
-
-
-def title_of(name: str) -> str:
-    """Return an engine's title for tables."""
-    return next((engine.title for engine in engines() if engine.name == name), HEADRACE)
 
 
 def _tell(engine: RunningEngine) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.engines.catalogue import PeerEngine, engines
+from benchmarks.engines.catalogue import PeerEngine, engines, on_request
 from benchmarks.engines.company import Company
 from benchmarks.engines.models import BenchModel
 from benchmarks.engines.running import QUESTION
@@ -11,7 +11,7 @@ from benchmarks.report import Table
 
 def engines_table(model: BenchModel, company: Company) -> Table:
     """Return who answered, with what."""
-    peers = {engine.name: engine for engine in engines()}
+    peers = {engine.name: engine for engine in [*engines(), *on_request()]}
     rows = []
     for engine in company.running:
         peer = peers.get(engine.name)

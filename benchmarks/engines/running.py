@@ -22,6 +22,7 @@ from benchmarks.engines.catalogue import MAX_RUNNING, NUM_THREADS, EngineRig, Pe
 from benchmarks.engines.models import BenchModel
 from benchmarks.processes import find_processes, tree_of
 from benchmarks.system import ENDPOINT, free_port, serve
+from headrace.engine.model_files.metadata import read_metadata
 
 HEADRACE = "headrace"
 QUESTION = "The capital of France is"
@@ -144,6 +145,7 @@ def running_headrace(
         yield RunningEngine(
             name=HEADRACE,
             title="headrace",
+            weights=_arithmetic(model),
             url=url,
             served_name=ENDPOINT,
             start_s=time.monotonic() - started_s,
@@ -151,6 +153,14 @@ def running_headrace(
             find=_replica,
             is_pausable=False,  # idle it uses nothing, and its controller expects to hear from it
         )
+
+
+def _arithmetic(model: BenchModel) -> str:
+    """Return what headrace's `auto` chooses on this machine."""
+    from headrace.engine.operations.select import select_operations
+
+    h = read_metadata(model.find()).hyperparameters
+    return select_operations("auto", "auto", NUM_THREADS, h).description
 
 
 def _replica() -> list[psutil.Process]:

@@ -33,7 +33,9 @@ def main() -> int:
         kind="native",
         model=str(model.gguf()),
         max_running=max(arguments.batches),
-        max_context_tokens=arguments.context + arguments.steps,
+        # All prompts in one step: afterwards every request has the same context.
+        token_budget=max(arguments.batches) * arguments.context,
+        max_context_tokens=2 * (arguments.context + arguments.steps),
         num_threads=arguments.threads,
         dtype=arguments.dtype,
     )
@@ -42,7 +44,7 @@ def main() -> int:
     engine.compute_first_step()
     for batch in arguments.batches:
         times_s = measure(engine, model, batch, arguments.context, arguments.steps)
-        print(json.dumps(describe(runner, model, batch, times_s)), flush=True)
+        print(json.dumps(describe(runner, batch, times_s)), flush=True)
     return 0
 
 
@@ -68,8 +70,14 @@ def measure(engine: NativeEngine, model: BenchModel, batch: int, context: int, s
     return times_s
 
 
-def describe(runner: DecoderRunner, model: BenchModel, batch: int, times_s: list[float]) -> dict[str, Any]:
-    return {"batch": batch, "path": runner.path, "times_s": times_s, "num_weights": model.num_weights}
+def describe(runner: DecoderRunner, batch: int, times_s: list[float]) -> dict[str, Any]:
+    return {
+        "batch": batch,
+        "path": runner.path,
+        "times_s": times_s,
+        # Of the memory itself: what keys and values are kept in is the engine's own affair.
+        "kv_bytes_per_token": runner._kv_bytes // (runner.num_blocks * runner.block_size),
+    }
 
 
 if __name__ == "__main__":

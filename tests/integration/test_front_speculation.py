@@ -52,11 +52,9 @@ def write_tokenizer(path: Path) -> None:
 
 
 def complete(front: RunningFront, **fields: Any) -> Any:
-    body = {
-        **{"model": "chat", "prompt": PROMPT, "max_tokens": 48, "ignore_eos": True, "seed": 5},
-        "logit_bias": {"40": 8, "41": 8, "42": 8},  # few words, so that they come again
-        **fields,
-    }
+    body = {"model": "chat", "prompt": PROMPT, "max_tokens": 48, "ignore_eos": True, "seed": 5}
+    few_words = {"40": 8, "41": 8, "42": 8}  # so that they come again
+    body |= {"logit_bias": few_words} | fields
     response = httpx.post(f"{front.url}/v1/completions", json=body, timeout=30)
     assert response.status_code == 200, response.text
     if not fields.get("stream"):

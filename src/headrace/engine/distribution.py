@@ -35,6 +35,8 @@ _POLYNOMIAL = (0.693147004, 0.240222424, 0.0555073358, 0.00967151299, 0.00132647
 error with p(0) = 1 (iteratively reweighted least squares over 4,001 Chebyshev points)."""
 _COEFFICIENTS = tuple(np.float32(value) for value in _POLYNOMIAL)
 _LOWEST = -3.4e38
+_PIECE = 8192
+"""Logits weighed at a time: their intermediate results stay in the cache, in memory that is used again."""
 _SPANS = (1.0, 2.0, 4.0, 8.0, 12.0, math.inf)
 """Tokens at least e^-span times as likely as the likeliest are tried first: sorting few is cheap, and they
 nearly always hold what is looked for. Changes no result."""
@@ -65,20 +67,31 @@ def _mix(z: int) -> int:
 def weights(row_V: Float32Row, highest: float, temperature: float) -> Int64Row:
     """Return each token's weight, a whole number of 0 to 2^44. Each operation rounds to float32, and none is
     fused with another: so C++ gets the same bits."""
+    scale = np.float32(_LOG2_E / temperature)
+    weights_V = np.empty(len(row_V), np.int64)
     with np.errstate(over="ignore", invalid="ignore"):  # minus infinity times a scale of 0
-        log2 = (row_V - np.float32(highest)) * np.float32(_LOG2_E / temperature)
+        for begin in range(0, len(row_V), _PIECE):
+            piece = slice(begin, begin + _PIECE)
+            _weigh((row_V[piece] - np.float32(highest)) * scale, weights_V[piece])
+    return weights_V
+
+
+def _weigh(log2: Float32Row, out: Int64Row) -> None:
+    """Write the weights of tokens that are 2^log2 times as likely as the likeliest one."""
     np.fmax(log2, _LEAST_LOG2, out=log2)
     whole = log2 + _ROUNDER
-    fraction = log2 - (whole - _ROUNDER)
-    power = np.full_like(fraction, _COEFFICIENTS[-1])
+    fraction = log2
+    fraction -= whole - _ROUNDER
+    power = fraction * _COEFFICIENTS[-1]
     for coefficient in reversed(_COEFFICIENTS[:-1]):
-        power *= fraction
         power += coefficient
-    power *= fraction
+        power *= fraction
     power += np.float32(1.0)
     # The low bits of `whole` are the whole number: they are added to the exponent, and so are the units.
-    bits = power.view(np.int32) + (whole.view(np.int32) << 23) + (UNIT_BITS << 23)
-    return np.rint(bits.view(np.float32).astype(np.float64)).astype(np.int64)
+    bits = power.view(np.int32)
+    bits += (whole.view(np.int32) << 23) + np.int32(UNIT_BITS << 23)
+    np.rint(power, out=power)
+    out[:] = power
 
 
 def draw(row_V: Float32Row, sampling: SamplingParams, u: float) -> int:

@@ -22,7 +22,8 @@ from headrace.engine.operations.kernels import Team
 from headrace.engine.operations.memory import give_back
 from headrace.engine.operations.select import select_operations
 from headrace.engine.protocol import StepInput
-from headrace.engine.weights.loading import Packing, check_free, load_tensors
+from headrace.engine.weights.loading import Packing, check_free, check_unchanged, load_tensors
+from headrace.engine.weights.stamp import stamp_files
 
 
 class DecoderRunner:
@@ -107,7 +108,10 @@ def load_runner(spec: EngineSpec, files: ModelFiles, on_phase: Callable[[str], N
         operations.arithmetic, operations.packed_version, operations.bytes_per_weight, operations.pack
     )
 
+    stamps = stamp_files(files)
+
     def load_decoder() -> Decoder:
+        check_unchanged(files, stamps)  # who wakes must be who fell asleep
         tensors = load_tensors(files, h, packing, spec.packed_dir, on_phase)
         on_phase("loading weights")
         return Decoder(h.num_layers, operations.load(h, tensors, longest_context(spec, h)))

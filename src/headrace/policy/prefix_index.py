@@ -7,9 +7,8 @@ Must not know loads, costs or tokens.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Hashable, Sequence
-from itertools import chain
+from itertools import islice
 
 MAX_PER_REPLICA = 32_768
 """Hashes remembered per replica: of 8 MiB of short prompts, two million tokens, and more of long ones."""
@@ -19,36 +18,25 @@ EXPECTED_S = 10.0
 """How long a bound request's prefix counts as cached without the replica having said so."""
 _PURGE_PERIOD_S = 1.0
 _SLACK_DIVISOR = 8
-"""At a bound an eighth is forgotten together: the newest are found by going through all that was said."""
-_MAX_STALE = 4096
-"""Entries of a log that say nothing any more, beyond one per hash that is held."""
+"""At a bound an eighth is forgotten together: a dict's first keys are found slowly where others were deleted."""
 _MAX_SETS = 4096
 """Sets of replicas whose names are kept spelled out."""
 
 
 class _Holder:
-    """One replica's part of the index. It holds a hash if its bit is set in the hash's mask: reported by the
-    replica, unless the hash is in `expected`. Nothing else is kept per hash and replica, since each look-up
-    of a hash that was not used lately waits for the memory."""
+    """One replica's part of the index. Each of its hashes is in one of the two, and its bit is set in the mask
+    of each: the mask is looked at first, since a hash that was not used lately has to come from memory."""
 
-    __slots__ = ("bit", "epoch", "expected", "has_reported", "log", "num_held", "num_logged")
+    __slots__ = ("bit", "epoch", "expected", "has_reported", "held")
 
     def __init__(self, bit: int) -> None:
         self.bit = bit
         self.epoch: Hashable = None
         self.has_reported = False
+        self.held: dict[int, None] = {}
+        """Reported by the replica; the newest last."""
         self.expected: dict[int, float] = {}
         """Bound there and not reported yet -> when that stops counting; in the order of that time."""
-        self.log: deque[Sequence[int]] = deque()
-        """Every hash that was reported, and those of use since then; hashes that left may be among them."""
-        self.num_held = 0
-        """Hashes that were reported and have not left."""
-        self.num_logged = 0
-
-    def write(self, hashes: Sequence[int]) -> None:
-        """Note in the log that these are the newest now."""
-        self.log.append(hashes)
-        self.num_logged += len(hashes)
 
 
 class PrefixIndex:
@@ -118,8 +106,12 @@ class PrefixIndex:
             elif block_hash in expected:
                 del expected[block_hash]  # to the end
                 expected[block_hash] = end_s
-        if 2 * holder.num_held > self._limit:  # which are the newest may soon decide
-            holder.write(hashes)
+        held = holder.held
+        if 2 * len(held) > self._limit:  # which are the newest may soon decide
+            for block_hash in hashes:
+                if block_hash in held:
+                    del held[block_hash]  # to the end
+                    held[block_hash] = None
         self._trim(holder)
 
     def report(self, replica_id: str, epoch: Hashable, added: Sequence[int], removed: Sequence[int]) -> None:
@@ -128,29 +120,25 @@ class PrefixIndex:
         if holder.epoch != epoch:
             holder.epoch = epoch
             self._clear(holder)
-        expected, bit, masks = holder.expected, holder.bit, self._masks
-        num_held = holder.num_held
+        held, expected, bit, masks = holder.held, holder.expected, holder.bit, self._masks
         for block_hash in removed:
             mask = masks.get(block_hash, 0)
             if mask & bit:
                 if expected.pop(block_hash, None) is None:
-                    num_held -= 1
+                    del held[block_hash]
                 if mask == bit:
                     del masks[block_hash]
                 else:
                     masks[block_hash] = mask ^ bit
+        for block_hash in added[-self._max_per_replica :]:
+            mask = masks.get(block_hash, 0)
+            if not mask & bit:
+                masks[block_hash] = mask | bit
+            elif expected.pop(block_hash, None) is None:
+                del held[block_hash]  # to the end
+            held[block_hash] = None
         if added:
-            added = added[-self._max_per_replica :]
-            for block_hash in added:
-                mask = masks.get(block_hash, 0)
-                if not mask & bit:
-                    masks[block_hash] = mask | bit
-                    num_held += 1
-                elif expected.pop(block_hash, None) is not None:
-                    num_held += 1
             holder.has_reported = True
-            holder.write(added)
-        holder.num_held = num_held
         self._trim(holder)
 
     def forget(self, replica_id: str) -> None:
@@ -168,14 +156,10 @@ class PrefixIndex:
         back: dict[int, int] = {}
         for name, holder in self._holders.items():
             assert self._names[holder.bit.bit_length() - 1] == name, f"{name} has another's bit"
-            held = self._newest(holder)
-            assert len(held) == holder.num_held, f"{name}: {len(held)} held != {holder.num_held} counted"
-            assert holder.num_held + len(holder.expected) <= self._limit, f"{name} is over its bound"
-            num_logged = sum(map(len, holder.log))
-            assert num_logged == holder.num_logged <= self._most_logged(holder), (
-                f"{name}: {num_logged} logged"
-            )
-            for block_hash in (*held, *holder.expected):
+            both = holder.held.keys() & holder.expected.keys()
+            assert not both, f"{name}: {len(both)} hashes are held and expected"
+            assert len(holder.held) + len(holder.expected) <= self._limit, f"{name} is over its bound"
+            for block_hash in (*holder.held, *holder.expected):
                 back[block_hash] = back.get(block_hash, 0) | holder.bit
         assert back == self._masks, f"{len(back)} hashes by replica, {len(self._masks)} by hash"
 
@@ -210,36 +194,18 @@ class PrefixIndex:
         for holder in self._holders.values():
             self._trim(holder)
 
-    def _most_logged(self, holder: _Holder) -> int:
-        return 2 * holder.num_held + _MAX_STALE
-
-    def _newest(self, holder: _Holder) -> list[int]:
-        """Return what a replica holds by its own word, the newest first."""
-        logged = dict.fromkeys(chain.from_iterable(reversed(hashes) for hashes in reversed(holder.log)))
-        masks, bit, expected = self._masks, holder.bit, holder.expected
-        return [each for each in logged if masks.get(each, 0) & bit and each not in expected]
-
     def _trim(self, holder: _Holder) -> None:
-        """Keep one replica's bounds."""
-        limit, expected = self._limit, holder.expected
-        if holder.num_held + len(expected) > limit:
-            for block_hash in list(expected)[: max(0, len(expected) - limit)]:
-                del expected[block_hash]
-                self._unset(block_hash, holder.bit)
-            self._rewrite(holder, max(0, limit - limit // _SLACK_DIVISOR - len(expected)))
-        elif holder.num_logged > self._most_logged(holder):
-            self._rewrite(holder, holder.num_held)
-
-    def _rewrite(self, holder: _Holder, num_kept: int) -> None:
-        """Keep the newest of the held hashes, so many at most, and each of them in the log once."""
-        newest = self._newest(holder)
-        for block_hash in newest[num_kept:]:
+        """Keep one replica's bound: what it reported goes first, the oldest first."""
+        held, expected = holder.held, holder.expected
+        num_over = len(held) + len(expected) - self._limit
+        if num_over <= 0:
+            return
+        for block_hash in list(islice(held, num_over + self._limit // _SLACK_DIVISOR)):
+            del held[block_hash]
             self._unset(block_hash, holder.bit)
-        del newest[num_kept:]
-        newest.reverse()
-        holder.log.clear()
-        holder.num_held, holder.num_logged = len(newest), 0
-        holder.write(newest)
+        for block_hash in list(islice(expected, max(0, len(expected) - self._limit))):
+            del expected[block_hash]
+            self._unset(block_hash, holder.bit)
 
     def _purge(self, now_s: float) -> None:
         self._next_purge_s = now_s + _PURGE_PERIOD_S
@@ -255,10 +221,9 @@ class PrefixIndex:
 
     def _clear(self, holder: _Holder) -> None:
         """Forget what the replica reported."""
-        for block_hash in self._newest(holder):
+        for block_hash in holder.held:
             self._unset(block_hash, holder.bit)
-        holder.log.clear()
-        holder.num_held = holder.num_logged = 0
+        holder.held.clear()
 
     def _unset(self, block_hash: int, bit: int) -> None:
         mask = self._masks[block_hash] & ~bit

@@ -10,6 +10,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,16 +18,19 @@ import pytest
 import torch
 from benchmarks.engine import AIMS, Loads, Plan, _aims, _table
 from benchmarks.engines import convert, running, tether
-from benchmarks.engines.catalogue import EngineRig, PeerEngine, engines
+from benchmarks.engines.catalogue import EngineRig, PeerEngine, engines, on_request
 from benchmarks.engines.company import Company, choose_engines
 from benchmarks.engines.convert import write_huggingface, write_q8_0
 from benchmarks.engines.load import Load, LoadFailed, workload_for
 from benchmarks.engines.models import SMOLLM2, BenchModel
 from benchmarks.engines.page import engines_table, failures_of
+from benchmarks.engines.peaks import Peaks
 from benchmarks.engines.running import EngineFailed, RunningEngine, running_peer
 from benchmarks.peers.catalogue import ROOT, UnknownPeer
 from benchmarks.prompts import Disturbance, Figures, PrefixTimes, _gaps
 from benchmarks.prompts import _aims as prompt_aims
+from benchmarks.roofline import _row as roofline_row
+from benchmarks.roofline import highest
 from tests.unit.engine.tiny_models import gguf_file
 from tokenizers import Tokenizer, models
 
@@ -38,7 +42,7 @@ from headrace.engine.model_files.resolve import ModelFiles
 from headrace.engine.weights.names import expected_shapes
 from headrace.engine.weights.source import open_weights
 
-PEERS = engines()
+PEERS = [*engines(), *on_request()]
 
 
 def fake_engine(name: str, url: str = "http://127.0.0.1:9/v1", **changes: object) -> RunningEngine:
@@ -93,7 +97,8 @@ def test_every_engine_listens_on_loopback_with_the_threads_of_all(
     assert "7001" in words
     assert "0.0.0.0" not in words
     assert "--host 127.0.0.1" in words or "llama_server.py" in words
-    assert "OMP_NUM_THREADS=2" in words or "--threads 2" in words
+    is_told_threads = "OMP_NUM_THREADS=2" in words or "--threads 2" in words
+    assert is_told_threads == (peer.name != "vllm-threads")
     if not peer.takes_ignore_eos:
         config = json.loads((Path(peer.served_name(rig)) / "config.json").read_text())
         assert config == {"eos_token_id": None}
@@ -111,6 +116,8 @@ def test_every_package_of_an_engine_is_pinned(environment: str) -> None:
 def test_an_unknown_engine_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UnknownPeer, match="no engine ollama; there are: vllm, llama-cpp, "):
         choose_engines(["ollama"])
+    assert choose_engines(["none"]) == []
+    assert [engine.name for engine in choose_engines([])] == [engine.name for engine in engines()]
 
 
 @pytest.mark.slow
@@ -213,6 +220,22 @@ def test_only_gaps_after_every_stream_began_count() -> None:
     records[1].token_times = array("d", [2.0, 4.0])
     run = LoadRun(LoadSpec(concurrency=2, max_requests=2), records, 4.0, 0.0)
     assert sorted(_gaps(run)) == [(3.0, 1.0), (4.0, 1.0), (4.0, 2.0)]
+
+
+def test_a_steps_share_is_of_the_floor_and_the_limits_are_the_best_measured() -> None:
+    slow, fast = Peaks(2, 10e9, 900e9, "x"), Peaks(2, 20e9, 600e9, "x")
+    peaks = highest([slow, fast])
+    assert (peaks.read_bytes_per_s, peaks.int8_operations_per_s) == (20e9, 900e9)
+    model = replace(SMOLLM2, num_weights=100_000_000)
+    timed = {"path": "int8 x", "times_s": [0.011, 0.010, 0.5], "kv_bytes_per_token": 390_625}
+    noisy = timed | {"times_s": [0.05]}
+    row = roofline_row(model, 1, [noisy, timed], peaks)
+    assert row["kv_bytes"] == 100_000_000
+    assert row["memory_floor_s"] == pytest.approx(0.010)
+    assert row["memory_share"] == pytest.approx(0.010 / 0.011)
+    assert row["compute_floor_s"] == pytest.approx(200e6 / 900e9)
+    assert roofline_row(model, 64, [timed], peaks)["share"] > 1  # arithmetic is the higher floor
+    assert roofline_row(model, 1, [timed | {"path": "bfloat16 x"}], peaks)["weight_bytes"] == 200_000_000
 
 
 def test_prompt_aims_are_of_headrace_and_compare_with_the_best_peer() -> None:

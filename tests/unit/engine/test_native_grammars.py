@@ -25,6 +25,7 @@ from headrace.engine.speculation.speculator import Speculator
 from headrace.errors import InvalidRequest
 from headrace.replica.grammar_text import write_grammar
 
+pytestmark = pytest.mark.slow
 PATTERNS = (
     r"[a-z]{3}-\d{4}",
     r"(yes|no|maybe)(, (yes|no|maybe)){0,3}",
@@ -85,7 +86,6 @@ def request(
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**40), temperature=st.sampled_from([0.0, 0.7, 1.0, 2.0]))
-@pytest.mark.slow
 def test_every_answer_is_accepted_by_an_independent_judge(
     rig: GrammarRig, seed: int, temperature: float
 ) -> None:
@@ -108,7 +108,6 @@ def test_every_answer_is_accepted_by_an_independent_judge(
     assert re.fullmatch(GBNF_LANGUAGE, rig.text(answers["gbnf"].token_ids))
 
 
-@pytest.mark.slow
 def test_partners_change_nothing_and_free_answers_are_what_they_were(rig: GrammarRig) -> None:
     tree = write_grammar("json", json.dumps(Tree.model_json_schema()))
     together = [
@@ -123,7 +122,6 @@ def test_partners_change_nothing_and_free_answers_are_what_they_were(rig: Gramma
         assert batched[one.request_id].finish_reason == alone.finish_reason
 
 
-@pytest.mark.slow
 def test_guessing_ahead_changes_nothing(rig: GrammarRig) -> None:
     tree = write_grammar("json", json.dumps(Tree.model_json_schema()))
     repeat = write_grammar("regex", "((red|blue) and ){8}(red|blue)")
@@ -138,7 +136,6 @@ def test_guessing_ahead_changes_nothing(rig: GrammarRig) -> None:
     assert speculator.num_accepted_tokens > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_answer_resumed_after_any_token_continues_as_if_undisturbed(
     rig: GrammarRig, temperature: float

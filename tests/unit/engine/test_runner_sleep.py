@@ -14,7 +14,7 @@ from headrace.engine import kv_memory
 from headrace.engine.protocol import StepInput
 from headrace.engine.runner import DecoderRunner, load_runner
 from headrace.engine.weights import loading
-from headrace.errors import ConfigError, OutOfMemory
+from headrace.errors import ConfigError, ModelChanged, OutOfMemory
 from headrace.units import MIB
 
 KV_BYTES = 96 * MIB
@@ -56,6 +56,7 @@ def test_sleep_gives_memory_back_and_wake_computes_the_same(
     found.sleep(1 if level == 1 else 2)
     assert resident_bytes() < awake_bytes - 0.9 * KV_BYTES
     found.wake()
+    assert resident_bytes() < awake_bytes - 0.9 * KV_BYTES, "pages come when they are written"
     assert torch.equal(logits(found), before)
 
 
@@ -81,3 +82,12 @@ def test_on_standby_memory_that_is_not_free_yet_is_no_mistake(
     with pytest.raises(ConfigError, match=r"kv_cache_mb asks for 96\.0 MiB"):
         runner(tmp_path)
     assert runner(tmp_path, is_standby=True).num_blocks > 1000
+
+
+def test_an_engine_does_not_wake_as_another_model(tmp_path: Path) -> None:
+    found = runner(tmp_path)
+    found.sleep(2)
+    gguf_file(tmp_path / "other.gguf", seed=1)
+    (tmp_path / "other.gguf").rename(tmp_path / "m.gguf")
+    with pytest.raises(ModelChanged, match="Start the replica again"):
+        found.wake()

@@ -103,7 +103,7 @@ def test_a_file_replaced_while_it_is_packed_is_not_kept(tmp_path: Path) -> None:
         return tensors
 
     rig.packing = Packing("float32", "1", 4, pack_and_replace)
-    with pytest.raises(ModelChanged, match="was changed while it was read"):
+    with pytest.raises(ModelChanged, match="was changed since this engine began"):
         rig.load(str(tmp_path / "packed"))
     assert list((tmp_path / "packed").glob("*.packed")) == []
 

@@ -91,7 +91,7 @@ void mlp_block(Team& team, Workspace& workspace, const MlpBlock& block, int num_
 void head(Team& team, Workspace& workspace, const float* norm, float norm_eps, const Matrix& matrix,
           int num_rows, const float* x, float* logits) {
   const Rows rows = normalize(team, workspace, x, norm, norm_eps, matrix.in_features, num_rows);
-  multiply(team, matrix, rows, Epilogue::store, logits, matrix.out_features);
+  multiply(team, matrix, rows, Epilogue::stream, logits, matrix.out_features);
 }
 
 void linear(Team& team, Workspace& workspace, const Matrix& matrix, int num_rows, const float* x, float* out) {

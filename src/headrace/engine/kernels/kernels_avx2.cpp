@@ -59,6 +59,15 @@ HEADRACE_INLINE void accumulate(const uint8_t* panel, int depth, const int8_t* x
   }
 }
 
+HEADRACE_INLINE void store_past_caches(float* to, Floats v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  _mm256_stream_ps(to, _mm256_loadu_ps(lanes));
+  _mm256_stream_ps(to + 8, _mm256_loadu_ps(lanes + 8));
+}
+
+HEADRACE_INLINE void finish_stores() { _mm_sfence(); }
+
 #include "panel.h"
 
 }  // namespace

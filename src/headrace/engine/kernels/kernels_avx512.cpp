@@ -47,6 +47,10 @@ HEADRACE_INLINE void accumulate(const uint8_t* panel, int depth, const int8_t* x
   accumulate_rows<N>(panel, depth, x, stride, sums, std::make_integer_sequence<int, N>{});
 }
 
+HEADRACE_INLINE void store_past_caches(float* to, Floats v) { _mm512_stream_ps(to, (__m512)v); }
+
+HEADRACE_INLINE void finish_stores() { _mm_sfence(); }
+
 #include "panel.h"
 
 }  // namespace

@@ -36,9 +36,10 @@ struct Rows {
 
 enum class Epilogue : int32_t {
   store = 0,       // out = product
-  add = 1,         // out += product
-  gated_silu = 2,  // panels are 16 gate and 16 up channels: out[16 per panel] = silu(gate) * up
-  gated_gelu = 3,
+  stream = 1,      // the same past the caches, for outputs larger than they are
+  add = 2,         // out += product
+  gated_silu = 3,  // panels are 16 gate and 16 up channels: out[16 per panel] = silu(gate) * up
+  gated_gelu = 4,
 };
 
 struct Product {

@@ -1,12 +1,17 @@
 // Multiplies rows with one panel of a matrix. Included by each instruction set's file, which defines before
 //   template <int N> void accumulate(panel, depth, x, stride, Integers sums[N][2])
-// sums += the products of N rows with the 32 channels; `depth` is in_features / 4.
+// sums += the products of N rows with the 32 channels; `depth` is in_features / 4; and
+//   void store_past_caches(float* to, Floats v)
+//   void finish_stores()
+// for a `to` on a cache line; after finish_stores, other threads see what was stored.
 
-HEADRACE_INLINE void store_some(float* to, Floats v, int count, bool is_added) {
-  if (count >= kLanes) {
-    store(to, is_added ? load(to) + v : v);
+HEADRACE_INLINE void store_some(float* to, Floats v, int count, Epilogue epilogue) {
+  if (epilogue == Epilogue::stream && count >= kLanes && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    store_past_caches(to, v);
+  } else if (count >= kLanes) {
+    store(to, epilogue == Epilogue::add ? load(to) + v : v);
   } else {
-    for (int i = 0; i < count; ++i) to[i] = is_added ? to[i] + v[i] : v[i];
+    for (int i = 0; i < count; ++i) to[i] = epilogue == Epilogue::add ? to[i] + v[i] : v[i];
   }
 }
 
@@ -40,9 +45,8 @@ void multiply_rows(const Product& p, int panel, int first_row) {
       store(out + first_channel / 2, activate(low, p.epilogue) * high);
     } else {
       const int count = matrix.out_features - first_channel;
-      const bool is_added = p.epilogue == Epilogue::add;
-      store_some(out + first_channel, low, count, is_added);
-      store_some(out + first_channel + kLanes, high, count - kLanes, is_added);
+      store_some(out + first_channel, low, count, p.epilogue);
+      store_some(out + first_channel + kLanes, high, count - kLanes, p.epilogue);
     }
   }
 }
@@ -60,6 +64,7 @@ void multiply_panel(const Product& p, int panel) {
     kMultiplyRows[size - 1](p, panel, row);
     row += size;
   }
+  if (p.epilogue == Epilogue::stream) finish_stores();
 }
 
 constexpr Kernels make_kernels() {

@@ -1,4 +1,4 @@
-"""What the structures of the compiled kernels look like from Python. They change together with the headers."""
+"""What the structures of the compiled kernels look like from Python. Both change together."""
 
 from __future__ import annotations
 

@@ -5,23 +5,26 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import mmap
 
-import numpy as np
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 64
-
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Like torch.zeros, which writes every byte: this leaves zeroing to the kernel (numpy uses calloc).
+    """Like torch.zeros, which writes every byte: this leaves zeroing to the kernel. Begins at a page.
 
-    Aligned to a cache line.
+    A mapping of its own, which goes back whole when the tensor does: what comes from an allocator (torch's,
+    calloc's) a second time is written, all of it, to be zero. Raises MemoryError.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(num_bytes + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return torch.from_numpy(memory[start : start + num_bytes]).view(dtype).view(shape)
+    if not num_bytes:
+        return torch.empty(shape, dtype=dtype)
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{num_bytes} bytes: {error.strerror or error}") from None
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def give_back() -> None:

@@ -35,8 +35,9 @@ class DraftController:
 
     __slots__ = ("_expected", "_num_paused", "_pause", "_shift")
 
-    def __init__(self) -> None:
-        self._shift = 0.0
+    def __init__(self, shift: float = 0.0) -> None:
+        """`shift`: what other requests' luck suggests."""
+        self._shift = shift
         """Added to the log odds of each guess."""
         self._expected: list[float] = []
         """What the last choice took for its guesses: the probability of each, given those before it."""
@@ -77,15 +78,21 @@ class DraftController:
             return DraftChoice(1, f"probe: after {self._pause} guesses not made")
         return DraftChoice(0, f"off: acceptance {first:.2f}, a row costs {row_tokens:.2f} tokens")
 
-    def observe(self, num_drafts: int, num_accepted: int) -> None:
-        """Take what became of the guesses of the last choice; none says nothing."""
+    def observe(self, num_drafts: int, num_accepted: int) -> float:
+        """Take what became of the guesses of the last choice; return by how many more than expected were
+        right, of those that were reached. None says nothing."""
         if num_drafts < 1:
-            return
+            return 0.0
         surprise = sum(1.0 - p for p in self._expected[:num_accepted])
         if num_accepted < num_drafts:
             surprise -= self._expected[num_accepted]
-        shift = self._shift + _LEARNING_RATE * surprise
-        self._shift = min(max(shift, -_MOST_SHIFT), _MOST_SHIFT)
+        self._shift = learn(self._shift, _LEARNING_RATE * surprise)
         if self._num_paused > self._pause:  # that was a probe
             self._num_paused = 0
             self._pause = _FIRST_PAUSE if num_accepted else min(2 * self._pause, _LONGEST_PAUSE)
+        return surprise
+
+
+def learn(shift: float, change: float) -> float:
+    """Return the changed shift of log odds, within its bounds."""
+    return min(max(shift + change, -_MOST_SHIFT), _MOST_SHIFT)

@@ -54,4 +54,5 @@ class RowCost:
         self._variance = _KEEP * self._variance + off_rows * (num_rows - self._mean_rows)
         self._covariance = _KEEP * self._covariance + off_rows * (seconds - self._mean_s)
         slope = (self._covariance + _PULL * self.row_s) / (self._variance + _PULL)
-        self.row_s = max(slope, 0.0)
+        # Rows alone cannot take more than the whole step: noise would say so.
+        self.row_s = min(max(slope, 0.0), self._mean_s / self._mean_rows)

@@ -10,12 +10,15 @@ from typing import Literal
 
 from headrace.engine.request import EngineRequest
 from headrace.engine.scheduler import Decision, Scheduler
-from headrace.engine.speculation.controller import DraftController
+from headrace.engine.speculation.controller import DraftController, learn
 from headrace.engine.speculation.proposer import Proposer, Wanted
 from headrace.engine.speculation.row_cost import RowCost
 from headrace.engine.speculation.verify import Verified
 
 _KEEP = 0.9
+_SHARED_LEARNING_RATE = 0.02
+_FIRST_SHIFT_SAMPLED = -0.7
+"""Sampled answers repeat less than the greedy ones that proposers' outlooks were measured on."""
 _EXPLORE_EVERY = 512
 """Steps without any guess after which some are made although rows seem too dear: else that is never measured
 again."""
@@ -36,6 +39,8 @@ class Speculator:
         self._tokens_per_request = 1.0
         """Tokens that a step gives each decoding request, smoothed."""
         self._num_steps_without = 0
+        self._shifts = {True: 0.0, False: _FIRST_SHIFT_SAMPLED}
+        """What greedy and sampled requests begin with: learned from all of them."""
 
     def __repr__(self) -> str:
         return (
@@ -90,7 +95,9 @@ class Speculator:
             if num_drafts:
                 self.num_draft_tokens += num_drafts
                 self.num_accepted_tokens += result.num_accepted
-                self._controller(result.request).observe(num_drafts, result.num_accepted)
+                surprise = self._controller(result.request).observe(num_drafts, result.num_accepted)
+                is_greedy = result.request.sampling.temperature == 0
+                self._shifts[is_greedy] = learn(self._shifts[is_greedy], _SHARED_LEARNING_RATE * surprise)
         if all(item.is_decoding for item in decision.scheduled):
             self._row_cost.observe(decision.num_tokens, step_s)
             rate = num_tokens / len(decision.scheduled)
@@ -114,5 +121,5 @@ class Speculator:
 
     def _controller(self, request: EngineRequest) -> DraftController:
         if request.draft_controller is None:
-            request.draft_controller = DraftController()
+            request.draft_controller = DraftController(self._shifts[request.sampling.temperature == 0])
         return request.draft_controller

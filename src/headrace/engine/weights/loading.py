@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,11 +89,17 @@ def pack_weights(files: ModelFiles, h: Hyperparameters, packing: Packing) -> dic
         raise
     if divisors is not None:
         tensors[ROPE_DIVISORS] = divisors
+    check_unchanged(files, stamps)
+    return tensors
+
+
+def check_unchanged(files: ModelFiles, stamps: list[dict[str, Any]]) -> None:
+    """Raise ModelChanged unless the files are those that were stamped."""
     if stamp_files(files) != stamps:
         raise ModelChanged(
-            f"{files.path}: was changed while it was read. Replace a model file by renaming a new one over it"
+            f"{files.path}: was changed since this engine began to read it. Start the replica again to serve "
+            "the new one, and replace a model file by renaming another over it"
         )
-    return tensors
 
 
 def check_free(num_bytes: int, what: str) -> None:

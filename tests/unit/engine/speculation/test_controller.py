@@ -137,3 +137,12 @@ def test_steps_that_say_nothing_are_ignored() -> None:
     for rows, seconds in ((1, 0.0), (1, float("nan")), (1, float("inf")), (0, 1.0)):
         cost.observe(rows, seconds)
     assert cost.row_s == 0.0
+
+
+def test_a_row_never_costs_more_than_its_share_of_the_whole_step() -> None:
+    cost = RowCost()
+    for _ in range(50):
+        cost.observe(2, 1e-3)
+        cost.observe(4, 30e-3)
+    assert cost.row_s <= 32e-3 / 6
+    assert cost.step_s(0) >= 0

@@ -29,6 +29,7 @@ from headrace.clock import VirtualClock
 from headrace.engine.fake_runner import FakeRunner
 from headrace.engine.naive import NaiveModel
 from headrace.engine.native import NativeEngine
+from headrace.engine.operations.kernels import KernelsMissing, load_kernels
 from headrace.engine.protocol import ModelRunner
 from headrace.engine.runner import load_runner
 from headrace.engine.speculation.ngram import NgramProposer
@@ -150,12 +151,11 @@ def test_logprobs_come_with_each_token_and_are_the_same(temperature: float) -> N
     assert len(guessed) < len(plain)
     assert all(len(output.logprobs or []) == len(output.token_ids) for output in guessed)
 
-    def joined(outputs: list[StepOutput]) -> list[object]:
-        return [
-            pair for output in outputs for pair in zip(output.token_ids, output.logprobs or [], strict=True)
-        ]
+    assert tokens_with_logprobs(guessed) == tokens_with_logprobs(plain)
 
-    assert joined(guessed) == joined(plain)
+
+def tokens_with_logprobs(outputs: list[StepOutput]) -> list[object]:
+    return [pair for output in outputs for pair in zip(output.token_ids, output.logprobs or [], strict=True)]
 
 
 def test_a_stop_token_among_right_guesses_ends_the_answer_before_the_rest() -> None:
@@ -256,3 +256,43 @@ def test_greedy_tokens_of_real_models_are_those_of_the_naive_model(tmp_path: Pat
         outcomes = run_to_end(engine, *requests)
         assert {name: outcomes[name].token_ids for name in prompts} == expected, proposer.description
         assert engine.load().num_draft_tokens > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_in_int8_tokens_and_logprobs_are_the_same_bits(tmp_path: Path, temperature: float) -> None:
+    try:
+        load_kernels()
+    except KernelsMissing as missing:
+        pytest.skip(str(missing))
+    files = huggingface_directory(tmp_path)
+    spec = EngineSpec("native", "tiny", block_size=8, num_threads=1, dtype="int8", kv_cache_bytes=1 << 20)
+    runner = load_runner(spec, files, lambda _phase: None)
+    # Few words, so that they come again and n-grams find them.
+    bias = {40: 8.0, 41: 8.0, 42: 8.0}
+    requests = [
+        GenerationRequest(
+            f"r{seed}",
+            [5, 6, 7, 8] * 3 + [seed],
+            SamplingParams(
+                max_tokens=40,
+                temperature=temperature,
+                seed=seed,
+                num_logprobs=2,
+                ignore_eos=True,
+                logit_bias=bias,
+            ),
+        )
+        for seed in range(4)
+    ]
+    plain = {request.request_id: collect(make_engine(runner, None), request) for request in requests}
+    engine = make_engine(runner, NgramProposer())
+    for request in requests:
+        engine.submit(request)
+    guessed: dict[str, list[StepOutput]] = {request.request_id: [] for request in requests}
+    while engine.has_work():
+        for output in engine.step().outputs:
+            guessed[output.request_id].append(output)
+    assert engine.load().num_accepted_tokens > 0
+    for name in plain:
+        assert tokens_with_logprobs(guessed[name]) == tokens_with_logprobs(plain[name])
