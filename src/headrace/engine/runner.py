@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headrace.api.messages import EngineSpec
-from headrace.engine.kv_memory import plan_kv_blocks
+from headrace.engine.kv_memory import does_not_fit, free_memory_bytes, plan_kv_blocks
 from headrace.engine.model_files.metadata import Hyperparameters, ModelMetadata, read_metadata
 from headrace.engine.model_files.resolve import ModelFiles
 from headrace.engine.models.decoder import Decoder
@@ -59,7 +59,11 @@ class DecoderRunner:
         self._load_decoder = load_decoder
         self._decoder: Decoder | None = load_decoder()
         on_phase("allocating KV memory")
-        self._caches = self._decoder.new_kv_caches(self.num_blocks, self.block_size)
+        try:
+            self._caches = self._decoder.new_kv_caches(self.num_blocks, self.block_size)
+        except MemoryError as error:  # a limit that free memory does not show, such as ulimit -v
+            block_bytes = bytes_per_token * self.block_size
+            raise does_not_fit(self._kv_bytes, free_memory_bytes(), block_bytes) from error
 
     def __repr__(self) -> str:
         return (

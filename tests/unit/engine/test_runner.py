@@ -56,6 +56,21 @@ def test_the_context_is_the_least_of_setting_model_and_memory(tmp_path: Path) ->
     assert load(files, kv_cache_bytes=16 * 384 * 5, dtype="bfloat16").max_context_tokens == 80
 
 
+def test_memory_refused_by_the_system_is_the_same_error_as_memory_that_is_not_free(tmp_path: Path) -> None:
+    class FullMachine:
+        """A decoder where the system gives no memory, though some is free (ulimit -v)."""
+
+        def new_kv_caches(self, num_blocks: int, block_size: int) -> list[torch.Tensor]:
+            raise MemoryError
+
+    files = gguf_file(tmp_path / "m.gguf")
+    metadata = read_metadata(files)
+    operations = select_operations("float32", "auto", 1, metadata.hyperparameters)
+    spec = EngineSpec("native", "m", kv_cache_bytes=8 << 20)
+    with pytest.raises(ConfigError, match=r"the KV cache takes 8\.0 MiB and .* set kv_cache_mb to at most"):
+        DecoderRunner(metadata, lambda: FullMachine(), spec, operations)  # type: ignore[arg-type, return-value]
+
+
 def test_kv_memory_that_cannot_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="kv_cache_mb"):
         load(gguf_file(tmp_path / "m.gguf"), kv_cache_bytes=10**6 * GIB)

@@ -30,7 +30,7 @@ struct Bfloat16Dots {
       UNROLLED
       for (int g = 0; g < kTileGranules; ++g) {
         k[g] = (__m512bh)_mm512_load_si512(tile.granules[g] + at);
-        __builtin_prefetch(tile.next[g] + at);
+        __builtin_prefetch(tile.next[g] + at, 0, 2);
       }
       UNROLLED
       for (int r = 0; r < R; ++r) {
@@ -85,7 +85,7 @@ struct Bfloat16Dots {
         UNROLLED
         for (int c = 0; c < C; ++c) {
           v[c] = (__m512bh)_mm512_load_si512(words + 64 * c);
-          __builtin_prefetch(next + 64 * c);
+          __builtin_prefetch(next + 64 * c, 0, 2);
         }
         UNROLLED
         for (int r = 0; r < R; ++r) {
@@ -164,7 +164,7 @@ struct Int8Dots {
       UNROLLED
       for (int g = 0; g < kTileGranules; ++g) {
         k[g] = _mm512_load_si512(tile.granules[g] + at);
-        __builtin_prefetch(tile.next[g] + at);
+        __builtin_prefetch(tile.next[g] + at, 0, 2);
       }
       UNROLLED
       for (int r = 0; r < R; ++r)
@@ -260,7 +260,7 @@ struct Int8Dots {
         UNROLLED
         for (int c = 0; c < C; ++c) {
           v[c] = _mm512_load_si512(words + 64 * c);
-          __builtin_prefetch(next + 64 * c);
+          __builtin_prefetch(next + 64 * c, 0, 2);
         }
         UNROLLED
         for (int r = 0; r < R; ++r)
