@@ -6,8 +6,8 @@ Pure. Must not know requests or how tokens are chosen.
 from __future__ import annotations
 
 _STRETCH = 0.8
-"""A prompt may lengthen a step by this part of what it takes without it: the gap between two tokens of a stream
-stays within twice the usual one, and prompts still get nearly half of the engine's time."""
+"""A prompt may lengthen a step by this part of what it takes alone: the gap between two tokens of a stream stays
+within twice the usual one, and prompts still get nearly half of the engine's time."""
 LEAST_TOKENS = 32
 """Fewer at once would waste the weights that a step reads."""
 

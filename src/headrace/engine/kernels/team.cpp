@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 
 #include "export.h"
@@ -89,7 +90,15 @@ void Team::run(Piece piece, const void* context, int count) {
 
 void Team::take_pieces() {
   const int count = count_;
-  for (int piece; (piece = next_.fetch_add(1, std::memory_order_relaxed)) < count;) piece_(context_, piece);
+  const int share = 2 * num_threads();
+  int begin = next_.load(std::memory_order_relaxed);
+  while (begin < count) {
+    // Many at first, one by one at the end: neighbours read memory in order, and the counter rarely changes cores.
+    const int end = begin + std::max(1, (count - begin) / share);
+    if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+    for (int piece = begin; piece < end; ++piece) piece_(context_, piece);
+    begin = next_.load(std::memory_order_relaxed);
+  }
 }
 
 bool Team::join(uint32_t* last_job) {
