@@ -48,7 +48,7 @@ def _int8_operations(
     if library.isa == "portable" and not is_asked:
         raise KernelsMissing("int8 is slower here: the processor has neither AVX2 nor AVX-512 VNNI")
     try:
-        kv_kind = "bfloat16" if kv_dtype == "auto" else kv_dtype
+        kv_kind = "int8" if kv_dtype == "auto" else kv_dtype
         return Int8Operations(library, min(num_threads, _MAX_THREADS), kv_kind)
     except OSError as error:
         raise ConfigError([str(error)]) from error
