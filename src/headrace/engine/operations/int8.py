@@ -60,12 +60,12 @@ class Int8Operations:
     """Operations in C++. Owns a team of threads for as long as it or its blocks live."""
 
     arithmetic = "int8"
-    packed_version = "1"
     bytes_per_weight = 1.05
 
     def __init__(self, library: Library, num_threads: int, kv_kind: KvKind = "bfloat16") -> None:
         """Raises OSError when there are no more threads."""
         self.library = library
+        self.packed_version = f"1-{library.built_from}"
         self._kv_kind = kv_kind
         self._kv_block_bytes = library.function("headrace_kv_block_bytes", [c_void_p, c_int], c_size_t)
         self.team = library.start_team(num_threads)

@@ -25,6 +25,8 @@ class Library:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+        self.built_from: str = self.function("headrace_sources", [], ctypes.c_char_p)().decode()
+        """Names the sources it was compiled from."""
 
     def function(self, name: str, arguments: Sequence[Any], result: Any = None) -> Callable[..., Any]:
         """Return the C function `name`. Raises KernelsMissing where the library has none of that name."""
@@ -84,9 +86,8 @@ def load_kernels(directory: Path = _DIRECTORY) -> Library:
         library = Library(ctypes.CDLL(str(path)))
     except OSError as error:
         raise KernelsMissing(f"the compiled kernels cannot be loaded: {error}") from error
-    built_from: bytes = library.function("headrace_sources", [], ctypes.c_char_p)()
     expected = sources_digest(directory)
-    if expected not in ("", built_from.decode()):
+    if expected not in ("", library.built_from):
         raise KernelsMissing("the compiled kernels are older than their sources: run `make kernels`")
     return library
 
