@@ -86,8 +86,8 @@ class NativeEngine(Section):
     dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
     """Arithmetic of the weights. auto: the fastest that keeps the model's quality on this machine."""
     kv_dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
-    """What keys and values are kept in. int8 takes half the memory of bfloat16. auto: int8 where the arithmetic of
-    the weights is int8, else what that is."""
+    """What keys and values are kept in. int8 takes half the memory of bfloat16. auto: int8 where the
+    weights' arithmetic is int8, else what that is."""
     packed_dir: str = "auto"
     """Directory of packed weights: packed at the first start, shared by all engines of the machine from then
     on. auto: `packed` in the state directory. off: none; each start packs them anew."""

@@ -79,7 +79,7 @@ def test_on_standby_memory_that_is_not_free_yet_is_no_mistake(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kv_memory, "free_memory_bytes", lambda: KV_BYTES // 2)
-    with pytest.raises(ConfigError, match=r"kv_cache_mb asks for 96\.0 MiB"):
+    with pytest.raises(ConfigError, match=r"the KV cache takes 96\.0 MiB"):
         runner(tmp_path)
     assert runner(tmp_path, is_standby=True).num_blocks > 1000
 
