@@ -219,11 +219,16 @@ async def served_again(gateway: Gateway) -> None:
 
 async def test_a_killed_relay_costs_its_own_requests_alone(gateway: Gateway) -> None:
     front = await gateway.add_front("chat-1")
-    streaming = asyncio.create_task(ask(gateway, sdk_body(MB, events=1000, gap_s=0.02)))
+    client = await gateway.connect()
+    client.send("POST", "/v1/chat/completions", sdk_body(MB, events=1000, gap_s=0.02))
+    first = await client.reader.readuntil(b"data: ")
+    assert first.startswith(b"HTTP/1.1 200"), "the stream has begun"
     direct = asyncio.create_task(gateway.chat(events=20, gap_s=0.02))
     await wait_for(lambda: len(front.open_requests) == 2, "both streams run")
     await gateway.kill("relay")
-    assert not (await streaming).is_whole
+    async with asyncio.timeout(10):
+        rest = await client.reader.read()
+    assert not rest.endswith(b"\r\n0\r\n\r\n"), "a stream that was cut is visibly cut"
     await wait_for(lambda: len(front.open_requests) <= 1, "the front is told")
     answer = await ask(gateway, sdk_body(MB))
     assert (answer.status, answer.error()["type"]) == (503, "server_error")
