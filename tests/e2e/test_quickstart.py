@@ -168,6 +168,7 @@ def test_ctrl_c_drains_and_leaves_nothing(tmp_path: Path) -> None:
         assert system.process.wait(40) == 0, system.log.read_text()
         wait_until(lambda: not psutil.wait_procs(processes, timeout=0)[1], 5, "all processes are gone")
         left = [path for path in tmp_path.rglob("*") if path != system.log and not path.is_dir()]
-        assert left == []
+        packed = tmp_path / "state/headrace/packed"
+        assert [path for path in left if path.parent != packed] == [], "only what makes the next start faster"
     finally:
         system.close()
