@@ -4,9 +4,23 @@
 // Sums live in registers only where every loop over them is gone.
 #define UNROLLED _Pragma("GCC unroll 8")
 
+// Adds values in columns that fit into registers: `Dots::add_columns<R, C>` takes 16 C of them.
+template <typename Dots>
+struct ByColumns {
+  template <int R>
+  static void add_values(const uint8_t* weights, int head_dim, int num_keys, const KvLayout& layout,
+                         const Tile& tile, const float* factors, float* out) {
+    int column = 0;
+    for (; column + 64 <= head_dim; column += 64)
+      Dots::template add_columns<R, 4>(weights, head_dim, num_keys, layout, tile, factors, out, column);
+    for (; column < head_dim; column += 16)
+      Dots::template add_columns<R, 1>(weights, head_dim, num_keys, layout, tile, factors, out, column);
+  }
+};
+
 // Queries and weights are rounded to bfloat16; sums stay float32. Pairs are added in the order of dimensions (of
 // keys), each row and key (dimension) on its own.
-struct Bfloat16Dots {
+struct Bfloat16Dots : ByColumns<Bfloat16Dots> {
   static constexpr int kMaxRows = 6;
   static size_t query_bytes(int head_dim) { return size_t(2) * head_dim; }
   static size_t weight_bytes() { return 2 * kTileKeys; }
@@ -56,16 +70,6 @@ struct Bfloat16Dots {
     return sum;
   }
 
-  template <int R>
-  static void add_values(const uint8_t* weights, int head_dim, int num_keys, const KvLayout& layout,
-                         const Tile& tile, const float* factors, float* out) {
-    int column = 0;
-    for (; column + 64 <= head_dim; column += 64)
-      add_columns<R, 4>(weights, head_dim, num_keys, layout, tile, factors, out, column);
-    for (; column < head_dim; column += 16)
-      add_columns<R, 1>(weights, head_dim, num_keys, layout, tile, factors, out, column);
-  }
-
   template <int R, int C>
   static void add_columns(const uint8_t* weights, int head_dim, int num_keys, const KvLayout& layout,
                           const Tile& tile, const float* factors, float* out, int column) {
@@ -103,7 +107,7 @@ struct Bfloat16Dots {
 };
 
 // Queries and weights become integers of kParts bytes, each row with a scale of its own: products are exact.
-struct Int8Dots {
+struct Int8Dots : ByColumns<Int8Dots> {
   static constexpr int kParts = 2;
   static constexpr int kMaxRows = kParts == 2 ? 3 : 6;
   static constexpr float kQueryTop = kParts == 2 ? 32639.0f : 127.0f;  // 127 * 256 + 127
@@ -227,16 +231,6 @@ struct Int8Dots {
     }
     *(float*)(weights + kParts * kTileKeys) = largest * (1.0f / kWeightTop);
     return sum;
-  }
-
-  template <int R>
-  static void add_values(const uint8_t* weights, int head_dim, int num_keys, const KvLayout& layout,
-                         const Tile& tile, const float* factors, float* out) {
-    int column = 0;
-    for (; column + 64 <= head_dim; column += 64)
-      add_columns<R, 4>(weights, head_dim, num_keys, layout, tile, factors, out, column);
-    for (; column < head_dim; column += 16)
-      add_columns<R, 1>(weights, head_dim, num_keys, layout, tile, factors, out, column);
   }
 
   template <int R, int C>

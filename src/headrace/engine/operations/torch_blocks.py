@@ -21,6 +21,7 @@ from headrace.engine.model_files.metadata import Activation, Hyperparameters
 from headrace.engine.models.rotary import RotaryTable
 from headrace.engine.operations.interface import Read, check_packed
 from headrace.engine.protocol import StepInput
+from headrace.engine.weights.names import expected_shapes
 
 
 class Linear(Protocol):
@@ -131,26 +132,12 @@ class TorchOperations:
 
 
 def _packed_shapes(h: Hyperparameters) -> dict[str, tuple[int, ...]]:
-    query_size, kv_size = h.num_heads * h.head_dim, h.num_kv_heads * h.head_dim
-    parts: dict[str, tuple[int, ...]] = {
-        "attention_norm": (h.hidden_size,),
-        "qkv": (query_size + 2 * kv_size, h.hidden_size),
-        "o": (h.hidden_size, query_size),
-        "mlp_norm": (h.hidden_size,),
-        "gate": (h.intermediate_size, h.hidden_size),
-        "up": (h.intermediate_size, h.hidden_size),
-        "down": (h.hidden_size, h.intermediate_size),
-    }
-    if h.has_qk_norm:
-        parts |= {"q_norm": (h.head_dim,), "k_norm": (h.head_dim,)}
-    if h.has_post_norms:
-        parts |= {"post_attention_norm": (h.hidden_size,), "post_mlp_norm": (h.hidden_size,)}
-    shapes: dict[str, tuple[int, ...]] = {"embedding": (h.vocab_size, h.hidden_size)}
+    """The model's own tensors, with q, k and v as one."""
+    shapes = expected_shapes(h)
     for layer in range(h.num_layers):
-        shapes |= {f"layers.{layer}.{part}": shape for part, shape in parts.items()}
-    shapes["final_norm"] = (h.hidden_size,)
-    if not h.is_tied:
-        shapes["output"] = (h.vocab_size, h.hidden_size)
+        at = f"layers.{layer}."
+        num_rows = sum(shapes.pop(at + part)[0] for part in "qkv")
+        shapes[at + "qkv"] = (num_rows, h.hidden_size)
     return shapes
 
 
