@@ -211,6 +211,8 @@ def _notes(system: SystemStatus) -> list[str]:
             notes.append(
                 f"{replica.replica_id}: its engine started in {_describe_start(replica.start_phases)}"
             )
+        if replica.state == "ready" and replica.arithmetic:
+            notes.append(f"{replica.replica_id}: computes in {replica.arithmetic}")
         if replica.state == "ready" and replica.step_model is not None:
             notes.append(_costs(replica))
     for tenant in system.tenants:

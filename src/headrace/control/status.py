@@ -118,6 +118,7 @@ def _replica(slot: Slot, num_in_flight: int, now_s: float) -> ReplicaStatus:
         num_in_flight=num_in_flight,
         step_model=load.step_model if load is not None else None,
         busy_ratio=_ratio(load.busy_ns, load.busy_ns + load.idle_ns) if load is not None else 0.0,
+        arithmetic=info.path if info is not None else "",
     )
 
 

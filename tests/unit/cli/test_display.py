@@ -80,6 +80,17 @@ def test_the_status_says_what_a_replicas_steps_take() -> None:
     assert "chat-2: 0% busy" not in text
 
 
+def test_the_status_says_what_a_replica_computes_with() -> None:
+    path = "bfloat16 mkldnn, 2 threads; no compiled kernels"
+    console = Console(file=io.StringIO(), width=120)
+    ready = msgspec.structs.replace(replica("chat-1", "ready"), arithmetic=path)
+    console.print(render(system(ready, replica("chat-2", "ready"))))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert f"chat-1: computes in {path}" in text
+    assert "chat-2: computes" not in text
+
+
 def test_the_status_says_what_a_start_took_while_that_is_news() -> None:
     phases = {"starting python": 0.05, "importing torch": 1.25, "finding the model": 0.0, "mapping": 0.1}
     fresh = msgspec.structs.replace(replica("chat-1", "ready"), start_phases=phases, since_s=5.0)

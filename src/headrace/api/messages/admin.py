@@ -118,6 +118,8 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     """What its engine found its steps to take; None: nothing measured yet."""
     busy_ratio: float = 0.0
     """Part of the time since the engine was ready in which it had requests, 0 to 1."""
+    arithmetic: str = ""
+    """What its engine computes with, and why if that is not the fastest (`EngineReady.path`)."""
 
 
 class EndpointStatus(msgspec.Struct, frozen=True):
