@@ -137,6 +137,9 @@ class EndpointDemand(Record, frozen=True):
     engine_s: float = 0.0
     held_prompt_tokens: float = 0.0
     """Of the requests held now, estimated."""
+    over_limits: int = 0
+    """Of `refused`: their tenant's limits said no (429). They are nobody's reason for a replica, and no part
+    of arrived_prompt_tokens."""
 
 
 class VersionDemand(Record, frozen=True):
