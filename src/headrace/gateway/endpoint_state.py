@@ -70,8 +70,9 @@ class EndpointState:
     arrived_prompt_tokens: float = 0.0
     held_prompt_tokens: int = 0
     """Estimated, of the requests held now."""
+    measured: int = 0
+    """Own requests that ended with tokens, each counted once, and what their fronts measured of them."""
     prompt_tokens: int = 0
-    """These four are measured: of this router's own requests that ended with tokens, each counted once."""
     cached_tokens: int = 0
     output_tokens: int = 0
     engine_s: float = 0.0
@@ -94,6 +95,7 @@ class EndpointState:
 
     def count_measured(self, finished: FinishedRequest) -> None:
         """Take what a request of this router was found to be, once, when that is known."""
+        self.measured += 1
         self.prompt_tokens += finished.num_prompt_tokens
         self.cached_tokens += finished.num_cached_tokens
         self.output_tokens += finished.num_output_tokens
@@ -155,6 +157,7 @@ class EndpointState:
             engine_s=self.engine_s,
             held_prompt_tokens=float(self.held_prompt_tokens),
             over_limits=self.over_limits,
+            measured=self.measured,
         )
 
     def version_demands(self) -> list[VersionDemand]:

@@ -83,8 +83,8 @@ def test_what_arrives_counts_at_once_and_what_was_measured_when_it_ends_once() -
     world.complete("a")
     world.report(OLD, ended("a"))
     demand = world.demand
-    measured = (demand.prompt_tokens, demand.cached_tokens, demand.output_tokens, demand.engine_s)
-    assert measured == (100, 60, 11, 0.03)
+    tokens = (demand.prompt_tokens, demand.cached_tokens, demand.output_tokens)
+    assert (demand.measured, *tokens, demand.engine_s) == (1, 100, 60, 11, 0.03)
 
 
 def test_the_same_is_counted_when_the_log_speaks_first() -> None:
