@@ -201,6 +201,9 @@ class Queue(Section):
     """Most requests held per endpoint; further ones get 503 with Retry-After."""
     max_wait_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
     """Longest time that a request is held before it gets 503. Must cover a replica's start."""
+    tell_after_s: Annotated[float, Field(ge=0, le=3600)] = 3.0
+    """A stream that is held for longer begins with comment lines that say so, which keeps clients and proxies
+    from giving up. Its later errors are events of the stream. 0: never."""
 
 
 class Endpoint(Section):

@@ -117,7 +117,6 @@ class SystemState:
     def _take(self, config: Config) -> None:
         self.config = config
         self._generations = _generations(config)
-        self.gateway.want_relays(len(config.endpoints) > 1)
 
     # ---- decisions ----------------
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Set
 
+import msgspec
+
 from headrace.api.messages import (
     EndpointDemand,
     EndpointRule,
@@ -250,6 +252,21 @@ class Dispatcher:
         if held is not None:
             self._cancel(request_id)
             held.arrival.answer(Refused("The client left.", "cancelled", 1))
+
+    def abandon(self, request_id: str) -> None:
+        """End a bound request that no replica will ever see, if it is one: its client left first."""
+        if request_id in self._flights.open:
+            self._end_in_flight(request_id, TerminalState.ABORTED)
+
+    def is_held(self, request_id: str) -> bool:
+        """Whether it waits for a replica."""
+        return request_id in self._held
+
+    def own(self, request_id: str, owner: object) -> None:
+        """A held request changes the connection whose end would end its waiting; None: it has none now."""
+        held = self._held.get(request_id)
+        if held is not None:
+            held.arrival = msgspec.structs.replace(held.arrival, owner=owner)
 
     def owner_lost(self, owner: object, now_s: float) -> None:
         """Forget the requests held for a connection that is gone: HAProxy goes on without us, or died."""

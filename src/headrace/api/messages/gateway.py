@@ -21,6 +21,8 @@ class EndpointRule(Record, frozen=True):
     ttft_s: float = 0.0
     """The endpoint's SLO: time to first token and between tokens; 0: none."""
     itl_s: float = 0.0
+    tell_after_s: float = 3.0
+    """A stream that is held for longer is begun, with comment lines; 0: none is."""
 
 
 class EndpointOutlook(Record, frozen=True):
