@@ -94,17 +94,13 @@ class SupervisorProcess(Process):
             return False
         pending = self._kills.get(name)
         when_s = self.timeline.now_s + grace_s
-        if pending is None:
-            if grace_s > 0:
-                child.run(child.terminate)
-        elif pending[0] <= when_s:
-            return True
-        else:
+        if pending is not None:
+            if pending[0] <= when_s:
+                return True
             pending[1].cancel()
-        if grace_s <= 0:
-            child.kill()
-            return True
         self._kills[name] = (when_s, self.after(grace_s, child.kill, "supervisor kill"))
+        if pending is None and grace_s > 0:
+            child.run(child.terminate)
         return True
 
     def _on_exit(self, child: Process, code: int) -> None:
