@@ -12,6 +12,7 @@ namespace headrace {
 namespace {
 
 constexpr int kLanes = 16;
+#define HEADRACE_AVX512
 #define FusedAdd(a, b, c) ((F)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 
 #include "attention_vector.h"
