@@ -55,16 +55,17 @@ class HeadOfPiece {
     table_ = task.step.block_tables + size_t(piece.request) * task.step.table_stride;
   }
 
-  void compute() {
+  // `next`: whose first tile is fetched while the last one of this is computed, or null.
+  void compute(const HeadOfPiece* next) {
     prepare();
-    const int window = task_.shape.window, last = first_position_ + num_queries_ - 1;
-    const int first = window && first_position_ >= window ? first_position_ - window + 1 : 0;
-    const int end_tile = last / kTileKeys + 1;
+    const int end_tile = (first_position_ + num_queries_ - 1) / kTileKeys + 1;
     Tile tile;
-    locate(first / kTileKeys, tile.granules);
-    for (int index = first / kTileKeys; index < end_tile; ++index) {
+    locate(first_tile(), tile.granules);
+    for (int index = first_tile(); index < end_tile; ++index) {
       if (index + 1 < end_tile)
         locate(index + 1, tile.next);
+      else if (next && task_.layout.granule == kGranuleKeys)
+        next->locate(next->first_tile(), tile.next);
       else
         __builtin_memcpy(tile.next, tile.granules, sizeof tile.next);
       compute_tile(tile, index * kTileKeys);
@@ -75,6 +76,11 @@ class HeadOfPiece {
 
  private:
   int num_rows() const { return num_queries_ * task_.group; }
+
+  int first_tile() const {
+    const int window = task_.shape.window;
+    return window && first_position_ >= window ? (first_position_ - window + 1) / kTileKeys : 0;
+  }
 
   void prepare() {
     const AttentionShape& shape = task_.shape;
@@ -99,7 +105,7 @@ class HeadOfPiece {
   }
 
   // Find a tile's granules. Those beyond the context are never computed with: any place does.
-  void locate(int index, const uint8_t** granules) {
+  void locate(int index, const uint8_t** granules) const {
     const KvLayout& layout = task_.layout;
     const int block_size = task_.step.block_size, shift = __builtin_ctz(block_size);
     if (layout.granule < kGranuleKeys) return gather(index, granules);
@@ -112,7 +118,7 @@ class HeadOfPiece {
   }
 
   // Blocks of 8: put two half granules together to one of 16.
-  void gather(int index, const uint8_t** granules) {
+  void gather(int index, const uint8_t** granules) const {
     const KvLayout& half = task_.layout;
     const size_t side = 2 * (half.values - half.keys);
     for (int g = 0; g < kTileGranules; ++g) {
@@ -253,11 +259,22 @@ class HeadOfPiece {
 };
 
 template <class A>
-void attend_piece(const AttentionTask& task, const AttentionPiece& piece, uint8_t* scratch) {
+void attend_piece(const AttentionTask& task, const AttentionPiece& piece, const AttentionPiece* next_piece,
+                  uint8_t* scratch) {
   Rows<A> rows;
   rows.cut(task, (piece.end_query - piece.first_query) * task.group, scratch);
-  for (int head = piece.first_head; head < piece.end_head; ++head)
-    HeadOfPiece<A>(task, piece, head, rows).compute();
+  for (int head = piece.first_head; head < piece.end_head; ++head) {
+    HeadOfPiece<A> current(task, piece, head, rows);
+    if (head + 1 < piece.end_head) {
+      const HeadOfPiece<A> next(task, piece, head + 1, rows);
+      current.compute(&next);
+    } else if (next_piece) {
+      const HeadOfPiece<A> next(task, *next_piece, next_piece->first_head, rows);
+      current.compute(&next);
+    } else {
+      current.compute(nullptr);
+    }
+  }
 }
 
 void exp2_for_tests(const float* x, float* y, int count) {

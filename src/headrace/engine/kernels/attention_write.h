@@ -150,12 +150,29 @@ inline void write_head(const AttentionTask& task, const Place& place, const floa
   scatter<int8_t, 4>(task, place, small_k, small_v, is_last);
 }
 
+// Fetch what a token's write will change. Tokens after one another change the same lines: nothing to fetch then.
+inline void fetch_for_write(const AttentionTask& task, int token) {
+  const KvLayout& layout = task.layout;
+  const int32_t slot = task.step.slots[token];
+  if (token && slot == task.step.slots[token - 1] + 1) return;
+  const size_t side = layout.values - layout.keys, column = size_t(4) * task.shape.head_dim;
+  for (int head = 0; head < task.shape.num_kv_heads; ++head) {
+    const Place place = place_of(task, slot, head);
+    __builtin_prefetch(place.granule, 1);
+    for (size_t at = 0; at < side; at += 64) __builtin_prefetch(place.granule + layout.keys + at, 1);
+    const uint8_t* values = place.granule + layout.values + place.lane / layout.per_word * column;
+    for (size_t at = 0; at < column; at += 64) __builtin_prefetch(values + at, 1);
+  }
+}
+
 void write_tokens(const AttentionTask& task, int first, int end) {
   const AttentionShape& shape = task.shape;
   const int head_dim = shape.head_dim, num_kv_heads = shape.num_kv_heads;
   const size_t stride = size_t(shape.num_heads + 2 * num_kv_heads) * head_dim;
   float key[kMaxHeadDim];
+  fetch_for_write(task, first);
   for (int token = first; token < end; ++token) {
+    if (token + 1 < end) fetch_for_write(task, token + 1);
     const int32_t slot = task.step.slots[token];
     const bool is_last = token + 1 == task.step.num_tokens || task.step.slots[token + 1] != slot + 1;
     const size_t angles = size_t(task.step.positions[token]) * (head_dim / 2);
