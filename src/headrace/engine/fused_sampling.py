@@ -70,9 +70,9 @@ class FusedSampling:
         """Return a token for each of `rows`, or what stands in its place.
 
         Of each row: the address of its SampleSettings, which token of its generation it is, and the address
-        of the bits that say which tokens are allowed (0: all; no `masks`: all, in every row). `are_checked`: all
-        have a mask and were given a token before, so that logits that are not finite need not be looked for.
-        The logits stay as they are. Raises MemoryError.
+        of the bits that say which tokens are allowed (0: all; no `masks`: all, in every row).
+        `are_checked`: all have a mask and were given a token before, so that logits that are not finite need
+        not be looked for. The logits stay as they are. Raises MemoryError.
         """
         num_tasks, vocab_size = len(rows), logits_SV.shape[1]
         if num_tasks > len(self._tasks):
