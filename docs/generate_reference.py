@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from headrace.api import config
+from headrace.api import config, endpoint_config
 
 PAGE = Path(__file__).parent / "reference" / "config.md"
 HEAD = """# Config reference
@@ -26,11 +26,17 @@ the last one wins. `headrace config show FILE` prints the whole resolved tree.
 """
 SECTIONS = [
     ("(top level)", config.Config),
-    ("endpoints.NAME", config.Endpoint),
-    ("endpoints.NAME.replicas", config.Replicas),
-    ("endpoints.NAME.queue", config.Queue),
-    ("endpoints.NAME.native", config.NativeEngine),
-    ("endpoints.NAME.simulated", config.SimulatedEngine),
+    ("endpoints.NAME", endpoint_config.Endpoint),
+    ("endpoints.NAME.replicas", endpoint_config.Replicas),
+    ("endpoints.NAME.queue", endpoint_config.Queue),
+    ("endpoints.NAME.slo", endpoint_config.Slo),
+    ("endpoints.NAME.scaling", endpoint_config.Scaling),
+    ("endpoints.NAME.scaling.metrics", endpoint_config.CustomMetric),
+    ("endpoints.NAME.rollout", endpoint_config.Rollout),
+    ("endpoints.NAME.streams", endpoint_config.Streams),
+    ("endpoints.NAME.native", endpoint_config.NativeEngine),
+    ("endpoints.NAME.native.speculation", endpoint_config.Speculation),
+    ("endpoints.NAME.simulated", endpoint_config.SimulatedEngine),
     ("gateway", config.Gateway),
     ("tenants.NAME", config.Tenant),
     ("tenants.NAME.limits", config.Limits),
@@ -39,7 +45,7 @@ SECTIONS = [
 
 def render() -> str:
     """Return the page."""
-    meanings = read_meanings(inspect.getsource(config))
+    meanings = read_meanings(inspect.getsource(config)) | read_meanings(inspect.getsource(endpoint_config))
     parts = [HEAD]
     for path, section in SECTIONS:
         about = " ".join((section.__doc__ or "").split())

@@ -65,8 +65,6 @@ from headrace.fabric.launcher import Launcher
 TICK_S = 0.2
 KEYS_CHECK_S = 0.5
 """How often the key store is looked at: the CLI writes it by itself while no controller answers."""
-RELAY_GRACE_S = 30.0
-"""For a relay that is not needed any more: what it passes on may end."""
 STOP_MARGIN_S = 15.0
 """A front ends itself when its drain grace is over; only one that does not is killed, this much later."""
 _log = logging.getLogger(__name__)
@@ -221,8 +219,6 @@ class Controller:
                     # would cut all streams.
                     _log.warning("%s has said nothing for a while: killing it", essential.name)
                     self._stop_essential(essential, 0.0)
-            if pair.relay.is_superfluous():
-                self._stop_essential(pair.relay, RELAY_GRACE_S)
         due = [essential for essential in processes if essential.is_due(now_s)]
         if not due:
             return

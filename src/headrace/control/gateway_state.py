@@ -61,11 +61,6 @@ class GatewayState:
         """Every HAProxy answered its last probe."""
         return all(pair.has_answered for pair in self.pairs.values())
 
-    def want_relays(self, is_wanted: bool) -> None:
-        """Set whether the gateways need their relays: several endpoints."""
-        for pair in self.pairs.values():
-            pair.relay.is_wanted = is_wanted
-
     def adopt(self, process: ProcessState, now_s: float) -> None:
         """Take over a process that ran before this controller."""
         self.processes[process.name].on_adopted(process, now_s)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from headrace.api.config import Config, Endpoint, Tenant, split_address
+from headrace.api.config import Config, Tenant, split_address
+from headrace.api.endpoint_config import Endpoint
 from headrace.api.messages import EndpointRule, EngineSpec, GatewaySpec, ProcessSpec, ReplicaSpec, TenantRule
 from headrace.api.run_paths import CONTROLLER_SOCKET, LOG_DIRECTORY, router_socket_path
 from headrace.units import MIB
@@ -49,6 +50,16 @@ def generation_of(config: Config, endpoint: str) -> str:
     """Hash of everything that a replica of `endpoint` is started with and that the user decides."""
     spec = msgspec.structs.replace(_replica_spec(config, endpoint, "", Path()), generation="")
     return sha256(msgspec.json.encode(spec)).hexdigest()[:12]
+
+
+def stream_class_of(endpoint: Endpoint) -> str:
+    """Hash of what decides the tokens of an answer: the model and its arithmetic. Speculation, memory and
+    batch sizes do not."""
+    native = endpoint.native
+    parts = [endpoint.engine, endpoint.model]
+    if endpoint.engine == "native":
+        parts += [native.dtype, native.kv_dtype, str(native.block_size)]
+    return sha256(msgspec.json.encode(parts)).hexdigest()[:12]
 
 
 def threads_per_engine(config: Config) -> int:
@@ -103,6 +114,9 @@ def gateway_spec(config: Config, run_directory: Path, keys: Mapping[str, str] | 
                 endpoint.queue.max_requests,
                 endpoint.queue.max_wait_s,
                 endpoint.placement,
+                ttft_s=endpoint.slo.ttft_ms / 1000,
+                itl_s=endpoint.slo.itl_ms / 1000,
+                tell_after_s=endpoint.queue.tell_after_s,
             )
             for name, endpoint in config.endpoints.items()
         ],
@@ -153,6 +167,10 @@ def _replica_spec(config: Config, name: str, replica_id: str, run_directory: Pat
         generation=generation_of(config, name) if replica_id else "",
         needs_gateway=bool(config.tenants),
         shared_prefix=endpoint.shared_prefix,
+        stream_class=stream_class_of(endpoint),
+        handover_after_s=endpoint.streams.handover_after_s,
+        resume_attempts=endpoint.streams.resume_attempts,
+        resume_limit_s=endpoint.streams.resume_limit_s,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from headrace.api.config import Config, Replicas
+from headrace.api.config import Config
 from headrace.api.messages import ProcessEnded, ProcessStarted, ProcessState
 from headrace.control.fleet import Fleet
 from headrace.control.gateway_state import GatewayState
@@ -96,7 +96,7 @@ class SystemState:
                 f"{count} replicas of {endpoint!r}: its replicas.max is {section.replicas.max}; ask for "
                 "0 to that many, or raise replicas.max in the config and apply it"
             )
-        replicas = Replicas(min=count, max=section.replicas.max)
+        replicas = section.replicas.model_copy(update={"min": count})
         changed = section.model_copy(update={"replicas": replicas})
         endpoints = {**self.config.endpoints, endpoint: changed}
         self._take(self.config.model_copy(update={"endpoints": endpoints}))
@@ -117,7 +117,6 @@ class SystemState:
     def _take(self, config: Config) -> None:
         self.config = config
         self._generations = _generations(config)
-        self.gateway.want_relays(len(config.endpoints) > 1)
 
     # ---- decisions ----------------
 

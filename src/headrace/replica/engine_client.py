@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -150,8 +150,13 @@ class EngineClient:
 
     @property
     def num_requests(self) -> int:
-        """Requests inside the engine."""
+        """Requests inside the engine, guests included."""
         return len(self._streams)
+
+    @property
+    def streams(self) -> Mapping[str, EngineStream]:
+        """What is inside the engine, by request id."""
+        return self._streams
 
     # ---- requests
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from headrace.api.config import Config, Endpoint, Gateway, NativeEngine, Queue, Replicas, SimulatedEngine
+from headrace.api.config import Config, Gateway
 from headrace.api.config_loader import dump_config, load_config, parse_config
+from headrace.api.endpoint_config import Endpoint, NativeEngine, Queue, Replicas, SimulatedEngine
 from headrace.errors import ConfigError
 
 GOOD: dict[str, Any] = {"endpoints": {"chat": {"model": "m"}}}

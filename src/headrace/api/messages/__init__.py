@@ -2,10 +2,12 @@
 
     front  -> engine      EngineCommand       submit, abort, drain, sleep, wake
     engine -> front       EngineEvent         starting, ready, one StepBatch per step, failed
-    front  -> router and controller           LoadReport (`ReportAck` comes back, from the controller
-    `SetSleep`) router -> controller  Demand              (`GatewaySpec` comes back when the config changes)
-    controller -> supervisor  LauncherCommand (`LauncherEvent` comes back) CLI    -> controller  AdminCommand
-    (`AdminReply` comes back)
+    front  -> router and controller   LoadReport (`ReportAck` comes back; from the controller `SetSleep` and
+                                      `Siblings`, too)
+    front  -> sibling's front         PeerCommand, PeerEvent comes back: a stream continued elsewhere
+    router -> controller      Demand  (`GatewaySpec` comes back when the config changes, and `Outlook`)
+    controller -> supervisor  LauncherCommand (`LauncherEvent` comes back)
+    CLI -> controller         AdminCommand (`AdminReply` comes back)
 
 Every channel is a UNIX stream socket with mode 0600, framed by `headrace.api.framing`.
 Must not know: who sends what when. Token ids are plain ints; seconds are floats.
@@ -17,8 +19,12 @@ from headrace.api.messages.admin import (
     AdminCommand,
     AdminReply,
     ApplyConfig,
+    ChangeRollout,
     CreateKey,
     EndpointStatus,
+    ExplainedNumber,
+    ExplainEndpoint,
+    Explanation,
     GatewayStatus,
     GetStatus,
     KeyInfo,
@@ -26,6 +32,7 @@ from headrace.api.messages.admin import (
     ProcessStatus,
     ReplicaStatus,
     RevokeKey,
+    RolloutStatus,
     ScaleEndpoint,
     Shutdown,
     SleepReplica,
@@ -50,6 +57,8 @@ from headrace.api.messages.engine import (
     EngineStarting,
     FinishReason,
     GenerationRequest,
+    PeerCommand,
+    PeerEvent,
     SamplingParams,
     Sleep,
     StepBatch,
@@ -62,12 +71,15 @@ from headrace.api.messages.engine import (
 from headrace.api.messages.gateway import (
     Demand,
     EndpointDemand,
+    EndpointOutlook,
     EndpointRule,
     GatewaySpec,
+    Outlook,
     RelaySpec,
     ReplicaView,
     TenantDemand,
     TenantRule,
+    VersionDemand,
     haproxy_name,
     relay_name,
     router_name,
@@ -92,6 +104,8 @@ from headrace.api.messages.replica import (
     ReplicaState,
     ReportAck,
     SetSleep,
+    Sibling,
+    Siblings,
     gateway_of,
 )
 
@@ -101,10 +115,12 @@ __all__ = [
     "AdminCommand",
     "AdminReply",
     "ApplyConfig",
+    "ChangeRollout",
     "CreateKey",
     "Demand",
     "Drain",
     "EndpointDemand",
+    "EndpointOutlook",
     "EndpointRule",
     "EndpointStatus",
     "EngineCommand",
@@ -114,6 +130,9 @@ __all__ = [
     "EngineReady",
     "EngineSpec",
     "EngineStarting",
+    "ExplainEndpoint",
+    "ExplainedNumber",
+    "Explanation",
     "FinishReason",
     "FinishedRequest",
     "GatewaySpec",
@@ -128,6 +147,9 @@ __all__ = [
     "ListProcesses",
     "LoadReport",
     "Message",
+    "Outlook",
+    "PeerCommand",
+    "PeerEvent",
     "ProcessEnded",
     "ProcessSpec",
     "ProcessStarted",
@@ -142,10 +164,13 @@ __all__ = [
     "ReplicaView",
     "ReportAck",
     "RevokeKey",
+    "RolloutStatus",
     "SamplingParams",
     "ScaleEndpoint",
     "SetSleep",
     "Shutdown",
+    "Sibling",
+    "Siblings",
     "Sleep",
     "SleepReplica",
     "StartProcess",
@@ -160,6 +185,7 @@ __all__ = [
     "TenantStatus",
     "TerminalState",
     "TokenLogprobs",
+    "VersionDemand",
     "Wake",
     "gateway_of",
     "haproxy_name",

@@ -53,9 +53,69 @@ class RevokeKey(Message, frozen=True):
     key_id: str
 
 
+class ChangeRollout(Message, frozen=True):
+    """Steer an endpoint's rollout. undo: back to the version before, whether or not it was promoted."""
+
+    endpoint: str
+    action: Literal["pause", "resume", "promote", "undo"]
+
+
+class ExplainEndpoint(Message, frozen=True):
+    """Ask for every number behind an endpoint's last scaling decision."""
+
+    endpoint: str
+
+
 AdminCommand = (
-    GetStatus | ScaleEndpoint | ApplyConfig | Shutdown | SleepReplica | CreateKey | ListKeys | RevokeKey
+    GetStatus
+    | ScaleEndpoint
+    | ApplyConfig
+    | Shutdown
+    | SleepReplica
+    | CreateKey
+    | ListKeys
+    | RevokeKey
+    | ChangeRollout
+    | ExplainEndpoint
 )
+
+
+class RolloutStatus(msgspec.Struct, frozen=True):
+    """Where an endpoint's last change of version stands."""
+
+    endpoint: str
+    state: Literal["running", "paused", "promoted", "rolled_back"]
+    old: str
+    """Generations."""
+    new: str
+    traffic: float
+    """Part of the requests that the new version gets, 0 to 1."""
+    reason: str
+    """What is waited for, or why it ended as it did."""
+    since_s: float
+    """Seconds in this state."""
+    old_replicas: int = 0
+    new_replicas: int = 0
+
+
+class ExplainedNumber(msgspec.Struct, frozen=True):
+    """One number that a decision used."""
+
+    name: str
+    value: float
+    unit: str
+    note: str = ""
+    """Where it comes from."""
+
+
+class Explanation(msgspec.Struct, frozen=True):
+    """A decision with all that it was made from."""
+
+    decision: str
+    reason: str
+    numbers: list[ExplainedNumber]
+    history: list[str] = []
+    """The last changes of the decision, newest first, one line each."""
 
 
 class KeyInfo(msgspec.Struct, frozen=True):
@@ -120,6 +180,10 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     """Part of the time since the engine was ready in which it had requests, 0 to 1."""
     arithmetic: str = ""
     """What its engine computes with, and why if that is not the fastest (`EngineReady.path`)."""
+    generation: str = ""
+    num_guests: int = 0
+    """Streams of siblings in its engine, and own streams that siblings' engines continue."""
+    num_hosted: int = 0
 
 
 class EndpointStatus(msgspec.Struct, frozen=True):
@@ -141,6 +205,11 @@ class EndpointStatus(msgspec.Struct, frozen=True):
     """Why `desired` is what it is."""
     arrived: int = 0
     """Requests that the gateway accepted: arrived = held + in flight + the four terminal states."""
+    standby: int = 0
+    """Replicas on standby, and how many are wanted."""
+    desired_standby: int = 0
+    eta_s: float = 0.0
+    """When held requests can expect a replica; 0: now; negative: not known."""
 
 
 class ProcessStatus(msgspec.Struct, frozen=True):
@@ -181,6 +250,7 @@ class SystemStatus(msgspec.Struct, frozen=True):
     warnings: list[str] = []
     """What somebody should look at, one line each."""
     gateways: list[GatewayStatus] = []
+    rollouts: list[RolloutStatus] = []
 
 
 class AdminReply(Message, frozen=True):
@@ -193,3 +263,4 @@ class AdminReply(Message, frozen=True):
     key: str = ""
     """A new key in clear; it is stored nowhere."""
     keys: list[KeyInfo] = []
+    explanation: Explanation | None = None

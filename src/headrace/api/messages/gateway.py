@@ -15,6 +15,30 @@ class EndpointRule(Record, frozen=True):
     max_queue: int
     max_wait_s: float
     placement: Literal["prefix", "least_loaded", "round_robin"] = "prefix"
+    traffic: dict[str, float] = {}
+    """While a version is rolled out: generation -> its part of the requests, 0 to 1. Empty: no difference is
+    made between replicas."""
+    ttft_s: float = 0.0
+    """The endpoint's SLO: time to first token and between tokens; 0: none."""
+    itl_s: float = 0.0
+    tell_after_s: float = 3.0
+    """A stream that is held for longer is begun, with comment lines; 0: none is."""
+
+
+class EndpointOutlook(Record, frozen=True):
+    """When held requests of an endpoint can expect a replica, as the controller sees it."""
+
+    endpoint: str
+    eta_s: float
+    """Seconds until a replica is ready; 0: one is; negative: not known."""
+    reason: str = ""
+    """What is waited for, for people: `chat-1 starts (map weights)`."""
+
+
+class Outlook(Message, frozen=True):
+    """Controller -> router, when it changes, and every second while some eta_s is not 0."""
+
+    endpoints: list[EndpointOutlook]
 
 
 class TenantRule(Record, frozen=True):
@@ -106,6 +130,36 @@ class EndpointDemand(Record, frozen=True):
     aborted: int
     refused: int
     failed: int
+    arrived_prompt_tokens: float = 0.0
+    """Of all that arrived, estimated from their bytes: what is held counts, too. The other totals are of
+    requests that finished, as their fronts measured them."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    engine_s: float = 0.0
+    held_prompt_tokens: float = 0.0
+    """Of the requests held now, estimated."""
+    over_limits: int = 0
+    """Of `refused`: their tenant's limits said no (429). They are nobody's reason for a replica, and no part
+    of arrived_prompt_tokens."""
+    measured: int = 0
+    """Requests behind prompt_tokens, cached_tokens, output_tokens and engine_s."""
+
+
+class VersionDemand(Record, frozen=True):
+    """How one generation of an endpoint's replicas fares, as one router sees it. Totals since its start."""
+
+    endpoint: str
+    generation: str
+    finished: int
+    failed: int
+    """Engine or front broke off an accepted request. Refusals of bad requests do not count."""
+    slow_ttft: int = 0
+    """Finished, but beyond the SLO: of the first token, and of the mean time between tokens."""
+    slow_itl: int = 0
+    ttft_s: float = 0.0
+    """Sums over the finished ones."""
+    itl_s: float = 0.0
 
 
 class TenantDemand(Record, frozen=True):
@@ -147,3 +201,4 @@ class Demand(Message, frozen=True):
     tenants: list[TenantDemand] = []
     certificate_problem: str = ""
     """Why the certificate's files cannot be used, or that it is about to expire; empty: all is well."""
+    versions: list[VersionDemand] = []

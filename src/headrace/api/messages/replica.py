@@ -28,6 +28,10 @@ class FinishedRequest(Record, frozen=True):
     total_s: float
     engine_s: float = 0.0
     """Engine time measured for this request, all its choices together."""
+    num_resumptions: int = 0
+    """Times that one of its streams was continued in another engine, or in its own after a restart."""
+    hosts: list[str] = []
+    """The siblings that continued it, in order."""
 
 
 class LoadReport(Message, frozen=True):
@@ -74,6 +78,16 @@ class LoadReport(Message, frozen=True):
     """Prompt-head hashes whose blocks were evicted since then."""
     speaks_h2: bool = False
     """Its listeners take HTTP/2 with prior knowledge, too."""
+    peer_socket: str = ""
+    """UNIX socket on which its engine takes streams that siblings cannot continue themselves; empty: none."""
+    stream_class: str = ""
+    """What decides an answer's tokens: replicas of one class continue each other's streams bit for bit."""
+    num_guests: int = 0
+    """Streams of siblings in its engine. They are part of its load, and not of num_open."""
+    num_hosted: int = 0
+    """Own streams that siblings' engines continue."""
+    leave_by_s: float = -1.0
+    """Seconds until this replica's machine goes away, by a notice; negative: no notice."""
 
 
 class ReportAck(Message, frozen=True):
@@ -90,6 +104,26 @@ class SetSleep(Message, frozen=True):
     came of it."""
 
     level: Literal[0, 1, 2]
+
+
+class Sibling(Record, frozen=True):
+    """A replica of the same endpoint, as a front must know it to continue a stream there."""
+
+    replica_id: str
+    peer_socket: str
+    stream_class: str
+    state: ReplicaState
+    num_open: int = 0
+    """Requests and guests in its engine by its last report, and how many it takes."""
+    max_open: int = 0
+    leave_by_s: float = -1.0
+
+
+class Siblings(Message, frozen=True):
+    """Controller to front, on the connection of its reports, whenever it changes: all other replicas of its
+    endpoint. A front that hears no more keeps the last list."""
+
+    siblings: list[Sibling]
 
 
 def gateway_of(request_id: str) -> str:
@@ -120,3 +154,13 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     headers are believed on the UNIX socket only, which only its owner may open."""
     shared_prefix: str = ""
     """System prompt whose KV blocks all tenants may share."""
+    stream_class: str = ""
+    """As in LoadReport, as far as the config decides it."""
+    handover_after_s: float = 2.0
+    """A draining replica hands what is then still open to siblings, and stops its engine."""
+    resume_attempts: int = 3
+    """Most engines that one stream may be continued on after its first; 0: a lost engine ends its streams."""
+    resume_limit_s: float = 60.0
+    """Longest time without an engine before a stream is given up."""
+    notice_file: str = ""
+    """A file that appears when this machine is about to go away; empty: none is looked for."""
