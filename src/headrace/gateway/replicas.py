@@ -64,6 +64,8 @@ class Replica:
     """Its lease ended; a replica that comes back is a new object."""
     server_name: str = field(init=False)
     """Its name inside HAProxy."""
+    generation: str = ""
+    """What it was started with, by its reports."""
 
     def __post_init__(self) -> None:
         self.server_name = encode_name(self.replica_id)
@@ -122,6 +124,7 @@ class ReplicaTable:
         replica.server = server
         replica.speaks_h2 = report.speaks_h2
         replica.pid = report.pid
+        replica.generation = report.generation
         replica.state = report.state
         replica.sequence = report.sequence
         replica.lease_end_s = now_s + report.lease_s

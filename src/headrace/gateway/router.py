@@ -142,6 +142,7 @@ class Router:
             replicas=replicas,
             tenants=self.dispatcher.tenant_demands(now_s),
             certificate_problem=self.certificate.problem if self.certificate is not None else "",
+            versions=self.dispatcher.version_demands(),
         )
 
     def snapshot(self) -> RouterSnapshot:

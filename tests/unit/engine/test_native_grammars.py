@@ -19,7 +19,9 @@ from tests.unit.engine.grammar_rig import EOS, GrammarRig
 
 from headrace.api.messages import GenerationRequest, SamplingParams
 from headrace.engine.constraint import Constraint
+from headrace.engine.fused_sampling import load_fused_sampling
 from headrace.engine.grammar_queue import COMPILE_LIMIT_S, GrammarQueue
+from headrace.engine.sampler import Sampler
 from headrace.engine.speculation.ngram import NgramProposer
 from headrace.engine.speculation.speculator import Speculator
 from headrace.errors import InvalidRequest
@@ -120,6 +122,48 @@ def test_partners_change_nothing_and_free_answers_are_what_they_were(rig: Gramma
         alone = rig.run([one])[one.request_id]
         assert batched[one.request_id].token_ids == alone.token_ids
         assert batched[one.request_id].finish_reason == alone.finish_reason
+
+
+def test_compiled_and_numpy_samplers_give_the_same_answers(
+    rig: GrammarRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy rows try their likeliest token before they compute a mask: most such tries succeed in free text,
+    none where the form is strict."""
+    if load_fused_sampling() is None:
+        pytest.skip("no compiled kernels")
+    forms = {
+        "text": write_grammar("regex", r"[^\n]{20,300}"),
+        "tree": write_grammar("json", json.dumps(Tree.model_json_schema())),
+        "ends": write_grammar("regex", "a*"),
+    }
+    kinds: dict[str, dict[str, Any]] = {
+        "greedy": {"temperature": 0.0},
+        "sampled": {"top_p": 0.95, "top_k": 500},
+        "penalised": {"temperature": 0.0, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
+        "biased": {"temperature": 0.0, "logit_bias": {0: 3.0, 66: 2.0}, "min_tokens": 3},
+        "logprobs": {"temperature": 0.0, "num_logprobs": 4},
+        "sampled logprobs": {"num_logprobs": 2, "presence_penalty": 1.0},
+        "stopped": {"temperature": 0.0, "stop_token_ids": tuple(range(100, 900))},
+    }
+    requests = [
+        request(f"{form} {kind}", grammar, max_tokens=60, seed=5, **sampling)
+        for form, grammar in forms.items()
+        for kind, sampling in kinds.items()
+    ]
+    num_masks = dict.fromkeys(("compiled", "numpy"), 0)
+    compute = Constraint.compute_mask
+
+    def answers(name: str, sampler: Sampler) -> dict[str, Any]:
+        def counted(constraint: Constraint, end_token_ids: Any) -> None:
+            num_masks[name] += 1
+            compute(constraint, end_token_ids)
+
+        monkeypatch.setattr(Constraint, "compute_mask", counted)
+        ran = rig.run(requests, rig.engine(max_running=len(requests), sampler=sampler))
+        return {key: (answer.finish_reason, answer.outputs) for key, answer in ran.items()}
+
+    assert answers("compiled", Sampler(load_fused_sampling())) == answers("numpy", Sampler())
+    assert num_masks["compiled"] < num_masks["numpy"] - 80
 
 
 def test_guessing_ahead_changes_nothing(rig: GrammarRig) -> None:

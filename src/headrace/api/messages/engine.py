@@ -89,8 +89,8 @@ class StepOutput(Record, frozen=True):
 
 class StepModel(Record, frozen=True):
     """Seconds of a step, fitted to recent ones: a + b*P + q*P*C + c*D + d*KV, with P uncached prompt tokens,
-    C the mean context they attend to, D tokens decoded (one per request, guessed ones besides), KV tokens
-    read by those. `policy.step_time` computes with it."""
+    C the mean context they attend to, D tokens decoded (one per request, guessed ones besides, whose P*C
+    counts, too), KV tokens read by those. `policy.step_time` computes with it."""
 
     a: float
     b: float
