@@ -83,13 +83,13 @@ class PeerServer:
         loop = asyncio.get_running_loop()
         try:
             self._server = await loop.create_unix_server(
-                self._make_connection, sock=listener, backlog=MAX_PEERS
+                self.make_connection, sock=listener, backlog=MAX_PEERS
             )
         except OSError:
             listener.close()
             raise
         self._path = path
-        self._beat()
+        self.beat()
 
     def close(self) -> None:
         """Give all guests back, and listen no more."""
@@ -102,12 +102,14 @@ class PeerServer:
         for connection in list(self._connections):
             connection.give_back("this replica is leaving")
 
-    def _make_connection(self) -> PeerConnection:
+    def make_connection(self) -> PeerConnection:
+        """Return the protocol of a sibling that connects."""
         self._num_connected += 1
         return PeerConnection(self, self._num_connected)
 
-    def _beat(self) -> None:
-        self._heartbeat = asyncio.get_running_loop().call_later(HEARTBEAT_S, self._beat)
+    def beat(self) -> None:
+        """Tell all peers that this host is there, now and from now on."""
+        self._heartbeat = asyncio.get_running_loop().call_later(HEARTBEAT_S, self.beat)
         for connection in list(self._connections):
             connection.flush()
 

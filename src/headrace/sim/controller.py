@@ -28,7 +28,7 @@ from headrace.api.messages import (
     StopProcess,
 )
 from headrace.api.run_paths import CONTROLLER_SOCKET
-from headrace.control.app import RELAY_GRACE_S, STOP_MARGIN_S, TICK_S
+from headrace.control.app import STOP_MARGIN_S, TICK_S
 from headrace.control.essentials import Essential
 from headrace.control.reconciler import Action, StartReplica, StopReplica
 from headrace.control.specs import gateway_specs, replica_process
@@ -171,8 +171,6 @@ class ControllerProcess(Process):
             for essential in (pair.router, pair.relay):
                 if essential.is_hung(now_s):
                     self._stop_essential(essential, 0.0)
-            if pair.relay.is_superfluous():
-                self._stop_essential(pair.relay, RELAY_GRACE_S)
         for essential in state.gateway.processes.values():
             if essential.is_due(now_s):
                 essential.on_start(now_s)

@@ -66,9 +66,15 @@ class Breaker:
         for process in self._everything():
             process.resume()
         self._mend_version()
-        for front in world.fronts.values():
-            if front.is_alive and front.standby.wanted:
-                front.standby.set_level(0)
+        self._wake_all()
+
+    def _wake_all(self) -> None:
+        """The user wakes what sleeps, again and again: a wish that meets a starting engine is refused."""
+        asleep = [front for front in self._fronts() if front.engine.state == "asleep" or front.sleep_wish]
+        for front in asleep:
+            front.run(lambda front=front: front.set_sleep(0))  # type: ignore[misc]
+        if asleep:
+            self._world.timeline.after(1.0, self._wake_all, "mend")
 
     def _mend_version(self) -> None:
         """The user applies a good version, as soon as a controller listens."""
@@ -99,7 +105,7 @@ class Breaker:
         return [front for front in self._world.fronts.values() if front.is_alive]
 
     def _engines(self) -> list[Process]:
-        engines = [front.engine.process for front in self._fronts()]
+        engines = [front.engine.child for front in self._fronts()]
         return [engine for engine in engines if engine is not None and engine.is_alive]
 
     def _controllers(self) -> list:  # type: ignore[type-arg]

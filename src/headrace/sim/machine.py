@@ -6,6 +6,7 @@ processes do.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from itertools import count
 from random import Random
@@ -57,6 +58,8 @@ class Registry:
         self.check = check
         self.pids = count(1000)
         self.listeners: dict[str, Process] = {}
+        self.errors: list[BaseException] = []
+        """Of coroutines, that nobody took."""
 
 
 class Process:
@@ -75,6 +78,8 @@ class Process:
         """Connections, closed by the kernel when this process ends."""
         self.on_exit: Callable[[Process, int], None] | None = None
         """Its parent's SIGCHLD: this process, its exit code."""
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """The running loop while it does something; programs with coroutines have one."""
         self._backlog: list[Call] = []
         self._addresses: list[str] = []
 
@@ -101,8 +106,19 @@ class Process:
         if self.is_paused:
             self._backlog.append(call)
             return
-        call()
+        if self.loop is None:
+            call()
+        else:
+            self._run_in_loop(call)
         self.registry.check(self)
+
+    def _run_in_loop(self, call: Call) -> None:
+        before = asyncio._get_running_loop()
+        asyncio._set_running_loop(self.loop)
+        try:
+            call()
+        finally:
+            asyncio._set_running_loop(before)
 
     # ---- listening
 

@@ -339,6 +339,7 @@ class RouterProcess(Process):
             endpoints=self.dispatcher.demand(now_s),
             replicas=replicas,
             tenants=self.dispatcher.tenant_demands(now_s),
+            versions=self.dispatcher.version_demands(),
         )
 
     def _on_word(self, message: object) -> None:

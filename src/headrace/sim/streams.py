@@ -1,18 +1,17 @@
-"""One request in a front, from its arrival to its one end: what was emitted, and which engine goes on.
+"""One request in a simulated front: what a client was sent of it, and its one end.
 
-Owns the stream's tokens, its client's connection and its place. Where to continue is decided elsewhere
-(`Resumption`). Must not know reports, drains or other requests.
+Stands for `replica.answer` behind the real keeper of streams, which decides where it goes on. Must not know
+engines, reports or drains.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-import msgspec
-
 from headrace.api.messages import GenerationRequest, StepOutput, TerminalState
+from headrace.errors import RequestError
 from headrace.replica.ledger import RequestRecord
-from headrace.sim.http import HttpError, HttpPiece, HttpRequest
+from headrace.sim.http import HttpError, HttpPiece
 from headrace.sim.network import End
 
 
@@ -21,118 +20,89 @@ class StreamOwner(Protocol):
 
     def close_stream(self, stream: FrontStream, state: TerminalState) -> None: ...
 
-    def stream_lost_engine(self, stream: FrontStream, reason: str) -> None:
-        """Continue it elsewhere, now or later, or fail it."""
+    def abort_stream(self, stream: FrontStream) -> None:
+        """Take it from whatever engine has it."""
         ...
 
-
-class Seat(Protocol):
-    """An engine that a stream is in: the front's own, or a sibling's."""
-
-    name: str
-
-    def submit(self, request: GenerationRequest, stream: FrontStream) -> None: ...
-
-    def abort(self, stream: FrontStream) -> None: ...
+    def stream_lost_engine(self, stream: FrontStream, reason: str) -> None: ...
 
 
 class FrontStream:
-    """One request. `record` is in the front's ledger from its birth to `close_stream`."""
+    """One request. Its record is in the ledger from its birth to its end."""
 
     def __init__(
-        self,
-        owner: StreamOwner,
-        record: RequestRecord,
-        request: HttpRequest,
-        end: End,
-        generation: GenerationRequest,
+        self, owner: StreamOwner, record: RequestRecord, end: End, generation: GenerationRequest
     ) -> None:
         self._owner = owner
         self._end = end
         self.record = record
-        self.request = request
-        self.generation = generation
-        """As it was first submitted; continued with what was emitted."""
-        self.emitted: list[int] = []
-        self.seat: Seat | None = None
-        self.seat_id = ""
-        """Its request id in the engine where it is."""
-        self.num_attempts = 0
-        """Engines after the first."""
-        self.lost_s: float | None = None
-        """On the front's clock: since when it has had no engine."""
-        self.seats_tried: list[str] = []
+        self.request = generation
+        self.token_ids: list[int] = []
+        self.engine_ns = 0
         self.has_ended = False
         end.on_close = self._on_client_gone
 
     def __repr__(self) -> str:
-        return f"<FrontStream {self.record.request_id}, {len(self.emitted)} tokens>"
+        return f"<FrontStream {self.record.request_id}, {len(self.token_ids)} tokens>"
 
-    def take_seat(self, seat: Seat, seat_id: str) -> None:
-        """Go to this engine; it computes what follows the tokens that were emitted."""
-        self.seat, self.seat_id, self.lost_s = seat, seat_id, None
-        self.seats_tried.append(seat.name)
-        request = msgspec.structs.replace(
-            self.generation, request_id=seat_id, resume_from=list(self.emitted)
-        )
-        seat.submit(request, self)
+    # ---- what engines and their keeper tell
 
-    def leave_seat(self) -> None:
-        """Be in no engine any more."""
-        if self.seat is not None:
-            self.seat.abort(self)
-            self.seat = None
-
-    # ---- what the engine gives
-
-    def on_output(self, output: StepOutput) -> None:
+    def on_output(self, output: StepOutput, now_s: float) -> bool:
         if self.has_ended:
-            return
+            return False
+        self.engine_ns = max(self.engine_ns, output.engine_ns)
         if output.finish_reason in ("error", "aborted"):
-            self.seat = None
-            if output.error.startswith(("the engine is draining", "the engine is asleep")):
-                self._owner.stream_lost_engine(self, output.error)
-            else:
-                self.fail(output.error)
-            return
+            self._end_with_error(output.error or output.finish_reason, 500)
+            return False
         record = self.record
         if output.token_ids and not record.first_token_s:
-            record.first_token_s = self._end.process.host.now_s()
+            record.first_token_s = now_s
             record.num_cached_tokens = output.num_cached_tokens
-        self.emitted += output.token_ids
-        record.num_output_tokens = len(self.emitted)
-        record.engine_s = max(record.engine_s, output.engine_ns * 1e-9)
-        if output.finish_reason is None:
-            if output.token_ids:
-                self._end.send(HttpPiece(output.token_ids))
-            return
-        self.seat = None
-        self._finish(TerminalState.FINISHED, output.finish_reason, HttpPiece(output.token_ids, "done"))
+        self.token_ids += output.token_ids
+        if output.finish_reason is not None:
+            self._finish(TerminalState.FINISHED, output.finish_reason, HttpPiece(output.token_ids, "done"))
+        elif output.token_ids:
+            self._end.send(HttpPiece(output.token_ids))
+        return False
+
+    def flush(self) -> None:
+        """Each output is sent as it comes."""
 
     def on_engine_lost(self, reason: str) -> None:
         if not self.has_ended:
-            self.seat = None
             self._owner.stream_lost_engine(self, reason)
+
+    def on_resumed(self, host: str) -> None:
+        self.record.num_resumptions += 1
+        if host:
+            self.record.hosts.append(host)
+
+    def on_broken(self) -> None:
+        raise AssertionError(f"{self!r} is broken")
 
     # ---- ends
 
-    def fail(self, reason: str, status: int = 500) -> None:
-        """End it with an error: as a status if nothing was sent yet, else as an event."""
-        if self.has_ended:
-            return
-        self.leave_seat()
-        answer = HttpPiece([], "error", reason) if self.emitted else HttpError(status, reason)
+    def fail(self, error: RequestError) -> None:
+        """It cannot go on: tell its client, as a status if nothing was sent yet, else as an event."""
+        if not self.has_ended:
+            self._owner.abort_stream(self)
+            self._end_with_error(error.message, error.status)
+
+    def _end_with_error(self, reason: str, status: int) -> None:
+        answer = HttpPiece([], "error", reason) if self.token_ids else HttpError(status, reason)
         self._finish(TerminalState.FAILED, "error", answer)
 
     def _on_client_gone(self) -> None:
         if not self.has_ended:
-            self.leave_seat()
+            self._owner.abort_stream(self)
             self._finish(TerminalState.ABORTED, "aborted", None)
 
     def _finish(self, state: TerminalState, reason: str, answer: HttpError | HttpPiece | None) -> None:
         assert not self.has_ended, f"{self!r} ends twice"
         self.has_ended = True
-        self.record.finish_reason = reason
+        record = self.record
+        record.finish_reason = reason
+        record.num_output_tokens, record.engine_s = len(self.token_ids), self.engine_ns * 1e-9
         self._owner.close_stream(self, state)
         if answer is not None:
             self._end.send(answer)

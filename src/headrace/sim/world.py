@@ -52,6 +52,8 @@ class Outcome:
     requests: Counter[str]
     converged_s: float
     """After the last fault."""
+    num_resumed: int = 0
+    """Streams that were continued in another engine."""
     history: tuple[str, ...] = ()
 
 
@@ -85,7 +87,8 @@ class World:
             self.registry, self.hosts[0], self.weather, lambda name: scenario.config.endpoints[name].engine, gateways
         )
         self.breaker = Breaker(self)
-        self._num_placed = 0
+        self.all_fronts: list[FrontProcess] = []
+        """Also those that are gone."""
 
     # ---- running
 
@@ -114,12 +117,14 @@ class World:
             self.breaker.counts,
             Counter(self.crowd.outcomes),
             converged_s,
+            sum(sum(front.metrics.num_resumed.values()) for front in self.all_fronts),
             tuple(self.history),
         )
 
     def _run_until(self, end_s: float) -> None:
         while self.timeline.run_next(end_s):
-            pass
+            if self.registry.errors:
+                raise self.registry.errors[0]
 
     def _converge(self) -> float:
         """Run on until everything is as wanted. Raises Violation if that takes too long."""
@@ -181,13 +186,13 @@ class World:
         return router
 
     def _make_front(self, spec: ReplicaSpec) -> FrontProcess:
-        self._num_placed += 1
-        host = self.hosts[1 + self._num_placed % self.scenario.num_hosts]
+        host = self.hosts[1 + len(self.all_fronts) % self.scenario.num_hosts]
         behaviour = self.scenario.behaviour(spec.engine.model)
         front = FrontProcess(
             self.registry, host, spec, self.weather, behaviour, self.scenario.busy_interval_s
         )
         self.fronts[spec.replica_id] = front
+        self.all_fronts.append(front)
         front.begin()
         return front
 
