@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class Fronts:
         self.controllers: dict[str, Controller] = {}
         self.introduces = True
         self._told: dict[str, list[Sibling]] = {}
+        self._telling = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -46,8 +48,9 @@ class Fronts:
 
     def _run(self) -> None:
         while not self._stop.wait(0.01):
-            if self.introduces:
-                self._introduce()
+            with self._telling:
+                if self.introduces:
+                    self._introduce()
 
     def _introduce(self) -> None:
         siblings = []
@@ -71,8 +74,17 @@ class Fronts:
                 self._told[replica_id] = others
                 controller.tell(Siblings(others))
 
+    def forget_each_other(self) -> None:
+        """From now on each believes to be alone; `wait_ready` introduces them again."""
+        self.introduces = False
+        with self._telling:
+            for replica_id, controller in self.controllers.items():
+                self._told[replica_id] = []
+                controller.tell(Siblings([]))
+
     def wait_ready(self) -> None:
         """Wait until all are ready and know each other."""
+        self.introduces = True
         for front, controller in zip(self.fronts.values(), self.controllers.values(), strict=True):
             front.wait_ready()
             controller.wait_for(lambda report: report.state == "ready" and bool(report.stream_class))
@@ -82,6 +94,16 @@ class Fronts:
             for name in self.fronts
         ):
             assert not known.wait(0.01)
+
+    def wait_host(self) -> int:
+        """Return the index of the front that has guests, once one has."""
+        deadline_s = time.monotonic() + 10
+        while time.monotonic() < deadline_s:
+            for index in range(len(self.fronts)):
+                if self.report(index).num_guests:
+                    return index
+            time.sleep(0.01)
+        raise AssertionError("no front has guests")
 
     @contextmanager
     def running(self) -> Iterator[Fronts]:
@@ -94,8 +116,11 @@ class Fronts:
 
 
 @contextmanager
-def sibling_fronts(engines: list[EngineSpec], **spec_fields: Any) -> Iterator[Fronts]:
-    """Start a front for each engine. They are introduced to each other as they report."""
+def sibling_fronts(
+    engines: list[EngineSpec], first_fields: Mapping[str, Any] | None = None, **spec_fields: Any
+) -> Iterator[Fronts]:
+    """Start a front for each engine. They are introduced to each other as they report. `first_fields`: of the
+    first one's spec alone."""
     fronts = Fronts()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headrace-siblings-")))
@@ -106,7 +131,8 @@ def sibling_fronts(engines: list[EngineSpec], **spec_fields: Any) -> Iterator[Fr
             path = str(folder / replica_id / "controller.sock")
             controller = Controller(path)
             stack.callback(controller.close)
-            front = running_front(engine, replica_id=replica_id, extra_sockets=[path], **spec_fields)
+            fields = {**spec_fields, **(first_fields or {})} if number == 1 else spec_fields
+            front = running_front(engine, replica_id=replica_id, extra_sockets=[path], **fields)
             running.append((replica_id, controller, stack.enter_context(front)))
         for replica_id, controller, process in running:
             fronts.fronts[replica_id] = process

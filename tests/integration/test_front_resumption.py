@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import re
+import json
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from tests.integration.front_process import RunningFront, check_conservation
+from tests.integration.disturbed_answer import Answer, kill_engine, last_line, wait_new_engine
+from tests.integration.front_process import check_conservation
 from tests.integration.sibling_fronts import Fronts, sibling_fronts
 
-from headrace.api.messages import EngineSpec
+from headrace.api.messages import EngineSpec, SetSleep, TerminalState
 
 pytestmark = pytest.mark.slow
 ENGINE = EngineSpec("simulated", "simulated", simulated_step_s=0.004)
@@ -32,76 +32,6 @@ def fronts() -> Iterator[Fronts]:
 def ready(fronts: Fronts) -> Fronts:
     fronts.wait_ready()
     return fronts
-
-
-class Answer:
-    """An answer that is read in a thread; `at` tokens call `disturb`."""
-
-    def __init__(
-        self,
-        front: RunningFront,
-        request_id: str,
-        at: int = 0,
-        disturb: Callable[[], object] | None = None,
-        **fields: Any,
-    ) -> None:
-        body = {"model": "chat", "prompt": "Tell me", "max_tokens": NUM_TOKENS, "stream": True, **fields}
-        self._body, self._at, self._disturb = body, at, disturb
-        self._url = f"{front.url}/v1/completions"
-        self._headers = {"x-headrace-request-id": request_id}
-        self.lines: list[str] = []
-        self.status = 0
-        self._begun = threading.Event()
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        with httpx.stream("POST", self._url, json=self._body, headers=self._headers, timeout=60) as answer:
-            self.status = answer.status_code
-            for line in answer.iter_lines():
-                if not line:
-                    continue
-                self.lines.append(line)
-                self._begun.set()
-                if len(self.lines) == self._at and self._disturb is not None:
-                    self._disturb()
-        self._begun.set()
-
-    def wait_begin(self) -> Answer:
-        assert self._begun.wait(20)
-        return self
-
-    def text(self) -> str:
-        """The whole body, but for the second it was made in, which is the same in all its events. Of several
-        choices one after another: how their events follow each other is not promised."""
-        self._thread.join(60)
-        assert not self._thread.is_alive()
-        lines = self.lines
-        if self._body["stream"] and self._body.get("n", 1) > 1:
-            lines = sorted(lines, key=lambda line: re.search(r'"index":\d+|$', line)[0] or "last")  # type: ignore[index]
-        text = "\n".join(lines)
-        assert len(set(re.findall(r'"created":(\d+)', text))) == 1, text
-        return re.sub(r'"created":\d+', "", text)
-
-
-def kill_engine(fronts: Fronts, index: int) -> None:
-    os.kill(fronts.report(index).engine_pid, signal.SIGKILL)
-
-
-def wait_new_engine(fronts: Fronts, index: int, num_restarts: int) -> None:
-    fronts.controller(index).wait_for(
-        lambda report: report.state == "ready" and report.engine_restarts > num_restarts
-    )
-
-
-def last_line(front: RunningFront, request_id: str) -> dict[str, Any]:
-    """The access log's last line of a request that has ended."""
-    deadline_s = time.monotonic() + 5
-    while True:
-        lines = [line for line in front.access_log() if line["request_id"] == request_id]
-        if (lines and lines[-1]["resumptions"]) or time.monotonic() > deadline_s:
-            return lines[-1]
-        time.sleep(0.02)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -138,3 +68,125 @@ def test_a_killed_engines_streams_go_on_with_the_same_bytes(ready: Fronts, at: i
     assert (line["state"], line["output_tokens"]) == ("finished", NUM_TOKENS)
     assert (line["resumptions"], line["hosts"]) == (1, ["chat-2"])
     assert ready[1].metrics()["requests_accepted_total"] == 0, "guests are not the host's requests"
+
+
+def test_without_siblings_the_restarted_engine_goes_on(ready: Fronts) -> None:
+    whole = Answer(ready[0], "alone", seed=4).text()
+    ready.forget_each_other()
+    broken = Answer(ready[0], "alone", 30, lambda: kill_engine(ready, 0), seed=4)
+    assert broken.text() == whole
+    assert last_line(ready[0], "alone")["hosts"] == []
+
+
+def test_a_host_that_dies_in_turn_is_followed_by_the_own_engine(ready: Fronts) -> None:
+    fields: dict[str, Any] = {"seed": 9, "max_tokens": 600}
+    whole = Answer(ready[0], "twice", **fields).text()
+    broken = Answer(ready[0], "twice", 30, lambda: kill_engine(ready, 0), **fields)
+    ready.controller(1).wait_for(lambda report: report.num_guests == 1)
+    ready.controller(0).wait_for(lambda report: report.num_hosted == 1)
+    kill_engine(ready, 1)
+    assert broken.text() == whole
+    line = last_line(ready[0], "twice")
+    assert (line["resumptions"], line["hosts"]) == (2, ["chat-2"])
+
+
+def test_a_client_that_leaves_frees_the_host(ready: Fronts) -> None:
+    body = {"model": "chat", "prompt": "x", "max_tokens": 20_000, "stream": True}
+    headers = {"x-headrace-request-id": "leaves"}
+    url = f"{ready[0].url}/v1/completions"
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=30) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        kill_engine(ready, 0)
+        ready.controller(1).wait_for(lambda report: report.num_guests == 1)
+        next(lines)
+    report = ready.controller(1).wait_for(lambda report: report.num_guests == 0)
+    assert report.num_open == 0
+    assert ready[0].router.wait_finished("leaves").state is TerminalState.ABORTED
+    check_conservation(ready[0])
+
+
+def test_a_replica_goes_on_standby_with_open_streams(ready: Fronts) -> None:
+    fields: dict[str, Any] = {"seed": 11, "max_tokens": 500}
+    whole = Answer(ready[0], "sleeps", **fields).text()
+    sleeping = Answer(ready[0], "sleeps", 20, lambda: ready.controller(0).tell(SetSleep(1)), **fields)
+    report = ready.controller(0).wait_for(lambda report: report.phase == "asleep at level 1")
+    assert (report.state, report.num_open, report.num_hosted) == ("standby", 1, 1)
+    assert sleeping.text() == whole
+    ready.controller(0).tell(SetSleep(0))
+    ready[0].wait_ready()
+    assert last_line(ready[0], "sleeps")["resumptions"] == 1
+
+
+def test_a_drained_replicas_engine_is_free_while_its_streams_go_on() -> None:
+    fields: dict[str, Any] = {"seed": 12, "max_tokens": 900, "n": 2}
+    with sibling_fronts([ENGINE] * 2, drain_grace_s=20.0, handover_after_s=0.1) as fronts:
+        fronts.wait_ready()
+        whole = Answer(fronts[0], "drained", **fields).text()
+        drained = Answer(fronts[0], "drained", **fields).wait_begin()
+        started_s = time.monotonic()
+        fronts[0].process.send_signal(signal.SIGTERM)
+        report = fronts.controller(0).wait_for(lambda report: report.engine_pid == 0)
+        assert time.monotonic() - started_s < 2.5, "seconds, not the length of the stream"
+        assert (report.state, report.num_open, report.num_hosted) == ("draining", 1, 2)
+        assert drained.text() == whole
+        assert fronts[0].process.wait(10) == 0
+        assert fronts[1].metrics()["streams_guests"] == 0
+
+
+def test_streams_come_home_from_a_host_that_drains() -> None:
+    fields: dict[str, Any] = {"seed": 13, "max_tokens": 900}
+    with sibling_fronts([ENGINE] * 2, drain_grace_s=20.0, handover_after_s=0.1) as fronts:
+        fronts.wait_ready()
+        whole = Answer(fronts[0], "home", **fields).text()
+        broken = Answer(fronts[0], "home", 5, lambda: kill_engine(fronts, 0), **fields)
+        fronts.controller(0).wait_for(lambda report: report.num_hosted == 1)
+        wait_new_engine(fronts, 0, 0)
+        fronts[1].process.send_signal(signal.SIGTERM)
+        assert fronts[1].process.wait(10) == 0, "its guest went home"
+        assert broken.text() == whole
+        line = last_line(fronts[0], "home")
+        assert (line["resumptions"], line["hosts"]) == (2, ["chat-2"])
+
+
+def test_a_host_that_is_killed_whole_loses_no_stream() -> None:
+    fields: dict[str, Any] = {"seed": 14, "max_tokens": 600}
+    with sibling_fronts([ENGINE] * 3) as fronts:
+        fronts.wait_ready()
+        whole = Answer(fronts[0], "hosts", **fields).text()
+        broken = Answer(fronts[0], "hosts", 5, lambda: kill_engine(fronts, 0), **fields)
+        fronts.controller(0).wait_for(lambda report: report.num_hosted == 1)
+        fronts[fronts.wait_host()].process.kill()
+        assert broken.text() == whole
+        assert last_line(fronts[0], "hosts")["resumptions"] == 2
+
+
+def test_a_notice_moves_streams_and_ends_the_replica_in_time(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"seed": 15, "max_tokens": 700}
+    path = tmp_path / "notice"
+    first = {"notice_file": str(path)}
+    with sibling_fronts([ENGINE] * 2, first, drain_grace_s=600.0, handover_after_s=60.0) as fronts:
+        fronts.wait_ready()
+        assert fronts.report(0).leave_by_s < 0
+        whole = Answer(fronts[0], "notice", **fields).text()
+        moved = Answer(fronts[0], "notice", **fields).wait_begin()
+        deadline_s = time.time() + 8
+        path.write_text(json.dumps({"deadline_s": deadline_s}))
+        report = fronts.controller(0).wait_for(lambda report: report.num_hosted == 1)
+        assert 2 < report.leave_by_s < 8
+        assert moved.text() == whole
+        assert fronts[0].process.wait(10) == 0
+        assert time.time() < deadline_s
+
+
+def test_a_notice_whose_deadline_is_over_ends_the_replica_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "notice"
+    with sibling_fronts([ENGINE], {"notice_file": str(path)}, drain_grace_s=600.0) as fronts:
+        fronts[0].wait_ready()
+        fronts[0].router.releases = False
+        stream = Answer(fronts[0], "late", max_tokens=30_000).wait_begin()
+        path.write_text('{"deadline_s": 5}')
+        assert fronts[0].process.wait(8) == 0
+        stream.text()
+        assert "overloaded" in stream.lines[-1]
+        assert fronts[0].router.wait_finished("late").state is TerminalState.FAILED

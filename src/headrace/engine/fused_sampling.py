@@ -22,6 +22,7 @@ TASK = np.dtype(
         ("settings", np.uint64),
         ("allowed", np.uint64),
         ("index", np.int64),
+        ("is_checked", np.int64),
         ("mass", np.int64),
         ("highest", np.float32),
         ("logit", np.float32),
@@ -63,12 +64,15 @@ class FusedSampling:
         settings: Sequence[int],
         indices: Sequence[int],
         masks: Sequence[int] = (),
+        *,
+        are_checked: bool = False,
     ) -> list[int]:
         """Return a token for each of `rows`, or what stands in its place.
 
         Of each row: the address of its SampleSettings, which token of its generation it is, and the address
-        of the bits that say which tokens are allowed (0: all; no `masks`: all, in every row). The logits stay
-        as they are. Raises MemoryError.
+        of the bits that say which tokens are allowed (0: all; no `masks`: all, in every row).
+        `are_checked`: all have a mask and were given a token before, so that logits that are not finite need
+        not be looked for. The logits stay as they are. Raises MemoryError.
         """
         num_tasks, vocab_size = len(rows), logits_SV.shape[1]
         if num_tasks > len(self._tasks):
@@ -80,6 +84,7 @@ class FusedSampling:
         columns["settings"][:num_tasks] = settings
         columns["index"][:num_tasks] = indices
         columns["allowed"][:num_tasks] = masks or 0
+        columns["is_checked"][:num_tasks] = are_checked
         handle = None if self._team is None else self._team.handle
         tasks, top_ids, top_logits = self._addresses
         self._function(handle, tasks, num_tasks, vocab_size, top_ids, top_logits)

@@ -75,9 +75,14 @@ class GrammarCompiler:
         assert self._mask_words is not None
         return Constraint(matcher, self._mask_words, num_matched), ""
 
-    def _compile(self, grammar: str) -> CompiledGrammar:
+    def prepare(self) -> None:
+        """Put the vocabulary into the matcher's form, if that was not done yet."""
         if self._tokenizer is None:
             self._tokenizer = self._build_tokenizer()
+
+    def _compile(self, grammar: str) -> CompiledGrammar:
+        self.prepare()
+        assert self._tokenizer is not None
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=engine_limits())
         if matcher.is_error():
             return CompiledGrammar(None, str(matcher.get_error()).partition("\n")[0])

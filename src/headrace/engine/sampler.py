@@ -104,7 +104,7 @@ class _FusedStep:
         forbidden = [task for task in tried if _is_forbidden(requests[task], results[task].token_id)]
         if forbidden:
             failed |= self._compute_masks(forbidden)
-            for task, result in zip(forbidden, self._choose(forbidden, forbidden)):
+            for task, result in zip(forbidden, self._choose(forbidden, forbidden, are_checked=True)):
                 results[task] = result
         for task in (*masked, *forbidden):
             results[task] = failed.get(task) or _advance(requests[task], results[task])
@@ -115,8 +115,11 @@ class _FusedStep:
         failures = ((task, _compute_mask(self._requests[task])) for task in tasks)
         return {task: failure for task, failure in failures if failure is not None}
 
-    def _choose(self, tasks: Sequence[int], masked: Sequence[int] = ()) -> list[Sampled]:
-        """Choose a token for each of `tasks`; those that are in `masked`, too, hold to their masks."""
+    def _choose(
+        self, tasks: Sequence[int], masked: Sequence[int] = (), *, are_checked: bool = False
+    ) -> list[Sampled]:
+        """Choose a token for each of `tasks`; those that are in `masked`, too, hold to their masks.
+        `are_checked`: all were given a token before, without their masks."""
         requests, fused = self._requests, self._fused
         masks = {task: _mask_address(requests[task]) for task in masked}
         token_ids = fused.choose(
@@ -125,6 +128,7 @@ class _FusedStep:
             [self._settings[task] for task in tasks],
             [self._indices[task] for task in tasks],
             [masks.get(task, 0) for task in tasks] if masks else (),
+            are_checked=are_checked,
         )
         results = [Sampled(token_id) for token_id in token_ids]
         for place, task in enumerate(tasks):

@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 SleepLevel = int
 """0 awake, 1 without KV memory, 2 without weights, too."""
 RELEASE_LIMIT_S = 5.0
-"""Longest wait for the routers' word that they send nothing more, and for what came meanwhile to end."""
+"""Longest wait for the routers' word that they send nothing more, and then for what is open to end or go."""
 _POLL_S = 0.01
 
 
@@ -105,15 +105,14 @@ class Standby:
             self.is_leaving = True
             self._ask_release()
             self._on_change()
+            await self._wait_until(self._is_released)
             await self._wait_until(self._is_free)
             if problem := self._open_problem():
                 return problem
         return await self._engine.set_sleep(level)
 
     def _is_free(self) -> bool:
-        """Whether the routers send nothing more, and nothing is left; siblings take what they can."""
-        if not self._is_released():
-            return False
+        """Whether nothing is left in the engine; siblings take what they can."""
         if self._streams.num_in_engine():
             self._streams.hand_over()
         return not self._streams.num_in_engine()

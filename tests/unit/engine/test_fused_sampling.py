@@ -50,13 +50,25 @@ def expected_token(row_V: Row, sampling: SamplingParams, index: int) -> int:
 
 
 def tokens(
-    fused: FusedSampling, row_V: Row, samplings: list[SamplingParams], mask: Row | None = None
+    fused: FusedSampling,
+    row_V: Row,
+    samplings: list[SamplingParams],
+    mask: NDArray[np.int32] | None = None,
+    *,
+    are_checked: bool = False,
 ) -> list[int]:
     """One token for each sampling, all from one row; `mask`: words of bits."""
     settings = [RowSettings(sampling) for sampling in samplings]
     masks = [] if mask is None else [mask.ctypes.data] * len(samplings)
     indices = list(range(len(samplings)))
-    return fused.choose(row_V[None], [0] * len(settings), [s.address for s in settings], indices, masks)
+    return fused.choose(
+        row_V[None],
+        [0] * len(settings),
+        [s.address for s in settings],
+        indices,
+        masks,
+        are_checked=are_checked,
+    )
 
 
 # ---- rows of every kind ----------------
@@ -153,6 +165,7 @@ def test_a_mask_leaves_the_tokens_that_the_definition_gives_for_the_allowed_ones
         assert got == [NONE_ALLOWED] * len(samplings)
     else:
         assert got == [expected_token(masked_V, sampling, i) for i, sampling in enumerate(samplings)]
+    assert tokens(fused, row_V, samplings, words, are_checked=True) == got
     assert np.array_equal(row_V, before)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tests.unit.engine.grammar_rig import EOS, GrammarRig
 
 from headrace.api.messages import GenerationRequest, SamplingParams
+from headrace.engine import grammar_queue
 from headrace.engine.constraint import Constraint
 from headrace.engine.fused_sampling import load_fused_sampling
 from headrace.engine.grammar_queue import COMPILE_LIMIT_S, GrammarQueue
@@ -313,6 +315,8 @@ def test_running_requests_go_on_while_a_grammar_compiles(rig: GrammarRig) -> Non
     release = False
 
     class SlowCompiler:
+        def prepare(self) -> None: ...
+
         def constrain(self, grammar: str, token_ids: Any) -> tuple[Constraint | None, str]:
             while not release:
                 time.sleep(0.001)
@@ -332,6 +336,8 @@ def test_running_requests_go_on_while_a_grammar_compiles(rig: GrammarRig) -> Non
 
 def test_a_grammar_that_never_compiles_is_given_up(rig: GrammarRig) -> None:
     class StuckCompiler:
+        def prepare(self) -> None: ...
+
         def constrain(self, grammar: str, token_ids: Any) -> tuple[Constraint | None, str]:
             time.sleep(1.0)
             return None, "too late"
@@ -343,3 +349,54 @@ def test_a_grammar_that_never_compiles_is_given_up(rig: GrammarRig) -> None:
     (output,) = engine.step().outputs
     assert (output.finish_reason, "not compiled within" in output.error) == ("error", True)
     assert not engine.has_work()
+
+
+def test_an_idle_engine_prepares_for_its_first_grammar_and_a_busy_one_does_not(
+    rig: GrammarRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_queue, "_IDLE_POLL_S", 0.001)
+    asked, prepared = threading.Semaphore(0), threading.Event()
+
+    class Recorder:
+        def prepare(self) -> None:
+            prepared.set()
+
+        def constrain(self, grammar: str, token_ids: Any) -> tuple[Constraint | None, str]:
+            return rig.compiler.constrain(grammar, token_ids)
+
+    engine = rig.engine()
+    grammars = engine._grammars = GrammarQueue(Recorder)
+    engine.submit(request("free", "", max_tokens=2, ignore_eos=True))
+
+    def is_idle() -> bool:
+        asked.release()
+        return not engine.has_work()
+
+    grammars.prepare_when(is_idle)
+    for _ in range(3):
+        assert asked.acquire(timeout=10)
+    assert not prepared.is_set()
+    while engine.has_work():
+        engine.step()
+    assert prepared.wait(timeout=10)
+    answer = rig.run([request("r", write_grammar("choice", '["yes"]'))], engine)["r"]
+    assert rig.text(answer.token_ids) == "yes"
+
+
+def test_a_preparation_that_fails_fails_again_for_the_first_grammar_and_says_why(
+    rig: GrammarRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_queue, "_IDLE_POLL_S", 0.001)
+    tried = threading.Semaphore(0)
+
+    def fail() -> Any:
+        tried.release()
+        raise OSError("no such vocabulary")
+
+    engine = rig.engine()
+    engine._grammars = GrammarQueue(fail)
+    engine._grammars.prepare_when(lambda: True)
+    assert tried.acquire(timeout=10)
+    answer = rig.run([request("r", write_grammar("choice", '["yes"]'))], engine)["r"]
+    assert answer.finish_reason == "error"
+    assert "no such vocabulary" in answer.error

@@ -21,6 +21,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Tokens within so many times the temperature of the highest logit are gathered together, ring by ring.
 constexpr double kSpans[] = {1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, std::numeric_limits<double>::infinity()};
 constexpr int kFew = 24;
+constexpr int kFewAllowed = 512;
 
 const SamplingPasses& passes() {
 #if defined(__x86_64__)
@@ -276,12 +277,45 @@ const float* change(const SamplingPasses& pass, const SampleTask& task, int voca
   return changed;
 }
 
+// Call f(token id) for the allowed tokens, in order.
+template <typename F>
+void for_allowed(const uint32_t* allowed, int vocab_size, const F& f) {
+  for (int begin = 0; begin < vocab_size; begin += 32) {
+    uint32_t word = allowed[begin / 32];
+    if (vocab_size - begin < 32) word &= (1u << (vocab_size - begin)) - 1;
+    for (; word != 0; word &= word - 1) f(begin + __builtin_ctz(word));
+  }
+}
+
+bool are_few(const uint32_t* allowed, int vocab_size) {
+  int num_allowed = 0;
+  for (int i = 0; i < (vocab_size + 31) / 32; ++i) num_allowed += __builtin_popcount(allowed[i]);
+  return num_allowed <= kFewAllowed;
+}
+
+// The likeliest of few allowed tokens. No other logit is read: whoever asks has seen that the row is finite.
+int32_t likeliest_of_few(const float* logits, const uint32_t* allowed, int vocab_size) {
+  int32_t token_id = kNoneAllowed;
+  float highest = -kInfinity;
+  for_allowed(allowed, vocab_size, [&](int32_t id) {
+    if (logits[id] > highest) {
+      highest = logits[id];
+      token_id = id;
+    }
+  });
+  return token_id;
+}
+
 // Choose a row's token, or say why there is none. `top_logits` and `top_ids` are those of the most likely tokens.
 int32_t sample_row(const SamplingPasses& pass, SampleTask& task, int vocab_size, int32_t* top_ids,
                    float* top_logits) {
   thread_local Scratch scratch;
   scratch.reserve(vocab_size);
   const SampleSettings& settings = *task.settings;
+  const bool is_greedy = settings.temperature < kLeastTemperature;
+  if (task.is_checked && is_greedy && settings.num_top < 0 && !has_changes(settings) &&
+      are_few(task.allowed, vocab_size))
+    return likeliest_of_few(task.logits, task.allowed, vocab_size);
   task.highest = find_highest(pass, task.logits, vocab_size, scratch);
   if (!std::isfinite(task.highest)) return kNotFinite;
   const float* logits = change(pass, task, vocab_size, scratch);
@@ -291,7 +325,7 @@ int32_t sample_row(const SamplingPasses& pass, SampleTask& task, int vocab_size,
     if (!std::isfinite(task.highest)) return kNotFinite;
   }
   int32_t token_id;
-  if (settings.temperature < kLeastTemperature) {
+  if (is_greedy) {
     token_id = first_of(logits, vocab_size, scratch.maxima, task.highest);
   } else {
     Order order(pass, logits, vocab_size, scratch, task.highest, settings.temperature);

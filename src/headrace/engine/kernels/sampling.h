@@ -37,6 +37,7 @@ struct SampleTask {
   const SampleSettings* settings;
   const uint32_t* allowed;  // a bit per token, the lowest first; forbidden ones become minus infinity; null: all
   int64_t index;            // of the token in its generation
+  int64_t is_checked;       // whether the row is known to be finite; it has a mask then
   // Results.
   int64_t mass;  // sum of all weights at temperature 1, where num_top >= 0
   float highest;
