@@ -27,7 +27,7 @@ from headrace.api.messages import (
     SystemStatus,
 )
 from headrace.control.admin import CommandRefused, NotRunning, ask_async
-from headrace.control.app import write_config
+from headrace.control.applied import write_config
 from headrace.fabric.supervisor import Supervisor
 
 pytestmark = pytest.mark.slow

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from headrace.api.messages import Demand, EndpointDemand, ProcessState, haproxy_name, relay_name, router_name
 from headrace.control.essentials import Essential
+from headrace.control.version_counts import VersionCounts
 
 DEMAND_FRESH_S = 2.0
 """A Demand older than this says nothing about now."""
@@ -52,6 +53,7 @@ class GatewayState:
             for essential in (pair.router, pair.haproxy, pair.relay)
         }
         self._last_request_s: dict[str, float] = {}
+        self.version_counts = VersionCounts()
 
     def __repr__(self) -> str:
         return f"GatewayState({', '.join(f'{p.name} {p.state}' for p in self.processes.values())})"
@@ -77,6 +79,7 @@ class GatewayState:
             return
         pair.demand, pair.demand_s = demand, now_s
         pair.router.heard_s = now_s
+        self.version_counts.observe(demand)
         for endpoint in demand.endpoints:
             # Held requests wake an endpoint; those in flight keep it awake.
             name = endpoint.endpoint

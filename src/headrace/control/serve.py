@@ -140,7 +140,7 @@ class System:
         """Wait until every endpoint has its replicas and no others. Raises StartFailed."""
 
         def is_settled(status: SystemStatus) -> bool:
-            wanted = sum(endpoint.desired for endpoint in status.endpoints)
+            wanted = sum(e.desired + e.desired_standby for e in status.endpoints)
             return status.is_ready and len(status.replicas) == wanted
 
         self._wait(is_settled, limit_s)

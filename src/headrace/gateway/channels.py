@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import cast
 
 from headrace.api.framing import FrameDecoder, encode_frame
-from headrace.api.messages import Demand, GatewaySpec, LoadReport, ReportAck
+from headrace.api.messages import Demand, GatewaySpec, LoadReport, Outlook, ReportAck
 from headrace.errors import ProtocolError
 from headrace.gateway.completions import Completion, CompletionDecoder
 
@@ -86,12 +86,12 @@ class ControllerLink:
         socket: str,
         period_s: float,
         demand: Callable[[], Demand],
-        on_spec: Callable[[GatewaySpec], None],
+        on_message: Callable[[GatewaySpec | Outlook], None],
     ) -> None:
         self._socket = socket
         self._period_s = period_s
         self._demand = demand
-        self._on_spec = on_spec
+        self._on_message = on_message
         self._wake = asyncio.Event()
         self.is_connected = False
 
@@ -143,7 +143,7 @@ class ControllerLink:
             receiving.cancel()
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
-        decoder: FrameDecoder[GatewaySpec] = FrameDecoder(GatewaySpec)
+        decoder: FrameDecoder[GatewaySpec | Outlook] = FrameDecoder(GatewaySpec | Outlook)
         while data := await reader.read(65_536):
-            for spec in decoder.feed(data):
-                self._on_spec(spec)
+            for message in decoder.feed(data):
+                self._on_message(message)

@@ -60,6 +60,7 @@ class Replica:
     speaks_h2: bool = False
     is_shared_serving: bool = False
     """HAProxy has it as a server on HTTP/2, too."""
+    generation: str = ""
     is_gone: bool = False
     """Its lease ended; a replica that comes back is a new object."""
     server_name: str = field(init=False)
@@ -90,8 +91,8 @@ class ReplicaTable:
     num_ignored_ends: int = 0
     revision: int = 0
     """Grows when the wanted servers may have changed."""
-    _choosable: dict[str, list[Replica]] = field(default_factory=dict)
-    """By endpoint, as far as it was asked for since the last change or report."""
+    _choosable: dict[tuple[str, str], list[Replica]] = field(default_factory=dict)
+    """By endpoint and generation, as far as it was asked for since the last change or report."""
 
     def observe(self, report: LoadReport, connection: object, now_s: float) -> Replica | None:
         """Take a report. None if it must be ignored (out of date, or of a replica that listens nowhere yet).
@@ -122,6 +123,7 @@ class ReplicaTable:
         replica.server = server
         replica.speaks_h2 = report.speaks_h2
         replica.pid = report.pid
+        replica.generation = report.generation
         replica.state = report.state
         replica.sequence = report.sequence
         replica.lease_end_s = now_s + report.lease_s
@@ -166,18 +168,20 @@ class ReplicaTable:
         for replica in self.replicas.values():
             replica.is_serving, replica.is_shared_serving = (path in paths for path in replica.paths)
 
-    def choosable(self, endpoint: str) -> list[Replica]:
-        """Return the replicas that a request of `endpoint` may be bound to, full ones included. The same list
-        until one of them reports or changes: `Placer.place` relies on it."""
-        choosable = self._choosable.get(endpoint)
+    def choosable(self, endpoint: str, generation: str = "") -> list[Replica]:
+        """Return the replicas that a request of `endpoint` may be bound to, full ones included; only those of
+        `generation` if it is named. The same list until one of them reports or changes: `Placer.place` relies
+        on it."""
+        choosable = self._choosable.get((endpoint, generation))
         if choosable is None:
-            choosable = self._choosable[endpoint] = [
+            choosable = self._choosable[endpoint, generation] = [
                 replica
                 for replica in self.replicas.values()
                 if replica.is_serving
                 and replica.endpoint == endpoint
                 and replica.is_connected
                 and replica.state == "ready"
+                and generation in ("", replica.generation)
             ]
         return choosable
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from headrace.api.config import split_address
-from headrace.api.messages import Demand, GatewaySpec, LoadReport, ReplicaView, ReportAck
+from headrace.api.messages import Demand, GatewaySpec, LoadReport, Outlook, ReplicaView, ReportAck
 from headrace.clock import Clock
 from headrace.errors import ConfigError, ProtocolError
 from headrace.gateway.answers import Answers, refusal
@@ -312,8 +312,8 @@ class Router:
                 self.dispatcher.clients_left(self._closed_peers.find())
             await asyncio.sleep(TICK_S)
 
-    def _on_spec(self, spec: GatewaySpec) -> None:
-        if spec == self._spec:
+    def _on_spec(self, spec: GatewaySpec | Outlook) -> None:
+        if isinstance(spec, Outlook) or spec == self._spec:
             return
         if (spec.run_dir, spec.gateway_id) != (self._spec.run_dir, self._spec.gateway_id):
             logger.error("gateway spec refused: its directory and id cannot change while running")
