@@ -281,8 +281,9 @@ class _Turn:
         for slot in sorted(current, key=lambda slot: -slot.started_s)[: max(len(current) - wanted, 0)]:
             self._drop(slot, f"{wanted} on standby are enough")
             current.remove(slot)
-        is_one_coming = any(self._phase(slot) == "starting" for slot in current) or bool(self._idle)
         num_surplus = max(len(current) + len(outdated) - wanted, 0)
+        is_one_missing = len(current) + len(outdated) < wanted
+        is_one_coming = is_one_missing or any(self._phase(slot) == "starting" for slot in current)
         for slot in outdated[: num_surplus or (not is_one_coming)]:
             self._drop(slot, "an old version on standby is replaced")
             outdated.remove(slot)
