@@ -229,6 +229,11 @@ def describe_unready(status: SystemStatus | None) -> str:
         for process in status.processes
         if process.name.startswith(("router-", "haproxy-", "relay-")) and process.state != "running"
     ]
+    lines += [
+        f"the rollout of {rollout.endpoint} is running: {rollout.reason}"
+        for rollout in status.rollouts
+        if rollout.state == "running"
+    ]
     return "; ".join(lines) or "the gateway does not answer yet"
 
 
