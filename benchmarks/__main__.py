@@ -12,6 +12,7 @@ from benchmarks.peers.catalogue import UnknownPeer
 NAMES = (
     *("gateway", "tokens", "peers", "router", "placement", "fairness", "held"),
     *("engine", "roofline", "prompts", "overhead", "speculation", "structured", "start", "memory"),
+    *("zero", "survive"),
 )
 WITH_PEERS = ("peers", "engine", "prompts")
 """Those that `--only` says the peers of."""

@@ -19,7 +19,6 @@ from headrace.control.app import Controller, ProcessSources
 from headrace.control.applied import read_config
 from headrace.control.specs import replica_process
 from headrace.fabric.local import LocalLauncher
-from headrace.gateway.haproxy_frontend import needs_relay
 from headrace.gateway.paths import GatewayPaths
 
 FAKES = str(Path(__file__).with_name("fake_processes.py"))
@@ -29,9 +28,12 @@ def prepare_gateway(spec: GatewaySpec) -> list[ProcessSpec]:
     text = msgspec.json.encode(spec).decode()
     paths = GatewayPaths(spec.run_dir, spec.gateway_id)
     Path(paths.directory).mkdir(exist_ok=True)
-    names = {"haproxy": haproxy_name(spec.gateway_id), "router": router_name(spec.gateway_id)}
-    if needs_relay(spec):
-        names["relay"] = relay_name(spec.gateway_id)
+    gateway_id = spec.gateway_id
+    names = {
+        "haproxy": haproxy_name(gateway_id),
+        "router": router_name(gateway_id),
+        "relay": relay_name(gateway_id),
+    }
     return [
         ProcessSpec(name, [sys.executable, FAKES, role, text], log_path=paths.log(f"{name}.log"))
         for role, name in names.items()

@@ -59,14 +59,22 @@ class Slo(Section):
 class CustomMetric(Section):
     """A number of yours that asks for replicas: value / per_replica of them, at least."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z_:][A-Za-z0-9_:.-]{0,127}$")]
-    """The metric's name in the source."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_:][A-Za-z0-9_:]{0,127}$")]
+    """The metric's name in the source. Samples that differ in labels are added up."""
     source: Annotated[str, Field(min_length=1)]
     """Where it is read every few seconds, in Prometheus's text format: a file, or an http(s) address."""
     per_replica: Annotated[float, Field(gt=0)]
     """How much of it one replica serves."""
     max_age_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     """An older value, or none, asks for nothing."""
+
+    @field_validator("source")
+    @classmethod
+    def _check_source(cls, value: str) -> str:
+        scheme, separator, rest = value.partition("://")
+        if separator and (scheme not in ("http", "https") or not rest):
+            raise ValueError(f"source is {value!r}; write the path of a file, or an http(s) address")
+        return value
 
 
 class Scaling(Section):
@@ -193,6 +201,9 @@ class Queue(Section):
     """Most requests held per endpoint; further ones get 503 with Retry-After."""
     max_wait_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
     """Longest time that a request is held before it gets 503. Must cover a replica's start."""
+    tell_after_s: Annotated[float, Field(ge=0, le=3600)] = 3.0
+    """A stream that is held for longer begins with comment lines that say so, which keeps clients and proxies
+    from giving up. Its later errors are events of the stream. 0: never."""
 
 
 class Endpoint(Section):

@@ -23,7 +23,6 @@ from headrace.api.messages import (
     CreateKey,
     Demand,
     ExplainEndpoint,
-    Explanation,
     GatewaySpec,
     GetStatus,
     LauncherError,
@@ -49,6 +48,7 @@ from headrace.api.run_paths import (
 from headrace.clock import Clock
 from headrace.control.applied import RolloutsFile, parse_applied, write_config
 from headrace.control.connections import Connections
+from headrace.control.custom_metrics import CustomMetrics
 from headrace.control.drain import drain
 from headrace.control.essentials import Essential
 from headrace.control.identity import open_identity
@@ -65,8 +65,6 @@ from headrace.fabric.launcher import Launcher
 TICK_S = 0.2
 KEYS_CHECK_S = 0.5
 """How often the key store is looked at: the CLI writes it by itself while no controller answers."""
-RELAY_GRACE_S = 30.0
-"""For a relay that is not needed any more: what it passes on may end."""
 STOP_MARGIN_S = 15.0
 """A front ends itself when its drain grace is over; only one that does not is killed, this much later."""
 _log = logging.getLogger(__name__)
@@ -109,6 +107,8 @@ class Controller:
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
         self._connections = Connections()
+        self._metrics = CustomMetrics(clock)
+        self._metrics.want(config)
         self._told_traffic: dict[str, dict[str, float]] = {}
 
     def __repr__(self) -> str:
@@ -130,10 +130,11 @@ class Controller:
             async with asyncio.TaskGroup() as group:
                 events = group.create_task(self._take_events())
                 admin = group.create_task(self._serve_admin_http())
+                metrics = group.create_task(self._metrics.run())
                 probes = [group.create_task(self._probe(name)) for name in self._state.gateway.pairs]
                 await self._tick_until_stopped()
-                for probe in probes:
-                    probe.cancel()
+                for task in (metrics, *probes):
+                    task.cancel()
                 await drain(self._launcher, self._state, self._wake, self._clock)
                 admin.cancel()
                 events.cancel()
@@ -201,6 +202,7 @@ class Controller:
             if self._identity.refresh():
                 _log.info("another process changed the keys")
                 self._tell_routers()
+        self._state.metrics = {name: self._metrics.readings(name) for name in self._state.config.endpoints}
         for action in self._state.plan(now_s):
             _log.info("%s %s: %s", type(action).__name__, action.replica_id, action.reason)
             self._act(action)
@@ -242,8 +244,6 @@ class Controller:
                     # would cut all streams.
                     _log.warning("%s has said nothing for a while: killing it", essential.name)
                     self._stop_essential(essential, 0.0)
-            if pair.relay.is_superfluous():
-                self._stop_essential(pair.relay, RELAY_GRACE_S)
         due = [essential for essential in processes if essential.is_due(now_s)]
         if not due:
             return
@@ -350,9 +350,7 @@ class Controller:
             case ChangeRollout():
                 notes = [self._state.change_rollout(command, self._clock.now_s())]
             case ExplainEndpoint(endpoint):
-                decision = self._state.explain(endpoint, self._clock.now_s())
-                explanation = Explanation(f"{decision.count} replicas", decision.reason, [])
-                return AdminReply(explanation=explanation)
+                return AdminReply(explanation=self._state.explain(endpoint, self._clock.now_s()))
             case Shutdown():
                 self.stop()
                 return AdminReply(notes=["draining"])
@@ -366,6 +364,7 @@ class Controller:
                 return reply
         for note in notes:
             _log.info("%s", note)
+        self._metrics.want(self._state.config)
         if problem := self._rollouts_file.keep():
             notes.append(problem)
         try:

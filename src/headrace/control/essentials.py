@@ -20,8 +20,6 @@ class Essential:
     """One process: dead and due, dead and backing off, or alive and last heard of."""
 
     name: str
-    is_wanted: bool = True
-    """The config needs it: a relay, for one, only with several endpoints."""
     pid: int = 0
     is_alive: bool = False
     is_stopping: bool = False
@@ -42,11 +40,7 @@ class Essential:
 
     def is_due(self, now_s: float) -> bool:
         """Whether to start it now."""
-        return self.is_wanted and not self.is_alive and now_s >= self.due_s
-
-    def is_superfluous(self) -> bool:
-        """Whether to stop it now: it runs, and the config does not need it any more."""
-        return self.is_alive and not self.is_wanted and not self.is_stopping
+        return not self.is_alive and now_s >= self.due_s
 
     def is_hung(self, now_s: float) -> bool:
         """Whether to kill it now."""

@@ -55,6 +55,8 @@ class Slot:
     role: Role = "serving"
     change_since_s: float | None = None
     """Since when it is asked to become what its role says: asleep or awake."""
+    promoted_s: float | None = None
+    """When it was last told to leave standby."""
     change_phase: str = ""
     """What it said of its sleep when it was asked."""
     no_change_before_s: float = -math.inf
@@ -226,6 +228,7 @@ class Fleet:
         slot.role = "standby" if action.is_standby else "serving"
         slot.change_since_s = None
         slot.no_change_before_s = -math.inf
+        slot.promoted_s = None
         slot.has_started = slot.is_adopted = False
         slot.hit_tokens, slot.hits_seen = 0.0, 0
         slot.drain_grace_s = drain_grace_s
@@ -246,6 +249,7 @@ class Fleet:
         slot = self.slots[replica_id]
         slot.role = "standby" if is_standby else "serving"
         slot.change_since_s = now_s
+        slot.promoted_s = None if is_standby else now_s
         slot.change_phase = slot.report.phase if slot.report is not None else ""
 
     def rest(self, replica_id: str, *, is_asleep: bool) -> None:

@@ -52,7 +52,6 @@ class GatewayState:
             for pair in self.pairs.values()
             for essential in (pair.router, pair.haproxy, pair.relay)
         }
-        self._last_request_s: dict[str, float] = {}
         self.version_counts = VersionCounts()
 
     def __repr__(self) -> str:
@@ -62,11 +61,6 @@ class GatewayState:
     def has_answered(self) -> bool:
         """Every HAProxy answered its last probe."""
         return all(pair.has_answered for pair in self.pairs.values())
-
-    def want_relays(self, is_wanted: bool) -> None:
-        """Set whether the gateways need their relays: several endpoints."""
-        for pair in self.pairs.values():
-            pair.relay.is_wanted = is_wanted
 
     def adopt(self, process: ProcessState, now_s: float) -> None:
         """Take over a process that ran before this controller."""
@@ -80,11 +74,6 @@ class GatewayState:
         pair.demand, pair.demand_s = demand, now_s
         pair.router.heard_s = now_s
         self.version_counts.observe(demand)
-        for endpoint in demand.endpoints:
-            # Held requests wake an endpoint; those in flight keep it awake.
-            name = endpoint.endpoint
-            if endpoint.num_held or (endpoint.num_in_flight and name in self._last_request_s):
-                self._last_request_s[name] = now_s
 
     def on_probe(self, gateway_id: str, has_answered: bool, now_s: float) -> None:
         """Take the result of asking a HAProxy something."""
@@ -101,14 +90,6 @@ class GatewayState:
                 pair.demand = None
             elif name == pair.haproxy.name:
                 pair.has_answered = False
-
-    def note_requests(self, endpoint: str, now_s: float) -> None:
-        """Count `endpoint` as used now: nobody remembers when it last was."""
-        self._last_request_s[endpoint] = now_s
-
-    def forget_requests(self, endpoint: str) -> None:
-        """Count `endpoint` as never used: the user wants it at zero."""
-        self._last_request_s.pop(endpoint, None)
 
     def demands(self) -> Iterator[Demand]:
         """Yield each router's last word."""
@@ -133,9 +114,17 @@ class GatewayState:
             failed=sum(entry.failed for entry in entries),
         )
 
-    def idle_s(self, endpoint: str, now_s: float) -> float:
-        """Seconds since `endpoint` last held or served a request."""
-        return now_s - self._last_request_s.get(endpoint, -math.inf)
+    def demands_by_router(self) -> dict[str, dict[str, EndpointDemand]]:
+        """Return each endpoint's last words, by the router process that said them."""
+        words: dict[str, dict[str, EndpointDemand]] = {}
+        for demand in self.demands():
+            for entry in demand.endpoints:
+                words.setdefault(entry.endpoint, {})[f"{demand.router_id}/{demand.pid}"] = entry
+        return words
+
+    def is_heard(self, now_s: float) -> bool:
+        """Whether every router said something lately."""
+        return all(pair.fresh_demand(now_s) is not None for pair in self.pairs.values())
 
     def serving_replicas(self, now_s: float) -> frozenset[str] | None:
         """Replicas that every gateway sends requests to. None: some router has not said so lately."""

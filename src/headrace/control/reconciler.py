@@ -218,6 +218,8 @@ class _Turn:
                 if self._phase(slot) == "standby" and not slot.is_changing:
                     reason = f"{self.desired.count} wanted: {self.desired.reason}"
                     self.actions.append(PromoteReplica(slot.replica_id, self.desired.name, reason))
+                else:
+                    self.phases[slot.replica_id] = "starting"  # it cannot serve yet, whatever it reports
                 self.slots[self.slots.index(slot)] = replace(slot, role="serving", is_changing=True)
         return {generation: count for generation, count in missing.items() if count > 0}
 
@@ -284,7 +286,7 @@ class _Turn:
         num_surplus = max(len(current) + len(outdated) - wanted, 0)
         is_one_missing = len(current) + len(outdated) < wanted
         is_one_coming = is_one_missing or any(self._phase(slot) == "starting" for slot in current)
-        for slot in outdated[: num_surplus or (not is_one_coming)]:
+        for slot in outdated[: num_surplus + (not is_one_coming)]:
             self._drop(slot, "an old version on standby is replaced")
             outdated.remove(slot)
         return wanted - len(current) - len(outdated)

@@ -130,6 +130,7 @@ def gateway_spec(config: Config, run_directory: Path, keys: Mapping[str, str] | 
                 endpoint.placement,
                 ttft_s=endpoint.slo.ttft_ms / 1000,
                 itl_s=endpoint.slo.itl_ms / 1000,
+                tell_after_s=endpoint.queue.tell_after_s,
             )
             for name, endpoint in config.endpoints.items()
         ],

@@ -142,8 +142,6 @@ def _processes(state: SystemState) -> list[ProcessStatus]:
         ProcessStatus("controller", os.getpid(), "running", 0, resident_bytes(os.getpid())),
     ]
     for essential in state.gateway.processes.values():
-        if not essential.is_wanted and not essential.is_alive:
-            continue
         restarts = max(essential.num_starts - 1, 0)
         memory = resident_bytes(essential.pid)
         name, pid, error = essential.name, essential.pid, essential.last_error

@@ -6,13 +6,20 @@ Must not know: sockets, launchers, files, time's source.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from headrace.api.config import Config
 from headrace.api.endpoint_config import Endpoint
-from headrace.api.messages import ChangeRollout, EndpointOutlook, ProcessEnded, ProcessStarted, ProcessState
+from headrace.api.messages import (
+    ChangeRollout,
+    EndpointOutlook,
+    Explanation,
+    ProcessEnded,
+    ProcessStarted,
+    ProcessState,
+)
 from headrace.control.config_changes import describe_changes, keep_address
-from headrace.control.fleet import Fleet
+from headrace.control.fleet import Fleet, Slot
 from headrace.control.gateway_state import GatewayState
 from headrace.control.outlook import outlook_of
 from headrace.control.reconciler import (
@@ -26,9 +33,11 @@ from headrace.control.reconciler import (
     reconcile,
 )
 from headrace.control.rollouts import Rollouts
-from headrace.control.scaling import EndpointScaler, ScalingDecision
+from headrace.control.scaling import EndpointScaler, ScaledReplica, ScalingObservation
 from headrace.control.specs import gateway_ids
 from headrace.errors import ConfigError
+from headrace.policy.autoscaling import ScalingDecision
+from headrace.policy.scaling_metrics import MetricReading
 
 
 class SystemState:
@@ -42,6 +51,9 @@ class SystemState:
         self.rollouts = Rollouts(config, self.gateway.version_counts)
         self.notes: list[str] = []
         """What happened by itself since somebody looked, for the log."""
+        self.metrics: Mapping[str, Sequence[MetricReading]] = {}
+        """Custom metrics by endpoint, as they were last read."""
+        self._scalers: dict[str, EndpointScaler] = {}
         self._scaling: dict[str, ScalingDecision] = {}
         """Of this moment, as far as it was decided."""
         self._take(config)
@@ -60,7 +72,6 @@ class SystemState:
         with_standby = [name for name, endpoint in self.config.endpoints.items() if endpoint.replicas.standby]
         self.fleet.adopt(processes, generations, now_s, with_standby)
         for slot in self.fleet.slots.values():
-            self.gateway.note_requests(slot.endpoint, now_s)
             if slot.endpoint in self.config.endpoints:
                 slot.drain_grace_s = self.rollouts.section(slot.endpoint).drain_grace_s
 
@@ -104,7 +115,7 @@ class SystemState:
         self.rollouts.rescale(self.config)
         self.fleet.forgive(endpoint)
         if count == 0:
-            self.gateway.forget_requests(endpoint)
+            self._scalers[endpoint].forget_requests()
         return f"{endpoint}: {section.replicas.min} -> {count} replicas"
 
     def apply(self, config: Config, now_s: float) -> list[str]:
@@ -142,7 +153,7 @@ class SystemState:
     def _take(self, config: Config) -> None:
         self.config = config
         self._scaling.clear()
-        self.gateway.want_relays(len(config.endpoints) > 1)
+        self._scalers = {name: self._scaler(name, endpoint) for name, endpoint in config.endpoints.items()}
 
     # ---- decisions ----------------
 
@@ -169,7 +180,7 @@ class SystemState:
         """Return how many replicas an endpoint is to have, decided once per tick."""
         decision = self._scaling.get(endpoint)
         if decision is None:
-            decision = self._scaling[endpoint] = self._scale_now(endpoint, now_s)
+            decision = self._scaling[endpoint] = self._scalers[endpoint].decide(now_s)
         return decision
 
     def traffic(self, now_s: float) -> dict[str, dict[str, float]]:
@@ -188,17 +199,17 @@ class SystemState:
             for name in self.config.endpoints
         ]
 
-    def explain(self, endpoint: str, now_s: float) -> ScalingDecision:
-        """Return the last decision on an endpoint's count. Raises ConfigError."""
+    def explain(self, endpoint: str, now_s: float) -> Explanation:
+        """Return the last decision on an endpoint's count, with every number. Raises ConfigError."""
         self._section(endpoint)
-        return self.scaling(endpoint, now_s)
+        return self.scaling(endpoint, now_s).explanation(endpoint)
 
     def plan(self, now_s: float) -> list[Action]:
         """Decide, and note what was decided. The caller tells the launcher and the fronts."""
         observed = self.fleet.observe(now_s)
         if not self.fleet.is_settled(now_s):
             return []
-        self._scaling.clear()
+        self._observe_scaling(now_s)
         for name in self.config.endpoints:
             count, demand = self.scaling(name, now_s).count, self.gateway.demand_of(name)
             note = self.rollouts.decide(name, count, self.fleet.of(name), demand, now_s)
@@ -241,9 +252,26 @@ class SystemState:
 
     # ---- inside ----------------
 
-    def _scale_now(self, endpoint: str, now_s: float) -> ScalingDecision:
-        replicas = self.config.endpoints[endpoint].replicas
-        num_held = self.gateway.demand_of(endpoint).num_held
-        scaler = EndpointScaler(replicas.min, replicas.standby)
-        scaler.observe(num_held, self.gateway.idle_s(endpoint, now_s))
-        return scaler.decide(now_s)
+    def _scaler(self, name: str, endpoint: Endpoint) -> EndpointScaler:
+        """Return an endpoint's scaler, which takes its new config and keeps what it measured."""
+        known = self._scalers.get(name)
+        if known is None:
+            return EndpointScaler(endpoint)
+        known.configure(endpoint)
+        return known
+
+    def _observe_scaling(self, now_s: float) -> None:
+        self._scaling.clear()
+        demands, is_complete = self.gateway.demands_by_router(), self.gateway.is_heard(now_s)
+        for name, scaler in self._scalers.items():
+            observation = ScalingObservation(
+                demands.get(name, {}),
+                [_scaled(slot) for slot in self.fleet.of(name)],
+                is_complete,
+                self.metrics.get(name, ()),
+            )
+            scaler.observe(observation, now_s)
+
+
+def _scaled(slot: Slot) -> ScaledReplica:
+    return ScaledReplica(slot.replica_id, slot.phase, slot.started_s, slot.report, slot.promoted_s)

@@ -5,6 +5,8 @@ The other side of them is in `haproxy_frontend`. Must not know requests or conne
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 from headrace.gateway.arrivals import Bound, Refused
 from headrace.gateway.haproxy_answers import error_body
 from headrace.gateway.spop import encode_actions
@@ -39,7 +41,21 @@ def refusal(decision: Refused) -> bytes:
     kind = "rate_limit_error" if decision.status == 429 else "server_error"
     body = error_body(decision.message, kind, decision.code)
     name = b"limited" if decision.status == 429 else b"refusal"
-    return encode_actions({name: body.encode(), b"retry_after": b"%d" % decision.retry_after_s})
+    retry_after = {b"retry_after": b"%d" % decision.retry_after_s}
+    return encode_actions({name: body.encode(), **retry_after, **_eta(decision.eta_s)})
+
+
+def parked(endpoint: str, eta_s: float) -> bytes:
+    """Return the answer that lets HAProxy send a held stream to the relay, which waits with the client.
+
+    `eta_s`: when a replica is expected; negative: not known.
+    """
+    variables = {b"wait": b"%.1f" % eta_s, b"wait_model": quote(endpoint, safe="").encode()}
+    return encode_actions({**variables, **_eta(eta_s)})
+
+
+def _eta(eta_s: float) -> dict[bytes, bytes]:
+    return {b"eta": b"%.1f" % eta_s} if eta_s >= 0 else {}
 
 
 def _encode(decision: Bound, is_shared: bool) -> bytes:

@@ -43,6 +43,8 @@ class Refused(msgspec.Struct, frozen=True):
     retry_after_s: int
     status: int = 503
     """503: the system's state is the reason; 429: the tenant's limit is."""
+    eta_s: float = -1.0
+    """When a replica is expected, in seconds; negative: not known."""
 
 
 Answer = Callable[[Bound | Refused], None]

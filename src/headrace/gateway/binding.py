@@ -75,9 +75,16 @@ class Binder:
                 return None, full
             queue.offer(request)
         self.held[arrival.request_id] = held
+        endpoint.held_prompt_tokens += held.charge.num_prompt_tokens
         if not limits.has_room():
             self._pass_over(endpoint, limits)
         return shed, None
+
+    def let_go(self, request_id: str) -> Held:
+        """A held request is held no more, whatever becomes of it. The caller takes it out of the queue."""
+        held = self.held.pop(request_id)
+        self.endpoints[held.arrival.endpoint].held_prompt_tokens -= held.charge.num_prompt_tokens
+        return held
 
     def pump(self, endpoint_name: str, now_s: float) -> None:
         """Bind held requests of an endpoint while a replica has room."""
@@ -123,7 +130,7 @@ class Binder:
                 return
             turn = f"; queue={queue.explain()}" if held.arrival.wants_route else ""
             queue.take(self._tenants.charge_bound(endpoint, held.charge, placement.cached_ratio))
-            del self.held[request.request_id]
+            self.let_go(request.request_id)
             self._bind(held, endpoint, placement, turn, now_s)
 
     def _place(self, arrival: Arrival, endpoint: EndpointState, now_s: float) -> Placement:

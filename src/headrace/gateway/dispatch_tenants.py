@@ -37,6 +37,20 @@ class Charge(msgspec.Struct, gc=False):
     work: float = 0.0
     """Charged to the fair queue."""
     is_settled: bool = False
+    is_judged: bool = False
+    """Counted for the version of the replica that it was bound to."""
+
+    def judge(self, endpoint: EndpointState, finished: FinishedRequest, generation: str) -> None:
+        """Count for the version that answered, once, by its front's first word on the end."""
+        if not self.is_judged:
+            self.is_judged = True
+            endpoint.versions.count(generation, finished, endpoint.rule)
+
+    def judge_failed(self, endpoint: EndpointState, generation: str) -> None:
+        """Count as broken off, unless its front said something else before: it may never say anything."""
+        if not self.is_judged:
+            self.is_judged = True
+            endpoint.versions.count_failure(generation)
 
 
 class TenantBook:
@@ -105,6 +119,8 @@ class TenantBook:
             return
         num_prompt, num_output = finished.num_prompt_tokens, finished.num_output_tokens
         charge.is_settled = num_prompt + num_output > 0
+        if charge.is_settled:
+            endpoint.count_measured(finished)
         work = _measured(endpoint, finished)
         is_unseen = charge.account is None
         if charge.account is None:  # HAProxy served it without asking: only the front knows whose it was
@@ -112,6 +128,7 @@ class TenantBook:
             if charge.limits is None:
                 return
             charge.tenant, charge.account = finished.tenant, endpoint.account(finished.tenant)
+            endpoint.arrived_prompt_tokens += num_prompt
             endpoint.queue.charge_elsewhere(charge.tenant, work)
         else:
             endpoint.queue.charge(charge.tenant, work - charge.work)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Set
 
+import msgspec
+
 from headrace.api.messages import (
     EndpointDemand,
     EndpointRule,
@@ -17,6 +19,7 @@ from headrace.api.messages import (
     TenantDemand,
     TenantRule,
     TerminalState,
+    VersionDemand,
 )
 from headrace.gateway.arrivals import Arrival, Bound, NobodyListens, Refused, RequestListener
 from headrace.gateway.binding import Binder, Held
@@ -41,6 +44,8 @@ __all__ = [
     "RequestListener",
 ]
 
+OVER_LIMITS = 429
+"""What a request is refused with because of its tenant's limits."""
 MAX_TENANT_DEMANDS = 1024
 """Most tenants per endpoint in one Demand."""
 
@@ -137,6 +142,10 @@ class Dispatcher:
             shed, refusal = self._binder.hold(held, endpoint, now_s) if is_held else (None, None)
             if shed is not None:
                 self._refuse_held(shed, endpoint.full())
+        if refusal is not None and refusal.status == OVER_LIMITS:
+            endpoint.over_limits += 1
+        else:
+            endpoint.arrived_prompt_tokens += charge.num_prompt_tokens
         if refusal is None:
             limits.take(1, charge.num_tokens, now_s)
             return is_held
@@ -163,13 +172,17 @@ class Dispatcher:
             self.num_unseen_completions += 1
             self._end(request_id, endpoint, state, Charge("", None, None))
 
-    def front_finished(self, finished: FinishedRequest, now_s: float, endpoint_name: str = "") -> None:
-        """Take a request's end from its front: the slot is free, the charge is corrected; the state is
-        settled by the log. The request may be another gateway's: it is charged all the same."""
+    def front_finished(
+        self, finished: FinishedRequest, now_s: float, endpoint_name: str = "", generation: str = ""
+    ) -> None:
+        """Take a request's end from its front, of a replica of `generation`: the slot is free, the charge is
+        corrected; the state is settled by the log. The request may be another gateway's: it is charged all
+        the same."""
         request_id = finished.request_id
         bound = self._flights.open.get(request_id)
         if bound is not None:
             self._tenants.settle(bound.endpoint, bound.charge, finished, now_s)
+            bound.charge.judge(bound.endpoint, finished, generation)
             if bound.front_state is None:
                 bound.front_state = finished.state
                 bound.front_reported_s = now_s
@@ -183,6 +196,7 @@ class Dispatcher:
             self._tenants.charge_elsewhere(endpoint, finished, now_s)
         elif (charge := self._flights.unsettled(request_id)) is not None:
             self._tenants.settle(endpoint, charge, finished, now_s)
+            charge.judge(endpoint, finished, generation)
             if charge.is_settled:
                 self._flights.settled(request_id)
 
@@ -194,7 +208,7 @@ class Dispatcher:
         if endpoint is not None and replica is not None and load is not None:
             endpoint.observe_costs(load.prefill_token_s, load.decode_token_s, now_s)
         for finished in report.finished:
-            self.front_finished(finished, now_s, report.endpoint)
+            self.front_finished(finished, now_s, report.endpoint, report.generation)
         if replica is None or endpoint is None:
             return
         counts = report.open_by_tenant
@@ -239,10 +253,25 @@ class Dispatcher:
             self._cancel(request_id)
             held.arrival.answer(Refused("The client left.", "cancelled", 1))
 
+    def abandon(self, request_id: str) -> None:
+        """End a bound request that no replica will ever see, if it is one: its client left first."""
+        if request_id in self._flights.open:
+            self._end_in_flight(request_id, TerminalState.ABORTED)
+
+    def is_held(self, request_id: str) -> bool:
+        """Whether it waits for a replica."""
+        return request_id in self._held
+
+    def own(self, request_id: str, owner: object) -> None:
+        """A held request changes the connection whose end would end its waiting; None: it has none now."""
+        held = self._held.get(request_id)
+        if held is not None:
+            held.arrival = msgspec.structs.replace(held.arrival, owner=owner)
+
     def owner_lost(self, owner: object, now_s: float) -> None:
         """Forget the requests held for a connection that is gone: HAProxy goes on without us, or died."""
         for request_id in [key for key, held in self._held.items() if held.arrival.owner is owner]:
-            held = self._held.pop(request_id)
+            held = self._binder.let_go(request_id)
             endpoint = self.endpoints[held.arrival.endpoint]
             endpoint.queue.cancel(request_id)
             # Not ended yet for HAProxy: the completion line tells how it ended, ORPHAN_LIMIT_S bounds it.
@@ -290,6 +319,10 @@ class Dispatcher:
             for demand in endpoint.tenant_demands(now_s, MAX_TENANT_DEMANDS)
         ]
 
+    def version_demands(self) -> list[VersionDemand]:
+        """Return how each generation of each endpoint's replicas fares."""
+        return [demand for endpoint in self.endpoints.values() for demand in endpoint.version_demands()]
+
     @property
     def num_held(self) -> int:
         """Requests held now, of all endpoints."""
@@ -314,6 +347,9 @@ class Dispatcher:
         assert in_flight == len(self._flights), f"in flight {in_flight} != {len(self._flights)} remembered"
         held = sum(len(endpoint.queue) for endpoint in self.endpoints.values())
         assert held == len(self._held), f"held {held} != {len(self._held)} remembered"
+        held_tokens = sum(request.charge.num_prompt_tokens for request in self._held.values())
+        counted = sum(endpoint.held_prompt_tokens for endpoint in self.endpoints.values())
+        assert held_tokens == counted, f"held prompt tokens {held_tokens} != {counted} counted"
         self._tenants.check_integrity(
             bound.charge.limits for bound in self._flights.open.values() if bound.replica
         )
@@ -321,21 +357,24 @@ class Dispatcher:
     # ---- inside
 
     def _cancel(self, request_id: str) -> None:
-        held = self._held.pop(request_id)
+        held = self._binder.let_go(request_id)
         endpoint = self.endpoints[held.arrival.endpoint]
         endpoint.queue.cancel(request_id)
         self._tenants.give_back(held.charge)
         self._end(request_id, endpoint, TerminalState.ABORTED, held.charge)
 
     def _refuse_held(self, request: HeldRequest, refusal: Refusal) -> None:
-        held = self._held.pop(request.request_id)
+        held = self._binder.let_go(request.request_id)
         self._tenants.give_back(held.charge)
         endpoint = self.endpoints[held.arrival.endpoint]
         self._end(request.request_id, endpoint, TerminalState.REFUSED, held.charge)
         held.arrival.answer(_refused(refusal))
 
     def _end_in_flight(self, request_id: str, state: TerminalState) -> None:
+        open_at = self._flights.open[request_id].replica
         bound = self._flights.leave(request_id)
+        if state is TerminalState.FAILED and open_at is not None:
+            bound.charge.judge_failed(bound.endpoint, open_at.generation)
         self._binder.slot_freed(bound)
         self._end(request_id, bound.endpoint, state, bound.charge)
 

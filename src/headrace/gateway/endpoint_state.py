@@ -8,7 +8,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from headrace.api.messages import EndpointDemand, EndpointRule, TenantDemand, TerminalState
+from headrace.api.messages import (
+    EndpointDemand,
+    EndpointRule,
+    FinishedRequest,
+    TenantDemand,
+    TerminalState,
+    VersionDemand,
+)
+from headrace.gateway.versions import VersionBook
 from headrace.policy.admission import HeldRequest, retry_after_s
 from headrace.policy.fairness import FairQueue
 from headrace.policy.limits import Refusal
@@ -58,6 +66,17 @@ class EndpointState:
     work: WorkModel = field(default_factory=WorkModel)
     accounts: dict[str, TenantAccount] = field(default_factory=dict)
     """By tenant; bounded by the tenants that there are."""
+    over_limits: int = 0
+    arrived_prompt_tokens: float = 0.0
+    held_prompt_tokens: int = 0
+    """Estimated, of the requests held now."""
+    measured: int = 0
+    """Own requests that ended with tokens, each counted once, and what their fronts measured of them."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    engine_s: float = 0.0
+    versions: VersionBook = field(default_factory=VersionBook)
 
     def __post_init__(self) -> None:
         self.queue.second = self.work.second
@@ -73,6 +92,14 @@ class EndpointState:
         if account is None:
             account = self.accounts[tenant] = TenantAccount(tenant)
         return account
+
+    def count_measured(self, finished: FinishedRequest) -> None:
+        """Take what a request of this router was found to be, once, when that is known."""
+        self.measured += 1
+        self.prompt_tokens += finished.num_prompt_tokens
+        self.cached_tokens += finished.num_cached_tokens
+        self.output_tokens += finished.num_output_tokens
+        self.engine_s += finished.engine_s
 
     def retry_after_s(self, num_ahead: int) -> int:
         """When to come again, in seconds, with so many requests ahead."""
@@ -123,7 +150,19 @@ class EndpointState:
             aborted=ended[TerminalState.ABORTED],
             refused=ended[TerminalState.REFUSED],
             failed=ended[TerminalState.FAILED],
+            arrived_prompt_tokens=self.arrived_prompt_tokens,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            output_tokens=self.output_tokens,
+            engine_s=self.engine_s,
+            held_prompt_tokens=float(self.held_prompt_tokens),
+            over_limits=self.over_limits,
+            measured=self.measured,
         )
+
+    def version_demands(self) -> list[VersionDemand]:
+        """Return how each generation of its replicas fares."""
+        return self.versions.demands(self.rule.name)
 
     def tenant_demands(self, now_s: float, max_tenants: int) -> list[TenantDemand]:
         """Return each tenant's part; of more than `max_tenants` those with the most to show for it now."""

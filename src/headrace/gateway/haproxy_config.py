@@ -27,7 +27,6 @@ from headrace.gateway.haproxy_frontend import (
     ROUTER_HEAD_BYTES,
     frontend_section,
     internal_frontend,
-    needs_relay,
 )
 from headrace.gateway.haproxy_identity import identity_files
 from headrace.gateway.haproxy_words import milliseconds, quote
@@ -45,17 +44,21 @@ master and worker. They must be left when every client and its server have their
 server at the very moment when it is needed."""
 _FDS_PER_CONNECTION = 2
 """Client and server. A held request has no server yet, and shares its SPOE connection with many."""
+_CLIENTS_PER_WAITING = 16
+"""One in so many clients may wait in the relay, which needs a second connection for each."""
 _ROUTER_CONNECTIONS_PER_S = 20
 _MAX_CONNECTIONS = 65_536
 """Bound when the descriptor limit is practically infinite: HAProxy allocates tables in proportion."""
 
 
 def size_max_connections(spec: GatewaySpec, fd_limit: int) -> int:
-    """Return HAProxy's maxconn. fd_limit: the hard limit, to which HAProxy raises itself.
+    """Return the most client connections. fd_limit: the hard limit, to which HAProxy raises itself.
 
-    HAProxy refuses to start when maxconn needs more. Raises ConfigError if the spec asks for more.
+    HAProxy refuses to start when they need more. Raises ConfigError if the spec asks for more.
     """
-    possible = (fd_limit - _FDS_RESERVED) // _FDS_PER_CONNECTION
+    possible = (
+        (fd_limit - _FDS_RESERVED) // _FDS_PER_CONNECTION * _CLIENTS_PER_WAITING // (_CLIENTS_PER_WAITING + 1)
+    )
     wanted = spec.max_connections
     if possible < 16 or wanted > possible:
         raise ConfigError(
@@ -63,6 +66,11 @@ def size_max_connections(spec: GatewaySpec, fd_limit: int) -> int:
             f"allows {max(possible, 0)}. Raise it (`ulimit -Hn`), or ask for fewer connections."
         )
     return wanted or min(possible, _MAX_CONNECTIONS)
+
+
+def max_waiting(max_connections: int) -> int:
+    """Return how many requests may wait in the relay, of so many client connections."""
+    return -(-max_connections // _CLIENTS_PER_WAITING)
 
 
 def render_files(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -> dict[str, str]:
@@ -89,15 +97,14 @@ def render_config(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -
     sections = [
         _global_section(spec, paths, size_max_connections(spec, fd_limit)),
         _defaults_section(spec),
-        frontend_section(spec, paths),
+        frontend_section(spec, paths, size_max_connections(spec, fd_limit)),
         alive_section(paths),
         status_backend(spec, paths),
         *(endpoint_backend(name, of, is_shared=is_shared) for (name, is_shared), of in members.items()),
         router_backend(paths),
     ]
-    if needs_relay(spec):
-        relay_timeout_s = relay_answer_timeout_s(spec) + 30
-        sections += [internal_frontend(spec, paths), relay_backend(paths, relay_timeout_s)]
+    relay_timeout_s = relay_answer_timeout_s(spec) + 30
+    sections += [internal_frontend(spec, paths), relay_backend(paths, relay_timeout_s)]
     if spec.admin_bind:
         sections.append(admin_sections(spec, paths))
     if spec.metrics_bind:
@@ -131,7 +138,7 @@ spoe-group decide
 spoe-message decide
   args id=unique-id endpoint=var(txn.backend) tenant=var(txn.tenant) client=src client_port=src_port \
 path=path size=req.body_size session=req.hdr(x-session-id) explain=var(txn.explain) \
-head=req.body,bytes(0,{ROUTER_HEAD_BYTES})
+relays=var(txn.relays) head=req.body,bytes(0,{ROUTER_HEAD_BYTES})
 """
 
 
@@ -140,8 +147,8 @@ def _global_section(spec: GatewaySpec, paths: GatewayPaths, max_connections: int
 global
   master-worker
   nbthread {spec.num_threads}
-  maxconn {max_connections}
-  ulimit-n {_FDS_PER_CONNECTION * max_connections + _FDS_RESERVED}
+  maxconn {max_connections + max_waiting(max_connections)}
+  ulimit-n {_FDS_PER_CONNECTION * (max_connections + max_waiting(max_connections)) + _FDS_RESERVED}
   stats socket {paths.runtime_socket} mode 600 level admin expose-fd listeners
   stats timeout 60s
   hard-stop-after {milliseconds(spec.request_timeout_s + 60)}

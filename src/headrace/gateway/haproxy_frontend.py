@@ -17,6 +17,8 @@ from headrace.policy.prompt import HEAD_BYTES as PROMPT_HEAD_BYTES
 
 ROUTER_BACKEND = "headrace-router"
 RELAY_BACKEND = "headrace-relay"
+AGAIN_HEADER = "x-headrace-again"
+"""Of the answer to a second pass that is to come again, as the relay knows it."""
 HEAD_BYTES = 98_304
 """The part of the body in which `model` is looked for (the buffer also holds the headers)."""
 RELAYED_FROM_BYTES = 65_536
@@ -34,12 +36,13 @@ _CLIENT_ID_PATTERN = "^[A-Za-z0-9._:@/+=-]{1,128}$"
 """What a client's x-request-id may look like; others are dropped, since it comes back in our answers."""
 
 
-def needs_relay(spec: GatewaySpec) -> bool:
+def has_models(spec: GatewaySpec) -> bool:
     """Whether requests must be told apart by their model. With one endpoint its front reads any body."""
     return len(spec.endpoints) > 1
 
 
-def frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
+def frontend_section(spec: GatewaySpec, paths: GatewayPaths, max_connections: int) -> str:
+    """The public address. max_connections: clients; second passes and probes have room beyond them."""
     names = [rule.name for rule in spec.endpoints]
     limit = spec.max_body_bytes
     headers_too_large = f"if {{ req.hdrs,length gt {MAX_HEADER_BYTES} }}"
@@ -47,6 +50,7 @@ def frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
     known = [] if spec.tenants else names  # a tenant learns of no other's endpoints
     return f"""frontend headrace
   bind {bind_address(spec.bind)}{tls_options(spec, paths)}
+  maxconn {max_connections}
 {_connection_limit(spec)}  unique-id-format hr-{spec.gateway_id}-%{{+X}}o%Ts-%pid-%rt
   log-format '{answers.COMPLETION_LOG_FORMAT}'
   acl is_generation path {" ".join(answers.GENERATION_PATHS)}
@@ -77,7 +81,8 @@ def frontend_section(spec: GatewaySpec, paths: GatewayPaths) -> str:
   http-request set-var(txn.backend) {lookup(spec, "txn.model")},map_str({paths.endpoint_map}) if has_model
   {return_format(404, answers.unknown_model(known, MODEL_IN_REQUEST), "if has_model !has_backend")}
 {_rules_without_model(spec, paths)}
-{_decide_rules(paths)}  use_backend headrace-status if is_status
+  http-request set-var(txn.relays) nbsrv({RELAY_BACKEND}) if is_generation !is_relayed
+{_decide_rules(paths, _WAIT_RULES)}  use_backend headrace-status if is_status
   use_backend %[var(txn.backend)] if has_backend
 """
 
@@ -119,7 +124,7 @@ def _rules_without_model(spec: GatewaySpec, paths: GatewayPaths) -> str:
     elif len(spec.endpoints) == 1:  # nothing to choose: the front reads the model, wherever it is in the body
         backend = backend_name(spec.endpoints[0].name)
         return f"  http-request set-var(txn.backend) str({backend}) {condition}"
-    if needs_relay(spec):
+    if has_models(spec):
         is_long = f"{{ req.body_len ge {RELAYED_FROM_BYTES} }}"
         rules += [
             f"  http-request set-var(txn.backend) str({RELAY_BACKEND}) {condition} !has_backend {is_long}",
@@ -151,16 +156,40 @@ def internal_frontend(spec: GatewaySpec, paths: GatewayPaths) -> str:
   http-request set-var(txn.model) req.hdr(x-headrace-model),url_dec
   http-request del-header x-headrace-model
   http-request del-header x-headrace-route
+  http-request del-header x-headrace-wait
   {return_text(400, answers.model_required(), "unless is_generation has_model")}
   http-request wait-for-body time 30s at-least {ROUTER_HEAD_BYTES}
   http-request set-var(txn.backend) {find_backend}
   http-request set-log-level silent unless has_backend
   {return_format(404, answers.unknown_model(known, MODEL_IN_REQUEST), "unless has_backend")}
-{_decide_rules(paths)}  use_backend %[var(txn.backend)]
+{_decide_rules(paths, _SECOND_PASS_RULES)}  use_backend %[var(txn.backend)]
 """
 
 
-def _decide_rules(paths: GatewayPaths) -> str:
+_AGAIN_RULE = """  http-request set-var(txn.again) bool(true) \
+if is_generation has_model has_backend !is_relayed !{ var(txn.route.server) -m found } \
+!{ var(txn.route.wait) -m found } !{ var(txn.backend),nbsrv gt 0 }
+"""
+"""No word from the router, and no server to go to without it: the request is not lost, it comes again."""
+_WAIT_RULES = f"""{_AGAIN_RULE}  http-request set-header x-headrace-wait %[var(txn.route.wait)] \
+if {{ var(txn.route.wait) -m found }}
+  http-request set-header x-headrace-model %[var(txn.route.wait_model)] if {{ var(txn.route.wait) -m found }}
+  http-request set-header x-headrace-route 1 if {{ var(txn.route.wait) -m found }} \
+{{ var(txn.explain) -m found }}
+  http-after-response set-header x-headrace-eta-s %[var(txn.route.eta)] if {{ var(txn.route.eta) -m found }}
+  http-request set-header x-headrace-wait router if {{ var(txn.again) -m found }}
+  http-request set-header x-headrace-model %[var(txn.model),url_enc] if {{ var(txn.again) -m found }}
+  use_backend {RELAY_BACKEND} if {{ var(txn.route.wait) -m found }}
+  use_backend {RELAY_BACKEND} if {{ var(txn.again) -m found }} {{ nbsrv({RELAY_BACKEND}) gt 0 }}
+"""
+"""A stream that waits for long: the relay waits with its client, and sends it again (`gateway.waiting`). And
+what came while the router was away: the relay sends it again until there is one."""
+_SECOND_PASS_RULES = f"""{_AGAIN_RULE}  http-request set-log-level silent if {{ var(txn.again) -m found }}
+  http-request return status 503 hdr {AGAIN_HEADER} 1 if {{ var(txn.again) -m found }}
+"""
+
+
+def _decide_rules(paths: GatewayPaths, wait_rules: str = "") -> str:
     """Ask the router, and do what it says. Each line of them ends with a line feed."""
     return f"""  filter spoe engine route config {paths.spoe_config}
   http-request send-spoe-group route decide if is_generation !is_relayed {{ nbsrv({ROUTER_BACKEND}) gt 0 }}
@@ -170,5 +199,5 @@ lf-string %[var(txn.route.refusal)] if {{ var(txn.route.refusal) -m found }}
 lf-string %[var(txn.route.limited)] if {{ var(txn.route.limited) -m found }}
   http-after-response set-header x-headrace-route %[var(txn.route.explanation)] \
 if {{ var(txn.route.explanation) -m found }}
-  use_backend %[var(txn.backend),concat({SHARED_SUFFIX})] if {{ var(txn.route.shared) -m found }}
+{wait_rules}  use_backend %[var(txn.backend),concat({SHARED_SUFFIX})] if {{ var(txn.route.shared) -m found }}
 """

@@ -22,7 +22,6 @@ from headrace.errors import ConfigError
 from headrace.gateway.certificate import load_certificate
 from headrace.gateway.files import write_files
 from headrace.gateway.haproxy_config import relay_answer_timeout_s, render_files
-from headrace.gateway.haproxy_frontend import needs_relay
 from headrace.gateway.haproxy_identity import admin_keys, render_key_map
 from headrace.gateway.paths import GatewayPaths
 from headrace.units import MIB
@@ -59,7 +58,7 @@ def prepare(spec: GatewaySpec) -> list[ProcessSpec]:
 
 
 def process_specs(spec: GatewaySpec) -> list[ProcessSpec]:
-    """Return the router, the relay if one is needed, and HAProxy, in the order to start them (in the same
+    """Return the router, the relay and HAProxy, in the order to start them (in the same
     order they are best stopped: the router then refuses what it holds, and HAProxy finishes its streams)."""
     paths = GatewayPaths(spec.run_dir, spec.gateway_id)
     router = ProcessSpec(
@@ -81,7 +80,7 @@ def process_specs(spec: GatewaySpec) -> list[ProcessSpec]:
         log_path=paths.log(f"{haproxy_name(spec.gateway_id)}.log"),
         stop_signal=SIGNAL_DRAIN,
     )
-    return [router, _relay_process(spec, paths), haproxy] if needs_relay(spec) else [router, haproxy]
+    return [router, _relay_process(spec, paths), haproxy]
 
 
 def _relay_process(spec: GatewaySpec, paths: GatewayPaths) -> ProcessSpec:

@@ -60,11 +60,12 @@ class Replica:
     speaks_h2: bool = False
     is_shared_serving: bool = False
     """HAProxy has it as a server on HTTP/2, too."""
-    generation: str = ""
     is_gone: bool = False
     """Its lease ended; a replica that comes back is a new object."""
     server_name: str = field(init=False)
     """Its name inside HAProxy."""
+    generation: str = ""
+    """What it was started with, by its reports."""
 
     def __post_init__(self) -> None:
         self.server_name = encode_name(self.replica_id)

@@ -36,6 +36,8 @@ class _Parts(msgspec.Struct, gc=False):
     arrived_s: float | None = None
     arrived_wall_s: float = 0.0
     answered_s: float | None = None
+    parked_ms: int = 0
+    """From its arrival to the pass that HAProxy's line is of."""
     bound: Bound | None = None
     code: str = ""
     state: TerminalState | None = None
@@ -81,6 +83,12 @@ class RequestRecorder:
         else:
             parts.code = decision.code
             self._set_due(request_id, parts, now_s)
+
+    def parked(self, request_id: str, now_s: float) -> None:
+        """The request goes on waiting in the relay: HAProxy's line will be of its second pass."""
+        parts = self._open.get(request_id)
+        if parts is not None and parts.arrived_s is not None:
+            parts.parked_ms = int((now_s - parts.arrived_s) * 1000)
 
     def ended(self, request_id: str, endpoint: str, state: TerminalState) -> None:
         """The dispatcher settled a request's state."""
@@ -171,7 +179,7 @@ def _join(gateway_id: str, request_id: str, parts: _Parts, wall_s: float) -> Req
     if parts.answered_s is not None and parts.arrived_s is not None:
         held_ms = _milliseconds(parts.answered_s - parts.arrived_s)
     if line.connect_ms >= 0:  # it reached a server
-        head_ms = line.request_ms + line.wait_ms + line.connect_ms
+        head_ms = parts.parked_ms + line.request_ms + line.wait_ms + line.connect_ms
         if front is not None and front.ttft_s > 0:
             ttft_ms = _milliseconds(head_ms / 1000 + front.ttft_s)
         if line.first_byte_ms >= 0:
@@ -191,7 +199,7 @@ def _join(gateway_id: str, request_id: str, parts: _Parts, wall_s: float) -> Req
         retries=0 if line.retries == "0" else _retries(line.retries),
         first_byte_ms=first_ms,
         ttft_ms=ttft_ms,
-        total_ms=line.total_ms if line.total_ms >= 0 else None,
+        total_ms=parts.parked_ms + line.total_ms if line.total_ms >= 0 else None,
         status=line.status if line.status > 0 else None,
         state=(parts.state or TerminalState.FAILED).value,
         code=parts.code if parts.state is TerminalState.REFUSED else "",

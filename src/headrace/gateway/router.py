@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,29 +17,32 @@ from headrace.api.config import split_address
 from headrace.api.messages import Demand, GatewaySpec, LoadReport, Outlook, ReplicaView, ReportAck
 from headrace.clock import Clock
 from headrace.errors import ConfigError, ProtocolError
-from headrace.gateway.answers import Answers, refusal
+from headrace.gateway.answers import Answers, parked, refusal
 from headrace.gateway.certificate_keeper import CertificateKeeper
 from headrace.gateway.channels import CompletionConnection, ControllerLink, ReportConnection
 from headrace.gateway.closed_peers import ClosedPeers
 from headrace.gateway.completions import Completion, CompletionDecoder, classify
 from headrace.gateway.dispatcher import Arrival, Bound, Dispatcher, Refused
+from headrace.gateway.haproxy_config import max_waiting, size_max_connections
 from headrace.gateway.haproxy_frontend import RELAY_BACKEND
 from headrace.gateway.haproxy_identity import admin_keys
 from headrace.gateway.haproxy_runtime import HaproxyRuntime
 from headrace.gateway.key_map import KeyMap
 from headrace.gateway.metrics_server import serve_metrics
 from headrace.gateway.names import endpoint_of_backend
+from headrace.gateway.outlooks import Outlooks
 from headrace.gateway.paths import GatewayPaths
 from headrace.gateway.replicas import Replica, ReplicaTable
 from headrace.gateway.report_checks import without_nonsense
 from headrace.gateway.request_recorder import RequestRecorder
 from headrace.gateway.servers import ServerKeeper
 from headrace.gateway.spoe import Arguments, SpoeAgent, SpoeCall, SpoeConnection, text_argument
+from headrace.gateway.waiting import Waiting, WaitingRoom
 from headrace.observability.line_log import BackgroundLog, RotatingFile
 from headrace.observability.request_record import RequestRecord
 from headrace.observability.request_statistics import RequestStatistics
 from headrace.observability.router_metrics import RouterMetrics, RouterSnapshot
-from headrace.policy.prompt import read_prompt
+from headrace.policy.prompt import PromptHead, read_prompt
 from headrace.private_socket import bind_private_socket
 
 logger = logging.getLogger(__name__)
@@ -84,8 +88,10 @@ class Router:
         self._answers = Answers()
         self._completions = CompletionDecoder()
         self._controller = ControllerLink(
-            self._paths.controller_socket, DEMAND_PERIOD_S, self.demand, self._on_spec
+            self._paths.controller_socket, DEMAND_PERIOD_S, self.demand, self._on_controller
         )
+        self._outlooks = Outlooks()
+        self._waiting = WaitingRoom(max_waiting(size_max_connections(spec, fd_limit)))
         self._closed_peers = ClosedPeers(*split_address(spec.bind))
         self.metrics = RouterMetrics(self.snapshot)
 
@@ -136,6 +142,7 @@ class Router:
             replicas=replicas,
             tenants=self.dispatcher.tenant_demands(now_s),
             certificate_problem=self.certificate.problem if self.certificate is not None else "",
+            versions=self.dispatcher.version_demands(),
         )
 
     def snapshot(self) -> RouterSnapshot:
@@ -185,15 +192,10 @@ class Router:
         if name != b"decide" or not request_id or endpoint is None:
             raise ProtocolError(f"SPOE message {name!r} without id or endpoint")
 
-        def answer(decision: Bound | Refused) -> None:
-            self.recorder.answered(request_id, decision, self._clock.now_s())
-            if isinstance(decision, Bound):
-                is_shared = prompt.is_short_stream and self._speaks_h2(decision)
-                call.answer(self._answers.bound(decision, is_shared=is_shared))
-            else:
-                call.answer(refusal(decision))
-
         now_s = self._clock.now_s()
+        if (waiting := self._waiting.get(request_id)) is not None:
+            self._rejoin(waiting, call, request_id, endpoint)
+            return
         tenant = text_argument(arguments, b"tenant")
         self.recorder.arrived(request_id, endpoint, tenant, text_argument(arguments, b"path"), now_s)
         client = (arguments.get(b"client"), arguments.get(b"client_port"))
@@ -204,10 +206,16 @@ class Router:
             tenant,
             text_argument(arguments, b"session"),
         )
+        relays = arguments.get(b"relays")
+        can_park = prompt.is_stream and isinstance(relays, int) and relays > 0
+        waiting = Waiting(
+            lambda decision: self._tell(call, request_id, endpoint, decision, prompt),
+            (lambda: self._park(call, request_id, endpoint)) if can_park else None,
+        )
         arrival = Arrival(
             request_id,
             endpoint,
-            answer,
+            waiting.decide,
             call.connection,
             client,
             tenant=tenant,
@@ -215,7 +223,34 @@ class Router:
             wants_route=arguments.get(b"explain") is True,
         )
         if self.dispatcher.arrive(arrival, now_s):
+            tell_after_s = self.dispatcher.endpoints[endpoint].rule.tell_after_s
+            self._waiting.held(request_id, waiting, now_s + (tell_after_s or math.inf))
             self._controller.send_soon()
+
+    def _tell(
+        self, call: SpoeCall, request_id: str, endpoint: str, decision: Bound | Refused, prompt: PromptHead
+    ) -> None:
+        now_s = self._clock.now_s()
+        self.recorder.answered(request_id, decision, now_s)
+        if isinstance(decision, Bound):
+            is_shared = prompt.is_short_stream and self._speaks_h2(decision)
+            call.answer(self._answers.bound(decision, is_shared=is_shared))
+        else:
+            call.answer(refusal(self._outlooks.complete(decision, endpoint, now_s)))
+
+    def _park(self, call: SpoeCall, request_id: str, endpoint: str) -> None:
+        """Let a held stream wait in the relay, which tells its client so. It keeps its place."""
+        now_s = self._clock.now_s()
+        self.dispatcher.own(request_id, None)
+        self.recorder.parked(request_id, now_s)
+        call.answer(parked(endpoint, self._outlooks.eta_s(endpoint, now_s)))
+
+    def _rejoin(self, waiting: Waiting, call: SpoeCall, request_id: str, endpoint: str) -> None:
+        """A parked stream came again, from the relay."""
+        if waiting.is_rejoined:
+            raise ProtocolError(f"request {request_id} came a third time")
+        self.dispatcher.own(request_id, call.connection)
+        waiting.rejoin(lambda decision: self._tell(call, request_id, endpoint, decision, PromptHead()))
 
     def _on_record(self, record: RequestRecord) -> None:
         self.statistics.observe(record)
@@ -232,6 +267,10 @@ class Router:
     def _on_completion(self, completion: Completion) -> None:
         endpoint = endpoint_of_backend(completion.backend)
         if completion.backend == RELAY_BACKEND:
+            waiting = self._waiting.leave(completion.id)
+            if waiting is not None and not waiting.is_rejoined and not self.dispatcher.is_held(completion.id):
+                # Bound, but the relay never sent it again: it died, or its client left at that moment.
+                self.dispatcher.abandon(completion.id)
             # The first pass ended. The second has the same id and a line of its own, unless it is held, which
             # ends here, or never came: then the relay refused the request.
             self.dispatcher.client_left(completion.id)
@@ -308,12 +347,20 @@ class Router:
             self.recorder.tick(now_s)
             while self.recorder.hand_out(RECORDS_AT_A_TIME):  # noqa: ASYNC110, decisions come between
                 await asyncio.sleep(0)
+            for waiting in self._waiting.due(now_s, self.dispatcher.is_held):
+                waiting.park()
             if self.dispatcher.num_held:
                 self.dispatcher.clients_left(self._closed_peers.find())
             await asyncio.sleep(TICK_S)
 
-    def _on_spec(self, spec: GatewaySpec | Outlook) -> None:
-        if isinstance(spec, Outlook) or spec == self._spec:
+    def _on_controller(self, message: GatewaySpec | Outlook) -> None:
+        if isinstance(message, Outlook):
+            self._outlooks.take(message.endpoints, self._clock.now_s())
+        else:
+            self._on_spec(message)
+
+    def _on_spec(self, spec: GatewaySpec) -> None:
+        if spec == self._spec:
             return
         if (spec.run_dir, spec.gateway_id) != (self._spec.run_dir, self._spec.gateway_id):
             logger.error("gateway spec refused: its directory and id cannot change while running")

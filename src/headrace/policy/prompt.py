@@ -44,6 +44,8 @@ class PromptHead(msgspec.Struct, frozen=True, gc=False):
     """What the request allows, as far as the head says so; 0: unknown."""
     is_short_stream: bool = False
     """The whole body was seen, and it asks for a stream that is certainly short (`policy.answer_size`)."""
+    is_stream: bool = False
+    """It asks for a stream, as far as the head says so."""
 
 
 class _Body(msgspec.Struct):
@@ -92,6 +94,7 @@ def _read_body(body: _Body, root: int, session: bytes) -> PromptHead:
         xxh3_64_hexdigest(session, root) if session else "",
         min(max(0, body.max_tokens or body.max_completion_tokens or 0), 10**_MAX_DIGITS - 1),
         is_short_stream(body, 2 if bytes(body.prompt).startswith(b"[") else 1),
+        body.stream is True,
     )
 
 
@@ -108,6 +111,7 @@ def _read_head(head: bytes, body_bytes: int, root: int, session: bytes) -> Promp
         max(0, body_bytes - max(start, 0)),
         xxh3_64_hexdigest(session, root) if session else "",
         _find_number(rest, b'"max_tokens"') or _find_number(rest, b'"max_completion_tokens"'),
+        is_stream=_find_true(rest, b'"stream"'),
     )
 
 
@@ -159,6 +163,11 @@ def _find_text(head: bytes, key: bytes) -> bytes:
         return b""
     end = head.find(b'"', at + 1, at + 1 + MAX_SESSION_BYTES)
     return head[at + 1 : end] if end >= 0 else head[at + 1 : at + 1 + MAX_SESSION_BYTES]
+
+
+def _find_true(head: bytes, key: bytes) -> bool:
+    at = _find_value(head, key)
+    return at >= 0 and head.startswith(b"true", at)
 
 
 def _find_number(head: bytes, key: bytes) -> int:

@@ -1,19 +1,20 @@
-"""One request of the relay: its body is read whole, the model found, the request sent again to HAProxy, and
-the answer passed back byte by byte.
+"""One request of the relay: its body is read whole, it is sent again to HAProxy, its answer is passed back.
 
-Owns both sockets of that request, its limits, and what is told when one side ends. Must not know endpoints or
-replicas; the answer is not looked at. Source: RFC 9112.
+Three kinds come here. One whose model HAProxy could not see: the model is found, and the answer goes back
+byte by byte. A stream that is held for long (`x-headrace-wait`, with its model beside): its client is told
+that it waits, until the real answer comes (`waiting_answer`). And one that found no router and no replica.
+Each is sent again while HAProxy says that there is no router.
+Owns HAProxy's side of that request, its limits, and what is told when one side ends. Must not know endpoints
+or replicas. Source: RFC 9112.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
-from collections import deque
 from collections.abc import Sequence
 from typing import Literal, Protocol, cast
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import httptools
 import msgspec
@@ -24,6 +25,8 @@ from headrace.clock import Clock
 from headrace.errors import InvalidRequest, Overloaded, PayloadTooLarge, ReplicaLost, RequestError
 from headrace.replica.http_messages import AnswerHeads, RequestTimeout
 from headrace.replica.http_responder import retry_header
+from headrace.replica.relay_upstream import Upstream
+from headrace.replica.waiting_answer import WaitingAnswer
 
 MAX_HEAD_BYTES = 65_536
 """HAProxy lets half of it through."""
@@ -32,15 +35,17 @@ CONNECT_TIMEOUT_S = 2.0
 LINGER_S = 2.0
 """After a refusal that leaves bytes unread: how long they are read and dropped, so that HAProxy sees the
 answer rather than a reset."""
-UPLOAD_BYTES = 262_144
-"""Written at a time."""
-READ_BYTES = 65_536
+AGAIN_HEADER = b"\r\nx-headrace-again:"
+"""HAProxy's word that neither the router nor a replica is there: the second pass is to come again."""
+AGAIN_S = 0.25
+AGAIN_LIMIT_S = 30.0
+"""A router is back within a second or two; after so long its gateway is beyond help."""
 MAX_MODEL_CHARACTERS = 200
 """No endpoint's name is longer than 128; a longer model is cut, and cannot become a known one by that."""
 _NOT_PASSED_ON = frozenset(
     (
         *("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
-        *("content-length", "expect", "x-headrace-model"),
+        *("content-length", "expect", "x-headrace-model", "x-headrace-wait"),
     )
 )
 
@@ -80,6 +85,14 @@ def head_again(method: str, target: str, headers: Sequence[tuple[str, str]], mod
     return "\r\n".join(lines).encode("latin-1")
 
 
+def _may_be_no_answer(first: bytearray) -> bool:
+    """Whether an answer that begins so may be HAProxy's word to come again, or is."""
+    status = b"HTTP/1.1 503"
+    if not first.startswith(status[: len(first)]):
+        return False
+    return AGAIN_HEADER in first.lower() or (b"\r\n\r\n" not in first and len(first) < MAX_HEAD_BYTES)
+
+
 class RelayOwner(Protocol):
     """The relay, as its connections see it."""
 
@@ -106,7 +119,7 @@ class RelayConnection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport | None = None
         self._phase: Literal["receiving", "forwarding", "ending"] = "receiving"
-        self._upstream: _Upstream | None = None
+        self._upstream: Upstream | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._is_complete = False
         self._has_answer = False
@@ -117,6 +130,11 @@ class RelayConnection(asyncio.Protocol):
         self._head_bytes = 0
         self._is_in_head = True
         self._body = bytearray()
+        self._head_again = b""
+        self._first_bytes = bytearray()
+        """Of the second pass's answer, while they do not tell whether it is one."""
+        self._sending: asyncio.TimerHandle | None = None
+        self._waiting: WaitingAnswer | None = None
 
     def __repr__(self) -> str:
         return f"<RelayConnection {self._phase} body={len(self._body)}>"
@@ -203,20 +221,41 @@ class RelayConnection(asyncio.Protocol):
         if self._target == b"/health":
             self._end_with_bytes(200, b'{"status":"ok"}')
             return
+        headers = dict(self._headers)
         try:
-            model = find_model(self._body)
+            if "x-headrace-wait" in headers:
+                model = unquote(headers.get("x-headrace-model", ""))
+                if headers["x-headrace-wait"] != "router":
+                    self._begin_waiting(headers["x-headrace-wait"])
+            else:
+                model = find_model(self._body)
         except RequestError as error:
             self._end_with(error)
             return
         self._phase = "forwarding"
         method = self._parser.get_method().decode("latin-1")
         target = self._target.decode("latin-1")
-        head = head_again(method, target, self._headers, model, len(self._body))
-        self._upstream = _Upstream(self, head, self._body)
-        self._body = bytearray()
+        self._head_again = head_again(method, target, self._headers, model, len(self._body))
+        self._began_s = self._owner.clock.now_s()
+        self._send()
+
+    def _send(self) -> None:
+        """Begin a second pass. The body stays here until it is known to be the last one."""
+        self._sending = None
+        self._upstream = Upstream(self, self._head_again, self._body)
         self._connecting = asyncio.get_running_loop().create_task(self._connect(self._upstream))
 
-    async def _connect(self, upstream: _Upstream) -> None:
+    def _begin_waiting(self, eta: str) -> None:
+        """Begin the client's stream. `eta`: the router's word, in seconds."""
+        try:
+            eta_s = float(eta)
+        except ValueError:
+            eta_s = -1.0
+        assert self._transport is not None
+        self._waiting = WaitingAnswer(self._transport.write, eta_s, self._owner.clock.now_s())
+        self._waiting.begin(self._owner.heads.stream("", keep_alive=False, is_chunked=True))
+
+    async def _connect(self, upstream: Upstream) -> None:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await upstream.connect(self._owner.spec.upstream_socket)
@@ -227,22 +266,57 @@ class RelayConnection(asyncio.Protocol):
 
     def pass_on(self, data: bytes) -> None:
         """Send a piece of the answer. Called by the second pass."""
-        self._has_answer = True
         self._last_data_s = self._owner.clock.now_s()
-        if self._transport is not None:
+        if self._transport is None:
+            return
+        if not self._has_answer:
+            self._first_bytes += data
+            if _may_be_no_answer(self._first_bytes):
+                if AGAIN_HEADER in self._first_bytes.lower():
+                    self._send_later()
+                return
+            data = self._accept()
+        self._deliver(data)
+
+    def _deliver(self, data: bytes) -> None:
+        assert self._transport is not None
+        if self._waiting is None:
             self._transport.write(data)
+        else:
+            self._waiting.feed(data)
+            self._end_waiting()
+
+    def _accept(self) -> bytes:
+        """This pass is the last one. Return the first bytes of its answer."""
+        first, self._first_bytes, self._has_answer = bytes(self._first_bytes), bytearray(), True
+        self._body = bytearray()
+        self._free_body()
+        return first
+
+    def _send_later(self) -> None:
+        """There is no router: it is being restarted."""
+        self._first_bytes.clear()
+        self._drop_upstream()
+        if self._owner.clock.now_s() - self._began_s > AGAIN_LIMIT_S:
+            self._end_with(Overloaded("the gateway's router is away", retry_after_s=1.0))
+        else:
+            self._sending = asyncio.get_running_loop().call_later(AGAIN_S, self._send)
 
     def body_sent(self) -> None:
         """The body is gone, or not wanted any more. Called by the second pass."""
         self._last_data_s = self._owner.clock.now_s()
-        self._free_body()
 
     def answer_ended(self) -> None:
         """HAProxy closed the second pass. An answer that was cut stays visibly cut: nothing is added."""
         self._upstream = None
         if self._phase != "forwarding" or self._transport is None:
             return
-        if self._has_answer:
+        if self._first_bytes:  # cut in its head
+            self._deliver(self._accept())
+        if self._waiting is not None:
+            self._waiting.end()
+            self._end_waiting()
+        elif self._has_answer:
             self._phase = "ending"
             self._transport.close()
         else:
@@ -250,10 +324,24 @@ class RelayConnection(asyncio.Protocol):
 
     # ---- ends
 
+    def _end_waiting(self) -> None:
+        """Close if the answer is whole; one that was cut must look so: its last chunk is missing."""
+        assert self._waiting is not None
+        assert self._transport is not None
+        if self._waiting.state in ("ended", "broken"):
+            self._phase = "ending"
+            self._transport.close()
+
     def _end_with(self, error: RequestError) -> None:
         self._end_with_bytes(error.status, msgspec.json.encode(describe_error(error)), retry_header(error))
 
     def _end_with_bytes(self, status: int, body: bytes, headers: str = "") -> None:
+        if self._waiting is not None:  # the status is out: an error event takes its place
+            self._waiting.refuse(body)
+            self._free_body()
+            self._drop_upstream()
+            self._end_waiting()
+            return
         self._phase = "ending"
         self._last_data_s = self._owner.clock.now_s()
         self._body = bytearray()
@@ -273,6 +361,8 @@ class RelayConnection(asyncio.Protocol):
     def _drop_upstream(self) -> None:
         if self._connecting is not None:
             self._connecting.cancel()
+        if self._sending is not None:
+            self._sending.cancel()
         upstream, self._upstream = self._upstream, None
         if upstream is not None:
             upstream.abort()
@@ -285,6 +375,8 @@ class RelayConnection(asyncio.Protocol):
     def check_time_limits(self, now_s: float) -> None:
         """Apply the time limits. Called by the owner's sweep."""
         spec, silence_s = self._owner.spec, now_s - self._last_data_s
+        if self._waiting is not None:
+            self._waiting.tick(now_s)
         if self._phase == "ending":
             if (silence_s > LINGER_S and not self._has_answer) or silence_s > spec.answer_timeout_s:
                 self.abort()
@@ -296,97 +388,3 @@ class RelayConnection(asyncio.Protocol):
                 self.abort()
         elif silence_s > spec.body_idle_timeout_s or now_s - self._began_s > spec.body_timeout_s:
             self._end_with(RequestTimeout("the request's body did not come in time; send it without pauses"))
-
-
-class _Upstream:
-    """The second pass towards HAProxy. The body goes out in slices, as fast as HAProxy takes it.
-
-    A plain socket instead of a transport: HAProxy may refuse and close before it has read the body, and a
-    transport whose write fails drops what is still to be read, which is that refusal.
-    """
-
-    def __init__(self, client: RelayConnection, head: bytes, body: bytearray) -> None:
-        self._client: RelayConnection | None = client
-        self._unsent: deque[memoryview] = deque((memoryview(head), memoryview(body)))
-        self._loop = asyncio.get_running_loop()
-        self._socket: socket.socket | None = None
-        self._is_reading_paused = False
-
-    async def connect(self, path: str) -> None:
-        """Connect and begin. Raises OSError."""
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.setblocking(False)
-        try:
-            await self._loop.sock_connect(connection, path)
-        except BaseException:
-            connection.close()
-            raise
-        if self._client is None:
-            connection.close()
-            return
-        self._socket = connection
-        self._loop.add_writer(connection, self._send)
-        if not self._is_reading_paused:
-            self._loop.add_reader(connection, self._receive)
-
-    def _send(self) -> None:
-        assert self._socket is not None
-        try:
-            sent = self._socket.send(self._unsent[0][:UPLOAD_BYTES])
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:  # closed on the other side: what it answered before that is still to be read
-            self._forget_body()
-            return
-        self._unsent[0] = self._unsent[0][sent:]
-        if not self._unsent[0]:
-            self._unsent.popleft()
-        if not self._unsent:
-            self._forget_body()
-
-    def _forget_body(self) -> None:
-        if self._socket is not None and self._loop.remove_writer(self._socket):
-            self._unsent.clear()
-            if self._client is not None:
-                self._client.body_sent()
-
-    def _receive(self) -> None:
-        assert self._socket is not None
-        try:
-            data = self._socket.recv(READ_BYTES)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._close()
-            client, self._client = self._client, None
-            if client is not None:
-                client.answer_ended()
-            return
-        self._forget_body()  # answered before it had the whole body: a refusal
-        if self._client is not None:
-            self._client.pass_on(data)
-
-    def _close(self) -> None:
-        if self._socket is not None:
-            self._loop.remove_writer(self._socket)
-            self._loop.remove_reader(self._socket)
-            self._socket.close()
-            self._socket = None
-        self._unsent.clear()
-
-    def pause_reading(self) -> None:
-        self._is_reading_paused = True
-        if self._socket is not None:
-            self._loop.remove_reader(self._socket)
-
-    def resume_reading(self) -> None:
-        self._is_reading_paused = False
-        if self._socket is not None:
-            self._loop.add_reader(self._socket, self._receive)
-
-    def abort(self) -> None:
-        """Drop the connection; the client is told nothing more."""
-        self._client = None
-        self._close()

@@ -39,18 +39,3 @@ def test_one_that_says_nothing_hangs() -> None:
     essential.heard_s = 10.0
     assert not essential.is_hung(HUNG_AFTER_S + 0.1)
     assert essential.state == "running"
-
-
-def test_one_that_the_config_does_not_need_is_not_started_and_is_stopped_once() -> None:
-    relay = Essential("relay-g1", is_wanted=False)
-    assert not relay.is_due(0.0)
-    relay.is_wanted = True
-    assert relay.is_due(0.0)
-    relay.on_start(0.0)
-    assert not relay.is_superfluous()
-    relay.is_wanted = False
-    assert relay.is_superfluous()
-    relay.is_stopping = True
-    assert not relay.is_superfluous()
-    relay.on_ended(1.0, "exit code 0")
-    assert not relay.is_due(100.0)

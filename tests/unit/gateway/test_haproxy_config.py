@@ -83,11 +83,11 @@ def test_rendering_is_pure_and_in_a_fixed_order() -> None:
 
 def test_connections_are_sized_from_the_descriptor_limit() -> None:
     spec = spec_of("/run/x", "chat")
-    assert size_max_connections(spec, 1024) == 256
+    assert size_max_connections(spec, 1024) == 240
     assert size_max_connections(spec, 1 << 30) == 65_536
     assert size_max_connections(spec_of("/run/x", "chat", max_connections=100), 1024) == 100
-    with pytest.raises(ConfigError, match=r"max_connections is 257; .* 1024 allows 256"):
-        size_max_connections(spec_of("/run/x", "chat", max_connections=257), 1024)
+    with pytest.raises(ConfigError, match=r"max_connections is 241; .* 1024 allows 240"):
+        size_max_connections(spec_of("/run/x", "chat", max_connections=241), 1024)
     with pytest.raises(ConfigError, match="allows 0"):
         size_max_connections(spec, 100)
 

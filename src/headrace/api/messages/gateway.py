@@ -21,6 +21,8 @@ class EndpointRule(Record, frozen=True):
     ttft_s: float = 0.0
     """The endpoint's SLO: time to first token and between tokens; 0: none."""
     itl_s: float = 0.0
+    tell_after_s: float = 3.0
+    """A stream that is held for longer is begun, with comment lines; 0: none is."""
 
 
 class EndpointOutlook(Record, frozen=True):
@@ -137,6 +139,11 @@ class EndpointDemand(Record, frozen=True):
     engine_s: float = 0.0
     held_prompt_tokens: float = 0.0
     """Of the requests held now, estimated."""
+    over_limits: int = 0
+    """Of `refused`: their tenant's limits said no (429). They are nobody's reason for a replica, and no part
+    of arrived_prompt_tokens."""
+    measured: int = 0
+    """Requests behind prompt_tokens, cached_tokens, output_tokens and engine_s."""
 
 
 class VersionDemand(Record, frozen=True):

@@ -1,0 +1,108 @@
+"""A count that follows what is needed: up at once, down only when that pays, and never to and fro. Pure.
+
+Owns the needs of the last minutes. Must not know what they are made from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from headrace.policy.autoscaling import MAX_COUNT, Need, ScalingLimits
+
+DOWN_MARGIN = 1.05
+"""A lower count must suffice with so much to spare: a need that trembles at a whole number moves nothing."""
+_EPSILON = 1e-6
+_GRAIN = 32
+"""Needs are remembered in steps of 1/32, upwards: that bounds how many there are."""
+MAX_CAUTION = 16.0
+"""Most that a count which went down too early may lengthen the time that the next one takes."""
+REGRET_WINDOWS = 4.0
+"""Needing again within so many windows what was given up means that it was given up too early."""
+CALM_WINDOWS = 20.0
+"""Without a change for so many windows, caution halves."""
+
+
+class CountKeeper:
+    """The count of one endpoint over time. `now_s` never goes back (the caller's clock sees to it)."""
+
+    def __init__(self) -> None:
+        self.count: int | None = None
+        self.caution = 1.0
+        self._needs: deque[tuple[float, float]] = deque()
+        """Times and needs, each larger than all after it: the first is the largest of the window."""
+        self._seen_since_s = 0.0
+        self._down_s = -math.inf
+        self._calm_since_s = 0.0
+
+    def __repr__(self) -> str:
+        return f"<CountKeeper {self.count}, caution {self.caution:g}>"
+
+    def begin(self, count: int, now_s: float) -> None:
+        """Start from the replicas that there are: a controller that restarts takes none away."""
+        self.count = count
+        self._seen_since_s = self._calm_since_s = now_s
+
+    def forget(self) -> None:
+        """The user moved a bound: what is needed now decides, whatever was needed before."""
+        self._needs.clear()
+        self._seen_since_s = -math.inf
+
+    def window_s(self, limits: ScalingLimits, start_s: float) -> float:
+        """Return for how long a lower count must have sufficed: at least as long as a start takes, after
+        which keeping a replica has cost as much as starting one anew (the ski rental's break-even)."""
+        return max(limits.down_after_s, start_s) * self.caution
+
+    def most_needed(self) -> float:
+        """Return the largest need of the last window."""
+        return self._needs[0][1] if self._needs else 0.0
+
+    def follow(
+        self, need: Need, limits: ScalingLimits, start_s: float, now_s: float, *, may_fall: bool
+    ) -> int:
+        """Take what is needed now and return the count. `may_fall` is False while not all gateways are heard:
+        what is not known is no reason to take away."""
+        assert self.count is not None
+        window_s = self.window_s(limits, start_s)
+        self._note(min(need.count, limits.max_count), now_s, window_s)
+        wanted = self._bounded(need.count, limits, need.floor)
+        if wanted > self.count:
+            self._rise(wanted, now_s, window_s)
+        elif may_fall:
+            self._fall(need, limits, now_s, window_s)
+        # A bound that the user moved counts at once, whatever is needed.
+        self.count = min(limits.max_count, max(limits.min_count, self.count))
+        if self.caution > 1 and now_s - self._calm_since_s > CALM_WINDOWS * window_s:
+            self.caution, self._calm_since_s = max(1.0, self.caution / 2), now_s
+        return self.count
+
+    def _rise(self, wanted: int, now_s: float, window_s: float) -> None:
+        if now_s - self._down_s < REGRET_WINDOWS * window_s:
+            self.caution = min(MAX_CAUTION, 2 * self.caution)
+        self._down_s = -math.inf
+        self.count, self._calm_since_s = wanted, now_s
+
+    def _fall(self, need: Need, limits: ScalingLimits, now_s: float, window_s: float) -> None:
+        assert self.count is not None
+        if need.floor == 0 and need.count <= 0:  # idle for as long as the user said
+            if self.count > 0:
+                self.count, self._calm_since_s = 0, now_s
+            return
+        if now_s - self._seen_since_s < window_s:
+            return
+        sufficed = self._bounded(self.most_needed() * DOWN_MARGIN, limits, need.floor)
+        if sufficed < self.count:
+            self.count, self._down_s, self._calm_since_s = sufficed, now_s, now_s
+
+    def _note(self, need: float, now_s: float, window_s: float) -> None:
+        needs = self._needs
+        need = math.ceil(min(need, float(MAX_COUNT)) * _GRAIN) / _GRAIN
+        while needs and needs[-1][1] <= need:
+            needs.pop()
+        needs.append((now_s, need))
+        while needs[0][0] < now_s - window_s:
+            needs.popleft()
+
+    def _bounded(self, need: float, limits: ScalingLimits, floor: int) -> int:
+        count = math.ceil(min(need, float(MAX_COUNT)) - _EPSILON)
+        return min(limits.max_count, max(limits.min_count, floor, count))

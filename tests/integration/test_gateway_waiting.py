@@ -1,0 +1,138 @@
+"""A real HAProxy, router and relay, mock fronts: streams whose wait is told to their clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from typing import Any
+
+import pytest
+from tests.integration.gateway_rig import Client, Gateway, running_gateway, wait_for
+
+from headrace.api.framing import encode_frame
+from headrace.api.messages import EndpointOutlook, EndpointRule, Outlook
+
+pytestmark = pytest.mark.slow
+SOON = EndpointRule("chat", "mock", 1024, 30.0, tell_after_s=0.2)
+
+
+async def open_stream(gateway: Gateway, **fields: Any) -> Client:
+    client = await gateway.connect()
+    body = {"model": "chat", "stream": True, "mock": {"events": 3}, **fields}
+    client.send("POST", "/v1/chat/completions", json.dumps(body).encode(), {"x-request-id": "mine"})
+    return client
+
+
+def say(gateway: Gateway, eta_s: float) -> None:
+    for writer in gateway._controllers:
+        writer.write(encode_frame(Outlook([EndpointOutlook("chat", eta_s, "chat-1 starts")])))
+
+
+async def read_comment(client: Client) -> bytes:
+    size = int((await client.reader.readuntil(b"\r\n")).strip(), 16)
+    return (await client.reader.readexactly(size + 2))[:-2]
+
+
+async def test_a_stream_at_zero_replicas_is_told_that_it_waits_and_then_served() -> None:
+    async with running_gateway(SOON) as gateway:
+        await wait_for(lambda: gateway.demand, "the router speaks with its controller")
+        say(gateway, 20.0)
+        client = await open_stream(gateway)
+        head = await client.receive_head()
+        assert (head.status, head.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+        assert 15 < float(head.headers["x-headrace-eta-s"]) <= 20
+        assert head.headers["x-request-id"] == "mine"
+        assert (await read_comment(client)).startswith(b": waiting for a replica, expected in ")
+        await wait_for(lambda: gateway.endpoint().num_held == 1, "it is still held, once")
+        assert gateway.endpoint().arrived == 1
+        front = await gateway.add_front("chat-1")
+        body = b""
+        while not body.endswith(b"data: [DONE]\n\n"):
+            body += await read_comment(client)
+        assert body.count(b"data: ") == 4
+        assert await client.reader.readuntil(b"\r\n") == b"0\r\n"
+        await wait_for(lambda: gateway.endpoint().finished == 1, "finished")
+        demand = gateway.endpoint()
+        assert (demand.arrived, demand.num_held, demand.num_in_flight) == (1, 0, 0)
+        seen = front.headers_seen[0]
+        assert {name for name in seen if name.startswith("x-headrace-")} == {"x-headrace-request-id"}
+
+
+async def test_a_client_that_leaves_while_it_is_told_is_cancelled_and_counted_once() -> None:
+    async with running_gateway(SOON) as gateway:
+        client = await open_stream(gateway)
+        await client.receive_head()
+        client.close()
+        await wait_for(lambda: gateway.endpoint().aborted == 1, "cancelled")
+        front = await gateway.add_front("chat-1")
+        assert (await gateway.chat()).status == 200
+        assert len(front.served) == 1
+        await wait_for(lambda: gateway.endpoint().finished == 1, "the next one finished")
+        demand = gateway.endpoint()
+        assert (demand.arrived, demand.num_held, demand.num_in_flight) == (2, 0, 0)
+
+
+async def test_a_wait_that_is_too_long_ends_in_an_error_event() -> None:
+    async with running_gateway(EndpointRule("chat", "mock", 8, 0.6, tell_after_s=0.1)) as gateway:
+        answer = await (await open_stream(gateway)).receive()
+        assert (answer.status, answer.is_whole) == (200, True)
+        comment, event, rest = answer.body.split(b"\n\n")
+        assert comment.startswith(b": waiting")
+        assert json.loads(event.removeprefix(b"data: "))["error"]["code"] == "overloaded"
+        assert rest == b""
+        await wait_for(lambda: gateway.endpoint().refused == 1, "counted once")
+
+
+@pytest.mark.parametrize("fields", [{"stream": False}, {"stream": True, "padding": "x" * 100_000}])
+async def test_what_is_no_stream_waits_in_silence_and_what_is_long_is_told_all_the_same(
+    fields: dict[str, Any],
+) -> None:
+    async with running_gateway(SOON) as gateway:
+        client = await open_stream(gateway, **fields)
+        reading = asyncio.create_task(client.receive())
+        await wait_for(lambda: gateway.demand and gateway.endpoint().num_held == 1, "held")
+        await asyncio.sleep(0.5)  # longer than tell_after_s: what is checked is that nothing happens
+        await gateway.add_front("chat-1")
+        answer = await reading
+        assert answer.status == 200
+        assert (b": waiting" in answer.body) == fields["stream"]
+
+
+async def test_a_relay_that_dies_costs_its_waiting_streams_and_leaks_nothing() -> None:
+    async with running_gateway(SOON) as gateway:
+        client = await open_stream(gateway)
+        await client.receive_head()
+        await wait_for(lambda: gateway.endpoint().num_held == 1, "held")
+        os.kill(gateway.processes["relay"].pid, signal.SIGKILL)
+        assert not (await client.reader.read()).endswith(b"0\r\n\r\n")
+        await wait_for(lambda: gateway.endpoint().aborted == 1, "ended")
+        await gateway.add_front("chat-1")
+        held = await open_stream(gateway)  # without a relay it is simply served
+        assert (await held.receive()).status == 200
+
+
+async def test_a_refusal_says_when_a_replica_is_expected() -> None:
+    async with running_gateway(EndpointRule("chat", "mock", 0, 30.0)) as gateway:
+        await wait_for(lambda: gateway.demand, "the router speaks with its controller")
+        say(gateway, 20.0)
+        async with asyncio.timeout(5):
+            while "x-headrace-eta-s" not in (answer := await gateway.chat()).headers:
+                pass  # the controller's word is on its way
+        assert (answer.status, answer.error()["code"]) == (503, "queue_full")
+        assert 15 < float(answer.headers["x-headrace-eta-s"]) <= 20
+        assert 15 <= int(answer.headers["retry-after"]) <= 20
+
+
+async def test_many_streams_wait_and_all_are_served() -> None:
+    async with running_gateway(SOON) as gateway:
+        clients = [await open_stream(gateway) for _ in range(200)]
+        for client in clients:
+            await client.receive_head()
+        await gateway.add_front("chat-1", max_open=16)
+        for client in clients:
+            assert (await client.reader.readuntil(b"\r\n0\r\n\r\n")).count(b"data: ") == 4
+        await wait_for(lambda: gateway.endpoint().finished == 200, "each is counted once")
+        demand = gateway.endpoint()
+        assert (demand.arrived, demand.num_held, demand.num_in_flight) == (200, 0, 0)

@@ -1,0 +1,320 @@
+"""The scaler on a virtual clock: counts follow demand within bounds, without nonsense, with their reasons."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.unit.control.scaling_world import BATCH, NO_DEMAND, ScalingWorld, changes, endpoint
+
+from headrace.api.messages import EndpointDemand
+from headrace.control.scaling import EndpointScaler, ScaledReplica, ScalingObservation
+from headrace.policy.scaling_metrics import MetricReading
+
+
+def numbers(world: ScalingWorld) -> dict[str, float]:
+    return {number.name: number.value for number in world.decision.numbers}
+
+
+def test_without_demand_the_minimum_runs_and_the_reason_says_so() -> None:
+    world = ScalingWorld(endpoint(replicas={"min": 2, "max": 4}))
+    decision = world.tick()
+    assert (decision.count, decision.reason) == (2, "replicas.min is 2")
+
+
+@pytest.mark.slow
+def test_the_count_follows_a_steady_load_at_the_target_utilization() -> None:
+    world = ScalingWorld()
+    world.run(240, world.replicas_worth(4.0))
+    assert numbers(world)["demand"] == pytest.approx(4.0, rel=0.15)
+    assert world.decision.count in (5, 6)  # 4 / 0.8 with some noise
+    assert "full replicas arrives" in world.decision.reason or "sufficed" in world.decision.reason
+
+
+def test_a_step_of_load_is_answered_by_one_decision_once_it_is_seen() -> None:
+    world = ScalingWorld(start_s=20.0)
+    world.run(120, world.replicas_worth(1.0), noise=False)
+    before = world.decision.count
+    counts = world.run(20, world.replicas_worth(6.0), noise=False)
+    assert before == 2
+    assert counts[-1] >= 8
+    # The level is a mean over a few seconds: within them the whole step is seen and asked for.
+    assert counts[20] >= 8
+
+
+def test_a_single_burst_asks_for_little() -> None:
+    world = ScalingWorld(start_s=60.0)
+    world.run(240, world.replicas_worth(2.0), noise=False)
+    before = world.decision.count
+    world.arrive(world.replicas_worth(4.0))  # one second's worth of four more replicas
+    counts = world.run(60, world.replicas_worth(2.0), noise=False)
+    assert max(counts) <= before + 1
+
+
+def test_growing_demand_is_met_before_it_comes() -> None:
+    world = ScalingWorld(start_s=60.0)
+    world.run(200, world.replicas_worth(1.0), noise=False)
+    world.run(400, lambda t: world.replicas_worth(1.0 + t / 100), noise=False)
+    assert numbers(world)["forecast"] == pytest.approx(5.0 + 0.6, abs=0.4)
+    assert world.num_ready >= 6  # 5 / 0.8
+
+
+def test_demand_that_falls_takes_replicas_only_after_the_window() -> None:
+    config = endpoint(scaling={"target_utilization": 0.8, "down_after_s": 120})
+    world = ScalingWorld(config, start_s=20.0)
+    world.run(200, world.replicas_worth(6.0), noise=False)
+    before = world.decision.count
+    early = world.run(110, world.replicas_worth(1.0), noise=False)
+    assert set(early) == {before}
+    assert "stay until fewer have sufficed for 120 s" in world.decision.reason
+    world.run(40, world.replicas_worth(1.0), noise=False)
+    assert world.decision.count == 2
+
+
+def test_a_start_that_takes_long_keeps_replicas_as_long() -> None:
+    config = endpoint(scaling={"target_utilization": 0.8, "down_after_s": 10})
+    world = ScalingWorld(config, start_s=100.0)
+    world.run(400, world.replicas_worth(3.0), noise=False)
+    before = world.decision.count
+    assert world.scaler.start_s == pytest.approx(100.0, abs=1.0)
+    assert set(world.run(95, world.replicas_worth(0.5), noise=False)) == {before}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("load", [1.57, 3.2])
+def test_constant_load_with_noise_does_not_flap(load: float) -> None:
+    world = ScalingWorld(start_s=20.0, seed=round(load * 100))
+    world.run(600, world.replicas_worth(load))
+    assert changes(world.run(3600, world.replicas_worth(load))) <= 12
+
+
+def test_at_zero_held_requests_start_one_at_once() -> None:
+    world = ScalingWorld(endpoint(replicas={"min": 0, "max": 4}), is_measured=False)
+    assert world.tick().count == 0
+    world.demand = msgspec.structs.replace(world.demand, num_held=1, arrived=1)
+    assert world.tick().count == 1
+    assert "held" in world.decision.reason
+
+
+def test_zero_comes_only_by_idleness_in_the_gateways_view() -> None:
+    config = endpoint(replicas={"min": 0, "max": 4}, scaling={"idle_to_zero_s": 30, "down_after_s": 1})
+    world = ScalingWorld(config)
+    world.run(60, world.replicas_worth(1.0), noise=False)
+    world.demand = msgspec.structs.replace(world.demand, num_in_flight=1)
+    assert 0 not in world.run(120, 0.0)  # one answer still streams
+    world.demand = msgspec.structs.replace(world.demand, num_in_flight=0)
+    assert 0 not in world.run(29, 0.0)
+    world.is_complete = False
+    assert 0 not in world.run(60, 0.0)
+    assert "while a gateway is silent" in world.decision.reason
+    world.is_complete = True
+    assert world.tick().count == 0
+
+
+def test_before_anything_is_measured_open_requests_ask_by_the_engines_batch() -> None:
+    world = ScalingWorld(is_measured=False)
+    world.demand = msgspec.structs.replace(world.demand, num_held=40, num_in_flight=BATCH)
+    assert world.tick().count == math.ceil((40 + BATCH) / (BATCH * 0.8))
+    assert "nothing is measured yet" in world.decision.reason
+
+
+def test_held_requests_that_wait_too_long_ask_for_more_but_at_most_twice_what_serves() -> None:
+    world = ScalingWorld(start_s=10.0)
+    world.run(120, world.replicas_worth(1.5), noise=False)
+    before = world.num_ready
+    world.demand = msgspec.structs.replace(
+        world.demand, num_held=5000, oldest_held_s=3.0, held_prompt_tokens=5000 * 500.0
+    )
+    world.tick()
+    assert world.decision.count == 2 * before
+    assert "held for 3.0 s" in world.decision.reason
+    for _ in range(5):  # what it asked for is on its way: it does not ask again for the same
+        world.tick()
+    assert world.decision.count == 2 * before
+
+
+def test_a_little_that_is_held_asks_for_no_more_than_clears_it() -> None:
+    world = ScalingWorld(start_s=10.0)
+    world.run(120, world.replicas_worth(1.5), noise=False)
+    before = world.decision.count
+    world.demand = msgspec.structs.replace(
+        world.demand, num_held=5, oldest_held_s=3.0, held_prompt_tokens=2500.0
+    )
+    assert world.tick().count == before
+
+
+def test_replicas_on_standby_spare_the_forecast_of_a_whole_start() -> None:
+    config = endpoint(replicas={"min": 1, "max": 16, "standby": 2})
+    world = ScalingWorld(config, start_s=60.0)
+    world.standby = [0.0, 0.0]
+    decision = world.tick()
+    assert (decision.count, decision.standby) == (1, 2)
+    world.run(200, world.replicas_worth(1.0), noise=False)
+    world.run(200, lambda t: world.replicas_worth(1.0 + t / 100), noise=False)
+    with_standby = world.decision.count
+    alone = ScalingWorld(start_s=60.0)
+    alone.run(200, alone.replicas_worth(1.0), noise=False)
+    alone.run(200, lambda t: alone.replicas_worth(1.0 + t / 100), noise=False)
+    assert with_standby < alone.decision.count
+    assert numbers(world)["standby"] == 2
+
+
+def test_serving_and_standby_together_stay_within_the_maximum() -> None:
+    world = ScalingWorld(endpoint(replicas={"min": 3, "max": 4, "standby": 2}))
+    decision = world.tick()
+    assert (decision.count, decision.standby) == (3, 1)
+
+
+def test_promotions_are_measured_from_the_word_to_the_report() -> None:
+    scaler = EndpointScaler(endpoint())
+    for now_s, phase, promoted_s in ((1.0, "standby", None), (2.0, "standby", 2.0), (2.4, "ready", 2.0)):
+        replica = ScaledReplica("chat-1", phase, 0.0, None, promoted_s)  # type: ignore[arg-type]
+        scaler.observe(ScalingObservation({}, [replica]), now_s)
+    assert scaler.promotion_s == pytest.approx(0.4)
+
+
+def test_a_restarted_scaler_takes_nothing_away_before_it_has_watched() -> None:
+    world = ScalingWorld(start_s=20.0)
+    world.started = [0.0] * 5
+    counts = world.run(55, world.replicas_worth(0.5), noise=False)
+    assert set(counts) == {5}
+    world.run(10, world.replicas_worth(0.5), noise=False)
+    assert world.decision.count < 5
+
+
+def test_a_lower_minimum_of_the_user_takes_effect_at_once() -> None:
+    world = ScalingWorld(endpoint(replicas={"min": 3, "max": 4}))
+    world.run(5, 0.0)
+    world.scaler.configure(endpoint(replicas={"min": 1, "max": 4}))
+    assert world.tick().count == 1
+    world.scaler.configure(endpoint(replicas={"min": 0, "max": 4}))
+    world.scaler.forget_requests()
+    assert world.tick().count == 0
+
+
+def test_a_custom_metric_is_a_lower_bound_and_shown() -> None:
+    world = ScalingWorld()
+    world.metrics = [MetricReading("jobs", 10.0, 60.0, 45.0, 1.0)]
+    assert world.tick().count == 5
+    assert world.decision.reason == "metric jobs: 45 at 10 per replica"
+    assert numbers(world)["metric jobs"] == 4.5
+
+
+@pytest.mark.parametrize(
+    ("value", "age_s", "word"),
+    [
+        (None, 1.0, "no such file"),
+        (math.nan, 1.0, "finite"),
+        (math.inf, 1.0, "finite"),
+        (-1.0, 1.0, "finite"),
+        (50.0, 61.0, "61 s old"),
+        (50.0, math.nan, "old"),
+        (1e300, 1.0, "would need"),
+    ],
+)
+def test_a_metric_that_cannot_be_believed_asks_for_nothing_and_says_why(
+    value: float | None, age_s: float, word: str
+) -> None:
+    world = ScalingWorld()
+    error = "no such file" if value is None else ""
+    world.metrics = [MetricReading("jobs", 10.0, 60.0, value, age_s, error)]
+    assert world.tick().count == 1
+    note = next(number.note for number in world.decision.numbers if number.name == "metric jobs")
+    assert note.startswith("ignored: ")
+    assert word in note
+
+
+def test_the_last_changes_are_kept_newest_first_with_their_reasons() -> None:
+    world = ScalingWorld()
+    for count in range(2, 30):
+        world.metrics = [MetricReading("jobs", 1.0, 60.0, float(count), 1.0)]
+        world.tick()
+    lines = world.decision.history
+    assert len(lines) <= 16
+    assert "15 -> 16" in lines[0]
+    assert "replicas.max is 16" in world.decision.reason
+    explanation = world.decision.explanation("chat")
+    assert explanation.decision == "chat: 16 replicas"
+    assert explanation.history == list(lines)
+
+
+def test_a_router_that_restarts_counts_from_zero_without_a_burst_or_a_gap() -> None:
+    world = ScalingWorld()
+    world.run(120, world.replicas_worth(2.0), noise=False)
+    before = world.decision.count
+    world.demand, world.router = NO_DEMAND, "g1/2"
+    assert set(world.run(30, world.replicas_worth(2.0), noise=False)) == {before}
+    world.demand = NO_DEMAND  # the same name with lower counters
+    assert set(world.run(30, world.replicas_worth(2.0), noise=False)) == {before}
+
+
+def test_the_first_sight_of_a_long_running_router_is_no_burst() -> None:
+    world = ScalingWorld()
+    world.arrive(1_000_000)
+    assert set(world.run(20, 0.0)) == {1}
+
+
+@pytest.mark.parametrize("jump_s", [-86_400.0, 86_400.0])
+def test_a_clock_that_jumps_moves_no_count(jump_s: float) -> None:
+    config = endpoint(replicas={"min": 0, "max": 16})
+    world = ScalingWorld(config)
+    world.run(240, world.replicas_worth(2.0), noise=False)
+    before = world.decision.count
+    world.started = [started_s + jump_s for started_s in world.started]
+    world.now_s += jump_s
+    assert set(world.run(50, world.replicas_worth(2.0), noise=False)) == {before}
+
+
+floats = st.floats(allow_nan=True, allow_infinity=True, width=32)
+counters = st.integers(-(1 << 70), 1 << 70)
+
+
+@st.composite
+def nonsense(draw: st.DrawFn) -> EndpointDemand:
+    values: dict[str, Any] = {
+        name: draw(counters)
+        for name in ("num_held", "num_in_flight", "arrived", "finished", "aborted", "refused", "failed")
+    }
+    values |= {
+        name: draw(counters) for name in ("prompt_tokens", "cached_tokens", "output_tokens", "measured")
+    }
+    values |= {
+        name: draw(floats)
+        for name in ("oldest_held_s", "arrived_prompt_tokens", "engine_s", "held_prompt_tokens")
+    }
+    return EndpointDemand(endpoint="chat", **values)
+
+
+@given(
+    steps=st.lists(st.tuples(nonsense(), floats, st.sampled_from(["g1/1", "g1/2", "g2/1"])), max_size=12),
+    minimum=st.integers(0, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_nonsense_in_gives_nonsense_out(
+    steps: list[tuple[EndpointDemand, float, str]], minimum: int
+) -> None:
+    world = ScalingWorld(endpoint(replicas={"min": minimum, "max": 5}))
+    world.run(5, world.replicas_worth(1.0))
+    for demand, now_s, router in steps:
+        world.scaler.observe(ScalingObservation({router: demand}, world.replicas()), now_s)
+        decision = world.scaler.decide(now_s)
+        assert minimum <= decision.count <= 5
+        assert 0 <= decision.standby <= 5
+        assert decision.reason
+        assert all(math.isfinite(number.value) for number in decision.numbers)
+
+
+@given(low=st.floats(0.0, 8.0), extra=st.floats(0.0, 8.0), start_s=st.sampled_from([3.0, 20.0, 60.0]))
+@settings(max_examples=15, deadline=None)
+def test_more_demand_never_means_fewer_replicas(low: float, extra: float, start_s: float) -> None:
+    counts = []
+    for load in (low, low + extra):
+        world = ScalingWorld(endpoint(replicas={"min": 0, "max": 64}), start_s=start_s)
+        world.run(60, world.replicas_worth(load), noise=False)
+        counts.append(world.decision.count)
+        assert 0 <= world.decision.count <= 64
+    assert counts[0] <= counts[1]
