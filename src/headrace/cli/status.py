@@ -27,11 +27,19 @@ START_IS_NEWS_S = 60.0
 def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Keep showing it, until Ctrl-C.")] = False,
+    explain: Annotated[
+        str, typer.Option("--explain", metavar="ENDPOINT", help="Why it has as many replicas as it has.")
+    ] = "",
     name: Name = DEFAULT_NAME,
 ) -> None:
     """Show what a running system is doing."""
     if watch and as_json:
         raise typer.BadParameter("--watch is for people and --json for programs; give one of them")
+    if watch and explain:
+        raise typer.BadParameter("--explain shows one moment; give it without --watch")
+    if explain:
+        _explain(explain, name, as_json=as_json)
+        return
     if as_json:
         import msgspec
 
@@ -42,6 +50,20 @@ def status(
         from rich.console import Console
 
         Console().print(render(_ask(name)))
+
+
+def _explain(endpoint: str, name: str, *, as_json: bool) -> None:
+    from headrace.cli.explain import ask_explanation, render_explanation
+
+    explanation = ask_explanation(endpoint, name)
+    if as_json:
+        import msgspec
+
+        typer.echo(msgspec.json.format(msgspec.json.encode(explanation), indent=2).decode())
+    else:
+        from rich.console import Console
+
+        Console().print(render_explanation(explanation))
 
 
 def _ask(name: str) -> SystemStatus:

@@ -152,7 +152,7 @@ class NativeEngine:
         decision = self._scheduler.schedule(self._prompt_budget)
         assert decision.scheduled, f"a step without work: {self!r}"
         if self._speculator is not None:
-            self._speculator.add_drafts(decision, self._scheduler)
+            self._speculator.add_drafts(decision, self._scheduler, self._work.fit.coefficients)
         logits_SV = self._runner.execute(self._builder.build(decision.scheduled))
         verified = verify(
             decision.scheduled, lambda rows, requests: self._sampler.sample(logits_SV, requests, rows)
@@ -162,7 +162,7 @@ class NativeEngine:
         self._steps += 1
         self._step_s = self._clock.now_s() - begin_s
         if self._speculator is not None:
-            self._speculator.observe(decision, verified, self._step_s)
+            self._speculator.observe(verified)
         return StepBatch(failures + outputs, self.load(), self._scheduler.pool.take_forgotten())
 
     def _prompt_budget(self, streams: Streams) -> int:

@@ -243,11 +243,13 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
     engine.compute_first_step()
     if spec.is_standby:
         engine.sleep(1)
+    grammars.prepare_when(lambda: not engine.has_work())
     return engine
 
 
 def compiler_for(files: ModelFiles, eos_token_ids: frozenset[int]) -> Compiler:
-    """Return what compiles grammars for a model. Called at the first grammar: the library loads slowly."""
+    """Return what compiles grammars for a model. Called when the engine is idle, or at the first grammar: the
+    library loads slowly."""
     from headrace.engine.grammars import GrammarCompiler
     from headrace.engine.model_files.metadata import read_metadata
     from headrace.engine.model_files.vocabulary import read_token_bytes

@@ -62,8 +62,10 @@ struct AttentionPiece {
 struct AttentionCode {
   // Norm, rotate and store the keys and values of tokens [first, end).
   void (*write)(const AttentionTask& task, int first, int end);
-  // Compute a piece's rows of out; all writes of the step must be done. scratch: `scratch_bytes`, 64-byte aligned.
-  void (*attend)(const AttentionTask& task, const AttentionPiece& piece, uint8_t* scratch);
+  // Compute a piece's rows of out; all writes of the step must be done. `next`: whose keys this thread will probably
+  // want after these, or null. scratch: `scratch_bytes`, 64-byte aligned.
+  void (*attend)(const AttentionTask& task, const AttentionPiece& piece, const AttentionPiece* next,
+                 uint8_t* scratch);
   size_t (*scratch_bytes)(const AttentionTask& task, int num_rows);
   // exp2 of `count` numbers as the softmax computes it (for tests).
   void (*exp2)(const float* x, float* y, int count);
