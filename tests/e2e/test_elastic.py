@@ -1,4 +1,4 @@
-"""Streams of the real model through kills, drains and rollouts: no client gets anything else than otherwise."""
+"""Streams of the real model through kills, drains and rollouts: no client gets anything else than usual."""
 
 from __future__ import annotations
 
