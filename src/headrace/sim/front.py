@@ -38,7 +38,7 @@ from headrace.sim.engines import EngineBehaviour
 from headrace.sim.http import HttpError, HttpRequest
 from headrace.sim.machine import Host, Process, Registry
 from headrace.sim.network import End, Weather
-from headrace.sim.process_loop import Pipe, ProcessLoop, start_task
+from headrace.sim.process_loop import Pipe, ProcessLoop
 from headrace.sim.reporting import ReportSink
 from headrace.sim.streams import FrontStream
 
@@ -68,7 +68,8 @@ class FrontProcess(Process):
         busy_interval_s: float,
     ) -> None:
         super().__init__(registry, spec.replica_id, host)
-        self.loop = self.process_loop = ProcessLoop(self)
+        self.process_loop = ProcessLoop(self)
+        self.loop = self.process_loop.as_loop()
         self.process_loop.weather = weather
         self.spec = spec
         self.weather = weather
@@ -81,9 +82,7 @@ class FrontProcess(Process):
         self.engine = EngineLink(self, weather, spec.engine, behaviour, self.digest, self.notify)
         self.peers = PeerPool(host)
         limits = Limits(spec.resume_attempts, spec.resume_limit_s)
-        self.keeper = StreamKeeper(
-            self.engine, self.peers, self._own_engine, limits, self.metrics, host
-        )
+        self.keeper = StreamKeeper(self.engine, self.peers, self._own_engine, limits, self.metrics, host)
         self.guests = PeerServer(self.engine, self._why_no_guest, self.notify)
         streams = EngineStreams(self.engine, self.keeper, lambda: 0)
         self.standby = Standby(self.engine, streams, self._ask_release, self.is_released, self.notify)
@@ -293,7 +292,7 @@ class FrontProcess(Process):
             return
         self._is_leaving = True
         if self.address:
-            start_task(self.process_loop, self._leave())
+            self.process_loop.create_task(self._leave())
         else:
             self.exit(0)
 
@@ -320,7 +319,7 @@ class FrontProcess(Process):
 
     async def _wait_until(self, condition: Callable[[], bool], limit_s: float) -> None:
         deadline_s = self.host.now_s() + limit_s
-        while not condition() and self.host.now_s() < deadline_s:
+        while not condition() and self.host.now_s() < deadline_s:  # noqa: ASYNC110, as the real front does
             await asyncio.sleep(POLL_S)
 
     def died(self, code: int) -> None:

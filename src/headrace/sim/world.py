@@ -84,7 +84,11 @@ class World:
         self.history: deque[str] = deque(maxlen=HISTORY)
         self.supervisor = SupervisorProcess(self.registry, self.hosts[0], self._spawn)
         self.crowd = Crowd(
-            self.registry, self.hosts[0], self.weather, lambda name: scenario.config.endpoints[name].engine, gateways
+            self.registry,
+            self.hosts[0],
+            self.weather,
+            lambda name: scenario.config.endpoints[name].engine,
+            gateways,
         )
         self.breaker = Breaker(self)
         self.all_fronts: list[FrontProcess] = []
