@@ -75,11 +75,11 @@ def wait_new_engine(fronts: Fronts, index: int, num_restarts: int) -> None:
     )
 
 
-def last_line(front: RunningFront, request_id: str) -> dict[str, Any]:
-    """The access log's last line of a request that has ended."""
+def last_line(front: RunningFront, request_id: str, number: int = 1) -> dict[str, Any]:
+    """The access log's last line of a request that was resumed: the `number`th with its id, at least."""
     deadline_s = time.monotonic() + 5
     while True:
         lines = [line for line in front.access_log() if line["request_id"] == request_id]
-        if (lines and lines[-1]["resumptions"]) or time.monotonic() > deadline_s:
+        if (len(lines) >= number and lines[-1]["resumptions"]) or time.monotonic() > deadline_s:
             return lines[-1]
         time.sleep(0.02)

@@ -70,6 +70,20 @@ def test_a_killed_engines_streams_go_on_with_the_same_bytes(ready: Fronts, at: i
     assert ready[1].metrics()["requests_accepted_total"] == 0, "guests are not the host's requests"
 
 
+def test_requests_that_wait_in_the_engine_go_on_too(ready: Fronts) -> None:
+    def ask() -> list[Answer]:
+        return [Answer(ready[0], f"wait-{seed}", seed=seed, n=5, max_tokens=60) for seed in range(8)]
+
+    whole = [answer.text() for answer in ask()]
+    broken = ask()
+    ready.controller(0).wait_for(lambda report: report.engine is not None and report.engine.num_waiting == 8)
+    num_restarts = ready.report(0).engine_restarts
+    kill_engine(ready, 0)
+    assert [answer.text() for answer in broken] == whole
+    assert sum(last_line(ready[0], f"wait-{seed}")["resumptions"] for seed in range(8)) == 40
+    wait_new_engine(ready, 0, num_restarts)
+
+
 def test_without_siblings_the_restarted_engine_goes_on(ready: Fronts) -> None:
     whole = Answer(ready[0], "alone", seed=4).text()
     ready.forget_each_other()

@@ -169,6 +169,8 @@ class StreamKeeper:
 
     def has_room_elsewhere(self) -> bool:
         """Whether some sibling could take a stream of this engine now."""
+        if not self._limits.max_attempts:
+            return False
         stranded = Stranded(self._own().stream_class)
         return find_sibling(stranded, self._views(), self._clock.now_s()) is not None
 

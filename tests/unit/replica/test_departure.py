@@ -88,6 +88,7 @@ async def test_streams_elsewhere_are_relayed_until_the_grace_is_over() -> None:
     assert 0.05 < time.monotonic() - began_s < 2.0
 
 
+@pytest.mark.slow
 async def test_a_notice_shortens_every_wait() -> None:
     world = World(handover_after_s=60.0, grace_s=60.0)
     world.released, world.num_streams = False, 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.replica.fake_streams import FakeEngine, FakePeers, FakeStream, make_sibling
@@ -129,6 +130,9 @@ async def test_without_attempts_a_lost_engine_ends_the_stream_at_once() -> None:
     other = World(max_attempts=0)
     other.start()
     assert other.keeper.hand_over() == 1
+    assert not other.keeper.has_room_elsewhere()
+    assert world.keeper.has_room_elsewhere() is False
+    assert World().keeper.has_room_elsewhere()
     world.close()
 
 
@@ -272,7 +276,8 @@ EVENTS = st.one_of(
 )
 
 
-@settings(max_examples=200)
+@pytest.mark.slow
+@settings(max_examples=300)
 @given(st.lists(EVENTS, max_size=25))
 def test_every_token_comes_once_in_order_and_every_stream_ends_once_whatever_happens(
     events: list[tuple[Any, ...]],
