@@ -6,7 +6,8 @@ import json
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,14 +16,15 @@ import httpx
 
 from benchmarks.report import Aim, Report, Table
 from benchmarks.system import ENDPOINT, MODEL, System, evaluate_valid, load, serve
-from headrace.bench.load import LoadSpec
+from headrace.bench.load import LoadRun, LoadSpec
 from headrace.bench.workload import Route, Workload
 
 ROOT = Path(__file__).parents[1]
-NUM_OUTPUT = 160
+NUM_OUTPUT = 128
 NUM_TEXTS = 8
-NUM_ROUNDS = 3
-CONCURRENCY = (1, 8)
+NUM_ROUNDS = 2
+NUM_REQUESTS = {1: 3, 8: 24}
+"""At a time -> in all, per round: seconds each."""
 CODE_CHARACTERS = 2400
 TOPICS = (
     *("the sea", "cooking rice", "a trip to Rome", "why the sky is blue"),
@@ -40,7 +42,7 @@ class Texts(Workload):
     prompts: tuple[str, ...] = ()
 
     def body(self, index: int) -> bytes:
-        """Return request `index`. Warm-up requests are the same ones, so that all prompts are cached."""
+        """Return request `index`."""
         prompt = self.prompts[index % len(self.prompts)]
         content: Any = [{"role": "user", "content": prompt}] if self.route == "chat" else prompt
         tree = {
@@ -64,19 +66,25 @@ def run(*, is_quick: bool) -> Report:
         "Two native replicas, alike but that one has `speculation: {method: ngram}`, loaded in turns "
         "over HTTP, straight at their fronts. Code: this repository's files continued, greedy. Summaries: of "
         "its documents, greedy. Chat: short questions at temperature 0.8, where little repeats. "
-        f"{NUM_TEXTS} prompts of a kind, up to {NUM_OUTPUT} tokens each; prompts are in the prefix cache, so "
-        "that decoding is what is measured. Medians of the rounds; the ratio is the median of their ratios.",
+        f"{NUM_TEXTS} prompts of a kind, up to {NUM_OUTPUT} tokens each; each was asked once before, which "
+        "compares the answers and leaves prompts in the prefix cache, so that decoding is what is measured. "
+        "Tokens per second until the last request is sent: as many as said go on all the time. Medians of the"
+        " rounds, whose order alternates; the ratio is the median of their ratios.",
     )
     kinds = workloads()
     rows = []
-    native = {"max_running": 16}
+    native = {"max_running": 32}
     drafting = {**native, "speculation": {"method": "ngram"}}
+    num_same = 0
     with (
-        serve({"model": MODEL, "replicas": 1, "native": native}) as plain,
+        serve(
+            {"model": MODEL, "replicas": 1, "native": {**native, "speculation": {"method": "off"}}}
+        ) as plain,
         serve({"model": MODEL, "replicas": 1, "native": drafting}) as speculating,
     ):
         for name, work in kinds.items():
-            for concurrency in CONCURRENCY:
+            num_same += same_answers(plain, speculating, work)
+            for concurrency in NUM_REQUESTS:
                 figures = measure(plain, speculating, work, concurrency, 1 if is_quick else NUM_ROUNDS)
                 rows.append(_row(name, concurrency, figures))
                 least = AIMS.get((name, concurrency), LEAST_ON_CHAT)
@@ -85,7 +93,6 @@ def run(*, is_quick: bool) -> Report:
                     Aim(f"{name}, {concurrency} at a time", f"≥ {least:g}x", f"{ratio:.2f}x", ratio >= least)
                 )
                 report.data[f"{name} {concurrency}"] = figures
-        num_same = sum(same_answers(plain, speculating, work) for work in kinds.values())
     report.data["same_answers"] = num_same
     num_texts = sum(len(work.prompts) for work in kinds.values())
     report.aims.append(
@@ -131,42 +138,62 @@ def _texts(route: Route, prompts: Sequence[str], temperature: float) -> Texts:
 
 def measure(
     plain: System, speculating: System, work: Texts, concurrency: int, num_rounds: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Load both in turns; return tokens per second of each, their ratio, and what became of the drafts."""
-    spec = LoadSpec(
-        concurrency=concurrency, max_requests=2 * NUM_TEXTS, warmup_requests=NUM_TEXTS, timeout_s=600
-    )
-    without, with_drafts = [], []
+    spec = LoadSpec(concurrency=concurrency, max_requests=NUM_REQUESTS[concurrency], timeout_s=600)
+    rates: dict[bool, list[float]] = {False: [], True: []}
     before = _drafts(speculating)
     num_tokens = 0
-    for _ in range(num_rounds):
-        without.append(evaluate_valid(load(plain.front_urls[0], work, spec)).output_tokens_per_s)
-        result = evaluate_valid(load(speculating.front_urls[0], work, spec))
-        with_drafts.append(result.output_tokens_per_s)
-        num_tokens += result.output_tokens * 3 // 2  # and those of the warm-up
+    for number in range(num_rounds):
+        # Other texts each round where one round does not have all.
+        first = number * NUM_REQUESTS[concurrency] % NUM_TEXTS
+        turned = replace(work, prompts=work.prompts[first:] + work.prompts[:first])
+        for is_speculating in (number % 2 == 1, number % 2 == 0):
+            system = speculating if is_speculating else plain
+            run = load(system.front_urls[0], turned, spec)
+            rates[is_speculating].append(tokens_per_s(run))
+            num_tokens += is_speculating * evaluate_valid(run).output_tokens
     num_drafts, num_accepted = (now - then for now, then in zip(_drafts(speculating), before, strict=True))
     return {
-        "without": median(without),
-        "with": median(with_drafts),
-        "ratio": median(b / a for a, b in zip(without, with_drafts, strict=True)),
+        "without": median(rates[False]),
+        "with": median(rates[True]),
+        "ratio": median(b / a for a, b in zip(rates[False], rates[True], strict=True)),
         "drafts_per_token": num_drafts / num_tokens,
         "acceptance": num_accepted / max(num_drafts, 1),
+        "rounds": {"without": rates[False], "with": rates[True]},
     }
 
 
+def tokens_per_s(run: LoadRun) -> float:
+    """Return the output tokens per second until the last request is sent, or ends if there is one at a time.
+
+    A request's tokens count by the part of its chunks that came until then: chunks carry several.
+    """
+    begin_s = min(record.sent_s for record in run.records)
+    end_s = max(record.end_s if run.spec.concurrency == 1 else record.sent_s for record in run.records)
+    num_tokens = 0.0
+    for record in run.records:
+        num_in_time = sum(time_s <= end_s for time_s in record.token_times)
+        num_tokens += record.num_output_tokens * num_in_time / max(1, len(record.token_times))
+    return num_tokens / (end_s - begin_s)
+
+
 def same_answers(plain: System, speculating: System, work: Texts) -> int:
-    """Return how many prompts get the same answer from both."""
+    """Return how many prompts get the same answer from both, all asked at once."""
     path = "chat/completions" if work.route == "chat" else "completions"
-    num_same = 0
+    bodies = []
     for index in range(len(work.prompts)):
-        body = {**json.loads(work.body(index)), "stream": False}
-        del body["stream_options"]
-        answers = []
-        for system in (plain, speculating):
-            answer = httpx.post(f"{system.front_urls[0]}/{path}", json=body, timeout=600).raise_for_status()
-            answers.append((answer.json()["choices"], answer.json()["usage"]["completion_tokens"]))
-        num_same += answers[0] == answers[1]
-    return num_same
+        bodies.append({**json.loads(work.body(index)), "stream": False})
+        del bodies[-1]["stream_options"]
+
+    def ask(system: System) -> list[Any]:
+        with ThreadPoolExecutor(len(bodies)) as threads:
+            url = f"{system.front_urls[0]}/{path}"
+            answers = threads.map(lambda body: httpx.post(url, json=body, timeout=600), bodies)
+            found = [answer.raise_for_status().json() for answer in answers]
+        return [(answer["choices"], answer["usage"]["completion_tokens"]) for answer in found]
+
+    return sum(one == other for one, other in zip(ask(plain), ask(speculating), strict=True))
 
 
 def _drafts(system: System) -> tuple[float, float]:
@@ -180,7 +207,7 @@ def _drafts(system: System) -> tuple[float, float]:
     return num_drafts, num_accepted
 
 
-def _row(name: str, concurrency: int, figures: dict[str, float]) -> list[str]:
+def _row(name: str, concurrency: int, figures: dict[str, Any]) -> list[str]:
     return [
         name,
         str(concurrency),

@@ -196,8 +196,9 @@ def follow(constraint: Constraint, logits_V: Any, end_token_ids: Sequence[int]) 
     while len(times) < 200 and not constraint.is_complete:
         row_V = np.roll(logits_V, int(generator.integers(len(logits_V))))
         begin_s = time.thread_time()
-        row_V = constraint.mask(row_V, ())
+        constraint.compute_mask(())
         masked_s = time.thread_time()
+        row_V = constraint.apply(row_V)
         token_id = int(row_V.argmax())
         if row_V[token_id] == -np.inf or token_id in end_token_ids:
             break

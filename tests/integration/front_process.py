@@ -36,7 +36,7 @@ class FakeRouter:
 
     def __init__(self, path: str) -> None:
         self.releases = True
-        """Whether a draining replica is released."""
+        """Whether a draining replica, or one that goes on standby, is released."""
         self.reports: list[LoadReport] = []
         self.finished: dict[str, FinishedRequest] = {}
         self.num_finished = 0
@@ -65,7 +65,7 @@ class FakeRouter:
             while data := connection.recv(65536):
                 for report in decoder.feed(data):
                     self._keep(report)
-                    is_released = self.releases and report.state == "draining"
+                    is_released = self.releases and report.state in ("draining", "standby")
                     connection.sendall(encode_frame(ReportAck(report.sequence, is_released)))
 
     def _keep(self, report: LoadReport) -> None:

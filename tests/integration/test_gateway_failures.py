@@ -116,8 +116,26 @@ async def test_with_the_router_dead_requests_are_served_and_a_new_router_finds_e
         assert demand.arrived == demand.finished
 
 
-async def test_requests_held_by_a_router_that_dies_get_an_answer() -> None:
+async def test_requests_held_by_a_router_that_dies_are_held_by_the_next_one() -> None:
     async with running_gateway() as gateway:
+        waiting = [asyncio.create_task(gateway.chat()) for _ in range(10)]
+        await wait_for(lambda: gateway.demand and gateway.endpoint().num_held == 10, "held")
+        await gateway.kill("router")
+        waiting += [asyncio.create_task(gateway.chat()) for _ in range(10)]  # these find none
+        gateway.demand = None
+        gateway.start_process("router")
+        await wait_for(lambda: gateway.demand and gateway.endpoint().num_held == 20, "held again, each once")
+        await gateway.add_front("chat-1")
+        answers = await asyncio.gather(*waiting)
+        assert [(answer.status, answer.is_whole) for answer in answers] == [(200, True)] * 20
+        await wait_for(lambda: gateway.endpoint().finished == 20, "each is counted once")
+        demand = gateway.endpoint()
+        assert (demand.arrived, demand.num_held, demand.num_in_flight) == (20, 0, 0)
+
+
+async def test_without_a_router_and_a_relay_a_request_at_zero_replicas_gets_an_answer() -> None:
+    async with running_gateway() as gateway:
+        await gateway.kill("relay")
         waiting = [asyncio.create_task(gateway.chat()) for _ in range(10)]
         await wait_for(lambda: gateway.demand and gateway.endpoint().num_held == 10, "held")
         await gateway.kill("router")

@@ -36,12 +36,21 @@ def relay_socket_path(run_dir: str, gateway_id: str) -> str:
 
 
 def front_socket_path(run_dir: str, replica_id: str) -> str:
-    """Return the path of the UNIX socket on which a front serves gateways of its own machine.
+    """Return the path of the UNIX socket on which a front serves gateways of its own machine; empty if that
+    is too long for a socket: then there is only the TCP address."""
+    return _replica_socket_path(run_dir, "front", replica_id)
 
-    An id that is too long for a socket's name, or that would lead out of the directory, is replaced by its
-    hash. Empty if even that is too long: then there is only the TCP address.
-    """
-    path = f"{run_dir}/front-{replica_id}.sock"
+
+def peer_socket_path(run_dir: str, replica_id: str) -> str:
+    """Return the path of the UNIX socket on which a front takes its siblings' streams into its engine; empty
+    if that is too long for a socket: then it takes none."""
+    return _replica_socket_path(run_dir, "peer", replica_id)
+
+
+def _replica_socket_path(run_dir: str, kind: str, replica_id: str) -> str:
+    """An id that is too long for a socket's name, or that would lead out of the directory, is replaced by its
+    hash."""
+    path = f"{run_dir}/{kind}-{replica_id}.sock"
     if "/" in replica_id or len(path.encode()) > MAX_SOCKET_PATH_BYTES:
-        path = f"{run_dir}/front-{sha256(replica_id.encode()).hexdigest()[:16]}.sock"
+        path = f"{run_dir}/{kind}-{sha256(replica_id.encode()).hexdigest()[:16]}.sock"
     return path if len(path.encode()) <= MAX_SOCKET_PATH_BYTES else ""

@@ -132,18 +132,19 @@ def token_logprobs(row_V: Float32Row, token_id: int, num_top: int) -> TokenLogpr
     highest = float(row_V.max())
     mass = int(weights(row_V, highest, 1.0).sum())
     ids = most_likely_ids(row_V, highest, num_top) if num_top else np.empty(0, np.int64)
-    return logprobs_of(row_V, token_id, ids, highest, mass)
+    return logprobs_of(float(row_V[token_id]), ids, row_V[ids], highest, mass)
 
 
 def logprobs_of(
-    row_V: Float32Row, token_id: int, top_ids: NDArray[np.integer], highest: float, mass: int
+    logit: float, top_ids: NDArray[np.integer], top_logits: Float32Row, highest: float, mass: int
 ) -> TokenLogprobs:
-    """Return the log-probabilities of a token and of `top_ids`. `mass`: of all weights at temperature 1."""
+    """Return the log-probabilities of a token and of `top_ids`, from their logits, the row's highest one, and
+    the mass of all weights at temperature 1."""
     log_sum = highest + math.log(mass / (1 << UNIT_BITS))
-    logprob = max(float(row_V[token_id]) - log_sum, LEAST_LOGPROB)
+    logprob = max(logit - log_sum, LEAST_LOGPROB)
     if not len(top_ids):
         return TokenLogprobs(logprob)
-    logprobs = np.maximum(row_V[top_ids].astype(np.float64) - log_sum, LEAST_LOGPROB)
+    logprobs = np.maximum(top_logits.astype(np.float64) - log_sum, LEAST_LOGPROB)
     return TokenLogprobs(logprob, list(zip(top_ids.tolist(), logprobs.tolist())))
 
 

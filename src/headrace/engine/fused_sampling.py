@@ -7,64 +7,35 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.api.messages import SamplingParams
+from headrace.api.messages import TokenLogprobs
+from headrace.engine.distribution import logprobs_of
 from headrace.engine.operations.kernels import KernelsMissing, Library, Team, load_kernels
 
 _MAX_TOP = 64
 TASK = np.dtype(
     [
         ("logits", np.uint64),
-        ("seed", np.uint64),
+        ("settings", np.uint64),
+        ("allowed", np.uint64),
         ("index", np.int64),
-        ("temperature", np.float64),
-        ("top_p", np.float64),
-        ("min_p", np.float64),
-        ("top_k", np.int32),
-        ("num_top", np.int32),
+        ("is_checked", np.int64),
         ("mass", np.int64),
         ("highest", np.float32),
+        ("logit", np.float32),
         ("token_id", np.int32),
     ],
     align=True,
 )
 """The same fields in the same order as `SampleTask` in kernels/sampling.h."""
-_MASK_64 = (1 << 64) - 1
+NOT_FINITE = -1
+"""In place of a token: the highest logit is not finite, or some logit is NaN."""
 _OUT_OF_MEMORY = -2
-
-Task = tuple[int, int, int, float, float, float, int, int, int, float, int]
-
-
-class Drawn(NamedTuple):
-    """What came of one task. For its log-probabilities: the likeliest tokens' ids, the highest logit, and the
-    mass at temperature 1, as `distribution.logprobs_of` takes them."""
-
-    token_id: int
-    """-1: the highest logit is not finite, or some logit is NaN."""
-    top_ids: NDArray[np.int32]
-    highest: float
-    mass: int
-
-
-def task(address: int, sampling: SamplingParams, index: int) -> Task:
-    """Return the task of choosing the token at `index` of a generation from the logits at `address`."""
-    return (
-        address,
-        sampling.seed & _MASK_64,
-        index,
-        sampling.temperature,
-        sampling.top_p,
-        sampling.min_p,
-        sampling.top_k,
-        sampling.num_logprobs,
-        0,
-        0.0,
-        0,
-    )
+NONE_ALLOWED = -3
+"""In place of a token: all logits became minus infinity."""
 
 
 class FusedSampling:
@@ -75,35 +46,61 @@ class FusedSampling:
         self._team = team
         pointer = ctypes.c_void_p
         self._function = library.function(
-            "headrace_sample", [pointer, pointer, ctypes.c_int, ctypes.c_int, pointer]
+            "headrace_sample", [pointer, pointer, ctypes.c_int, ctypes.c_int, pointer, pointer]
         )
         self._reserve(64)
 
     def _reserve(self, num_tasks: int) -> None:
         self._tasks = np.zeros(num_tasks, TASK)
+        self._columns = {name: self._tasks[name] for name in TASK.names or ()}
         self._top_ids = np.zeros((num_tasks, _MAX_TOP), np.int32)
-        self._addresses = (self._tasks.ctypes.data, self._top_ids.ctypes.data)
+        self._top_logits = np.zeros((num_tasks, _MAX_TOP), np.float32)
+        self._addresses = tuple(array.ctypes.data for array in (self._tasks, self._top_ids, self._top_logits))
 
-    def choose(self, tasks: Sequence[Task], vocab_size: int) -> list[int]:
-        """Return each task's token; -1 as in `Drawn`. The rows, `vocab_size` float32 each, stay as they are,
-        and must live so long. Raises MemoryError."""
-        num_tasks = len(tasks)
+    def choose(
+        self,
+        logits_SV: NDArray[np.float32],
+        rows: Sequence[int],
+        settings: Sequence[int],
+        indices: Sequence[int],
+        masks: Sequence[int] = (),
+        *,
+        are_checked: bool = False,
+    ) -> list[int]:
+        """Return a token for each of `rows`, or what stands in its place.
+
+        Of each row: the address of its SampleSettings, which token of its generation it is, and the address
+        of the bits that say which tokens are allowed (0: all; no `masks`: all, in every row).
+        `are_checked`: all have a mask and were given a token before, so that logits that are not finite need
+        not be looked for. The logits stay as they are. Raises MemoryError.
+        """
+        num_tasks, vocab_size = len(rows), logits_SV.shape[1]
         if num_tasks > len(self._tasks):
             self._reserve(2 * num_tasks)
-        self._tasks[:num_tasks] = tasks
+        assert logits_SV.strides[1] == logits_SV.itemsize == 4, f"rows lie apart: {logits_SV.strides}"
+        first, stride = logits_SV.ctypes.data, logits_SV.strides[0]
+        columns = self._columns
+        columns["logits"][:num_tasks] = [first + stride * row for row in rows]
+        columns["settings"][:num_tasks] = settings
+        columns["index"][:num_tasks] = indices
+        columns["allowed"][:num_tasks] = masks or 0
+        columns["is_checked"][:num_tasks] = are_checked
         handle = None if self._team is None else self._team.handle
-        self._function(handle, self._addresses[0], num_tasks, vocab_size, self._addresses[1])
-        token_ids: list[int] = self._tasks["token_id"][:num_tasks].tolist()
+        tasks, top_ids, top_logits = self._addresses
+        self._function(handle, tasks, num_tasks, vocab_size, top_ids, top_logits)
+        token_ids: list[int] = columns["token_id"][:num_tasks].tolist()
         if _OUT_OF_MEMORY in token_ids:
             raise MemoryError("no memory to sort the likeliest tokens of a row")
         return token_ids
 
-    def drawn(self, place: int, vocab_size: int) -> Drawn:
-        """Return all that came of the task at `place` of the last call. Valid until the next one."""
-        done = self._tasks[place]
-        num_top = min(max(int(done["num_top"]), 0), vocab_size, _MAX_TOP)
-        top_ids = self._top_ids[place, :num_top]
-        return Drawn(int(done["token_id"]), top_ids, float(done["highest"]), int(done["mass"]))
+    def logprobs(self, task: int, num_top: int) -> TokenLogprobs:
+        """Return the log-probabilities of the token that the last call chose for `task`, and of the `num_top`
+        likeliest ones, as its settings asked."""
+        done = self._tasks[task]
+        top_ids, top_logits = self._top_ids[task, :num_top], self._top_logits[task, :num_top]
+        return logprobs_of(
+            float(done["logit"]), top_ids, top_logits, float(done["highest"]), int(done["mass"])
+        )
 
 
 def load_fused_sampling(team: Team | None = None) -> FusedSampling | None:

@@ -17,6 +17,9 @@ from headrace.engine.request import EngineRequest
 COMPILE_LIMIT_S = 20.0
 """Longest time that a request waits for its grammar. Fronts let only such grammars through as compile in a
 second, so this means an engine that has no time."""
+_IDLE_POLL_S = 1.0
+"""Pause between two looks whether the engine is idle, the first one included: the engine's first request, if
+it comes at once, does not meet the preparation, nor does its start."""
 _STACK_BYTES = 8 << 20
 """Twice what a front's grammar worker has: what is nested too deeply breaks there."""
 
@@ -26,6 +29,10 @@ class Compiler(Protocol):
 
     def constrain(self, grammar: str, token_ids: Sequence[int]) -> tuple[Constraint | None, str]:
         """Return a constraint that has taken `token_ids`, or None and why not."""
+        ...
+
+    def prepare(self) -> None:
+        """Make what the first grammar would have to wait for. Does nothing the second time."""
         ...
 
 
@@ -59,12 +66,13 @@ class GrammarQueue:
     """Bounded by the requests that the engine takes. All methods are for the engine's thread."""
 
     def __init__(self, make_compiler: Callable[[], Compiler]) -> None:
-        """`make_compiler` is called at the first grammar, in the compiling thread."""
+        """`make_compiler` is called at the first grammar, or before, in the compiling thread."""
         self._make_compiler = make_compiler
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[_Result] = queue.SimpleQueue()
         self._waiting: dict[str, _Waiting] = {}
         self._thread: threading.Thread | None = None
+        self._may_prepare: Callable[[], bool] | None = None
 
     def __repr__(self) -> str:
         return f"<GrammarQueue {len(self._waiting)} waiting>"
@@ -74,6 +82,13 @@ class GrammarQueue:
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._waiting
+
+    def prepare_when(self, is_idle: Callable[[], bool]) -> None:
+        """Prepare for the first grammar at a moment when `is_idle`, which is asked in the compiling thread,
+        unless that grammar comes first. While it prepares, steps may wait for up to 50 ms, twice."""
+        assert self._thread is None, f"{self!r} has begun"
+        self._may_prepare = is_idle
+        self._thread = self._start_thread()
 
     def add(self, request: EngineRequest, grammar: str, now_s: float) -> None:
         """Make the constraint of `request`, with the tokens that it brings; `settle` gives it back."""
@@ -130,10 +145,25 @@ class GrammarQueue:
     def _run(self) -> None:
         compiler: Compiler | None = None
         while True:
-            job = self._jobs.get()
+            try:
+                job = self._jobs.get(timeout=_IDLE_POLL_S if self._may_prepare else None)
+            except queue.Empty:
+                if self._may_prepare is not None and self._may_prepare():
+                    self._may_prepare = None
+                    compiler = self._prepare()
+                continue
+            self._may_prepare = None
             try:
                 compiler = compiler or self._make_compiler()
                 constraint, error = compiler.constrain(job.grammar, job.token_ids)
             except Exception as failure:  # whatever it is, it must end this one request and no other
                 constraint, error = None, f"{type(failure).__name__}: {failure}"
             self._results.put(_Result(job.arrival, constraint, error))
+
+    def _prepare(self) -> Compiler | None:
+        try:
+            compiler = self._make_compiler()
+            compiler.prepare()
+        except Exception:  # whatever it is, the first grammar meets it again, and its request is told
+            return None
+        return compiler

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from llguidance import LLMatcher, LLTokenizer
 
-from headrace.engine.constraint import Constraint, TokenMask
+from headrace.engine.constraint import Constraint, MaskWords
 from headrace.engine.grammar_limits import engine_limits
 
 _MAX_COMPILED = 32
@@ -55,7 +55,7 @@ class GrammarCompiler:
         # Without one, answers end where the grammar allows nothing more; the matcher wants one all the same.
         self._end_token_ids = sorted(eos_token_ids) or [0]
         self._tokenizer: LLTokenizer | None = None
-        self._token_mask: TokenMask | None = None
+        self._mask_words: MaskWords | None = None
         self._compiled: OrderedDict[bytes, CompiledGrammar] = OrderedDict()
         """By the hash of their text, least recently used first."""
 
@@ -72,14 +72,17 @@ class GrammarCompiler:
         num_matched = matcher.try_consume_tokens(list(token_ids))
         if num_matched < len(token_ids):
             return None, f"token {num_matched} of resume_from does not match the grammar"
-        assert self._token_mask is not None
-        constraint = Constraint(matcher, self._token_mask)
-        constraint.num_advanced = num_matched
-        return constraint, ""
+        assert self._mask_words is not None
+        return Constraint(matcher, self._mask_words, num_matched), ""
 
-    def _compile(self, grammar: str) -> CompiledGrammar:
+    def prepare(self) -> None:
+        """Put the vocabulary into the matcher's form, if that was not done yet."""
         if self._tokenizer is None:
             self._tokenizer = self._build_tokenizer()
+
+    def _compile(self, grammar: str) -> CompiledGrammar:
+        self.prepare()
+        assert self._tokenizer is not None
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=engine_limits())
         if matcher.is_error():
             return CompiledGrammar(None, str(matcher.get_error()).partition("\n")[0])
@@ -94,5 +97,5 @@ class GrammarCompiler:
         plain = LLTokenizer(vocabulary, n_vocab=num_tokens, eos_token=self._end_token_ids, slices=[])  # type: ignore[arg-type]
         time.sleep(_PAUSE_S)
         tokenizer = plain.with_slices(LLTokenizer.general_slices())
-        self._token_mask = TokenMask(num_tokens, vocabulary.special_token_ids)
+        self._mask_words = MaskWords(num_tokens, vocabulary.special_token_ids)
         return tokenizer

@@ -22,7 +22,7 @@ from headrace.api.messages import (
 from headrace.clock import Clock
 from headrace.engine.grammar_queue import GrammarQueue
 from headrace.engine.kv_cache.block_pool import BlockPool
-from headrace.engine.prompt_budget import prompt_budget
+from headrace.engine.prompt_budget import Streams, prompt_budget
 from headrace.engine.protocol import ModelRunner, StepInput
 from headrace.engine.request import EngineRequest, check_request
 from headrace.engine.sampler import Sampler
@@ -149,10 +149,10 @@ class NativeEngine:
         if not self._is_computing():
             return StepBatch(failures, self.load(), self._scheduler.pool.take_forgotten())
         begin_s = self._clock.now_s()
-        decision = self._scheduler.schedule(self._prompt_budget())
+        decision = self._scheduler.schedule(self._prompt_budget)
         assert decision.scheduled, f"a step without work: {self!r}"
         if self._speculator is not None:
-            self._speculator.add_drafts(decision, self._scheduler)
+            self._speculator.add_drafts(decision, self._scheduler, self._work.fit.coefficients)
         logits_SV = self._runner.execute(self._builder.build(decision.scheduled))
         verified = verify(
             decision.scheduled, lambda rows, requests: self._sampler.sample(logits_SV, requests, rows)
@@ -162,12 +162,11 @@ class NativeEngine:
         self._steps += 1
         self._step_s = self._clock.now_s() - begin_s
         if self._speculator is not None:
-            self._speculator.observe(decision, verified, self._step_s)
+            self._speculator.observe(verified)
         return StepBatch(failures + outputs, self.load(), self._scheduler.pool.take_forgotten())
 
-    def _prompt_budget(self) -> int:
-        coefficients, budget = self._work.fit.coefficients, self._spec.token_budget
-        return prompt_budget(coefficients, *self._scheduler.streams(), budget)
+    def _prompt_budget(self, streams: Streams) -> int:
+        return prompt_budget(self._work.fit.coefficients, streams, self._spec.token_budget)
 
     def _settle_grammars(self) -> list[StepOutput]:
         """Schedule the requests whose grammar is compiled; return the end of those whose grammar failed."""

@@ -6,7 +6,7 @@ Must not know probabilities, random numbers, or other requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,45 +17,56 @@ Float32Row = NDArray[np.float32]
 _FIRST_CAPACITY = 64
 
 
-class _SeenTokens:
+class SeenTokens:
     """Distinct tokens and how often each was added, as arrays that grow by doubling."""
 
     def __init__(self) -> None:
         self._place: dict[int, int] = {}
-        self._ids = np.empty(_FIRST_CAPACITY, np.int64)
-        self._counts = np.empty(_FIRST_CAPACITY, np.float32)
+        self.all_ids = np.empty(_FIRST_CAPACITY, np.int64)
+        """The first len(self) are in use, as in `all_counts`. At times a larger array takes its place."""
+        self.all_counts = np.empty(_FIRST_CAPACITY, np.float32)
 
-    def add(self, token_id: int) -> None:
-        place = self._place.get(token_id)
-        if place is None:
-            place = self._place[token_id] = len(self._place)
-            if place == len(self._ids):
-                self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
-                self._counts = np.concatenate([self._counts, np.empty_like(self._counts)])
-            self._ids[place] = token_id
-            self._counts[place] = 0.0
-        self._counts[place] += 1.0
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def add(self, token_ids: Iterable[int]) -> None:
+        """Count some more tokens."""
+        places, counts = self._place, self.all_counts
+        for token_id in token_ids:
+            place = places.get(token_id)
+            if place is None:
+                place = places[token_id] = len(places)
+                if place == len(self.all_ids):
+                    self.all_ids = np.concatenate([self.all_ids, np.empty_like(self.all_ids)])
+                    counts = self.all_counts = np.concatenate([counts, np.empty_like(counts)])
+                self.all_ids[place] = token_id
+                counts[place] = 0.0
+            counts[place] += 1.0
 
     @property
     def ids(self) -> NDArray[np.int64]:
-        return self._ids[: len(self._place)]
+        return self.all_ids[: len(self._place)]
 
     @property
     def counts(self) -> Float32Row:
-        return self._counts[: len(self._place)]
+        return self.all_counts[: len(self._place)]
 
 
 class Penalties:
     """What one request's sampling parameters do to its logits. Absent for requests that change nothing."""
 
     def __init__(self, sampling: SamplingParams, stop_token_ids: frozenset[int]) -> None:
+        self.generated = SeenTokens()
+        """Counted where frequency or presence is penalised."""
+        self.seen = SeenTokens()
+        """Of prompt and answer; counted where repetition is penalised."""
+        self.bias_ids = np.fromiter(sampling.logit_bias.keys(), np.int64)
+        self.biases = np.fromiter(sampling.logit_bias.values(), np.float32)
+        self.stop_ids = np.fromiter(stop_token_ids, np.int64)
         self._sampling = sampling
-        self._generated = _SeenTokens()
-        self._all = _SeenTokens()
-        self._num_seen = 0
-        self._bias_ids = np.fromiter(sampling.logit_bias.keys(), np.int64)
-        self._biases = np.fromiter(sampling.logit_bias.values(), np.float32)
-        self._stop_ids = np.fromiter(stop_token_ids, np.int64)
+        self._counts_seen = sampling.repetition_penalty != 1.0
+        self._counts_generated = bool(sampling.frequency_penalty or sampling.presence_penalty)
+        self._num_counted = 0
 
     @classmethod
     def of(cls, sampling: SamplingParams, stop_token_ids: frozenset[int]) -> Penalties | None:
@@ -74,27 +85,33 @@ class Penalties:
 
         Order: repetition (CTRL, arXiv:1909.05858), frequency and presence (OpenAI), bias, minimum length.
         """
-        self._count(token_ids, num_prompt_tokens)
+        self.count(token_ids, num_prompt_tokens)
         sampling = self._sampling
-        if sampling.repetition_penalty != 1.0:
-            ids = self._all.ids
-            seen = row_V[ids]
+        if len(self.seen):
+            ids = self.seen.ids
+            logits = row_V[ids]
             penalty = np.float32(sampling.repetition_penalty)
-            row_V[ids] = np.where(seen > 0, seen / penalty, seen * penalty)
-        if sampling.frequency_penalty or sampling.presence_penalty:
+            row_V[ids] = np.where(logits > 0, logits / penalty, logits * penalty)
+        if len(self.generated):
             frequency = np.float32(sampling.frequency_penalty)
             presence = np.float32(sampling.presence_penalty)
-            row_V[self._generated.ids] -= frequency * self._generated.counts + presence
-        if len(self._bias_ids):
-            row_V[self._bias_ids] += self._biases
-        if len(token_ids) - num_prompt_tokens < sampling.min_tokens:
-            row_V[self._stop_ids] = -np.inf
+            row_V[self.generated.ids] -= frequency * self.generated.counts + presence
+        if len(self.bias_ids):
+            row_V[self.bias_ids] += self.biases
+        if self.forbids_stops(len(token_ids) - num_prompt_tokens):
+            row_V[self.stop_ids] = -np.inf
 
-    def _count(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
-        counts_all = self._sampling.repetition_penalty != 1.0
-        for index in range(self._num_seen, len(token_ids)):
-            if counts_all:
-                self._all.add(token_ids[index])
-            if index >= num_prompt_tokens:
-                self._generated.add(token_ids[index])
-        self._num_seen = len(token_ids)
+    def count(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        """Take in the tokens that came since the last call: one per step, however long the context."""
+        begin, end = self._num_counted, len(token_ids)
+        if begin == end:
+            return
+        if self._counts_seen:
+            self.seen.add(token_ids[begin:])
+        if self._counts_generated:
+            self.generated.add(token_ids[max(begin, num_prompt_tokens) :])
+        self._num_counted = end
+
+    def forbids_stops(self, num_generated_tokens: int) -> bool:
+        """Whether the next token may not be a stop: fewer than min_tokens were generated."""
+        return num_generated_tokens < self._sampling.min_tokens

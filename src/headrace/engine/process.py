@@ -102,14 +102,19 @@ class EngineLoop:
 
     def run(self) -> None:
         """Return when a drain is complete. Raises FrontGone, ProtocolError, and what a step raises."""
-        while True:
-            self._read_commands()
-            if self._engine.has_work():
-                self._send(self._engine.step())
-            elif self._refusals or self._is_load_wanted or self._clock.now_s() >= self._next_heartbeat_s:
-                self._send(StepBatch([], self._engine.load()))
-            elif self._drain.is_set:
-                return
+        while self.turn():
+            pass
+
+    def turn(self) -> bool:
+        """Read what came, waiting at most until the next heartbeat, and do what follows. False: drained."""
+        self._read_commands()
+        if self._engine.has_work():
+            self._send(self._engine.step())
+        elif self._refusals or self._is_load_wanted or self._clock.now_s() >= self._next_heartbeat_s:
+            self._send(StepBatch([], self._engine.load()))
+        elif self._drain.is_set:
+            return False
+        return True
 
     def _read_commands(self) -> None:
         is_idle = not self._engine.has_work() and not self._drain.is_set
@@ -238,11 +243,13 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
     engine.compute_first_step()
     if spec.is_standby:
         engine.sleep(1)
+    grammars.prepare_when(lambda: not engine.has_work())
     return engine
 
 
 def compiler_for(files: ModelFiles, eos_token_ids: frozenset[int]) -> Compiler:
-    """Return what compiles grammars for a model. Called at the first grammar: the library loads slowly."""
+    """Return what compiles grammars for a model. Called when the engine is idle, or at the first grammar: the
+    library loads slowly."""
     from headrace.engine.grammars import GrammarCompiler
     from headrace.engine.model_files.metadata import read_metadata
     from headrace.engine.model_files.vocabulary import read_token_bytes

@@ -12,6 +12,7 @@ from headrace.api.messages import FinishReason, GenerationRequest, SamplingParam
 from headrace.engine.constraint import Constraint
 from headrace.engine.kv_cache.prefix_cache import BlockHash, root_hash
 from headrace.engine.penalties import Penalties
+from headrace.engine.sample_settings import RowSettings
 from headrace.engine.speculation.controller import DraftController
 from headrace.errors import InvalidRequest
 
@@ -92,8 +93,9 @@ def _check_ids(name: str, token_ids: Collection[int], vocab_size: int) -> None:
 class EngineRequest:
     """One accepted request: its tokens, how far they are computed, and its KV blocks.
 
-    The scheduler owns num_computed_tokens, the block table and the hashes; the sampler owns `penalties` and
-    `constraint`; speculation owns `draft_controller` and `proposer_state`, None until it needs them.
+    The scheduler owns num_computed_tokens, the block table and the hashes; the sampler owns `penalties`,
+    `constraint` and `row_settings`; speculation owns `draft_controller` and `proposer_state`. What is None at
+    first is made when it is needed.
     """
 
     __slots__ = (
@@ -116,6 +118,7 @@ class EngineRequest:
         "proposer_state",
         "request_id",
         "root_hash",
+        "row_settings",
         "sampling",
         "stop_token_ids",
         "token_ids",
@@ -156,6 +159,7 @@ class EngineRequest:
         self.root_hash = root_hash(request.cache_salt)
         self.num_shared_tokens = request.num_shared_tokens
         self.penalties = Penalties.of(sampling, self.stop_token_ids)
+        self.row_settings: RowSettings | None = None
         self.draft_controller: DraftController | None = None
         self.proposer_state: object | None = None
         self.constraint: Constraint | None = None

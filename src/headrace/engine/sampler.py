@@ -8,7 +8,7 @@ Must not know blocks, scheduling, or why a request ends.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from headrace.api.messages import TokenLogprobs
 from headrace.engine.constraint import ConstraintError
-from headrace.engine.distribution import LEAST_LOGPROB, draw, logprobs_of, token_logprobs, uniform
-from headrace.engine.fused_sampling import FusedSampling, task
+from headrace.engine.distribution import LEAST_LOGPROB, draw, token_logprobs, uniform
+from headrace.engine.fused_sampling import NONE_ALLOWED, FusedSampling
 from headrace.engine.penalties import Float32Row
 from headrace.engine.request import NO_TOKEN, EngineRequest
+from headrace.engine.sample_settings import RowSettings
 
 LEAST_TEMPERATURE = 1e-5
 """Below it the most likely token is taken: dividing by less overflows, and changes nothing."""
@@ -59,80 +60,170 @@ class Sampler:
         """
         if not requests:
             return []
-        places = range(len(requests)) if rows is None else rows
         if logits_SV.device.type != "cpu":
             if all(_is_plain_greedy(request) for request in requests):
-                return _most_likely(logits_SV[list(places)])
+                return _most_likely(logits_SV if rows is None else logits_SV[list(rows)])
             logits_SV = logits_SV.cpu()
         logits = logits_SV.numpy()
-        changed: dict[int, Float32Row] = {}
-        ended: dict[int, Sampled] = {}
-        for index, request in enumerate(requests):
-            if request.penalties is not None or request.constraint is not None:
-                result = _change(logits[places[index]], request)
-                if isinstance(result, Sampled):
-                    ended[index] = result
-                else:
-                    changed[index] = result
-        choose = self._choose if self._fused is None else self._choose_fused
-        results = choose(logits, places, requests, changed)
-        for index in changed:
-            if requests[index].constraint is not None:
-                results[index] = _advance(requests[index], results[index])
-        for index, result in ended.items():
-            results[index] = result
+        if self._fused is not None:
+            return _FusedStep(self._fused, logits, requests, rows).sample()
+        places = range(len(requests)) if rows is None else rows
+        return [_sample_one(logits[place], request) for place, request in zip(places, requests)]
+
+
+class _FusedStep:
+    """One step's rows, sampled in one call of the kernels, and a second one for rows whose first choice their
+    grammar forbids."""
+
+    def __init__(
+        self,
+        fused: FusedSampling,
+        logits: NDArray[np.float32],
+        requests: Sequence[EngineRequest],
+        rows: Sequence[int] | None,
+    ) -> None:
+        self._fused = fused
+        self._logits = logits
+        self._requests = requests
+        self._rows = range(len(requests)) if rows is None else rows
+        self._settings = [_settings_of(request) for request in requests]
+        self._indices = [len(request.token_ids) - request.num_prompt_tokens for request in requests]
+
+    def sample(self) -> list[Sampled]:
+        """Return one result per request."""
+        requests = self._requests
+        held = [task for task, request in enumerate(requests) if request.constraint is not None]
+        if not held:
+            return self._choose(range(len(requests)))
+        # The likeliest token of all, if it is allowed, is the likeliest of the allowed ones: most masks of
+        # greedy answers need not be computed, above all those in free text, which take longest.
+        tried = [task for task in held if _takes_likeliest(requests[task])]
+        masked = [task for task in held if not _takes_likeliest(requests[task])]
+        failed = self._compute_masks(masked)
+        results = self._choose(range(len(requests)), masked)
+        forbidden = [task for task in tried if _is_forbidden(requests[task], results[task].token_id)]
+        if forbidden:
+            failed |= self._compute_masks(forbidden)
+            for task, result in zip(forbidden, self._choose(forbidden, forbidden, are_checked=True)):
+                results[task] = result
+        for task in (*masked, *forbidden):
+            results[task] = failed.get(task) or _advance(requests[task], results[task])
         return results
+
+    def _compute_masks(self, tasks: Sequence[int]) -> dict[int, Sampled]:
+        """Compute what may come next in some rows; return the results of those whose grammar cannot go on."""
+        failures = ((task, _compute_mask(self._requests[task])) for task in tasks)
+        return {task: failure for task, failure in failures if failure is not None}
 
     def _choose(
-        self,
-        logits: NDArray[np.float32],
-        places: Sequence[int],
-        requests: Sequence[EngineRequest],
-        changed: Mapping[int, Float32Row],
+        self, tasks: Sequence[int], masked: Sequence[int] = (), *, are_checked: bool = False
     ) -> list[Sampled]:
-        """Choose a token from each row, or from what it was changed to."""
-        return [
-            _choose_one(changed.get(index, logits[place]), request)
-            for index, (place, request) in enumerate(zip(places, requests))
-        ]
-
-    def _choose_fused(
-        self,
-        logits: NDArray[np.float32],
-        places: Sequence[int],
-        requests: Sequence[EngineRequest],
-        changed: Mapping[int, Float32Row],
-    ) -> list[Sampled]:
-        """The same in one call of the kernels."""
-        fused, vocab_size = self._fused, logits.shape[1]
-        assert fused is not None
-        assert logits.strides[1] == logits.itemsize == 4, f"rows of logits lie apart: {logits.strides}"
-        first, stride = logits.ctypes.data, logits.strides[0]
-        tasks = [
-            task(first + place * stride, request.sampling, request.num_generated_tokens)
-            if index not in changed
-            else task(changed[index].ctypes.data, request.sampling, request.num_generated_tokens)
-            for index, (place, request) in enumerate(zip(places, requests))
-        ]
-        token_ids = fused.choose(tasks, vocab_size)
-        results = [Sampled(token_id) if token_id >= 0 else _DAMAGED for token_id in token_ids]
-        for index, request in enumerate(requests):
-            if request.sampling.num_logprobs >= 0 and token_ids[index] >= 0:
-                row_V = changed.get(index, logits[places[index]])
-                drawn = fused.drawn(index, vocab_size)
-                logprobs = logprobs_of(row_V, drawn.token_id, drawn.top_ids, drawn.highest, drawn.mass)
-                results[index] = Sampled(drawn.token_id, logprobs)
+        """Choose a token for each of `tasks`; those that are in `masked`, too, hold to their masks.
+        `are_checked`: all were given a token before, without their masks."""
+        requests, fused = self._requests, self._fused
+        masks = {task: _mask_address(requests[task]) for task in masked}
+        token_ids = fused.choose(
+            self._logits,
+            [self._rows[task] for task in tasks],
+            [self._settings[task] for task in tasks],
+            [self._indices[task] for task in tasks],
+            [masks.get(task, 0) for task in tasks] if masks else (),
+            are_checked=are_checked,
+        )
+        results = [Sampled(token_id) for token_id in token_ids]
+        for place, task in enumerate(tasks):
+            request, token_id = requests[task], token_ids[place]
+            if token_id < 0:
+                results[place] = _no_token(request, is_none_allowed=token_id == NONE_ALLOWED)
+            elif request.sampling.num_logprobs >= 0:
+                num_top = min(request.sampling.num_logprobs, self._logits.shape[1])
+                results[place] = Sampled(token_id, fused.logprobs(place, num_top))
         return results
+
+
+def _settings_of(request: EngineRequest) -> int:
+    """Return the address of a request's settings, with the tokens that came since the last row."""
+    settings = request.row_settings
+    if settings is None:
+        settings = request.row_settings = RowSettings(request.sampling, request.penalties)
+    if request.penalties is not None:
+        settings.update(request.token_ids, request.num_prompt_tokens)
+    return settings.address
+
+
+def _mask_address(request: EngineRequest) -> int:
+    assert request.constraint is not None
+    return request.constraint.mask_address
+
+
+def _takes_likeliest(request: EngineRequest) -> bool:
+    """Whether its token is the likeliest one, and nothing else of the row is wanted."""
+    return request.sampling.temperature < LEAST_TEMPERATURE and request.sampling.num_logprobs < 0
+
+
+def _is_forbidden(request: EngineRequest, token_id: int) -> bool:
+    """Let the grammar take a token that was chosen without it; say whether it did not. It is not asked where
+    there is no token. An end is for the mask to allow."""
+    assert request.constraint is not None
+    return token_id >= 0 and (
+        token_id in request.stop_token_ids or not request.constraint.try_advance(token_id)
+    )
+
+
+def _sample_one(row_V: Float32Row, request: EngineRequest) -> Sampled:
+    """Sample one row with numpy."""
+    # numpy's argmax takes a tenth of torch's time, gives ties to the lower id, and finds NaN.
+    if not math.isfinite(row_V[row_V.argmax()]):
+        return _DAMAGED
+    if request.penalties is not None:
+        row_V = row_V.copy()
+        request.penalties.apply(row_V, request.token_ids, request.num_prompt_tokens)
+    constraint = request.constraint
+    if constraint is None:
+        return _choose(row_V, request)
+    return _compute_mask(request) or _advance(request, _choose(constraint.apply(row_V), request))
+
+
+def _choose(row_V: Float32Row, request: EngineRequest) -> Sampled:
+    sampling = request.sampling
+    token_id = int(row_V.argmax())
+    if not math.isfinite(row_V[token_id]):
+        return _no_token(request, is_none_allowed=row_V[token_id] == -math.inf)
+    if sampling.temperature >= LEAST_TEMPERATURE:
+        token_id = draw(row_V, sampling, uniform(sampling.seed, request.num_generated_tokens))
+    if sampling.num_logprobs < 0:
+        return Sampled(token_id)
+    return Sampled(token_id, token_logprobs(row_V, token_id, sampling.num_logprobs))
+
+
+def _compute_mask(request: EngineRequest) -> Sampled | None:
+    """Compute what may come next; return a result if the grammar cannot go on."""
+    constraint = request.constraint
+    assert constraint is not None
+    assert constraint.num_advanced == request.num_generated_tokens, f"{constraint!r} of {request!r}"
+    try:
+        constraint.compute_mask(request.end_token_ids)
+    except ConstraintError as error:
+        return _stopped(error)
+    return None
+
+
+def _no_token(request: EngineRequest, *, is_none_allowed: bool) -> Sampled:
+    """Say why there is no token: the row is damaged, or nothing is left of it.
+
+    Nothing is left where the answer is complete, or where only an end is allowed that min_tokens or
+    ignore_eos forbid: no token obeys both, and what the grammar says is what the answer was asked to be.
+    """
+    constraint = request.constraint
+    if not is_none_allowed or constraint is None:
+        return _DAMAGED
+    if constraint.can_end:
+        return Sampled(NO_TOKEN)
+    return _stopped(ConstraintError("no token of this model's vocabulary can continue it"))
 
 
 def _is_plain_greedy(request: EngineRequest) -> bool:
-    sampling = request.sampling
-    return (
-        sampling.temperature < LEAST_TEMPERATURE
-        and request.penalties is None
-        and request.constraint is None
-        and sampling.num_logprobs < 0
-    )
+    return _takes_likeliest(request) and request.penalties is None and request.constraint is None
 
 
 def _most_likely(logits_SV: torch.Tensor) -> list[Sampled]:
@@ -144,34 +235,11 @@ def _most_likely(logits_SV: torch.Tensor) -> list[Sampled]:
     ]
 
 
-def _change(row_V: Float32Row, request: EngineRequest) -> Float32Row | Sampled:
-    """Return a row with penalties and grammar applied, or a result if there is nothing to choose."""
-    if request.penalties is not None:
-        row_V = row_V.copy()
-        if not math.isfinite(row_V.max()):
-            return _DAMAGED
-        request.penalties.apply(row_V, request.token_ids, request.num_prompt_tokens)
-    return row_V if request.constraint is None else _constrain(row_V, request)
-
-
-def _choose_one(row_V: Float32Row, request: EngineRequest) -> Sampled:
-    sampling = request.sampling
-    # numpy's argmax takes a tenth of torch's time, gives ties to the lower id, and finds NaN.
-    token_id = int(row_V.argmax())
-    if not math.isfinite(row_V[token_id]):
-        return _DAMAGED
-    if sampling.temperature >= LEAST_TEMPERATURE:
-        token_id = draw(row_V, sampling, uniform(sampling.seed, request.num_generated_tokens))
-    if sampling.num_logprobs < 0:
-        return Sampled(token_id)
-    return Sampled(token_id, token_logprobs(row_V, token_id, sampling.num_logprobs))
-
-
 def _advance(request: EngineRequest, result: Sampled) -> Sampled:
     """Tell a request's grammar the token that was chosen."""
     constraint = request.constraint
     assert constraint is not None
-    if result.error:
+    if result.token_id < 0:
         return result
     try:
         if result.token_id not in request.stop_token_ids:
@@ -187,26 +255,3 @@ def _advance(request: EngineRequest, result: Sampled) -> Sampled:
 
 def _stopped(error: ConstraintError) -> Sampled:
     return Sampled(NO_TOKEN, error=f"the grammar stopped this answer: {error}")
-
-
-def _constrain(row_V: Float32Row, request: EngineRequest) -> Float32Row | Sampled:
-    """Return the row masked with the request's grammar, or a result if no token is left.
-
-    None is left where the answer is complete, or where only an end is allowed that min_tokens or ignore_eos
-    forbid: no token obeys both, and what the grammar says is what the answer was asked to be.
-    """
-    constraint = request.constraint
-    assert constraint is not None
-    assert constraint.num_advanced == request.num_generated_tokens, f"{constraint!r} of {request!r}"
-    try:
-        masked_V = constraint.mask(row_V, request.end_token_ids)
-    except ConstraintError as error:
-        return _stopped(error)
-    highest = float(masked_V.max())  # of the masked row alone: a pass takes 4 µs; NaN shows here, too
-    if math.isfinite(highest):
-        return masked_V
-    if highest == -math.inf and constraint.can_end:
-        return Sampled(NO_TOKEN)
-    if highest == -math.inf and math.isfinite(row_V.max()):
-        return _stopped(ConstraintError("no token of this model's vocabulary can continue it"))
-    return _DAMAGED

@@ -7,14 +7,16 @@ Pure. Must not know torch, time, sampling or sockets.
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
 
 from headrace.engine.kv_cache.block_pool import BlockPool
 from headrace.engine.kv_cache.prefix_cache import extend_hashes
+from headrace.engine.prompt_budget import Streams
 from headrace.engine.request import EngineRequest
 
 _order = attrgetter("order")
@@ -53,6 +55,11 @@ class Decision:
     """Rows of the step: tokens, and guesses or the room that is reserved for them."""
     has_lookahead: bool = False
     """Some request was given room for guesses."""
+
+
+def _all(streams: Streams) -> int:
+    """Bound prompts by nothing but the step's token budget."""
+    return sys.maxsize
 
 
 class Scheduler:
@@ -98,16 +105,16 @@ class Scheduler:
             self.pool.distrust(request.block_table)
         self._release(request)
 
-    def schedule(self, max_prompt_tokens: int | None = None) -> Decision:
+    def schedule(self, prompt_budget: Callable[[Streams], int] = _all) -> Decision:
         """Choose the next step's tokens, and give them blocks.
 
         Every running request gets at least one token while the budget lasts, so that one long prompt does not
-        stall the streams behind it; `max_prompt_tokens` bounds what prompts get together. Nobody is admitted
-        in a step that had to preempt.
+        stall the streams behind it; `prompt_budget` says how many prompts get together, and is asked only
+        where there are any. Nobody is admitted in a step that had to preempt.
         """
         decision = Decision()
         budget = self._token_budget
-        for_prompts = budget if max_prompt_tokens is None else max_prompt_tokens
+        for_prompts: int | None = None
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
@@ -115,6 +122,8 @@ class Scheduler:
             num_missing = len(request.token_ids) - request.num_computed_tokens
             num_new = 1
             if num_missing > 1:
+                if for_prompts is None:
+                    for_prompts = prompt_budget(self._streams())
                 num_new = min(num_missing, max(1, min(budget - num_behind, for_prompts)))
                 for_prompts -= num_new
             if not self._make_room(request, request.num_computed_tokens + num_new, decision):
@@ -122,8 +131,10 @@ class Scheduler:
             decision.scheduled.append(Scheduled(request, num_new, num_new == num_missing))
             budget -= num_new
             index += 1
-        if not decision.preempted:
-            for_prompts = min(budget, for_prompts)
+        if self.waiting and not decision.preempted and len(self.running) < self._max_running:
+            if for_prompts is None:
+                for_prompts = prompt_budget(self._streams())
+            for_prompts = max(0, min(budget, for_prompts))
             budget -= for_prompts - self._admit(for_prompts, decision)
         decision.num_tokens = self._token_budget - budget
         return decision
@@ -161,19 +172,6 @@ class Scheduler:
         decision.scheduled[place] = decision.scheduled[place]._replace(draft_token_ids=draft_token_ids)
         decision.num_tokens -= num_reserved - len(draft_token_ids)
 
-    def streams(self) -> tuple[int, int, int]:
-        """Return how many requests decode, the tokens in their contexts, and how far the first prompt is."""
-        num_decoding = num_kv_tokens = 0
-        num_before: int | None = None
-        for request in self.running:
-            num_tokens, num_computed = len(request.token_ids), request.num_computed_tokens
-            if num_tokens - num_computed == 1:
-                num_decoding += 1
-                num_kv_tokens += num_tokens
-            elif num_before is None:
-                num_before = num_computed
-        return num_decoding, num_kv_tokens, num_before or 0
-
     def update(self, decision: Decision, num_accepted: Sequence[int] = ()) -> None:
         """Take note that the step was computed: advance each request, make its full blocks findable.
 
@@ -186,6 +184,23 @@ class Scheduler:
             self._advance(item.request, num_new)
             if decision.has_lookahead:
                 self._return_unused(item.request)
+
+    def _streams(self) -> Streams:
+        """Say what runs and what waits. Looks at each running request: only where there are prompts."""
+        num_decoding = num_kv_tokens = 0
+        num_before: int | None = None
+        for request in self.running:
+            num_tokens, num_computed = len(request.token_ids), request.num_computed_tokens
+            if num_tokens - num_computed == 1:
+                num_decoding += 1
+                num_kv_tokens += num_tokens
+            elif num_before is None:
+                num_before = num_computed
+        num_running = len(self.running)
+        num_to_admit = min(len(self.waiting), self._max_running - num_running)
+        return Streams(
+            num_decoding, num_kv_tokens, num_running - num_decoding + num_to_admit, num_before or 0
+        )
 
     def _advance(self, request: EngineRequest, num_new_tokens: int) -> None:
         shift = self._block_shift
@@ -260,8 +275,6 @@ class Scheduler:
 
     def _admit(self, budget: int, decision: Decision) -> int:
         """Move waiting requests to running, in order, as far as budget and blocks go; return the rest."""
-        if not self.waiting or budget <= 0 or len(self.running) >= self._max_running:
-            return budget
         # What the running requests will still take: admitting past it would only preempt again.
         reserved = sum(self._num_blocks_to_come(request) for request in self.running)
         while self.waiting and budget > 0 and len(self.running) < self._max_running:

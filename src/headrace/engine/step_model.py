@@ -1,9 +1,10 @@
 """What a step takes: fits seconds = a + b*P + q*P*C + c*D + d*KV to recent steps, and says how well.
 
-P uncached prompt tokens, C the mean context they attend to, D decoded tokens, KV tokens that those read. Owns
-the fit: least squares of the relative error over the normal equations, old steps forgotten exponentially, a
-weak pull towards the last solution, which keeps what recent steps say nothing about (no prompt for a while,
-always the same batch). Pure. Must not know engines or the time. `policy.step_time` computes with the result.
+P uncached prompt tokens, C the mean context they attend to, D decoded tokens, KV tokens that those read; what
+guesses attend to counts with P*C. Owns the fit: least squares of the relative error over the normal
+equations, old steps forgotten exponentially, a weak pull towards the last solution, which keeps what recent
+steps say nothing about (no prompt for a while, always the same batch). Pure. Must not know engines or the
+time. `policy.step_time` computes with the result.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _MIN_EXPECTED = 32
 """Steps of a kind (with or without prompt tokens) after which one is expected to be like the others."""
 _MAX_RELATIVE_ERROR = 10.0
 """Most that one step adds to the mean of the errors."""
-_NO_RUN = (0, 0, 0)
+_NO_RUN = (0, 0, 0, 0)
 
 
 class StepContents(NamedTuple):
@@ -39,7 +40,10 @@ class StepContents(NamedTuple):
     num_attended_tokens: int = 0
     """P*C: over those prompt tokens, the sum of the tokens that each attends to, itself included."""
     num_decoded_tokens: int = 0
+    """One per decoding request, and its guesses."""
     num_kv_tokens: int = 0
+    num_guess_attended_tokens: int = 0
+    """Over the guesses, the sum of the tokens that each attends to."""
 
 
 class StepModelFit:
@@ -60,8 +64,8 @@ class StepModelFit:
         self._solution = [0.0] * _SIZE
         self._is_solved = False
         self._run = _NO_RUN
-        """P, P*C and D of the last steps, which are added to the sums together: while a batch decodes,
-        hundreds in a row are alike but for KV."""
+        """P, P*C of prompts, D, and P*C of guesses of the last steps, which are added to the sums together:
+        while a batch decodes, hundreds in a row are alike but for KV."""
         self._run_sums = [0.0] * 5
         """Over those: of 1, KV, KV*KV, time, time*KV."""
         self._base_s = self._limit_s = self._expected_s = 0.0
@@ -77,10 +81,10 @@ class StepModelFit:
 
     def observe(self, seconds: float, contents: StepContents) -> None:
         """Take one step. One of nothing or of no time says nothing."""
-        num_prompt, num_attended, num_decoded, num_kv = contents
+        num_prompt, num_attended, num_decoded, num_kv, num_guessing = contents
         if not (0 < seconds < math.inf) or num_prompt + num_decoded <= 0:
             return
-        run = (num_prompt, num_attended, num_decoded)
+        run = (num_prompt, num_attended, num_decoded, num_guessing)
         if run != self._run or self._run_sums[0] >= _SOLVE_EVERY:
             self._begin_run(run, num_kv, min(seconds, _MAX_STEP_S))
         kv = num_kv / _UNITS[4]
@@ -145,15 +149,14 @@ class StepModelFit:
 
     # ---- the fit
 
-    def _begin_run(self, run: tuple[int, int, int], num_kv: int, seconds: float) -> None:
+    def _begin_run(self, run: tuple[int, int, int, int], num_kv: int, seconds: float) -> None:
         """Close the last run, and say what is expected of the steps of this one."""
         self._add_run()
         self._run = run
-        num_prompt, num_attended, num_decoded = run
+        num_prompt, num_attended, num_decoded, num_guessing = run
         a, b, q, c, d = self._solution
-        self._base_s = (
-            a + b * num_prompt / _UNITS[1] + q * num_attended / _UNITS[2] + c * num_decoded / _UNITS[3]
-        )
+        attended = (num_attended + num_guessing) / _UNITS[2]
+        self._base_s = a + b * num_prompt / _UNITS[1] + q * attended + c * num_decoded / _UNITS[3]
         expected_s = self._base_s + d * num_kv / _UNITS[4]
         self._limit_s = _MAX_STEP_S
         if self._num_of_kind[num_prompt > 0] > _MIN_EXPECTED and expected_s > 0:
@@ -170,9 +173,10 @@ class StepModelFit:
         if not n:
             return
         self._run_sums = [0.0] * 5
-        num_prompt, num_attended, num_decoded = self._run
+        num_prompt, num_attended, num_decoded, num_guessing = self._run
         self._run = _NO_RUN
-        p, pc, d = num_prompt / _UNITS[1], num_attended / _UNITS[2], num_decoded / _UNITS[3]
+        p, d = num_prompt / _UNITS[1], num_decoded / _UNITS[3]
+        pc = (num_attended + num_guessing) / _UNITS[2]
         keep, weight = self._keep**n, 1.0 / (self._expected_s * self._expected_s)
         np, npc, nd = n * p, n * pc, n * d
         products = [n, np, npc, nd, kv, t, np * p, np * pc, np * d, p * kv, p * t]

@@ -25,8 +25,10 @@ def prompt_part(num_tokens: int, num_before: int) -> StepContents:
 
 def decode_part(num_tokens: int, num_context: int) -> StepContents:
     """Return what a decoding request brings: `num_tokens` tokens (guessed ones included), and `num_context`
-    in its context after the step."""
-    return StepContents(0, 0, num_tokens, num_context)
+    in its context after the step. Keys are read once; each guess attends to them besides."""
+    num_guesses = num_tokens - 1
+    num_attended = num_guesses * num_context - num_guesses * (num_guesses - 1) // 2
+    return StepContents(0, 0, num_tokens, num_context, num_attended)
 
 
 def split(total_ns: int, weights: Sequence[float]) -> list[int]:
@@ -92,6 +94,6 @@ class WorkAccount:
         a, b, q, c, d = coefficients if any(coefficients) else _UNMEASURED
         fixed = a / len(parts)
         return [
-            fixed + b * num_prompt + q * num_attended + c * num_decoded + d * num_kv
-            for num_prompt, num_attended, num_decoded, num_kv in parts
+            fixed + b * num_prompt + q * (num_attended + num_guessing) + c * num_decoded + d * num_kv
+            for num_prompt, num_attended, num_decoded, num_kv, num_guessing in parts
         ]

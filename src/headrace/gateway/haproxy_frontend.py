@@ -17,6 +17,8 @@ from headrace.policy.prompt import HEAD_BYTES as PROMPT_HEAD_BYTES
 
 ROUTER_BACKEND = "headrace-router"
 RELAY_BACKEND = "headrace-relay"
+AGAIN_HEADER = "x-headrace-again"
+"""Of the answer to a second pass that is to come again, as the relay knows it."""
 HEAD_BYTES = 98_304
 """The part of the body in which `model` is looked for (the buffer also holds the headers)."""
 RELAYED_FROM_BYTES = 65_536
@@ -160,19 +162,31 @@ def internal_frontend(spec: GatewaySpec, paths: GatewayPaths) -> str:
   http-request set-var(txn.backend) {find_backend}
   http-request set-log-level silent unless has_backend
   {return_format(404, answers.unknown_model(known, MODEL_IN_REQUEST), "unless has_backend")}
-{_decide_rules(paths)}  use_backend %[var(txn.backend)]
+{_decide_rules(paths, _SECOND_PASS_RULES)}  use_backend %[var(txn.backend)]
 """
 
 
-_WAIT_RULES = f"""  http-request set-header x-headrace-wait %[var(txn.route.wait)] \
+_AGAIN_RULE = """  http-request set-var(txn.again) bool(true) \
+if is_generation has_model has_backend !is_relayed !{ var(txn.route.server) -m found } \
+!{ var(txn.route.wait) -m found } !{ var(txn.backend),nbsrv gt 0 }
+"""
+"""No word from the router, and no server to go to without it: the request is not lost, it comes again."""
+_WAIT_RULES = f"""{_AGAIN_RULE}  http-request set-header x-headrace-wait %[var(txn.route.wait)] \
 if {{ var(txn.route.wait) -m found }}
   http-request set-header x-headrace-model %[var(txn.route.wait_model)] if {{ var(txn.route.wait) -m found }}
   http-request set-header x-headrace-route 1 if {{ var(txn.route.wait) -m found }} \
 {{ var(txn.explain) -m found }}
   http-after-response set-header x-headrace-eta-s %[var(txn.route.eta)] if {{ var(txn.route.eta) -m found }}
+  http-request set-header x-headrace-wait router if {{ var(txn.again) -m found }}
+  http-request set-header x-headrace-model %[var(txn.model),url_enc] if {{ var(txn.again) -m found }}
   use_backend {RELAY_BACKEND} if {{ var(txn.route.wait) -m found }}
+  use_backend {RELAY_BACKEND} if {{ var(txn.again) -m found }} {{ nbsrv({RELAY_BACKEND}) gt 0 }}
 """
-"""A stream that waits for long: the relay waits with its client, and sends it again (`gateway.waiting`)."""
+"""A stream that waits for long: the relay waits with its client, and sends it again (`gateway.waiting`). And
+what came while the router was away: the relay sends it again until there is one."""
+_SECOND_PASS_RULES = f"""{_AGAIN_RULE}  http-request set-log-level silent if {{ var(txn.again) -m found }}
+  http-request return status 503 hdr {AGAIN_HEADER} 1 if {{ var(txn.again) -m found }}
+"""
 
 
 def _decide_rules(paths: GatewayPaths, wait_rules: str = "") -> str:

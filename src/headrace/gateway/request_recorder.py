@@ -210,6 +210,8 @@ def _join(gateway_id: str, request_id: str, parts: _Parts, wall_s: float) -> Req
         engine_ms=round(front.engine_s * 1000, 6) if front is not None else None,
         bytes_in=line.bytes_in if line.bytes_in >= 0 else None,
         bytes_out=line.bytes_out if line.bytes_out >= 0 else None,
+        resumptions=front.num_resumptions if front is not None else None,
+        hosts=front.hosts if front is not None else None,
     )
 
 

@@ -85,24 +85,46 @@ def server_of_state(state: ServerState, run_dir: str) -> Server | None:
     return Server(endpoint, replica_id, host.strip("[]"), int(port), is_shared=is_shared)
 
 
+class ConfigFiles:
+    """HAProxy's files on disk, written when their content changes."""
+
+    def __init__(self) -> None:
+        self._written: dict[str, str] = {}
+
+    def write(self, spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -> None:
+        """Make the files those of these servers. Raises ConfigError and OSError."""
+        files = render_files(spec, servers, fd_limit)
+        if files != self._written:
+            write_files(files)
+            self._written = files
+
+
 class ServerKeeper:
     """The loop that keeps HAProxy's servers and files equal to what the router wants."""
 
     def __init__(
-        self, spec: GatewaySpec, fd_limit: int, runtime: HaproxyRuntime, on_change: Callable[[], None]
+        self,
+        spec: GatewaySpec,
+        fd_limit: int,
+        runtime: HaproxyRuntime,
+        on_change: Callable[[], None],
+        files: ConfigFiles | None = None,
+        now_s: Callable[[], float] | None = None,
     ) -> None:
+        """files, now_s: others than the disk's and the running event loop's, for simulation."""
         self._spec = spec
         self._fd_limit = fd_limit
         self._runtime = runtime
         self._on_change = on_change
+        self._files = files or ConfigFiles()
+        self._now_s = now_s or _loop_time_s
         self._wanted: dict[str, Server] = {}
         self._known: frozenset[str] = frozenset()
         self._wake = asyncio.Event()
-        self._started_s = asyncio.get_running_loop().time()
+        self._started_s = self._now_s()
         self._reached_s = self._started_s
         self._needs_reload = False
         self._reload_not_before_s = 0.0
-        self._written: dict[str, str] = {}
         self.serving: frozenset[str] = frozenset()
         """Paths of the wanted servers that HAProxy has and that take requests, as of the last round."""
         self._present: frozenset[str] | None = None  # what HAProxy may send a request to; None: not known yet
@@ -177,7 +199,7 @@ class ServerKeeper:
     async def _reload(self) -> bool:
         """Reload unless the last try failed a moment ago. A refusal (a new port is taken) stops nothing else:
         the running HAProxy goes on with its old endpoints."""
-        now_s = asyncio.get_running_loop().time()
+        now_s = self._now_s()
         if now_s < self._reload_not_before_s:
             return False
         self._reload_not_before_s = now_s + RELOAD_PAUSE_S
@@ -211,7 +233,7 @@ class ServerKeeper:
     def _adopt(self, actual: Mapping[str, ServerState]) -> dict[str, Server]:
         """Return the wanted servers and, soon after the start, those whose replicas did not report yet."""
         wanted = dict(self._wanted)
-        if asyncio.get_running_loop().time() - self._started_s < ADOPTION_S:
+        if self._now_s() - self._started_s < ADOPTION_S:
             for path, state in actual.items():
                 server = server_of_state(state, self._spec.run_dir)
                 if server is not None and path not in self._known and not state.is_in_maintenance:
@@ -219,7 +241,7 @@ class ServerKeeper:
         return wanted
 
     def _publish(self, actual: Mapping[str, ServerState], revision: int) -> None:
-        self._reached_s = asyncio.get_running_loop().time()
+        self._reached_s = self._now_s()
         present = frozenset(path for path, state in actual.items() if not state.is_in_maintenance)
         serving = present & self._wanted.keys()
         self._set_published(present, serving, revision)
@@ -233,7 +255,7 @@ class ServerKeeper:
     def _survive_without_haproxy(self) -> None:
         """Prepare the files that a restarted HAProxy begins with. One missed answer changes nothing else:
         HAProxy itself ignores a server that it does not have."""
-        now_s = asyncio.get_running_loop().time()
+        now_s = self._now_s()
         if now_s - self._reached_s > ABSENT_AFTER_S:
             self._set_published(frozenset(), frozenset(), self._revision)
         if now_s - self._started_s >= ADOPTION_S:
@@ -243,13 +265,14 @@ class ServerKeeper:
                 self._note_failure(error)
 
     def _write(self, servers: Iterable[Server]) -> None:
-        files = render_files(self._spec, servers, self._fd_limit)
-        if files != self._written:
-            write_files(files)
-            self._written = files
+        self._files.write(self._spec, servers, self._fd_limit)
 
     def _note_failure(self, error: Exception) -> None:
         self.num_failures += 1
         if str(error) != self.last_error:
             self.last_error = str(error)
             logger.warning("haproxy: %s", error)
+
+
+def _loop_time_s() -> float:
+    return asyncio.get_running_loop().time()

@@ -7,6 +7,7 @@ Must not know HTTP, text or engines.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -19,6 +20,9 @@ from prometheus_client.core import (
 from headrace.api.messages import EngineLoad, StepModel, TerminalState
 from headrace.observability.histogram import LATENCY_BOUNDS_S, Histogram
 
+ResumeCause = Literal["engine_lost", "handover"]
+"""Why a stream went on elsewhere. handover: its replica leaves, or goes on standby."""
+_GAP_BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0)
 _ITL_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -44,6 +48,14 @@ class FrontMetrics:
         self.time_to_first_token = Histogram(LATENCY_BOUNDS_S)
         self.inter_token_latency = Histogram(_ITL_BOUNDS_S)
         self.e2e_latency = Histogram(LATENCY_BOUNDS_S)
+        self.num_resumed: dict[ResumeCause, int] = {"engine_lost": 0, "handover": 0}
+        """Times that a stream was sent to another engine, or again to its own."""
+        self.num_resumed_tokens = 0
+        self.num_given_up = 0
+        self.resume_gap = Histogram(_GAP_BOUNDS_S)
+        self.num_guests = 0
+        self.num_hosted = 0
+        self.num_stranded = 0
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -63,6 +75,9 @@ class FrontMetrics:
         gauges: tuple[tuple[str, str, float], ...] = (
             ("requests_open", "Requests open in the front", self.num_open),
             ("ready", "1 while requests are taken", self.is_ready),
+            ("streams_guests", "Streams of siblings in this replica's engine", self.num_guests),
+            ("streams_hosted", "Own streams in siblings' engines", self.num_hosted),
+            ("streams_stranded", "Own streams that wait for an engine", self.num_stranded),
             ("engine_requests_running", "Requests in the engine's batch", load.num_running),
             ("engine_requests_waiting", "Requests that wait in the engine", load.num_waiting),
             ("engine_kv_blocks_free", "KV blocks that can be allocated at once", load.num_free_blocks),
@@ -94,12 +109,22 @@ class FrontMetrics:
         for status, count in self.num_http_errors.items():
             errors.add_metric([*values, str(status)], count)
         yield errors
+        resumed = CounterMetricFamily(
+            "headrace_streams_resumed",
+            "Streams continued in another engine, or in their own after a restart, by cause",
+            labels=[*names, "cause"],
+        )
+        for cause, count in self.num_resumed.items():
+            resumed.add_metric([*values, cause], count)
+        yield resumed
         load = self.engine_load
         counters = (
             ("requests_accepted", "Requests that arrived", self.num_accepted),
             ("prompt_tokens", "Prompt tokens of ended requests", self.num_prompt_tokens),
             ("cached_tokens", "Prompt tokens that the prefix cache spared", self.num_cached_tokens),
             ("generation_tokens", "Generated tokens", self.num_output_tokens),
+            ("resumed_tokens", "Tokens that streams had when they were continued", self.num_resumed_tokens),
+            ("streams_given_up", "Streams that no engine could continue", self.num_given_up),
             ("engine_restarts", "Engine processes started after a death", self.num_engine_restarts),
             ("engine_preemptions", "Preemptions in this engine process", load.num_preemptions),
             ("engine_steps", "Steps of this engine process", load.steps),
@@ -131,6 +156,7 @@ class FrontMetrics:
                 self.inter_token_latency,
             ),
             ("e2e_request_latency_seconds", "Arrival to the end", self.e2e_latency),
+            ("stream_gap_seconds", "Loss of a stream's engine to its next token", self.resume_gap),
         )
         for name, help_text, histogram in histograms:
             family = HistogramMetricFamily(f"headrace_{name}", help_text, labels=list(self._labels))

@@ -48,3 +48,7 @@ class RequestRecord(msgspec.Struct, frozen=True, gc=False):
     ]
     bytes_in: Annotated[int | None, _field("bytes received from the client")]
     bytes_out: Annotated[int | None, _field("bytes sent to the client")]
+    resumptions: Annotated[
+        int | None, _field("times that its answer went on in another engine, or in its own after a restart")
+    ]
+    hosts: Annotated[list[str] | None, _field("the replicas whose engines continued it, in order")]

@@ -13,10 +13,9 @@ from typing import Protocol
 
 from headrace.api.messages import GenerationRequest, StepOutput, TerminalState, TokenLogprobs
 from headrace.api.openai import PromptTokensDetails, Usage
-from headrace.errors import ReplicaLost, RequestError
+from headrace.errors import RequestError
 from headrace.observability.front_metrics import FrontMetrics
 from headrace.replica.answer_shape import AnswerShape, ChoiceText
-from headrace.replica.engine_client import EngineStream
 from headrace.replica.frames import DONE, error_frame
 from headrace.replica.http_responder import Responder
 from headrace.replica.ledger import Ledger, RequestRecord
@@ -30,30 +29,21 @@ class GenerationFailed(RequestError):
     code = "generation_failed"
 
 
-class EngineLossPolicy(Protocol):
-    """What becomes of an answer whose engine is lost."""
-
-    def on_engine_lost(self, answer: Answer, reason: str) -> None:
-        """Decide. Called once for each choice that was in the engine, until the answer has ended."""
-        ...
-
-
-class FailOnEngineLoss:
-    """Ends the answer with an error. Continuing it on a sibling would take this place."""
-
-    def on_engine_lost(self, answer: Answer, reason: str) -> None:
-        answer.fail(ReplicaLost(f"the engine was lost while it answered ({reason}); send the request again"))
-
-
 class AnswerEngine(Protocol):
     """The engine, as answers see it."""
 
-    def submit(self, request: GenerationRequest, stream: EngineStream) -> None:
+    def submit(self, request: GenerationRequest, stream: Choice) -> None:
         """Take a request. Raises Overloaded."""
         ...
 
     def abort(self, request_id: str) -> None:
         """Take it back; unknown ids are ignored."""
+        ...
+
+    def has_request(self, request_id: str) -> bool: ...
+
+    def on_engine_lost(self, stream: Choice, reason: str) -> None:
+        """The engine is gone, and this stream was in it: continue it, or let it `fail`."""
         ...
 
 
@@ -64,7 +54,6 @@ class AnswerServices:
     engine: AnswerEngine
     ledger: Ledger
     metrics: FrontMetrics
-    loss_policy: EngineLossPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +240,15 @@ class Choice:
 
     def on_engine_lost(self, reason: str) -> None:
         if not self._answer.has_ended:
-            self._answer.services.loss_policy.on_engine_lost(self._answer, reason)
+            self._answer.services.engine.on_engine_lost(self, reason)
+
+    def on_resumed(self, host: str) -> None:
+        """It goes on in the engine of the replica `host`; empty: in its own."""
+        self._answer.on_resumed(host)
+
+    def fail(self, error: RequestError) -> None:
+        """It cannot go on, and so cannot the answer."""
+        self._answer.fail(error)
 
     def on_broken(self) -> None:
         self._answer.fail(GenerationFailed("the server failed at this request; see its log"))
@@ -302,6 +299,13 @@ class Answer:
         if not record.first_token_s:
             record.first_token_s = now_s
             self.services.metrics.time_to_first_token.observe(now_s - record.arrived_s)
+
+    def on_resumed(self, host: str) -> None:
+        """A choice goes on in another engine, or in its own after a restart."""
+        record = self._record
+        record.num_resumptions += 1
+        if host:
+            record.hosts.append(host)
 
     def on_choice_finished(self, choice: Choice) -> None:
         """A choice is complete; with the last one, so is the answer."""

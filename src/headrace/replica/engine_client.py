@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -150,8 +150,13 @@ class EngineClient:
 
     @property
     def num_requests(self) -> int:
-        """Requests inside the engine."""
+        """Requests inside the engine, guests included."""
         return len(self._streams)
+
+    @property
+    def streams(self) -> Mapping[str, EngineStream]:
+        """What is inside the engine, by request id."""
+        return self._streams
 
     # ---- requests
 
@@ -244,10 +249,14 @@ class EngineClient:
         self._ready_at_s = None
         self._error, self._is_retryable_end = "", True
         self._last_event_s = self._clock.now_s()
-        self._process = process = EngineProcess(self)
+        self._process = process = self.make_process()
         task = asyncio.get_running_loop().create_task(self._run_start(process))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def make_process(self) -> EngineProcess:
+        """Return a process that is not started yet. A simulation has others."""
+        return EngineProcess(self)
 
     async def _run_start(self, process: EngineProcess) -> None:
         try:

@@ -15,31 +15,44 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from headrace.api.messages import EngineLoad, FinishedRequest, LoadReport, ReplicaSpec, ReplicaState
+from headrace.api.messages import (
+    EngineLoad,
+    FinishedRequest,
+    GenerationRequest,
+    LoadReport,
+    ReplicaSpec,
+    ReplicaState,
+    SetSleep,
+    Siblings,
+)
 from headrace.api.openai import ModelCard
-from headrace.api.run_paths import front_socket_path
+from headrace.api.run_paths import front_socket_path, peer_socket_path
 from headrace.clock import Clock
 from headrace.errors import ModelError
 from headrace.observability.front_metrics import FrontMetrics
 from headrace.observability.line_log import BackgroundLog
-from headrace.replica.answer import AnswerServices, FailOnEngineLoss
+from headrace.policy.resumption import Limits, OwnEngine, guest_room
+from headrace.replica.answer import AnswerServices
+from headrace.replica.departure import Departure
 from headrace.replica.engine_client import EngineClient, EngineTimeLimits
 from headrace.replica.generation import Generator
 from headrace.replica.grammar_checker import GrammarChecker
 from headrace.replica.http_messages import AnswerHeads, HttpLimits
 from headrace.replica.http_server import HttpServer
 from headrace.replica.ledger import Ledger
+from headrace.replica.notice import NoticeWatcher
+from headrace.replica.peer_link import PeerPool
+from headrace.replica.peer_server import PeerServer
 from headrace.replica.prefix_digest import PrefixDigest, PrefixNews
 from headrace.replica.prompt_caching import PromptCaching, shared_prefix_tokens
 from headrace.replica.report import BUSY_INTERVAL_S, Reporter
 from headrace.replica.restart import RestartPolicy
+from headrace.replica.resumption import EngineStreams, StreamKeeper
 from headrace.replica.routes import Routes
 from headrace.replica.standby import Standby
+from headrace.replica.stream_class import stream_class_of
 from headrace.replica.text_model import PromptEncoder, TextModel, load_text_model
 
-RELEASE_LIMIT_S = 5.0
-"""Longest wait for routers to release a draining replica."""
-_NO_ROUTER_WAIT_S = 0.2
 _POLL_S = 0.01
 _ENGINE_STOP_S = 2.0
 _LAST_REPORTS_S = 0.5
@@ -69,7 +82,7 @@ class Front:
             self._make_report,
             self._report_interval_s,
             self._digest,
-            lambda level: self._standby.set_level(level),
+            self._on_order,
         )
         self._ledger = Ledger(self._metrics, self._access_log, clock, self._reporter)
         self._engine = EngineClient(
@@ -81,14 +94,22 @@ class Front:
             RestartPolicy(),
             self._digest,
         )
+        self._peers = PeerPool(clock)
+        limits_of_streams = Limits(spec.resume_attempts, spec.resume_limit_s)
+        self._keeper = StreamKeeper(
+            self._engine, self._peers, self._own_engine, limits_of_streams, self._metrics, clock
+        )
+        self._guests = PeerServer(self._engine, self._why_no_guest, self._reporter.notify)
+        streams = EngineStreams(self._engine, self._keeper, lambda: self._generator.num_preparing)
         self._standby = Standby(
             self._engine,
-            lambda: self._ledger.num_open,
+            streams,
             lambda: self._reporter.ask_release(self._sequence + 1),
             self._reporter.is_released,
             self._reporter.notify,
         )
-        services = AnswerServices(self._engine, self._ledger, self._metrics, FailOnEngineLoss())
+        self._departure = Departure(clock, self._reporter, streams, spec.handover_after_s, spec.drain_grace_s)
+        services = AnswerServices(self._keeper, self._ledger, self._metrics)
         fingerprint = "headrace-simulated" if is_simulated else "headrace-native"
         self._generator = Generator(spec.endpoint, spec.max_open, fingerprint, services, self._engine, clock)
         self._routes = Routes(self, self._generator, self._metrics, spec.needs_gateway)
@@ -100,10 +121,9 @@ class Front:
         self._grammars = None if is_simulated else GrammarChecker(f"headrace: grammars {spec.replica_id}")
         self._address = ""
         self._socket_path = ""
+        self._peer_path = ""
         self._created = int(clock.wall_s())
         self._sequence = 0
-        self._is_draining = False
-        self._draining_since_s = 0.0
         self._stop_requested = asyncio.Event()
 
     def __repr__(self) -> str:
@@ -114,7 +134,7 @@ class Front:
     # ---- what others ask
 
     def state(self) -> ReplicaState:
-        if self._is_draining:
+        if self._departure.has_begun:
             return "draining"
         if self._engine.state == "failed":
             return "failed"
@@ -147,7 +167,11 @@ class Front:
         metrics.num_engine_restarts = self._engine.num_restarts
         metrics.is_ready = self.state() == "ready"
         metrics.engine_load = self._engine.load or EngineLoad()
+        metrics.num_guests, metrics.num_hosted = self._guests.num_guests, self._keeper.num_hosted
+        metrics.num_stranded = self._keeper.num_waiting
         self._ledger.check_integrity()
+        self._guests.check_integrity()
+        self._keeper.check_integrity()
         return metrics
 
     def _make_report(self, finished: list[FinishedRequest], prefixes: PrefixNews) -> LoadReport:
@@ -182,11 +206,50 @@ class Front:
             prefixes_added=prefixes.added,
             prefixes_removed=prefixes.removed,
             speaks_h2=True,
+            peer_socket=self._peer_path,
+            stream_class=self._stream_class(),
+            num_guests=self._guests.num_guests,
+            num_hosted=self._keeper.num_hosted,
+            leave_by_s=self._departure.left_s(),
         )
 
     def _report_interval_s(self) -> float:
-        is_busy = self._ledger.num_open > 0 or self._is_draining
+        is_busy = self._ledger.num_open > 0 or self._guests.num_guests > 0 or self._departure.has_begun
         return BUSY_INTERVAL_S if is_busy else self._spec.lease_s / 3
+
+    # ---- what its parts ask
+
+    def _on_order(self, order: SetSleep | Siblings) -> None:
+        if isinstance(order, SetSleep):
+            self._standby.set_level(order.level)
+        else:
+            others = [each for each in order.siblings if each.replica_id != self._spec.replica_id]
+            self._keeper.set_siblings(others)
+
+    def _stream_class(self) -> str:
+        info = self._engine.info
+        return "" if info is None else stream_class_of(self._spec.stream_class, info)
+
+    def _own_engine(self) -> OwnEngine:
+        state = self._engine.state
+        is_leaving = self._departure.has_begun or self._standby.is_leaving
+        return OwnEngine(
+            state if state in ("ready", "starting") else "gone", self._stream_class(), is_leaving=is_leaving
+        )
+
+    def _why_no_guest(self, guest: GenerationRequest) -> str:
+        if (state := self.state()) != "ready":
+            return f"this replica is {state}"
+        if guest.stream_class != self._stream_class():
+            return "this engine computes differently"
+        num_open = self._ledger.num_open + self._guests.num_guests
+        if num_open >= guest_room(self._spec.max_open):
+            return f"{num_open} requests and guests are here, which is all that it takes"
+        return ""
+
+    def _on_notice(self, left_s: float) -> None:
+        self._departure.leave_by_s = self._clock.now_s() + left_s
+        self._stop_requested.set()
 
     # ---- life
 
@@ -208,16 +271,22 @@ class Front:
             print(f"front: cannot listen on a UNIX socket in {self._spec.run_dir}", file=sys.stderr)
             self._access_log.close()
             return 2
+        await self._listen_peers()
         _log.info("%s listens on %s", self._spec.replica_id, self._address)
         reporting = asyncio.create_task(self._reporter.run())
         self._engine.start()
-        loading = asyncio.create_task(self._load_model())
+        tasks = [reporting, loading := asyncio.create_task(self._load_model())]
+        if self._spec.notice_file:
+            watcher = NoticeWatcher(self._spec.notice_file, self._clock, self._on_notice)
+            tasks.append(asyncio.create_task(watcher.run()))
         try:
             await self._stop_requested.wait()
-            await self._drain()
+            await self._leave()
         finally:
-            reporting.cancel()
-            await asyncio.wait([reporting, loading], timeout=_ENGINE_STOP_S)
+            for task in tasks:
+                if task is not loading:
+                    task.cancel()
+            await asyncio.wait(tasks, timeout=_ENGINE_STOP_S)
             if self._socket_path:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._socket_path)
@@ -236,6 +305,18 @@ class Front:
         else:
             self._socket_path = path
 
+    async def _listen_peers(self) -> None:
+        """Offer the engine to siblings. Without this socket they go elsewhere."""
+        path = peer_socket_path(self._spec.run_dir, self._spec.replica_id)
+        if not path:
+            return
+        try:
+            await self._guests.listen(path)
+        except OSError as error:
+            _log.warning("cannot listen on %s: %s; this engine takes no guests", path, error)
+        else:
+            self._peer_path = path
+
     async def _load_model(self) -> None:
         try:
             model: TextModel = await asyncio.to_thread(load_text_model, self._spec.engine)
@@ -251,18 +332,22 @@ class Front:
             self._generator.set_model(model, self._encoder, caching, self._grammars)
             self._reporter.notify()
 
-    async def _drain(self) -> None:
-        """Leave by the handshake: report it, serve until released, finish what is open, stop the engine."""
-        self._is_draining = True
+    async def _leave(self) -> None:
+        """Be released, hand over what stays open, free the engine, relay to the end, exit."""
+        departure = self._departure
         await self._standby.stop()
-        self._draining_since_s = self._clock.now_s()
-        self._reporter.notify()
-        await self._wait_until(self._is_released, RELEASE_LIMIT_S)
+        await departure.wait_for_release()
         self._generator.is_closed = True
         self._server.close_idle()
-        await self._wait_until(lambda: self._ledger.num_open == 0, self._spec.drain_grace_s)
+        if await departure.free_engine():
+            # Its memory is free from here on; what siblings continue goes on through this front.
+            await self._engine.stop(_ENGINE_STOP_S)
+            await departure.wait_for_streams(lambda: self._ledger.num_open)
         self._generator.fail_open()
         await self._wait_until(lambda: self._ledger.num_open == 0, _ENGINE_STOP_S)
+        self._guests.close()
+        self._keeper.close()
+        self._peers.close()
         await self._engine.stop(_ENGINE_STOP_S)
         await self._server.close()
         await self._wait_until(self._reporter.has_told_all, _LAST_REPORTS_S)
@@ -270,11 +355,6 @@ class Front:
             self._encoder.close()
         if self._grammars is not None:
             await self._grammars.close()
-
-    def _is_released(self) -> bool:
-        if self._reporter.has_router():
-            return self._reporter.is_released()
-        return self._clock.now_s() - self._draining_since_s > _NO_ROUTER_WAIT_S
 
     async def _wait_until(self, condition: Callable[[], bool], limit_s: float) -> None:
         deadline_s = self._clock.now_s() + limit_s

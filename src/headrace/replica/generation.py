@@ -114,6 +114,11 @@ class Generator:
         """
         self._model, self._encoder, self._caching, self._grammars = model, encoder, caching, grammars
 
+    @property
+    def num_preparing(self) -> int:
+        """Requests that are being read: the engine does not have them yet."""
+        return len(self._preparing)
+
     def has_model(self) -> bool:
         return self._model is not None
 
@@ -293,7 +298,7 @@ class Generator:
         base, sampling, n = record.request_id, prompt.sampling, prompt.choices_per_prompt
         total = n * len(prompt.token_ids)
         attempt = 1
-        while any(self._engine.has_request(_choice_id(base, k, total)) for k in range(total)):
+        while any(self._services.engine.has_request(_choice_id(base, k, total)) for k in range(total)):
             # The same request came again while its first try is open, after a broken connection for example.
             attempt += 1
             base = f"{record.request_id}~{attempt}"

@@ -7,7 +7,7 @@ Must not know HTTP, text or engines.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from headrace.api.messages import FinishedRequest, TerminalState, gateway_of
@@ -37,6 +37,10 @@ class RequestRecord:
     status: int = 0
     """The HTTP status that was sent; 0: none."""
     error: str = ""
+    num_resumptions: int = 0
+    """Times that one of its streams went on in another engine, or in its own after a restart."""
+    hosts: list[str] = field(default_factory=list)
+    """Siblings that continued it, in order; bounded by attempts and drains."""
 
 
 class LedgerListener(Protocol):
@@ -126,6 +130,8 @@ class Ledger:
                 "total_s": round(total_s, 6),
                 "engine_ms": round(record.engine_s * 1000, 6),
                 "error": record.error,
+                "resumptions": record.num_resumptions,
+                "hosts": record.hosts,
             }
         )
         self._listener.on_end(
@@ -140,6 +146,8 @@ class Ledger:
                 ttft_s,
                 total_s,
                 record.engine_s,
+                record.num_resumptions,
+                record.hosts,
             )
         )
 

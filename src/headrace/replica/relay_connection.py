@@ -1,8 +1,9 @@
 """One request of the relay: its body is read whole, it is sent again to HAProxy, its answer is passed back.
 
-Two kinds come here. One whose model HAProxy could not see: the model is found, and the answer goes back byte
-by byte. And a stream that is held for long (`x-headrace-wait`, with its model beside): its client is told
-that it waits, until the real answer comes (`waiting_answer`).
+Three kinds come here. One whose model HAProxy could not see: the model is found, and the answer goes back
+byte by byte. A stream that is held for long (`x-headrace-wait`, with its model beside): its client is told
+that it waits, until the real answer comes (`waiting_answer`). And one that found no router and no replica.
+Each is sent again while HAProxy says that there is no router.
 Owns HAProxy's side of that request, its limits, and what is told when one side ends. Must not know endpoints
 or replicas. Source: RFC 9112.
 """
@@ -34,6 +35,11 @@ CONNECT_TIMEOUT_S = 2.0
 LINGER_S = 2.0
 """After a refusal that leaves bytes unread: how long they are read and dropped, so that HAProxy sees the
 answer rather than a reset."""
+AGAIN_HEADER = b"\r\nx-headrace-again:"
+"""HAProxy's word that neither the router nor a replica is there: the second pass is to come again."""
+AGAIN_S = 0.25
+AGAIN_LIMIT_S = 30.0
+"""A router is back within a second or two; after so long its gateway is beyond help."""
 MAX_MODEL_CHARACTERS = 200
 """No endpoint's name is longer than 128; a longer model is cut, and cannot become a known one by that."""
 _NOT_PASSED_ON = frozenset(
@@ -79,6 +85,14 @@ def head_again(method: str, target: str, headers: Sequence[tuple[str, str]], mod
     return "\r\n".join(lines).encode("latin-1")
 
 
+def _may_be_no_answer(first: bytearray) -> bool:
+    """Whether an answer that begins so may be HAProxy's word to come again, or is."""
+    status = b"HTTP/1.1 503"
+    if not first.startswith(status[: len(first)]):
+        return False
+    return AGAIN_HEADER in first.lower() or (b"\r\n\r\n" not in first and len(first) < MAX_HEAD_BYTES)
+
+
 class RelayOwner(Protocol):
     """The relay, as its connections see it."""
 
@@ -116,6 +130,10 @@ class RelayConnection(asyncio.Protocol):
         self._head_bytes = 0
         self._is_in_head = True
         self._body = bytearray()
+        self._head_again = b""
+        self._first_bytes = bytearray()
+        """Of the second pass's answer, while they do not tell whether it is one."""
+        self._sending: asyncio.TimerHandle | None = None
         self._waiting: WaitingAnswer | None = None
 
     def __repr__(self) -> str:
@@ -207,7 +225,8 @@ class RelayConnection(asyncio.Protocol):
         try:
             if "x-headrace-wait" in headers:
                 model = unquote(headers.get("x-headrace-model", ""))
-                self._begin_waiting(headers["x-headrace-wait"])
+                if headers["x-headrace-wait"] != "router":
+                    self._begin_waiting(headers["x-headrace-wait"])
             else:
                 model = find_model(self._body)
         except RequestError as error:
@@ -216,9 +235,14 @@ class RelayConnection(asyncio.Protocol):
         self._phase = "forwarding"
         method = self._parser.get_method().decode("latin-1")
         target = self._target.decode("latin-1")
-        head = head_again(method, target, self._headers, model, len(self._body))
-        self._upstream = Upstream(self, head, self._body)
-        self._body = bytearray()
+        self._head_again = head_again(method, target, self._headers, model, len(self._body))
+        self._began_s = self._owner.clock.now_s()
+        self._send()
+
+    def _send(self) -> None:
+        """Begin a second pass. The body stays here until it is known to be the last one."""
+        self._sending = None
+        self._upstream = Upstream(self, self._head_again, self._body)
         self._connecting = asyncio.get_running_loop().create_task(self._connect(self._upstream))
 
     def _begin_waiting(self, eta: str) -> None:
@@ -230,7 +254,6 @@ class RelayConnection(asyncio.Protocol):
         assert self._transport is not None
         self._waiting = WaitingAnswer(self._transport.write, eta_s, self._owner.clock.now_s())
         self._waiting.begin(self._owner.heads.stream("", keep_alive=False, is_chunked=True))
-        self._has_answer = True
 
     async def _connect(self, upstream: Upstream) -> None:
         try:
@@ -243,26 +266,53 @@ class RelayConnection(asyncio.Protocol):
 
     def pass_on(self, data: bytes) -> None:
         """Send a piece of the answer. Called by the second pass."""
-        self._has_answer = True
         self._last_data_s = self._owner.clock.now_s()
         if self._transport is None:
             return
+        if not self._has_answer:
+            self._first_bytes += data
+            if _may_be_no_answer(self._first_bytes):
+                if AGAIN_HEADER in self._first_bytes.lower():
+                    self._send_later()
+                return
+            data = self._accept()
+        self._deliver(data)
+
+    def _deliver(self, data: bytes) -> None:
+        assert self._transport is not None
         if self._waiting is None:
             self._transport.write(data)
         else:
             self._waiting.feed(data)
             self._end_waiting()
 
+    def _accept(self) -> bytes:
+        """This pass is the last one. Return the first bytes of its answer."""
+        first, self._first_bytes, self._has_answer = bytes(self._first_bytes), bytearray(), True
+        self._body = bytearray()
+        self._free_body()
+        return first
+
+    def _send_later(self) -> None:
+        """There is no router: it is being restarted."""
+        self._first_bytes.clear()
+        self._drop_upstream()
+        if self._owner.clock.now_s() - self._began_s > AGAIN_LIMIT_S:
+            self._end_with(Overloaded("the gateway's router is away", retry_after_s=1.0))
+        else:
+            self._sending = asyncio.get_running_loop().call_later(AGAIN_S, self._send)
+
     def body_sent(self) -> None:
         """The body is gone, or not wanted any more. Called by the second pass."""
         self._last_data_s = self._owner.clock.now_s()
-        self._free_body()
 
     def answer_ended(self) -> None:
         """HAProxy closed the second pass. An answer that was cut stays visibly cut: nothing is added."""
         self._upstream = None
         if self._phase != "forwarding" or self._transport is None:
             return
+        if self._first_bytes:  # cut in its head
+            self._deliver(self._accept())
         if self._waiting is not None:
             self._waiting.end()
             self._end_waiting()
@@ -289,6 +339,7 @@ class RelayConnection(asyncio.Protocol):
         if self._waiting is not None:  # the status is out: an error event takes its place
             self._waiting.refuse(body)
             self._free_body()
+            self._drop_upstream()
             self._end_waiting()
             return
         self._phase = "ending"
@@ -310,6 +361,8 @@ class RelayConnection(asyncio.Protocol):
     def _drop_upstream(self) -> None:
         if self._connecting is not None:
             self._connecting.cancel()
+        if self._sending is not None:
+            self._sending.cancel()
         upstream, self._upstream = self._upstream, None
         if upstream is not None:
             upstream.abort()

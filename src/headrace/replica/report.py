@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from headrace.api.framing import FrameDecoder, encode_frame
-from headrace.api.messages import FinishedRequest, LoadReport, ReportAck, SetSleep
+from headrace.api.messages import FinishedRequest, LoadReport, ReportAck, SetSleep, Siblings
 from headrace.errors import ProtocolError
 from headrace.replica.prefix_digest import PrefixDigest, PrefixFeed, PrefixNews
 
@@ -31,7 +31,8 @@ _MAX_PER_REPORT = 512
 _CONTROLLER_SOCKET = "controller.sock"
 _log = logging.getLogger(__name__)
 
-OnSleep = Callable[[int], None]
+OnOrder = Callable[[SetSleep | Siblings], None]
+"""Hears what a controller says: how deep the engine is to sleep, and who the siblings are."""
 MakeReport = Callable[[list[FinishedRequest], PrefixNews], LoadReport]
 
 
@@ -44,7 +45,7 @@ class ReportSink:
         make_report: MakeReport,
         interval_s: Callable[[], float],
         digest: PrefixDigest | None = None,
-        on_sleep: OnSleep | None = None,
+        on_order: OnOrder | None = None,
     ) -> None:
         self._path = path
         self._make_report = make_report
@@ -59,7 +60,7 @@ class ReportSink:
         self.is_connected = False
         self.is_released = False
         self._released_from = 0
-        self._on_sleep = on_sleep
+        self._on_order = on_order
 
     def __repr__(self) -> str:
         state = "connected" if self.is_connected else "disconnected"
@@ -142,16 +143,16 @@ class ReportSink:
         self._news.set()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        # Only a controller may put the engine to sleep.
-        kinds = ReportAck if self.is_router or self._on_sleep is None else ReportAck | SetSleep
-        decoder: FrameDecoder[ReportAck | SetSleep] = FrameDecoder(kinds)
+        # Only a controller may put the engine to sleep, or name siblings.
+        kinds = ReportAck if self.is_router or self._on_order is None else ReportAck | SetSleep | Siblings
+        decoder: FrameDecoder[ReportAck | SetSleep | Siblings] = FrameDecoder(kinds)
         while data := await reader.read(65536):
             for message in decoder.feed(data):
                 if isinstance(message, ReportAck):
                     if message.sequence >= self._released_from:
                         self.is_released = message.is_released
-                elif self._on_sleep is not None:
-                    self._on_sleep(message.level)
+                elif self._on_order is not None:
+                    self._on_order(message)
 
 
 class Reporter:
@@ -163,10 +164,9 @@ class Reporter:
         make_report: MakeReport,
         interval_s: Callable[[], float],
         digest: PrefixDigest | None = None,
-        on_sleep: OnSleep | None = None,
+        on_order: OnOrder | None = None,
     ) -> None:
-        """on_sleep: hears how deep a controller wants the engine to sleep."""
-        self.sinks = [ReportSink(path, make_report, interval_s, digest, on_sleep) for path in paths]
+        self.sinks = [ReportSink(path, make_report, interval_s, digest, on_order) for path in paths]
 
     def on_busy(self) -> None:
         """The replica was idle and is busy now: report at once, and often."""

@@ -1,7 +1,8 @@
 """Puts the replica's engine to sleep and wakes it, in an order that loses no request.
 
 Owns what depth is wanted, and the turn that gets there: say so, be released by the routers, sleep.
-Must not know how an engine sleeps, or who wants it to.
+Open streams go to siblings, if there are any that take them. Must not know how an engine sleeps, or who
+wants it to.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _log = logging.getLogger(__name__)
 SleepLevel = int
 """0 awake, 1 without KV memory, 2 without weights, too."""
 RELEASE_LIMIT_S = 5.0
-"""Longest wait for the routers' word that they send nothing more, and for what came meanwhile to end."""
+"""Longest wait for the routers' word that they send nothing more, and then for what is open to end or go."""
 _POLL_S = 0.01
 
 
@@ -30,13 +31,29 @@ class Sleeper(Protocol):
         ...
 
 
+class OpenStreams(Protocol):
+    """What the engine is still needed for."""
+
+    def num_in_engine(self) -> int:
+        """Requests that are in the engine, or about to be; guests included."""
+        ...
+
+    def can_hand_over(self) -> bool:
+        """Whether a sibling could take a stream now."""
+        ...
+
+    def hand_over(self) -> int:
+        """Move to siblings what they take; return how many streams are left."""
+        ...
+
+
 class Standby:
     """At most one turn runs; of several wishes the newest counts."""
 
     def __init__(
         self,
         engine: Sleeper,
-        num_open: Callable[[], int],
+        streams: OpenStreams,
         ask_release: Callable[[], None],
         is_released: Callable[[], bool],
         on_change: Callable[[], None],
@@ -44,7 +61,7 @@ class Standby:
         """`ask_release` tells every router that this replica takes no more; `is_released`: all have
         answered."""
         self._engine = engine
-        self._num_open = num_open
+        self._streams = streams
         self._ask_release = ask_release
         self._is_released = is_released
         self._on_change = on_change
@@ -83,18 +100,25 @@ class Standby:
 
     async def _fall_asleep(self, level: SleepLevel) -> str:
         if self._engine.sleep_level == 0:
-            if problem := self._open_problem():
+            if (problem := self._open_problem()) and not self._streams.can_hand_over():
                 return problem
             self.is_leaving = True
             self._ask_release()
             self._on_change()
-            await self._wait_until(lambda: self._is_released() and not self._num_open())
+            await self._wait_until(self._is_released)
+            await self._wait_until(self._is_free)
             if problem := self._open_problem():
                 return problem
         return await self._engine.set_sleep(level)
 
+    def _is_free(self) -> bool:
+        """Whether nothing is left in the engine; siblings take what they can."""
+        if self._streams.num_in_engine():
+            self._streams.hand_over()
+        return not self._streams.num_in_engine()
+
     def _open_problem(self) -> str:
-        num_open = self._num_open()
+        num_open = self._streams.num_in_engine()
         return f"it cannot sleep: {num_open} requests are open" if num_open else ""
 
     async def _wait_until(self, condition: Callable[[], bool]) -> None:

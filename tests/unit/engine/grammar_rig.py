@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from headrace.api.messages import EngineSpec, GenerationRequest, StepOutput
 from headrace.clock import VirtualClock
 from headrace.engine.fake_runner import FakeRunner
+from headrace.engine.fused_sampling import load_fused_sampling
 from headrace.engine.grammar_queue import GrammarQueue
 from headrace.engine.grammars import GrammarCompiler
 from headrace.engine.model_files.metadata import read_metadata
 from headrace.engine.model_files.resolve import resolve_model
 from headrace.engine.model_files.vocabulary import read_token_bytes
 from headrace.engine.native import NativeEngine
+from headrace.engine.sampler import Sampler
 from headrace.engine.speculation.speculator import Speculator
 
 EOS = frozenset({0, 2})
@@ -30,7 +32,8 @@ class Answer:
 
 
 class GrammarRig:
-    """Reads the vocabulary once; each `run` is a fresh engine with the same compiled grammars."""
+    """Reads the vocabulary once; each `run` is a fresh engine with the same compiled grammars. Its sampler is
+    the compiled one, if there is one."""
 
     def __init__(self) -> None:
         self.token_bytes = read_token_bytes(read_metadata(resolve_model("smollm2-135m-instruct")))
@@ -40,11 +43,17 @@ class GrammarRig:
         return b"".join(self.token_bytes[token_id] for token_id in token_ids).decode()
 
     def engine(
-        self, num_blocks: int = 512, max_running: int = 8, speculator: Speculator | None = None
+        self,
+        num_blocks: int = 512,
+        max_running: int = 8,
+        speculator: Speculator | None = None,
+        sampler: Sampler | None = None,
     ) -> NativeEngine:
         runner = FakeRunner(num_blocks, vocab_size=len(self.token_bytes), eos_token_ids=EOS)
         spec = EngineSpec("native", "fake", max_running=max_running, token_budget=64, block_size=8)
-        return NativeEngine(spec, runner, VirtualClock(), speculator, GrammarQueue(lambda: self.compiler))
+        sampler = sampler or Sampler(load_fused_sampling())
+        grammars = GrammarQueue(lambda: self.compiler)
+        return NativeEngine(spec, runner, VirtualClock(), speculator, grammars, sampler)
 
     def run(
         self, requests: Sequence[GenerationRequest], engine: NativeEngine | None = None

@@ -191,7 +191,7 @@ def test_a_token_that_is_not_a_number_is_seen_by_those_that_see_it_and_by_nobody
 
 
 def test_exp2_is_as_exact_as_stated(any_library: Library) -> None:
-    x = np.concatenate([np.linspace(-124.9, 0, 1_000_001), [0.0, -125.5, -1e30, -np.inf, np.nan]])
+    x = np.concatenate([np.linspace(-124.9, 0, 1_000_001), [0.0, -200.0, -1e30, -np.inf, np.nan]])
     x = x.astype(np.float32)
     got, want = exp2(any_library, x), np.exp2(x.astype(np.float64))
     assert (np.abs(got[:-4] / want[:-4] - 1) < 2.5e-7).all()

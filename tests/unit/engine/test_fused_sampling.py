@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from headrace.api.messages import GenerationRequest, SamplingParams
 from headrace.engine.distribution import draw, token_logprobs, uniform
-from headrace.engine.fused_sampling import FusedSampling, task
+from headrace.engine.fused_sampling import NONE_ALLOWED, FusedSampling
 from headrace.engine.operations.kernels import KernelsMissing, Library, load_kernels
 from headrace.engine.request import EngineRequest
+from headrace.engine.sample_settings import RowSettings
 from headrace.engine.sampler import Sampler
 
 Row = NDArray[np.float32]
@@ -48,9 +49,26 @@ def expected_token(row_V: Row, sampling: SamplingParams, index: int) -> int:
     return draw(row_V, sampling, uniform(sampling.seed, index))
 
 
-def tokens(fused: FusedSampling, row_V: Row, samplings: list[SamplingParams]) -> list[int]:
-    address = row_V.ctypes.data
-    return fused.choose([task(address, sampling, i) for i, sampling in enumerate(samplings)], len(row_V))
+def tokens(
+    fused: FusedSampling,
+    row_V: Row,
+    samplings: list[SamplingParams],
+    mask: NDArray[np.int32] | None = None,
+    *,
+    are_checked: bool = False,
+) -> list[int]:
+    """One token for each sampling, all from one row; `mask`: words of bits."""
+    settings = [RowSettings(sampling) for sampling in samplings]
+    masks = [] if mask is None else [mask.ctypes.data] * len(samplings)
+    indices = list(range(len(samplings)))
+    return fused.choose(
+        row_V[None],
+        [0] * len(settings),
+        [s.address for s in settings],
+        indices,
+        masks,
+        are_checked=are_checked,
+    )
 
 
 # ---- rows of every kind ----------------
@@ -125,6 +143,33 @@ def test_of_a_real_vocabulary_every_quantile_gives_the_definitions_token(fused: 
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from(KINDS),
+    size=st.sampled_from([1, 31, 32, 33, 257, 1000, 5003]),
+    share=st.sampled_from([0.0, 0.001, 0.1, 0.5, 0.999, 1.0]),
+    seed=st.integers(0, 1 << 30),
+    samplings=st.lists(SAMPLINGS, min_size=1, max_size=4),
+)
+def test_a_mask_leaves_the_tokens_that_the_definition_gives_for_the_allowed_ones(
+    fused: FusedSampling, kind: str, size: int, share: float, seed: int, samplings: list[SamplingParams]
+) -> None:
+    row_V = make_row(kind, size, seed)
+    allowed = np.random.default_rng(seed).random(size) < share
+    # Bits behind the vocabulary's end are set: they must not matter.
+    bits = np.concatenate([allowed, np.ones(-size % 32, bool)])
+    words = np.packbits(bits, bitorder="little").view(np.int32)
+    masked_V = np.where(allowed, row_V, np.float32(-np.inf))
+    before = row_V.copy()
+    got = tokens(fused, row_V, samplings, words)
+    if masked_V.max() == -np.inf:
+        assert got == [NONE_ALLOWED] * len(samplings)
+    else:
+        assert got == [expected_token(masked_V, sampling, i) for i, sampling in enumerate(samplings)]
+    assert tokens(fused, row_V, samplings, words, are_checked=True) == got
+    assert np.array_equal(row_V, before)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(KINDS), st.integers(1, 3000), st.integers(0, 1000), st.integers(0, 64))
 def test_log_probabilities_and_the_likeliest_tokens_are_those_of_the_definition(
     fused: FusedSampling, kind: str, size: int, seed: int, num_top: int
@@ -136,6 +181,54 @@ def test_log_probabilities_and_the_likeliest_tokens_are_those_of_the_definition(
         (sampled,) = Sampler(fused).sample(torch.from_numpy(row_V)[None], [request])
         assert sampled.token_id == expected_token(row_V, sampling, 0)
         assert sampled.logprobs == token_logprobs(row_V, sampled.token_id, num_top)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 1 << 30),
+    num_tokens=st.integers(1, 200),
+    repetition=st.sampled_from([1.0, 1.1, 0.7]),
+    frequency=st.sampled_from([0.0, 0.3, -0.2]),
+    presence=st.sampled_from([0.0, 0.6]),
+    num_biases=st.integers(0, 5),
+    min_tokens=st.integers(0, 120),
+)
+def test_penalties_change_a_row_as_their_definition_does_step_after_step(
+    fused: FusedSampling,
+    seed: int,
+    num_tokens: int,
+    repetition: float,
+    frequency: float,
+    presence: float,
+    num_biases: int,
+    min_tokens: int,
+) -> None:
+    source = np.random.default_rng(seed)
+    size = 700
+    sampling = SamplingParams(
+        temperature=0.9 * (seed % 2),
+        seed=seed,
+        repetition_penalty=repetition,
+        frequency_penalty=frequency,
+        presence_penalty=presence,
+        logit_bias={int(i): float(source.normal()) for i in source.permutation(size)[:num_biases]},
+        min_tokens=min_tokens,
+        num_logprobs=4,
+        max_tokens=1000,
+    )
+
+    def make_request() -> EngineRequest:
+        prompt = (np.arange(300) * 7 % 211).tolist()
+        return EngineRequest(GenerationRequest("r", prompt, sampling), 0, frozenset({3, 5}), 4096)
+
+    compiled, plain = make_request(), make_request()
+    for step in range(num_tokens):
+        if step % 5 == 0:
+            row_V = make_row("normal", size, seed + step)[None]
+            logits = torch.from_numpy(row_V)
+            assert Sampler(fused).sample(logits, [compiled]) == Sampler().sample(logits, [plain])
+        for each in (compiled, plain):
+            each.token_ids.append((step * step) % 97)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -157,10 +250,12 @@ def test_neither_threads_nor_the_batch_nor_its_order_change_a_token(num_threads:
     alone, together = FusedSampling(library), FusedSampling(library, team)
     rows = np.stack([make_row(kind, 5000, i) for i, kind in enumerate(KINDS * 12)])
     samplings = [SamplingParams(seed=i, top_p=0.95 if i % 2 else 1.0, top_k=i % 5) for i in range(len(rows))]
-    tasks = [task(row.ctypes.data, s, i) for i, (row, s) in enumerate(zip(rows, samplings))]
-    one_by_one = [alone.choose([each], 5000)[0] for each in tasks]
-    assert together.choose(tasks, 5000) == one_by_one
-    assert together.choose(tasks[::-1], 5000) == one_by_one[::-1]
+    settings = [RowSettings(sampling) for sampling in samplings]
+    addresses = [each.address for each in settings]
+    places = list(range(len(rows)))
+    one_by_one = [alone.choose(rows, [i], [addresses[i]], [i])[0] for i in places]
+    assert together.choose(rows, places, addresses, places) == one_by_one
+    assert together.choose(rows, places[::-1], addresses[::-1], places[::-1]) == one_by_one[::-1]
     team.stop()
 
 

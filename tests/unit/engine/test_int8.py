@@ -86,7 +86,10 @@ def multiply(library: Library, operations: Int8Operations, weight: np.ndarray, x
     return out
 
 
-@pytest.mark.parametrize(("out_features", "in_features", "rows"), [(96, 64, 5), (33, 48, 13), (7, 640, 30)])
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "rows"),
+    [(96, 64, 5), (33, 48, 13), (7, 640, 30), (64, 32, 25), (40, 256, 12), (33, 1536, 3)],
+)
 def test_products_are_those_of_integers_on_every_instruction_set(
     isa: str, library: Library, out_features: int, in_features: int, rows: int
 ) -> None:
@@ -117,6 +120,17 @@ def test_instruction_sets_give_the_same_bits(library: Library) -> None:
     library.limit_isa(2)
     for name, result in found.items():
         assert np.array_equal(result, found["portable"]), name
+
+
+def test_a_row_has_the_same_bits_among_any_number_of_rows(isa: str, library: Library) -> None:
+    generator = np.random.default_rng(0)
+    weight, x = (generator.standard_normal((n, 64), np.float32) for n in (70, 40))
+    operations = Int8Operations(library, 2)
+    expected = np.concatenate([multiply(library, operations, weight, x[i : i + 1]) for i in range(len(x))])
+    for num_rows in range(1, len(x) + 1):  # every size of a block, and one to four blocks
+        assert np.array_equal(multiply(library, operations, weight, x[:num_rows]), expected[:num_rows]), (
+            num_rows
+        )
 
 
 def test_a_row_with_nan_gives_nan_and_harms_no_other(isa: str, library: Library) -> None:

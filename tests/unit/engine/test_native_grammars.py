@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from typing import Any, Literal
 
@@ -18,8 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from tests.unit.engine.grammar_rig import EOS, GrammarRig
 
 from headrace.api.messages import GenerationRequest, SamplingParams
+from headrace.engine import grammar_queue
 from headrace.engine.constraint import Constraint
+from headrace.engine.fused_sampling import load_fused_sampling
 from headrace.engine.grammar_queue import COMPILE_LIMIT_S, GrammarQueue
+from headrace.engine.sampler import Sampler
 from headrace.engine.speculation.ngram import NgramProposer
 from headrace.engine.speculation.speculator import Speculator
 from headrace.errors import InvalidRequest
@@ -120,6 +124,48 @@ def test_partners_change_nothing_and_free_answers_are_what_they_were(rig: Gramma
         alone = rig.run([one])[one.request_id]
         assert batched[one.request_id].token_ids == alone.token_ids
         assert batched[one.request_id].finish_reason == alone.finish_reason
+
+
+def test_compiled_and_numpy_samplers_give_the_same_answers(
+    rig: GrammarRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy rows try their likeliest token before they compute a mask: most such tries succeed in free text,
+    none where the form is strict."""
+    if load_fused_sampling() is None:
+        pytest.skip("no compiled kernels")
+    forms = {
+        "text": write_grammar("regex", r"[^\n]{20,300}"),
+        "tree": write_grammar("json", json.dumps(Tree.model_json_schema())),
+        "ends": write_grammar("regex", "a*"),
+    }
+    kinds: dict[str, dict[str, Any]] = {
+        "greedy": {"temperature": 0.0},
+        "sampled": {"top_p": 0.95, "top_k": 500},
+        "penalised": {"temperature": 0.0, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
+        "biased": {"temperature": 0.0, "logit_bias": {0: 3.0, 66: 2.0}, "min_tokens": 3},
+        "logprobs": {"temperature": 0.0, "num_logprobs": 4},
+        "sampled logprobs": {"num_logprobs": 2, "presence_penalty": 1.0},
+        "stopped": {"temperature": 0.0, "stop_token_ids": tuple(range(100, 900))},
+    }
+    requests = [
+        request(f"{form} {kind}", grammar, max_tokens=60, seed=5, **sampling)
+        for form, grammar in forms.items()
+        for kind, sampling in kinds.items()
+    ]
+    num_masks = dict.fromkeys(("compiled", "numpy"), 0)
+    compute = Constraint.compute_mask
+
+    def answers(name: str, sampler: Sampler) -> dict[str, Any]:
+        def counted(constraint: Constraint, end_token_ids: Any) -> None:
+            num_masks[name] += 1
+            compute(constraint, end_token_ids)
+
+        monkeypatch.setattr(Constraint, "compute_mask", counted)
+        ran = rig.run(requests, rig.engine(max_running=len(requests), sampler=sampler))
+        return {key: (answer.finish_reason, answer.outputs) for key, answer in ran.items()}
+
+    assert answers("compiled", Sampler(load_fused_sampling())) == answers("numpy", Sampler())
+    assert num_masks["compiled"] < num_masks["numpy"] - 80
 
 
 def test_guessing_ahead_changes_nothing(rig: GrammarRig) -> None:
@@ -269,6 +315,8 @@ def test_running_requests_go_on_while_a_grammar_compiles(rig: GrammarRig) -> Non
     release = False
 
     class SlowCompiler:
+        def prepare(self) -> None: ...
+
         def constrain(self, grammar: str, token_ids: Any) -> tuple[Constraint | None, str]:
             while not release:
                 time.sleep(0.001)
@@ -288,6 +336,8 @@ def test_running_requests_go_on_while_a_grammar_compiles(rig: GrammarRig) -> Non
 
 def test_a_grammar_that_never_compiles_is_given_up(rig: GrammarRig) -> None:
     class StuckCompiler:
+        def prepare(self) -> None: ...
+
         def constrain(self, grammar: str, token_ids: Any) -> tuple[Constraint | None, str]:
             time.sleep(1.0)
             return None, "too late"
@@ -299,3 +349,54 @@ def test_a_grammar_that_never_compiles_is_given_up(rig: GrammarRig) -> None:
     (output,) = engine.step().outputs
     assert (output.finish_reason, "not compiled within" in output.error) == ("error", True)
     assert not engine.has_work()
+
+
+def test_an_idle_engine_prepares_for_its_first_grammar_and_a_busy_one_does_not(
+    rig: GrammarRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_queue, "_IDLE_POLL_S", 0.001)
+    asked, prepared = threading.Semaphore(0), threading.Event()
+
+    class Recorder:
+        def prepare(self) -> None:
+            prepared.set()
+
+        def constrain(self, grammar: str, token_ids: Any) -> tuple[Constraint | None, str]:
+            return rig.compiler.constrain(grammar, token_ids)
+
+    engine = rig.engine()
+    grammars = engine._grammars = GrammarQueue(Recorder)
+    engine.submit(request("free", "", max_tokens=2, ignore_eos=True))
+
+    def is_idle() -> bool:
+        asked.release()
+        return not engine.has_work()
+
+    grammars.prepare_when(is_idle)
+    for _ in range(3):
+        assert asked.acquire(timeout=10)
+    assert not prepared.is_set()
+    while engine.has_work():
+        engine.step()
+    assert prepared.wait(timeout=10)
+    answer = rig.run([request("r", write_grammar("choice", '["yes"]'))], engine)["r"]
+    assert rig.text(answer.token_ids) == "yes"
+
+
+def test_a_preparation_that_fails_fails_again_for_the_first_grammar_and_says_why(
+    rig: GrammarRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_queue, "_IDLE_POLL_S", 0.001)
+    tried = threading.Semaphore(0)
+
+    def fail() -> Any:
+        tried.release()
+        raise OSError("no such vocabulary")
+
+    engine = rig.engine()
+    engine._grammars = GrammarQueue(fail)
+    engine._grammars.prepare_when(lambda: True)
+    assert tried.acquire(timeout=10)
+    answer = rig.run([request("r", write_grammar("choice", '["yes"]'))], engine)["r"]
+    assert answer.finish_reason == "error"
+    assert "no such vocabulary" in answer.error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from headrace.api.messages import GenerationRequest, SamplingParams
 from headrace.engine.kv_cache.block_pool import BlockPool
+from headrace.engine.prompt_budget import Streams
 from headrace.engine.request import EngineRequest
 from headrace.engine.scheduler import Decision, Preemption, Scheduler
 
@@ -61,17 +64,45 @@ def test_prompts_together_get_no_more_than_they_may_and_streams_go_on() -> None:
     world.step()
     prompt = world.add("prompt", 40)
     world.add("next", 9)
-    decision = world.scheduler.schedule(16)
+    asked: list[Streams] = []
+
+    def allow(num_tokens: int) -> Callable[[Streams], int]:
+        return lambda streams: asked.append(streams) or num_tokens  # type: ignore[func-returns-value]
+
+    decision = world.scheduler.schedule(allow(16))
     assert parts(decision) == [("stream", 1), ("prompt", 16)]
     assert decision.num_tokens == 17
     world.scheduler.update(decision)
     stream.append(1)
-    assert world.scheduler.streams() == (1, len(stream.token_ids), 16)
-    decision = world.scheduler.schedule(30)
+    decision = world.scheduler.schedule(allow(30))
     assert parts(decision) == [("stream", 1), ("prompt", 24), ("next", 6)]
     world.scheduler.update(decision)
     assert prompt.num_computed_tokens == 40
-    assert parts(world.scheduler.schedule(0))[2] == ("next", 1), "what runs gets a token in every step"
+    assert asked == [Streams(1, 5, 2, 0), Streams(1, 6, 2, 16)]
+    assert parts(world.scheduler.schedule(allow(0)))[2] == ("next", 1), "what runs gets a token in every step"
+
+
+def test_streams_are_not_looked_at_where_no_prompt_can_go_on() -> None:
+    def fail(streams: Streams) -> int:
+        raise AssertionError(streams)
+
+    world = World(max_running=2)
+    world.add("a", 4)
+    world.add("b", 4)
+    world.step()
+    world.add("waits for room", 4)
+    assert parts(world.scheduler.schedule(fail)) == [("a", 1), ("b", 1)]
+
+
+def test_prompts_that_cannot_be_admitted_do_not_count() -> None:
+    world = World(max_running=3)
+    world.add("a", 4)
+    world.step()
+    for name in ("b", "c", "d", "e"):
+        world.add(name, 4)
+    asked: list[Streams] = []
+    world.scheduler.schedule(lambda streams: asked.append(streams) or 8)  # type: ignore[func-returns-value]
+    assert [streams.num_prompts for streams in asked] == [2]
 
 
 def test_a_chunk_leaves_a_token_for_each_request_behind_it() -> None:

@@ -26,7 +26,7 @@ class Machine:
     d: float = 2e-7
 
     def step_s(self, contents: StepContents) -> float:
-        p, pc, d, kv = contents
+        p, pc, d, kv, _ = contents
         return self.a + self.b * p + self.q * pc + self.c * d + self.d * kv
 
 
@@ -61,7 +61,7 @@ def worst_error(fit: StepModelFit, machine: Machine, seed: int = 9) -> float:
     worst = 0.0
     for _ in range(200):
         contents = mixed_step(source)
-        p, pc, d, kv = contents
+        p, pc, d, kv, _ = contents
         predicted_s = step_s(model, p, pc / p if p else 0.0, d, kv)
         worst = max(worst, abs(predicted_s / machine.step_s(contents) - 1))
     return worst

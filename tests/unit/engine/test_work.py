@@ -74,7 +74,7 @@ def test_once_measured_each_pays_what_its_part_costs() -> None:
 
     def step(parts: list[StepContents]) -> list[int]:
         nonlocal now_ns
-        num_prompt, _, num_decoded, _ = map(sum, zip(*parts))
+        num_prompt, _, num_decoded, *_ = map(sum, zip(*parts))
         now_ns += 4_000_000 + 1_000_000 * num_prompt + 10_000_000 * num_decoded
         return account.end_step(now_ns, parts)
 
@@ -94,6 +94,26 @@ def test_a_longer_context_pays_for_being_read() -> None:
         account.end_step(now_ns, parts)
     short, long = account.end_step(now_ns + 3_000_000, [decode_part(1, 100), decode_part(1, 1000)])
     assert long > 1.5 * short
+
+
+def test_guesses_read_no_keys_of_their_own_but_each_attends_to_its_context() -> None:
+    assert decode_part(1, 100) == StepContents(0, 0, 1, 100, 0)
+    assert decode_part(4, 103) == StepContents(0, 0, 4, 103, 103 + 102 + 101)
+
+
+def test_what_guesses_attend_to_is_learned_and_paid_for_without_making_prompts_look_long() -> None:
+    account, now_ns = WorkAccount(0), 0
+    for index in range(600):
+        prompt = [prompt_part(20 + index % 7, index % 50)] * (index % 3 == 0)
+        guessing = [decode_part(1 + index % 4, 400 + index % 90)] * (1 + index % 5)
+        parts = [*prompt, *guessing]
+        now_ns += 4_000_000 + 200_000 * sum(part.num_prompt_tokens for part in parts)
+        now_ns += 300_000 * sum(part.num_decoded_tokens for part in parts)
+        now_ns += 500 * sum(part.num_attended_tokens + part.num_guess_attended_tokens for part in parts)
+        account.end_step(now_ns, parts)
+    _, b, q, c, _ = account.fit.coefficients
+    assert (b, q, c) == pytest.approx((200e-6, 500e-9, 300e-6), rel=0.05)
+    assert account.fit.prefill_token_s == pytest.approx(b + q * 36, rel=0.05)
 
 
 STEPS = st.lists(

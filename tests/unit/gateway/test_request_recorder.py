@@ -40,7 +40,7 @@ def completion(request_id: str = ID, **fields: object) -> Completion:
 
 def finished(request_id: str = ID) -> FinishedRequest:
     return FinishedRequest(
-        request_id, TerminalState.FINISHED, "stop", "acme", 7, 3, 5, 0.025, 0.1, 0.012345678
+        request_id, TerminalState.FINISHED, "stop", "acme", 7, 3, 5, 0.025, 0.1, 0.012345678, 1, ["chat-2"]
     )
 
 
@@ -107,6 +107,8 @@ def test_a_record_holds_what_each_of_them_said() -> None:
             engine_ms=12.345678,
             bytes_in=10,
             bytes_out=20,
+            resumptions=1,
+            hosts=["chat-2"],
         )
     ]
 

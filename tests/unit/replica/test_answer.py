@@ -19,11 +19,10 @@ from headrace.api.messages import (
     TokenLogprobs,
 )
 from headrace.clock import VirtualClock
-from headrace.errors import Overloaded
+from headrace.errors import Overloaded, ReplicaLost
 from headrace.observability.front_metrics import FrontMetrics
-from headrace.replica.answer import Answer, AnswerServices, Choice, FailOnEngineLoss, TextRules
+from headrace.replica.answer import Answer, AnswerServices, Choice, TextRules
 from headrace.replica.answer_shape import AnswerShape
-from headrace.replica.engine_client import EngineStream
 from headrace.replica.http_connection import Responder
 from headrace.replica.ledger import Ledger, RequestRecord
 
@@ -34,11 +33,17 @@ class FakeEngine:
     """Keeps what is submitted."""
 
     def __init__(self) -> None:
-        self.streams: dict[str, EngineStream] = {}
+        self.streams: dict[str, Choice] = {}
         self.aborted: list[str] = []
 
-    def submit(self, request: GenerationRequest, stream: EngineStream) -> None:
+    def submit(self, request: GenerationRequest, stream: Choice) -> None:
         self.streams[request.request_id] = stream
+
+    def has_request(self, request_id: str) -> bool:
+        return request_id in self.streams
+
+    def on_engine_lost(self, stream: Choice, reason: str) -> None:
+        stream.fail(ReplicaLost(reason))
 
     def abort(self, request_id: str) -> None:
         if self.streams.pop(request_id, None) is not None:
@@ -72,7 +77,7 @@ class World:
         self.ledger = Ledger(self.metrics, self.listener, VirtualClock(), self.listener)
         record = RequestRecord("r", "r", "/v1/completions", 0.0, num_prompt_tokens=5)
         self.ledger.open(record)
-        services = AnswerServices(self.engine, self.ledger, self.metrics, FailOnEngineLoss())
+        services = AnswerServices(self.engine, self.ledger, self.metrics)
         shape = AnswerShape("id", 1, "chat", "print", False, is_stream, False, n)
         self.answer = Answer(shape, record, self.responder, services, "")
         sampling = SamplingParams(num_logprobs=logprobs)

@@ -18,11 +18,22 @@ class World:
         self.num_open = 0
         self.is_released = True
         self.error = ""
+        self.has_sibling = False
         self.log: list[str] = []
         self.changed = asyncio.Event()
-        self.standby = Standby(
-            self, lambda: self.num_open, self._ask_release, lambda: self.is_released, self._on_change
-        )
+        self.standby = Standby(self, self, self._ask_release, lambda: self.is_released, self._on_change)
+
+    def num_in_engine(self) -> int:
+        return self.num_open
+
+    def can_hand_over(self) -> bool:
+        return self.has_sibling
+
+    def hand_over(self) -> int:
+        if self.has_sibling:
+            self.log.append(f"hand over {self.num_open}")
+            self.num_open = 0
+        return self.num_open
 
     async def set_sleep(self, level: int) -> str:
         self.log.append(f"set {level}")
@@ -70,6 +81,18 @@ async def test_open_requests_keep_it_awake_and_that_is_told() -> None:
     await world.done()
     assert world.standby.error == "it cannot sleep: 2 requests are open"
     assert world.log == []
+
+
+async def test_open_requests_go_to_siblings_after_the_routers_answered() -> None:
+    world = World()
+    world.num_open, world.has_sibling, world.is_released = 2, True, False
+    world.standby.set_level(1)
+    await world.changed.wait()
+    assert world.log == ["ask", "leaving"]
+    world.is_released = True
+    await world.done()
+    assert world.log[2:4] == ["hand over 2", "set 1"]
+    assert (world.sleep_level, world.standby.error) == (1, "")
 
 
 async def test_a_request_that_came_meanwhile_and_stays_wins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@
     engine -> front       EngineEvent         starting, ready, one StepBatch per step, failed
     front  -> router and controller   LoadReport (`ReportAck` comes back; from the controller `SetSleep` and
                                       `Siblings`, too)
-    front  -> sibling's front         EngineCommand, EngineEvent comes back: a stream continued elsewhere
+    front  -> sibling's front         PeerCommand, PeerEvent comes back: a stream continued elsewhere
     router -> controller      Demand  (`GatewaySpec` comes back when the config changes, and `Outlook`)
     controller -> supervisor  LauncherCommand (`LauncherEvent` comes back)
     CLI -> controller         AdminCommand (`AdminReply` comes back)
@@ -57,6 +57,8 @@ from headrace.api.messages.engine import (
     EngineStarting,
     FinishReason,
     GenerationRequest,
+    PeerCommand,
+    PeerEvent,
     SamplingParams,
     Sleep,
     StepBatch,
@@ -146,6 +148,8 @@ __all__ = [
     "LoadReport",
     "Message",
     "Outlook",
+    "PeerCommand",
+    "PeerEvent",
     "ProcessEnded",
     "ProcessSpec",
     "ProcessStarted",

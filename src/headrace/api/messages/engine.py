@@ -55,6 +55,8 @@ class GenerationRequest(Record, frozen=True):
     num_shared_tokens: int = 0
     """The full KV blocks among this many first tokens are shared with other salts: a prefix that the
     endpoint declared public. Blocks after them depend on cache_salt."""
+    stream_class: str = ""
+    """Of a guest: only an engine of this class continues it. Its host looks at it; engines do not."""
 
 
 class TokenLogprobs(Record, frozen=True):
@@ -66,6 +68,7 @@ class TokenLogprobs(Record, frozen=True):
 
 
 FinishReason = Literal["stop", "length", "aborted", "error"]
+"""aborted: only from a host, of a guest that it does not take or no longer carries; others may."""
 
 
 class StepOutput(Record, frozen=True):
@@ -86,8 +89,8 @@ class StepOutput(Record, frozen=True):
 
 class StepModel(Record, frozen=True):
     """Seconds of a step, fitted to recent ones: a + b*P + q*P*C + c*D + d*KV, with P uncached prompt tokens,
-    C the mean context they attend to, D tokens decoded (one per request, guessed ones besides), KV tokens
-    read by those. `policy.step_time` computes with it."""
+    C the mean context they attend to, D tokens decoded (one per request, guessed ones besides, whose P*C
+    counts, too), KV tokens read by those. `policy.step_time` computes with it."""
 
     a: float
     b: float
@@ -235,3 +238,7 @@ class EngineFailed(Message, frozen=True):
 
 
 EngineEvent = EngineStarting | EngineReady | StepBatch | EngineFailed
+"""On a peer socket only StepBatch and EngineFailed: the host's engine is lost, and its guests with it."""
+PeerCommand = Submit | Abort
+"""What a front may ask of a sibling's engine."""
+PeerEvent = StepBatch | EngineFailed

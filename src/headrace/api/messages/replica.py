@@ -28,6 +28,10 @@ class FinishedRequest(Record, frozen=True):
     total_s: float
     engine_s: float = 0.0
     """Engine time measured for this request, all its choices together."""
+    num_resumptions: int = 0
+    """Times that one of its streams was continued in another engine, or in its own after a restart."""
+    hosts: list[str] = []
+    """The siblings that continued it, in order."""
 
 
 class LoadReport(Message, frozen=True):

@@ -102,8 +102,11 @@ void attention(Team& team, const AttentionShape& shape, const AttentionStep& ste
   cut(task, team.num_threads(), &pieces);
   const AttentionPiece* first = pieces.data();
   const size_t scratch_bytes = code.scratch_bytes(task, std::max(kMaxPieceRows, task.group));
-  team.parallel_for(static_cast<int>(pieces.size()),
-                    [&](int piece) { code.attend(task, first[piece], scratch_of_thread(scratch_bytes)); });
+  const int num_pieces = static_cast<int>(pieces.size()), ahead = team.num_threads();
+  team.parallel_for(num_pieces, [&](int piece) {
+    const AttentionPiece* next = piece + ahead < num_pieces ? first + piece + ahead : nullptr;
+    code.attend(task, first[piece], next, scratch_of_thread(scratch_bytes));
+  });
 }
 
 }  // namespace headrace

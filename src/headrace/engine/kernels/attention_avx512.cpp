@@ -12,6 +12,7 @@ namespace headrace {
 namespace {
 
 constexpr int kLanes = 16;
+#define HEADRACE_AVX512
 #define FusedAdd(a, b, c) ((F)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 
 #include "attention_vector.h"
@@ -22,11 +23,11 @@ constexpr int kLanes = 16;
 #include "attention_kinds.h"
 
 template <bool kHasBfloat16>
-void attend(const AttentionTask& task, const AttentionPiece& piece, uint8_t* scratch) {
-  if (task.shape.kv_kind == kv_int8) return attend_piece<Int8Dots>(task, piece, scratch);
+void attend(const AttentionTask& task, const AttentionPiece& piece, const AttentionPiece* next, uint8_t* scratch) {
+  if (task.shape.kv_kind == kv_int8) return attend_piece<Int8Dots>(task, piece, next, scratch);
   if (kHasBfloat16 && task.shape.kv_kind == kv_bfloat16)
-    return attend_piece<Bfloat16Dots>(task, piece, scratch);
-  attend_plain(task, piece, scratch);
+    return attend_piece<Bfloat16Dots>(task, piece, next, scratch);
+  attend_plain(task, piece, next, scratch);
 }
 
 size_t scratch_bytes(const AttentionTask& task, int num_rows) {

@@ -1,10 +1,11 @@
 // Picks the arithmetic by the cache's kind. Included last inside an anonymous namespace.
 
-void attend_plain(const AttentionTask& task, const AttentionPiece& piece, uint8_t* scratch) {
+void attend_plain(const AttentionTask& task, const AttentionPiece& piece, const AttentionPiece* next,
+                  uint8_t* scratch) {
   switch (task.shape.kv_kind) {
-    case kv_int8: return attend_piece<Plain<kv_int8>>(task, piece, scratch);
-    case kv_bfloat16: return attend_piece<Plain<kv_bfloat16>>(task, piece, scratch);
-    default: return attend_piece<Plain<kv_float32>>(task, piece, scratch);
+    case kv_int8: return attend_piece<Plain<kv_int8>>(task, piece, next, scratch);
+    case kv_bfloat16: return attend_piece<Plain<kv_bfloat16>>(task, piece, next, scratch);
+    default: return attend_piece<Plain<kv_float32>>(task, piece, next, scratch);
   }
 }
 

@@ -5,7 +5,7 @@
 //   keys    [head_dim / n][tokens][n]: n = 1 float32, 2 bfloat16 or 4 int8 make a word of 32 bits, so that one
 //           vector of words multiplies n dimensions of 16 keys
 //   values  [tokens / n][head_dim][n]: one vector multiplies n tokens' values in 16 dimensions
-// int8 keys are stored plus 128, as the instructions want one side unsigned.
+// int8 keys are spread (attention_write.h), and stored plus 128, as the instructions want one side unsigned.
 #pragma once
 
 #include <cstddef>
@@ -62,8 +62,10 @@ struct AttentionPiece {
 struct AttentionCode {
   // Norm, rotate and store the keys and values of tokens [first, end).
   void (*write)(const AttentionTask& task, int first, int end);
-  // Compute a piece's rows of out; all writes of the step must be done. scratch: `scratch_bytes`, 64-byte aligned.
-  void (*attend)(const AttentionTask& task, const AttentionPiece& piece, uint8_t* scratch);
+  // Compute a piece's rows of out; all writes of the step must be done. `next`: whose keys this thread will probably
+  // want after these, or null. scratch: `scratch_bytes`, 64-byte aligned.
+  void (*attend)(const AttentionTask& task, const AttentionPiece& piece, const AttentionPiece* next,
+                 uint8_t* scratch);
   size_t (*scratch_bytes)(const AttentionTask& task, int num_rows);
   // exp2 of `count` numbers as the softmax computes it (for tests).
   void (*exp2)(const float* x, float* y, int count);

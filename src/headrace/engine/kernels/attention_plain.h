@@ -1,13 +1,18 @@
 // Scores and weighted sums in float32 with any kind of cache, for any instruction set. Included inside an
 // anonymous namespace after attention_vector.h.
 //
-// An `Arithmetic` has: kMaxRows (rows computed at once), bytes of a row's query and weights, `prepare` a query,
-// `score` rows against a tile's 64 keys, `weigh_scores` (softened scores become weights), and `add_values`.
+// An `Arithmetic` has: kMaxRows (rows computed at once, at most kTileFactors), kScalesTiles (weights are relative to
+// a tile's own largest score), a tile's Scales, bytes of a row's query and weights, `prepare` a query,
+// `score` rows against a tile's 64 keys, `exp2`, `weigh` (softened scores become weights), and `add_values`.
 
 // One row's place in a tile: its keys are [first, end) of 64.
 struct Visible {
   int first, end;
-  bool is_all() const { return first <= 0 && end >= kTileKeys; }
+  // Which of the keys from `at` on are visible.
+  I lanes(int at) const {
+    const I key = count_from(at);
+    return (key >= splat(first)) & (key < splat(end));
+  }
 };
 
 // Four granules of 16 keys, and those that come next, to be fetched while these are computed: into the second
@@ -17,12 +22,32 @@ struct Tile {
   const uint8_t* next[kTileGranules];
 };
 
+// Where a tile's own factors begin among the factors of its rows.
+constexpr int kTileFactors = 8;
+
 template <int kKind>
 struct Plain {
   static constexpr int kMaxRows = 4;
   static constexpr int kPerWord = kKind == kv_int8 ? 4 : kKind == kv_bfloat16 ? 2 : 1;
   static constexpr int kVectors = kLanes == 16 ? 4 : kGranuleKeys / kLanes;  // of keys, computed at once
   static constexpr int kColumns = kLanes == 16 ? 4 : 2;                      // vectors of values
+
+  static constexpr bool kScalesTiles = false;
+
+  // int8's, of a tile.
+  struct Scales {
+    static constexpr int kVectors = kKind == kv_int8 ? kTileKeys / kLanes : 1;
+    F keys[kVectors], values[kVectors];
+    Scales() = default;
+    explicit Scales(const Tile& tile) {
+      if constexpr (kKind == kv_int8)
+        for (int v = 0; v < kVectors; ++v) {
+          const uint8_t* granule = tile.granules[v * kLanes / kGranuleKeys] + v * kLanes % kGranuleKeys * 2;
+          keys[v] = widen(granule);
+          values[v] = widen(granule + 2 * kGranuleKeys);
+        }
+    }
+  };
 
   static size_t query_bytes(int head_dim) { return size_t(4) * head_dim; }
   static size_t weight_bytes() { return 4 * kTileKeys; }
@@ -50,7 +75,7 @@ struct Plain {
 
   template <int R>
   static void score(const uint8_t* queries, int head_dim, const KvLayout& layout, const Tile& tile,
-                    float* scores) {
+                    const Scales& scales, float* scores) {
     const float* q = reinterpret_cast<const float*>(queries);
     for (int key = 0; key < kTileKeys; key += kVectors * kLanes) {
       const uint8_t *words[kVectors], *next[kVectors];
@@ -79,29 +104,26 @@ struct Plain {
       }
       for (int v = 0; v < kVectors; ++v) {
         const int at = key + v * kLanes;
-        F scale = splat(1.0f);
-        if (kKind == kv_int8) scale = widen(tile.granules[at / kGranuleKeys] + at % kGranuleKeys * 2);
         for (int r = 0; r < R; ++r)
-          store(scores + r * kTileKeys + at, kKind == kv_int8 ? sum[r][v] * scale : sum[r][v]);
+          store(scores + r * kTileKeys + at, kKind == kv_int8 ? sum[r][v] * scales.keys[at / kLanes] : sum[r][v]);
       }
     }
   }
 
+  static F exp2(F x) { return exp2_of(x); }
+
   // `p` [64] in (0, 1], 0 where not visible. Returns their sum, lane by lane.
-  static F weigh_scores(const F* p, const Tile& tile, const Visible& visible, uint8_t* weights) {
+  template <bool kIsAll>
+  static F weigh(const F* p, const Scales& scales, const Visible& visible, uint8_t* weights) {
     F sum{};
     for (int v = 0; v < kTileKeys / kLanes; ++v) {
-      const int at = v * kLanes;
       F weight = p[v];
       sum += weight;
-      if (kKind == kv_int8) {
-        weight *= widen(tile.granules[at / kGranuleKeys] + 2 * kGranuleKeys + at % kGranuleKeys * 2);
-        if (!visible.is_all()) {
-          const I lanes = count_from(at);
-          weight = select((lanes >= splat(visible.first)) & (lanes < splat(visible.end)), weight, F{});
-        }
+      if constexpr (kKind == kv_int8) {
+        weight *= scales.values[v];
+        if (!kIsAll) weight = select(visible.lanes(v * kLanes), weight, F{});
       }
-      store(reinterpret_cast<float*>(weights) + at, weight);
+      store(reinterpret_cast<float*>(weights) + v * kLanes, weight);
     }
     return sum;
   }

@@ -55,16 +55,17 @@ class HeadOfPiece {
     table_ = task.step.block_tables + size_t(piece.request) * task.step.table_stride;
   }
 
-  void compute() {
+  // `next`: whose first tile is fetched while the last one of this is computed, or null.
+  void compute(const HeadOfPiece* next) {
     prepare();
-    const int window = task_.shape.window, last = first_position_ + num_queries_ - 1;
-    const int first = window && first_position_ >= window ? first_position_ - window + 1 : 0;
-    const int end_tile = last / kTileKeys + 1;
+    const int end_tile = (first_position_ + num_queries_ - 1) / kTileKeys + 1;
     Tile tile;
-    locate(first / kTileKeys, tile.granules);
-    for (int index = first / kTileKeys; index < end_tile; ++index) {
+    locate(first_tile(), tile.granules);
+    for (int index = first_tile(); index < end_tile; ++index) {
       if (index + 1 < end_tile)
         locate(index + 1, tile.next);
+      else if (next && task_.layout.granule == kGranuleKeys)
+        next->locate(next->first_tile(), tile.next);
       else
         __builtin_memcpy(tile.next, tile.granules, sizeof tile.next);
       compute_tile(tile, index * kTileKeys);
@@ -76,18 +77,26 @@ class HeadOfPiece {
  private:
   int num_rows() const { return num_queries_ * task_.group; }
 
+  int first_tile() const {
+    const int window = task_.shape.window;
+    return window && first_position_ >= window ? (first_position_ - window + 1) / kTileKeys : 0;
+  }
+
   void prepare() {
     const AttentionShape& shape = task_.shape;
     const int head_dim = shape.head_dim;
     const size_t stride = size_t(shape.num_heads + 2 * shape.num_kv_heads) * head_dim;
     const size_t query_bytes = A::query_bytes(head_dim);
+    const bool is_spread = shape.kv_kind == kv_int8;
+    const float scale = shape.scale * kLog2E / float(is_spread ? spread_size(head_dim) : 1);
     float q[kMaxHeadDim];
     for (int row = 0; row < num_rows(); ++row) {
       const int token = first_token_ + row / task_.group;
       const size_t angles = size_t(task_.step.positions[token]) * (head_dim / 2);
       const size_t query_head = size_t(head_) * task_.group + row % task_.group;
       normalise(task_.qkv + token * stride + query_head * head_dim, task_.q_norm, shape.norm_eps, head_dim, q);
-      rotate(q, task_.cos + angles, task_.sin + angles, head_dim, shape.scale * kLog2E);
+      rotate(q, task_.cos + angles, task_.sin + angles, head_dim, scale);
+      if (is_spread) spread(q, head_dim);
       A::prepare(q, head_dim, rows_.queries + row * query_bytes);
       rows_.sums[row] = F{};
       rows_.maxima[row] = -__builtin_inff();
@@ -96,7 +105,7 @@ class HeadOfPiece {
   }
 
   // Find a tile's granules. Those beyond the context are never computed with: any place does.
-  void locate(int index, const uint8_t** granules) {
+  void locate(int index, const uint8_t** granules) const {
     const KvLayout& layout = task_.layout;
     const int block_size = task_.step.block_size, shift = __builtin_ctz(block_size);
     if (layout.granule < kGranuleKeys) return gather(index, granules);
@@ -109,7 +118,7 @@ class HeadOfPiece {
   }
 
   // Blocks of 8: put two half granules together to one of 16.
-  void gather(int index, const uint8_t** granules) {
+  void gather(int index, const uint8_t** granules) const {
     const KvLayout& half = task_.layout;
     const size_t side = 2 * (half.values - half.keys);
     for (int g = 0; g < kTileGranules; ++g) {
@@ -139,6 +148,7 @@ class HeadOfPiece {
       end_query = last_key + window - first_position_;
     const int first = first_query * task_.group, num = end_query * task_.group - first;
     const int num_parts = (num + A::kMaxRows - 1) / A::kMaxRows;
+    scales_ = typename A::Scales(tile);
     for (int part = 0; part < num_parts; ++part)
       compute_rows(tile, start, first + num * part / num_parts, first + num * (part + 1) / num_parts);
   }
@@ -159,32 +169,64 @@ class HeadOfPiece {
   void rows_of_tile(const Tile& tile, int start, int first) {
     const int head_dim = task_.shape.head_dim;
     const KvLayout layout = whole_granules();
-    A::template score<R>(rows_.queries + first * A::query_bytes(head_dim), head_dim, layout, tile, rows_.scores);
-    Visible visible[R];
+    A::template score<R>(rows_.queries + first * A::query_bytes(head_dim), head_dim, layout, tile, scales_,
+                         rows_.scores);
+    // Positions grow with rows.
+    const Visible visible_to_first = visible(first, start), visible_to_last = visible(first + R - 1, start);
     alignas(64) float factors[16];
-    for (int i = 0; i < 16; ++i) factors[i] = 0.0f;
-    for (int r = 0; r < R; ++r) {
-      const int position = first_position_ + (first + r) / task_.group;
-      visible[r].end = position + 1 - start;
-      visible[r].first = task_.shape.window ? visible[r].end - task_.shape.window : 0;
-      const float before = rows_.maxima[first + r];
-      const float top = mask_and_find_max(rows_.scores + r * kTileKeys, visible[r]);
-      const float now = top > before ? top : before;
-      rows_.maxima[first + r] = now;
-      factors[r] = before - now;
-    }
-    for (int i = 0; i < R; i += kLanes) store(factors + i, exp2_of(load(factors + i)));
-    for (int r = 0; r < R; ++r) {
-      F p[kTileKeys / kLanes];
-      const F maximum = splat(rows_.maxima[first + r]);
-      for (int v = 0; v < kTileKeys / kLanes; ++v)
-        p[v] = exp2_of(load(rows_.scores + r * kTileKeys + v * kLanes) - maximum);
-      const F sum = A::weigh_scores(p, tile, visible[r], rows_.weights + r * A::weight_bytes());
-      rows_.sums[first + r] = rows_.sums[first + r] * splat(factors[r]) + sum;
-    }
-    const int num_keys = visible[R - 1].end < kTileKeys ? visible[R - 1].end : kTileKeys;
+    if (visible_to_first.end >= kTileKeys && visible_to_last.first <= 0)
+      soften<R, true>(start, first, factors);
+    else
+      soften<R, false>(start, first, factors);
+    const int num_keys = visible_to_last.end < kTileKeys ? visible_to_last.end : kTileKeys;
     A::template add_values<R>(rows_.weights, head_dim, num_keys, layout, tile, factors,
                               rows_.out + size_t(first) * head_dim);
+  }
+
+  // Which of the tile's keys a row sees.
+  Visible visible(int row, int start) const {
+    const int end = first_position_ + row / task_.group + 1 - start;
+    return {task_.shape.window ? end - task_.shape.window : 0, end};
+  }
+
+  // Scores become weights. `factors` [16]: what a row's sums so far are multiplied by, and, from kTileFactors on, the
+  // weights, which with A::kScalesTiles are relative to the tile's own largest score.
+  template <int R, bool kIsAll>
+  void soften(int start, int first, float* factors) {
+    constexpr int kVectors = kTileKeys / kLanes;
+    Visible seen[R];
+    if (!kIsAll)
+      for (int r = 0; r < R; ++r) seen[r] = visible(first + r, start);
+    F highest[R];
+    for (int r = 0; r < R; ++r) {
+      highest[r] = splat(-__builtin_inff());
+      for (int v = 0; v < kVectors; ++v) {
+        float* at = rows_.scores + r * kTileKeys + v * kLanes;
+        F score = load(at);
+        if (!kIsAll) store(at, score = select(seen[r].lanes(v * kLanes), score, splat(-__builtin_inff())));
+        highest[r] = larger(highest[r], score);
+      }
+    }
+    alignas(64) float tops[R + kLanes], references[R];
+    reduce_max<R>(highest, tops);
+    for (int i = 0; i < 16; ++i) factors[i] = 0.0f;
+    for (int r = 0; r < R; ++r) {
+      float& maximum = rows_.maxima[first + r];
+      const float now = tops[r] > maximum ? tops[r] : maximum;
+      factors[r] = maximum - now;
+      factors[kTileFactors + r] = tops[r] - now;
+      references[r] = A::kScalesTiles ? tops[r] : now;
+      maximum = now;
+    }
+    for (int i = 0; i < 16; i += kLanes) store(factors + i, exp2_of(load(factors + i)));
+    for (int r = 0; r < R; ++r) {
+      F p[kVectors];
+      for (int v = 0; v < kVectors; ++v)
+        p[v] = A::exp2(load(rows_.scores + r * kTileKeys + v * kLanes) - splat(references[r]));
+      const F sum = A::template weigh<kIsAll>(p, scales_, seen[r], rows_.weights + r * A::weight_bytes());
+      F& sums = rows_.sums[first + r];
+      sums = FusedAdd(sums, splat(factors[r]), A::kScalesTiles ? sum * splat(factors[kTileFactors + r]) : sum);
+    }
   }
 
   // The layout of the tile's granules: gathered ones are twice those of the cache.
@@ -192,21 +234,6 @@ class HeadOfPiece {
     KvLayout layout = task_.layout;
     if (layout.granule < kGranuleKeys) layout.values = layout.keys + 2 * (layout.values - layout.keys);
     return layout;
-  }
-
-  static float mask_and_find_max(float* scores, const Visible& visible) {
-    F top = splat(-__builtin_inff());
-    for (int at = 0; at < kTileKeys; at += kLanes) {
-      F score = load(scores + at);
-      if (!visible.is_all()) {
-        const I lanes = count_from(at);
-        const I is_visible = (lanes >= splat(visible.first)) & (lanes < splat(visible.end));
-        score = select(is_visible, score, splat(-__builtin_inff()));
-        store(scores + at, score);
-      }
-      top = larger(top, score);
-    }
-    return reduce_max(top);
   }
 
   void finish() {
@@ -226,16 +253,28 @@ class HeadOfPiece {
   const AttentionPiece& piece_;
   const int head_;
   Rows<A>& rows_;
+  typename A::Scales scales_;  // of the tile being computed
   int context_, first_token_, num_queries_, first_position_;
   const int32_t* table_;
 };
 
 template <class A>
-void attend_piece(const AttentionTask& task, const AttentionPiece& piece, uint8_t* scratch) {
+void attend_piece(const AttentionTask& task, const AttentionPiece& piece, const AttentionPiece* next_piece,
+                  uint8_t* scratch) {
   Rows<A> rows;
   rows.cut(task, (piece.end_query - piece.first_query) * task.group, scratch);
-  for (int head = piece.first_head; head < piece.end_head; ++head)
-    HeadOfPiece<A>(task, piece, head, rows).compute();
+  for (int head = piece.first_head; head < piece.end_head; ++head) {
+    HeadOfPiece<A> current(task, piece, head, rows);
+    if (head + 1 < piece.end_head) {
+      const HeadOfPiece<A> next(task, piece, head + 1, rows);
+      current.compute(&next);
+    } else if (next_piece) {
+      const HeadOfPiece<A> next(task, *next_piece, next_piece->first_head, rows);
+      current.compute(&next);
+    } else {
+      current.compute(nullptr);
+    }
+  }
 }
 
 void exp2_for_tests(const float* x, float* y, int count) {

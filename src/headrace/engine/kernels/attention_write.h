@@ -25,6 +25,39 @@ inline void rotate(float* x, const float* cos, const float* sin, int head_dim, f
   }
 }
 
+// One step of the Hadamard transform within a vector: lanes `Distance` apart become their sum and difference.
+template <int Distance>
+inline F butterfly(F x) {
+  I partners;
+  F signs;
+  for (int i = 0; i < kLanes; ++i) {
+    partners[i] = i ^ Distance;
+    signs[i] = i & Distance ? -1.0f : 1.0f;
+  }
+  return x * signs + __builtin_shuffle(x, partners);
+}
+
+// The largest power of two that divides head_dim: the size of the Hadamard matrices.
+inline int spread_size(int head_dim) { return head_dim & -head_dim; }
+
+// Multiply blocks of `spread_size` numbers by the Hadamard matrix, in place: products of a query and a key that both
+// are spread are `spread_size` times as large, and no number stands out of the others, which is what int8 wants.
+inline void spread(float* x, int head_dim) {
+  for (int d = 0; d < head_dim; d += kLanes) {
+    F v = butterfly<2>(butterfly<1>(load(x + d)));
+    if constexpr (kLanes > 4) v = butterfly<4>(v);
+    if constexpr (kLanes > 8) v = butterfly<8>(v);
+    store(x + d, v);
+  }
+  for (int distance = kLanes; distance < spread_size(head_dim); distance *= 2)
+    for (int block = 0; block < head_dim; block += 2 * distance)
+      for (int d = block; d < block + distance; d += kLanes) {
+        const F a = load(x + d), b = load(x + d + distance);
+        store(x + d, a + b);
+        store(x + d + distance, a - b);
+      }
+}
+
 // To bfloat16, nearest even; not a number stays so.
 inline uint16_t narrow(float x) {
   uint32_t bits;
@@ -106,7 +139,10 @@ inline void write_head(const AttentionTask& task, const Place& place, const floa
   }
   int8_t small_k[kMaxHeadDim], small_v[kMaxHeadDim];
   uint16_t* scales = reinterpret_cast<uint16_t*>(place.granule);
-  const uint16_t k_scale = quantise(k, head_dim, small_k), v_scale = quantise(v, head_dim, small_v);
+  const uint16_t k_scale = quantise(k, head_dim, small_k);
+  uint16_t v_scale = quantise(v, head_dim, small_v);
+  const uint16_t least = 0x0d80;  // 2^-100: some code takes its logarithm
+  if (v_scale < least) v_scale = least;
   const uint16_t nan = 0x7fc0;
   scales[place.lane] = v_scale == nan ? nan : k_scale;  // scores tell of values that are not numbers, too
   scales[kGranuleKeys + place.lane] = v_scale;
@@ -114,12 +150,29 @@ inline void write_head(const AttentionTask& task, const Place& place, const floa
   scatter<int8_t, 4>(task, place, small_k, small_v, is_last);
 }
 
+// Fetch what a token's write will change. Tokens after one another change the same lines: nothing to fetch then.
+inline void fetch_for_write(const AttentionTask& task, int token) {
+  const KvLayout& layout = task.layout;
+  const int32_t slot = task.step.slots[token];
+  if (token && slot == task.step.slots[token - 1] + 1) return;
+  const size_t side = layout.values - layout.keys, column = size_t(4) * task.shape.head_dim;
+  for (int head = 0; head < task.shape.num_kv_heads; ++head) {
+    const Place place = place_of(task, slot, head);
+    __builtin_prefetch(place.granule, 1);
+    for (size_t at = 0; at < side; at += 64) __builtin_prefetch(place.granule + layout.keys + at, 1);
+    const uint8_t* values = place.granule + layout.values + place.lane / layout.per_word * column;
+    for (size_t at = 0; at < column; at += 64) __builtin_prefetch(values + at, 1);
+  }
+}
+
 void write_tokens(const AttentionTask& task, int first, int end) {
   const AttentionShape& shape = task.shape;
   const int head_dim = shape.head_dim, num_kv_heads = shape.num_kv_heads;
   const size_t stride = size_t(shape.num_heads + 2 * num_kv_heads) * head_dim;
   float key[kMaxHeadDim];
+  fetch_for_write(task, first);
   for (int token = first; token < end; ++token) {
+    if (token + 1 < end) fetch_for_write(task, token + 1);
     const int32_t slot = task.step.slots[token];
     const bool is_last = token + 1 == task.step.num_tokens || task.step.slots[token + 1] != slot + 1;
     const size_t angles = size_t(task.step.positions[token]) * (head_dim / 2);
@@ -128,6 +181,7 @@ void write_tokens(const AttentionTask& task, int first, int end) {
     for (int head = 0; head < num_kv_heads; ++head) {
       normalise(k + head * head_dim, task.k_norm, shape.norm_eps, head_dim, key);
       rotate(key, task.cos + angles, task.sin + angles, head_dim, 1.0f);
+      if (shape.kv_kind == kv_int8) spread(key, head_dim);
       write_head(task, place_of(task, slot, head), key, v + head * head_dim, is_last);
     }
   }

@@ -41,8 +41,8 @@ Rows quantize(Team& team, Workspace& workspace, const float* x, int features, in
 
 void multiply(Team& team, const Matrix& matrix, const Rows& rows, Epilogue epilogue, float* out, int64_t stride) {
   const Product product{matrix, rows, epilogue, out, stride};
-  const auto multiply_panel = kernels().multiply;
-  team.parallel_for(matrix.num_panels(), [&](int panel) { multiply_panel(product, panel); });
+  const auto multiply_piece = kernels().multiply;
+  team.parallel_for(product.num_pieces(), [&](int piece) { multiply_piece(product, piece); });
 }
 
 // x += matrix * rows, or x += norm(matrix * rows) where there is a norm after the block.

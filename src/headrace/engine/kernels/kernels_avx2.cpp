@@ -11,6 +11,7 @@ namespace {
 
 #include "lanes.h"
 #include "rows.h"
+#include "pass.h"
 
 // Sixteen channels of up to two rows: eight sums stay in registers, each with two halves of four channels.
 template <int N>
@@ -43,18 +44,18 @@ HEADRACE_INLINE void accumulate_half(const uint8_t* panel, int depth, const int8
 }
 
 template <int N>
-HEADRACE_INLINE void accumulate(const uint8_t* panel, int depth, const int8_t* x, int64_t stride,
-                                Integers sums[N][2]) {
+void accumulate(const Pass& pass, Integers (*sums)[2]) {
+  for (int i = 0; i < N; ++i) sums[i][0] = sums[i][1] = all(pass.offsets[i]);
   for (int half = 0; half < 2; ++half) {
-    const uint8_t* from = panel + half * 64;
+    const uint8_t* from = pass.panel + half * 64;
     int i = 0;
     for (; i + 1 < N; i += 2) {
       Integers* const two[2] = {&sums[i][half], &sums[i + 1][half]};
-      accumulate_half<2>(from, depth, x + i * stride, stride, two);
+      accumulate_half<2>(from, pass.depth, pass.x + i * pass.stride, pass.stride, two);
     }
     if (i < N) {
       Integers* const one[1] = {&sums[i][half]};
-      accumulate_half<1>(from, depth, x + i * stride, stride, one);
+      accumulate_half<1>(from, pass.depth, pass.x + i * pass.stride, pass.stride, one);
     }
   }
 }

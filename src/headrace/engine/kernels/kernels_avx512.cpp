@@ -4,6 +4,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <algorithm>
 #include <utility>
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")
@@ -13,8 +14,7 @@ namespace {
 
 #include "lanes.h"
 #include "rows.h"
-
-constexpr int kPrefetchBytes = 4096;
+#include "pass.h"
 
 HEADRACE_INLINE void multiply_row(__m512i& low, __m512i& high, __m512i first, __m512i second, const int8_t* x) {
   int32_t four;
@@ -25,26 +25,43 @@ HEADRACE_INLINE void multiply_row(__m512i& low, __m512i& high, __m512i first, __
   asm("vpdpbusd %2, %1, %0" : "+v"(high) : "v"(second), "v"(row));
 }
 
+HEADRACE_INLINE void fetch(const uint8_t* line) {
+  // Into the second cache: in the first one it would push out the panel that is being multiplied.
+  _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
+}
+
 // Unrolled by the fold expressions: only with constant indices does the compiler keep all sums in registers.
 template <int N, int... I>
-HEADRACE_INLINE void accumulate_rows(const uint8_t* panel, int depth, const int8_t* x, int64_t stride,
-                                     Integers sums[N][2], std::integer_sequence<int, I...>) {
+HEADRACE_INLINE void accumulate_rows(const Pass& pass, Integers (*sums)[2], std::integer_sequence<int, I...>) {
   __m512i low[N], high[N];
-  ((low[I] = (__m512i)sums[I][0], high[I] = (__m512i)sums[I][1]), ...);
-  for (int k = 0; k < depth; ++k, panel += kPanelChannels * kDepth, x += kDepth) {
-    // The processor's own prefetcher stops at each page.
-    _mm_prefetch(reinterpret_cast<const char*>(panel + kPrefetchBytes), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(panel + kPrefetchBytes + 64), _MM_HINT_T0);
-    const __m512i first = _mm512_loadu_si512(panel), second = _mm512_loadu_si512(panel + 64);
+  ((low[I] = high[I] = _mm512_set1_epi32(pass.offsets[I])), ...);
+  const uint8_t* panel = pass.panel;
+  const uint8_t* ahead = pass.ahead.from;
+  const int8_t* x = pass.x;
+  const int64_t stride = pass.stride;
+  const auto multiply = [&]() __attribute__((always_inline)) {
+    const __m512i first = _mm512_loadu_si512(panel), second = _mm512_loadu_si512(panel + kLineBytes);
     (multiply_row(low[I], high[I], first, second, x + I * stride), ...);
+    panel += 2 * kLineBytes;
+    x += kDepth;
+  };
+  int k = 0;
+  for (; k < pass.ahead.num_lines - pass.depth; ++k, ahead += 2 * kLineBytes) {
+    fetch(ahead);
+    fetch(ahead + kLineBytes);
+    multiply();
   }
+  for (const int end = std::min(pass.depth, pass.ahead.num_lines); k < end; ++k, ahead += kLineBytes) {
+    fetch(ahead);
+    multiply();
+  }
+  for (; k < pass.depth; ++k) multiply();
   ((sums[I][0] = (Integers)low[I], sums[I][1] = (Integers)high[I]), ...);
 }
 
 template <int N>
-HEADRACE_INLINE void accumulate(const uint8_t* panel, int depth, const int8_t* x, int64_t stride,
-                                Integers sums[N][2]) {
-  accumulate_rows<N>(panel, depth, x, stride, sums, std::make_integer_sequence<int, N>{});
+void accumulate(const Pass& pass, Integers (*sums)[2]) {
+  accumulate_rows<N>(pass, sums, std::make_integer_sequence<int, N>{});
 }
 
 HEADRACE_INLINE void store_past_caches(float* to, Floats v) { _mm512_stream_ps(to, (__m512)v); }

@@ -7,19 +7,19 @@ namespace {
 
 #include "lanes.h"
 #include "rows.h"
+#include "pass.h"
 
 template <int N>
-HEADRACE_INLINE void accumulate(const uint8_t* panel, int depth, const int8_t* x, int64_t stride,
-                                Integers sums[N][2]) {
+void accumulate(const Pass& pass, Integers (*sums)[2]) {
   for (int i = 0; i < N; ++i) {
     int32_t totals[kPanelChannels] = {};
-    const uint8_t* w = panel;
-    const int8_t* row = x + i * stride;
-    for (int k = 0; k < depth; ++k, w += kPanelChannels * kDepth, row += kDepth)
+    const uint8_t* w = pass.panel;
+    const int8_t* row = pass.x + i * pass.stride;
+    for (int k = 0; k < pass.depth; ++k, w += kPanelChannels * kDepth, row += kDepth)
       for (int channel = 0; channel < kPanelChannels; ++channel)
         for (int j = 0; j < kDepth; ++j) totals[channel] += w[channel * kDepth + j] * row[j];
     for (int channel = 0; channel < kPanelChannels; ++channel)
-      sums[i][channel / kLanes][channel % kLanes] += totals[channel];
+      sums[i][channel / kLanes][channel % kLanes] = pass.offsets[i] + totals[channel];
   }
 }
 

@@ -48,6 +48,10 @@ struct Product {
   Epilogue epilogue;
   float* out;  // [num_rows, out_stride]
   int64_t out_stride;
+
+  // A panel is multiplied with blocks of rows: these are the pieces of work, panel after panel.
+  int num_blocks() const { return (rows.num_rows + kMaxRows - 1) / kMaxRows; }
+  int num_pieces() const { return matrix.num_panels() * num_blocks(); }
 };
 
 // Size of the rotation's blocks: the largest power of two that divides in_features, from 16 to 512.
@@ -63,7 +67,7 @@ struct Kernels {
   void (*quantize)(const float* x, int n, const Rows& to, int row);
   // x += y / rms(y) * weight
   void (*add_normalized)(float* x, const float* y, const float* weight, float eps, int n);
-  void (*multiply)(const Product& product, int panel);
+  void (*multiply)(const Product& product, int piece);
   // out = factor * row `index` of the matrix, as it was before the rotation.
   void (*look_up)(const Matrix& matrix, int index, float factor, float* out);
   // Quantise panel `panel` of `weight` [out_features, in_features] into `to` and `scale` (the whole matrix').

@@ -1,19 +1,9 @@
-// Multiplies rows with one panel of a matrix. Included by each instruction set's file, which defines before
-//   template <int N> void accumulate(panel, depth, x, stride, Integers sums[N][2])
-// sums += the products of N rows with the 32 channels; `depth` is in_features / 4; and
+// Multiplies rows with one panel of a matrix. Included by each instruction set's file, after pass.h, which defines
+//   template <int N> void accumulate(const Pass& pass, Integers (*sums)[2])
+// sums = the pass's offsets + the products of N rows with the 32 channels; and
 //   void store_past_caches(float* to, Floats v)
 //   void finish_stores()
 // for a `to` on a cache line; after finish_stores, other threads see what was stored.
-
-HEADRACE_INLINE void store_some(float* to, Floats v, int count, Epilogue epilogue) {
-  if (epilogue == Epilogue::stream && count >= kLanes && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
-    store_past_caches(to, v);
-  } else if (count >= kLanes) {
-    store(to, epilogue == Epilogue::add ? load(to) + v : v);
-  } else {
-    for (int i = 0; i < count; ++i) to[i] = epilogue == Epilogue::add ? to[i] + v[i] : v[i];
-  }
-}
 
 HEADRACE_INLINE Floats activate(Floats gate, Epilogue epilogue) {
   if (epilogue == Epilogue::gated_silu) return gate * sigmoid(gate);
@@ -21,52 +11,99 @@ HEADRACE_INLINE Floats activate(Floats gate, Epilogue epilogue) {
   return gate * sigmoid(all(1.59576912f) * (gate + all(0.044715f) * gate * gate * gate));
 }
 
-// One expression for every caller: a row has the same bits in a block of any size.
-HEADRACE_INLINE Floats scaled(Integers sums, const float* channel_scales, float row_scale) {
-  return to_floats(sums) * load(channel_scales) * all(row_scale);
+// What a block of products becomes: `low` and `high` are a row's two halves of the panel, `to` where they belong.
+template <Epilogue kEpilogue>
+HEADRACE_INLINE void put(float* to, Floats low, Floats high) {
+  if (kEpilogue >= Epilogue::gated_silu) {
+    store(to, activate(low, kEpilogue) * high);
+  } else if (kEpilogue == Epilogue::add) {
+    store(to, load(to) + low);
+    store(to + kLanes, load(to + kLanes) + high);
+  } else if (kEpilogue == Epilogue::stream && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    store_past_caches(to, low);
+    store_past_caches(to + kLanes, high);
+  } else {
+    store(to, low);
+    store(to + kLanes, high);
+  }
 }
 
-template <int N>
-void multiply_rows(const Product& p, int panel, int first_row) {
-  const Matrix& matrix = p.matrix;
-  const int64_t n = matrix.in_features;
-  Integers sums[N][2];
-  for (int i = 0; i < N; ++i) sums[i][0] = sums[i][1] = all(p.rows.offsets[first_row + i]);
-  accumulate<N>(matrix.weight + panel * n * kPanelChannels, static_cast<int>(n / kDepth),
-                p.rows.values + first_row * n, n, sums);
-  const float* scales = matrix.scale + panel * kPanelChannels;
-  const int first_channel = panel * kPanelChannels;
-  for (int i = 0; i < N; ++i) {
-    const float row_scale = p.rows.scales[first_row + i];
-    const Floats low = scaled(sums[i][0], scales, row_scale);
-    const Floats high = scaled(sums[i][1], scales + kLanes, row_scale);
-    float* out = p.out + (first_row + i) * p.out_stride;
-    if (p.epilogue >= Epilogue::gated_silu) {
-      store(out + first_channel / 2, activate(low, p.epilogue) * high);
+// The last panel's first `count` channels.
+HEADRACE_INLINE void put_some(float* to, Floats low, Floats high, int count, bool is_added) {
+  float both[kPanelChannels];
+  store(both, low);
+  store(both + kLanes, high);
+  for (int i = 0; i < count; ++i) to[i] = is_added ? to[i] + both[i] : both[i];
+}
+
+// One expression for every caller: a row has the same bits in a block of any size.
+HEADRACE_INLINE Floats scaled(Integers sums, Floats channel_scales, float row_scale) {
+  return to_floats(sums) * channel_scales * all(row_scale);
+}
+
+// Rows [first, first + num_rows) of one panel.
+struct Block {
+  int panel, first, num_rows;
+};
+
+template <Epilogue kEpilogue>
+void finish(const Product& p, const Block& block, const Integers (*sums)[2]) {
+  constexpr bool is_gated = kEpilogue >= Epilogue::gated_silu;
+  const int channel = block.panel * kPanelChannels;
+  const Floats low_scale = load(p.matrix.scale + channel), high_scale = load(p.matrix.scale + channel + kLanes);
+  const int count = p.matrix.out_features - channel;
+  float* to = p.out + block.first * p.out_stride + (is_gated ? channel / 2 : channel);
+  for (int i = 0; i < block.num_rows; ++i, to += p.out_stride) {
+    const float row_scale = p.rows.scales[block.first + i];
+    const Floats low = scaled(sums[i][0], low_scale, row_scale);
+    const Floats high = scaled(sums[i][1], high_scale, row_scale);
+    if (is_gated || count >= kPanelChannels) {
+      put<kEpilogue>(to, low, high);
     } else {
-      const int count = matrix.out_features - first_channel;
-      store_some(out + first_channel, low, count, p.epilogue);
-      store_some(out + first_channel + kLanes, high, count - kLanes, p.epilogue);
+      put_some(to, low, high, count, kEpilogue == Epilogue::add);
     }
   }
+  if (kEpilogue == Epilogue::stream) finish_stores();
 }
 
-using MultiplyRows = void (*)(const Product&, int panel, int first_row);
-constexpr MultiplyRows kMultiplyRows[kMaxRows] = {
-    multiply_rows<1>, multiply_rows<2>, multiply_rows<3>, multiply_rows<4>,  multiply_rows<5>,  multiply_rows<6>,
-    multiply_rows<7>, multiply_rows<8>, multiply_rows<9>, multiply_rows<10>, multiply_rows<11>, multiply_rows<12>};
+using Finish = void (*)(const Product&, const Block&, const Integers (*sums)[2]);
+constexpr Finish kFinish[] = {finish<Epilogue::store>, finish<Epilogue::stream>, finish<Epilogue::add>,
+                              finish<Epilogue::gated_silu>, finish<Epilogue::gated_gelu>};
 
-// Blocks of nearly equal size: 13 rows are 7 and 6, not 12 and 1.
-void multiply_panel(const Product& p, int panel) {
-  const int num_blocks = (p.rows.num_rows + kMaxRows - 1) / kMaxRows;
-  for (int block = 0, row = 0; block < num_blocks; ++block) {
-    const int size = (p.rows.num_rows - row) / (num_blocks - block);
-    kMultiplyRows[size - 1](p, panel, row);
-    row += size;
-  }
-  if (p.epilogue == Epilogue::stream) finish_stores();
+using Accumulate = void (*)(const Pass&, Integers (*sums)[2]);
+constexpr Accumulate kAccumulate[kMaxRows] = {accumulate<1>, accumulate<2>,  accumulate<3>,  accumulate<4>,
+                                              accumulate<5>, accumulate<6>,  accumulate<7>,  accumulate<8>,
+                                              accumulate<9>, accumulate<10>, accumulate<11>, accumulate<12>};
+
+// Far enough for memory's answer, near enough to be still in the second cache.
+constexpr int kAheadBytes = 8192;
+
+// Each of a panel's blocks fetches its part of the next panel, which most often is this thread's too: so memory
+// works all the time, not in the first block only.
+HEADRACE_INLINE Ahead fetch_ahead(const Matrix& matrix, const uint8_t* panel, int block, int num_blocks) {
+  const int64_t num_bytes = static_cast<int64_t>(matrix.in_features) * kPanelChannels;
+  const int num_lines = static_cast<int>(num_bytes / kLineBytes);
+  if (num_blocks == 1) return {panel + kAheadBytes, num_lines};
+  const int share = (num_lines + num_blocks - 1) / num_blocks, first = block * share;
+  return {panel + num_bytes + first * kLineBytes, share < num_lines - first ? share : num_lines - first};
+}
+
+void multiply_piece(const Product& p, int piece) {
+  const Matrix& matrix = p.matrix;
+  const int64_t n = matrix.in_features;
+  const int num_blocks = p.num_blocks(), index = piece % num_blocks;
+  // Blocks of nearly equal size: 13 rows are 6 and 7, not 12 and 1.
+  const int first = static_cast<int>(static_cast<int64_t>(p.rows.num_rows) * index / num_blocks);
+  const int end = static_cast<int>(static_cast<int64_t>(p.rows.num_rows) * (index + 1) / num_blocks);
+  const Block block{piece / num_blocks, first, end - first};
+  const uint8_t* panel = matrix.weight + block.panel * n * kPanelChannels;
+  Integers sums[kMaxRows][2];
+  kAccumulate[block.num_rows - 1]({panel, static_cast<int>(n / kDepth), p.rows.values + first * n, n,
+                                   p.rows.offsets + first, fetch_ahead(matrix, panel, index, num_blocks)},
+                                  sums);
+  kFinish[static_cast<int>(p.epilogue)](p, block, sums);
 }
 
 constexpr Kernels make_kernels() {
-  return {normalize_row, quantize_row, add_normalized_row, multiply_panel, look_up_row, pack_panel};
+  return {normalize_row, quantize_row, add_normalized_row, multiply_piece, look_up_row, pack_panel};
 }

@@ -13,26 +13,47 @@ HEADRACE_INLINE float mean_square(const float* x, int n) {
 // One step of the Hadamard transform within sixteen lanes: (a, b) -> (a + b, a - b) for lanes `Distance` apart.
 template <int Distance>
 HEADRACE_INLINE Floats butterfly(Floats v) {
-  Integers partner;
-  Floats sign;
+  Integers partner, sign;
   for (int i = 0; i < kLanes; ++i) {
     partner[i] = i ^ Distance;
-    sign[i] = (i & Distance) ? -1.0f : 1.0f;
+    sign[i] = (i & Distance) ? INT32_MIN : 0;
   }
-  return __builtin_shuffle(v, partner) + v * sign;
+  return __builtin_shuffle(v, partner) + (Floats)(bits(v) ^ sign);
+}
+
+// The first steps, for a run of `Count` vectors that stay in registers: distances below 16 * Count.
+template <int Count>
+HEADRACE_INLINE void rotate_run(float* x, Floats factor) {
+  Floats v[Count];
+  for (int i = 0; i < Count; ++i) {
+    v[i] = butterfly<1>(load(x + i * kLanes) * factor);
+    v[i] = butterfly<8>(butterfly<4>(butterfly<2>(v[i])));
+  }
+  for (int distance = 1; distance < Count; distance *= 2)
+    for (int i = 0; i < Count; ++i) {
+      if (i & distance) continue;
+      const Floats a = v[i], b = v[i + distance];
+      v[i] = a + b;
+      v[i + distance] = a - b;
+    }
+  for (int i = 0; i < Count; ++i) store(x + i * kLanes, v[i]);
+}
+
+template <int Count>
+HEADRACE_INLINE void rotate_runs(float* x, int n, Floats factor) {
+  for (int i = 0; i < n; i += Count * kLanes) rotate_run<Count>(x + i, factor);
 }
 
 // Multiply blocks of `size` (a power of two >= 16) by the orthogonal Hadamard matrix, its own inverse.
 HEADRACE_INLINE void rotate(float* x, int n, int size) {
   const Floats factor = all(1.0f / __builtin_sqrtf(static_cast<float>(size)));
-  for (int i = 0; i < n; i += kLanes) {
-    Floats v = load(x + i) * factor;
-    v = butterfly<1>(v);
-    v = butterfly<2>(v);
-    v = butterfly<4>(v);
-    store(x + i, butterfly<8>(v));
+  switch (size / kLanes) {
+    case 1: return rotate_runs<1>(x, n, factor);
+    case 2: return rotate_runs<2>(x, n, factor);
+    case 4: return rotate_runs<4>(x, n, factor);
+    default: rotate_runs<8>(x, n, factor);
   }
-  for (int distance = kLanes; distance < size; distance *= 2)
+  for (int distance = 8 * kLanes; distance < size; distance *= 2)
     for (int block = 0; block < n; block += 2 * distance)
       for (int i = block; i < block + distance; i += kLanes) {
         const Floats a = load(x + i), b = load(x + i + distance);

@@ -21,6 +21,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Tokens within so many times the temperature of the highest logit are gathered together, ring by ring.
 constexpr double kSpans[] = {1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, std::numeric_limits<double>::infinity()};
 constexpr int kFew = 24;
+constexpr int kFewAllowed = 512;
 
 const SamplingPasses& passes() {
 #if defined(__x86_64__)
@@ -51,7 +52,8 @@ struct Scratch {
     for (Tokens* tokens : {&a, &b}) tokens->reserve(vocab_size);
   }
 
-  std::vector<float> maxima;
+  std::vector<float> maxima;   // of each group of the row
+  std::vector<float> changed;  // the row after its changes, if it has any
   Tokens a, b;
 };
 
@@ -220,15 +222,15 @@ double uniform(uint64_t seed, int64_t index) {
   return static_cast<double>(bits >> 11) * 0x1p-53;
 }
 
-int32_t draw(const SampleTask& task, Order& order, int vocab_size) {
+int32_t draw(const SampleSettings& settings, int64_t index, Order& order, int vocab_size) {
   int64_t mass = order.mass();
-  if (task.top_k > 0) mass = order.at_count(std::min(task.top_k, vocab_size) - 1).mass;
-  if (task.top_p < 1.0) {
-    const auto enough = static_cast<int64_t>(std::ceil(task.top_p * static_cast<double>(mass)));
+  if (settings.top_k > 0) mass = order.at_count(std::min(settings.top_k, vocab_size) - 1).mass;
+  if (settings.top_p < 1.0) {
+    const auto enough = static_cast<int64_t>(std::ceil(settings.top_p * static_cast<double>(mass)));
     mass = order.at_mass(std::min(std::max(enough, int64_t{1}), mass) - 1).mass;
   }
-  if (task.min_p > 0.0) mass = std::min(mass, order.mass_of_likely(task.min_p));
-  const double u = uniform(task.seed, task.index);
+  if (settings.min_p > 0.0) mass = std::min(mass, order.mass_of_likely(settings.min_p));
+  const double u = uniform(settings.seed, index);
   const auto target = static_cast<int64_t>(u * static_cast<double>(mass));
   return order.at_mass(std::min(target, mass - 1)).id;
 }
@@ -239,37 +241,120 @@ int32_t first_of(const float* logits, int vocab_size, const std::vector<float>& 
   return static_cast<int32_t>(std::find(begin, logits + vocab_size, highest) - logits);
 }
 
-void sample_row(const SamplingPasses& pass, SampleTask& task, int vocab_size, int32_t* top_ids) {
+bool has_changes(const SampleSettings& settings) {
+  return settings.num_seen || settings.num_generated || settings.num_biases || settings.num_stops;
+}
+
+// Change a row's logits in place, as `penalties.py` does, operation for operation.
+void apply_changes(const SampleSettings& settings, float* logits) {
+  for (int i = 0; i < settings.num_seen; ++i) {
+    float& logit = logits[settings.seen[i]];
+    logit = logit > 0 ? logit / settings.repetition : logit * settings.repetition;
+  }
+  for (int i = 0; i < settings.num_generated; ++i)
+    logits[settings.generated[i]] -= settings.frequency * settings.counts[i] + settings.presence;
+  for (int i = 0; i < settings.num_biases; ++i) logits[settings.biased[i]] += settings.biases[i];
+  for (int i = 0; i < settings.num_stops; ++i) logits[settings.stops[i]] = -kInfinity;
+}
+
+// Return the highest logit, and leave each group's in scratch.maxima; NaN if there is one.
+float find_highest(const SamplingPasses& pass, const float* logits, int vocab_size, Scratch& scratch) {
+  if (pass.maxima(logits, vocab_size, scratch.maxima.data())) return std::numeric_limits<float>::quiet_NaN();
+  return *std::max_element(scratch.maxima.begin(), scratch.maxima.end());
+}
+
+// Return the row after its changes: itself if there are none, or else a copy in `scratch`.
+const float* change(const SamplingPasses& pass, const SampleTask& task, int vocab_size, Scratch& scratch) {
+  if (task.allowed == nullptr && !has_changes(*task.settings)) return task.logits;
+  if (scratch.changed.size() < static_cast<size_t>(vocab_size)) scratch.changed.resize(vocab_size);
+  float* changed = scratch.changed.data();
+  if (task.allowed != nullptr) {
+    pass.allow(task.logits, task.allowed, vocab_size, changed);
+  } else {
+    std::copy(task.logits, task.logits + vocab_size, changed);
+  }
+  apply_changes(*task.settings, changed);
+  return changed;
+}
+
+// Call f(token id) for the allowed tokens, in order.
+template <typename F>
+void for_allowed(const uint32_t* allowed, int vocab_size, const F& f) {
+  for (int begin = 0; begin < vocab_size; begin += 32) {
+    uint32_t word = allowed[begin / 32];
+    if (vocab_size - begin < 32) word &= (1u << (vocab_size - begin)) - 1;
+    for (; word != 0; word &= word - 1) f(begin + __builtin_ctz(word));
+  }
+}
+
+bool are_few(const uint32_t* allowed, int vocab_size) {
+  int num_allowed = 0;
+  for (int i = 0; i < (vocab_size + 31) / 32; ++i) num_allowed += __builtin_popcount(allowed[i]);
+  return num_allowed <= kFewAllowed;
+}
+
+// The likeliest of few allowed tokens. No other logit is read: whoever asks has seen that the row is finite.
+int32_t likeliest_of_few(const float* logits, const uint32_t* allowed, int vocab_size) {
+  int32_t token_id = kNoneAllowed;
+  float highest = -kInfinity;
+  for_allowed(allowed, vocab_size, [&](int32_t id) {
+    if (logits[id] > highest) {
+      highest = logits[id];
+      token_id = id;
+    }
+  });
+  return token_id;
+}
+
+// Choose a row's token, or say why there is none. `top_logits` and `top_ids` are those of the most likely tokens.
+int32_t sample_row(const SamplingPasses& pass, SampleTask& task, int vocab_size, int32_t* top_ids,
+                   float* top_logits) {
   thread_local Scratch scratch;
   scratch.reserve(vocab_size);
-  const bool has_nan = pass.maxima(task.logits, vocab_size, scratch.maxima.data());
-  task.highest = *std::max_element(scratch.maxima.begin(), scratch.maxima.end());
-  task.token_id = -1;
-  if (has_nan || !std::isfinite(task.highest)) return;
-  if (task.temperature < kLeastTemperature) {
-    task.token_id = first_of(task.logits, vocab_size, scratch.maxima, task.highest);
-  } else {
-    Order order(pass, task.logits, vocab_size, scratch, task.highest, task.temperature);
-    task.token_id = draw(task, order, vocab_size);
+  const SampleSettings& settings = *task.settings;
+  const bool is_greedy = settings.temperature < kLeastTemperature;
+  if (task.is_checked && is_greedy && settings.num_top < 0 && !has_changes(settings) &&
+      are_few(task.allowed, vocab_size))
+    return likeliest_of_few(task.logits, task.allowed, vocab_size);
+  task.highest = find_highest(pass, task.logits, vocab_size, scratch);
+  if (!std::isfinite(task.highest)) return kNotFinite;
+  const float* logits = change(pass, task, vocab_size, scratch);
+  if (logits != task.logits) {
+    task.highest = find_highest(pass, logits, vocab_size, scratch);
+    if (task.highest == -kInfinity) return kNoneAllowed;
+    if (!std::isfinite(task.highest)) return kNotFinite;
   }
-  if (task.num_top < 0) return;
-  Order order(pass, task.logits, vocab_size, scratch, task.highest, 1.0);
+  int32_t token_id;
+  if (is_greedy) {
+    token_id = first_of(logits, vocab_size, scratch.maxima, task.highest);
+  } else {
+    Order order(pass, logits, vocab_size, scratch, task.highest, settings.temperature);
+    token_id = draw(settings, task.index, order, vocab_size);
+  }
+  if (settings.num_top < 0) return token_id;
+  task.logit = logits[token_id];
+  Order order(pass, logits, vocab_size, scratch, task.highest, 1.0);
   task.mass = order.mass();
-  if (task.num_top > 0) order.top(std::min({task.num_top, vocab_size, kMaxTop}), top_ids);
+  const int num_top = std::min({settings.num_top, vocab_size, kMaxTop});
+  if (num_top > 0) order.top(num_top, top_ids);
+  for (int i = 0; i < num_top; ++i) top_logits[i] = logits[top_ids[i]];
+  return token_id;
 }
 
 }  // namespace
 }  // namespace headrace
 
-// Choose a token for each of `count` tasks. top_ids: [count, 64]. `team` may be null: this thread alone.
+// Choose a token for each of `count` tasks. top_ids, top_logits: [count, 64]. `team` may be null: this thread
+// alone.
 HEADRACE_EXPORT void headrace_sample(void* team, headrace::SampleTask* tasks, int count, int vocab_size,
-                                     int32_t* top_ids) {
+                                     int32_t* top_ids, float* top_logits) {
   const headrace::SamplingPasses& pass = headrace::passes();
   const auto sample = [&](int i) {
+    const int64_t top = static_cast<int64_t>(i) * headrace::kMaxTop;
     try {
-      headrace::sample_row(pass, tasks[i], vocab_size, top_ids + static_cast<int64_t>(i) * headrace::kMaxTop);
+      tasks[i].token_id = headrace::sample_row(pass, tasks[i], vocab_size, top_ids + top, top_logits + top);
     } catch (const std::bad_alloc&) {
-      tasks[i].token_id = -2;
+      tasks[i].token_id = headrace::kOutOfMemory;
     }
   };
   if (team != nullptr) {

@@ -10,7 +10,7 @@ namespace {
 #include "sampling_passes.h"
 }  // namespace
 
-const SamplingPasses sampling_passes_avx2 = {maxima, mass, pick};
+const SamplingPasses sampling_passes_avx2 = {maxima, mass, pick, allow};
 
 }  // namespace headrace
 #endif

@@ -33,7 +33,7 @@ int pick(const float* logits, const int32_t* ids, int first_id, int count, float
 }
 }  // namespace
 
-const SamplingPasses sampling_passes_avx512 = {maxima, mass, pick};
+const SamplingPasses sampling_passes_avx512 = {maxima, mass, pick, allow};
 
 }  // namespace headrace
 #endif

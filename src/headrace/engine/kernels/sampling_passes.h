@@ -100,3 +100,23 @@ int pick(const float* logits, const int32_t* ids, int first_id, int count, float
   return num;
 }
 #endif
+
+void allow(const float* logits, const uint32_t* allowed, int count, float* out) {
+  Integers bit;
+  for (int i = 0; i < kLanes; ++i) bit[i] = 1 << i;
+  const Floats none = Floats{} - __builtin_inff();
+  int begin = 0;
+  for (; begin + 32 <= count; begin += 32) {
+    const uint32_t word = allowed[begin / 32];
+    for (int i = 0; i < 32; i += kLanes) {
+      Floats v = none;
+      if (word != 0) {  // most words of a strict grammar are 0: their logits are not read
+        __builtin_memcpy(&v, logits + begin + i, sizeof v);
+        v = ((Integers{} + static_cast<int32_t>(word >> i)) & bit) != 0 ? v : none;
+      }
+      __builtin_memcpy(out + begin + i, &v, sizeof v);
+    }
+  }
+  for (; begin < count; ++begin)
+    out[begin] = allowed[begin / 32] >> (begin % 32) & 1 ? logits[begin] : -__builtin_inff();
+}

@@ -8,6 +8,6 @@ namespace {
 #include "sampling_passes.h"
 }  // namespace
 
-const SamplingPasses sampling_passes_portable = {maxima, mass, pick};
+const SamplingPasses sampling_passes_portable = {maxima, mass, pick, allow};
 
 }  // namespace headrace

@@ -1,6 +1,7 @@
 """Joins proposer, controllers and scheduler: gives a step its guesses, and learns what became of them.
 
-Owns the counters and the measured cost of a row. Must not know logits, sampling or the time.
+Owns the counters and what all requests' luck suggests. Must not know logits, sampling or the time; what rows
+cost it is told with each step.
 """
 
 from __future__ import annotations
@@ -8,21 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from headrace.engine.prompt_budget import Coefficients
 from headrace.engine.request import EngineRequest
 from headrace.engine.scheduler import Decision, Scheduler
 from headrace.engine.speculation.controller import DraftController, learn
+from headrace.engine.speculation.plan import Offer, choose_numbers
 from headrace.engine.speculation.proposer import Proposer, Wanted
-from headrace.engine.speculation.row_cost import RowCost
 from headrace.engine.speculation.verify import Verified
 
-_KEEP = 0.9
 _SHARED_LEARNING_RATE = 0.02
 _FIRST_SHIFT_SAMPLED = -0.7
 """Sampled answers repeat less than the greedy ones that proposers' outlooks were measured on."""
-_EXPLORE_EVERY = 512
-"""Steps without any guess after which some are made although rows seem too dear: else that is never measured
-again."""
-_EXPLORING_ROW_TOKENS = 0.5
+
+
+_SURE = 0.9
+"""Where a row costs more tokens than this, no guess is likely enough, and none is tried."""
 
 
 class Speculator:
@@ -35,42 +36,36 @@ class Speculator:
         self.num_accepted_tokens = 0
         self._proposer = proposer
         self._max_draft_tokens = max_draft_tokens
-        self._row_cost = RowCost()
-        self._tokens_per_request = 1.0
-        """Tokens that a step gives each decoding request, smoothed."""
-        self._num_steps_without = 0
         self._shifts = {True: 0.0, False: _FIRST_SHIFT_SAMPLED}
         """What greedy and sampled requests begin with: learned from all of them."""
 
     def __repr__(self) -> str:
         return (
             f"<Speculator {self.description}: {self.num_accepted_tokens} of {self.num_draft_tokens} guesses "
-            f"right, {self._row_cost!r}>"
+            f"right>"
         )
 
-    def add_drafts(self, decision: Decision, scheduler: Scheduler) -> None:
-        """Let decoding requests of `decision` compute guesses, too, as far as they pay and there is room."""
+    def add_drafts(self, decision: Decision, scheduler: Scheduler, coefficients: Coefficients) -> None:
+        """Let decoding requests of `decision` compute guesses, too, as far as they pay and there is room.
+
+        `coefficients`: of the step model (a, b, q, c, d), in seconds; zeros while nothing is measured: rows
+        cost nothing then.
+        """
         places = [place for place, item in enumerate(decision.scheduled) if item.is_decoding]
         if not places:
             return
-        row_tokens = self._row_tokens(len(places))
-        self._num_steps_without += 1
-        if self._num_steps_without > _EXPLORE_EVERY:
-            row_tokens = min(row_tokens, _EXPLORING_ROW_TOKENS)
-        elif row_tokens >= 1.0:
-            return  # A row brings at most one token.
+        numbers = self._choose(decision, places, scheduler, coefficients)
         wanted: list[Wanted] = []
         reserved: list[int] = []
-        for place in places:
+        for place, num_tokens in zip(places, numbers, strict=True):
             request = decision.scheduled[place].request
-            num_tokens = self._choose(decision, request, scheduler, row_tokens)
+            num_tokens = min(num_tokens, scheduler.draft_room(decision, request, num_tokens))
             num_reserved = scheduler.reserve_drafts(decision, place, num_tokens) if num_tokens else 0
             if num_reserved:
                 wanted.append(Wanted(request, num_reserved))
                 reserved.append(place)
         if not wanted:
             return
-        self._num_steps_without = 0
         proposed = self._proposer.propose(wanted)
         for place, (request, num_reserved), drafts in zip(reserved, wanted, proposed, strict=True):
             if request.constraint is not None and drafts:
@@ -78,30 +73,43 @@ class Speculator:
             scheduler.set_drafts(decision, place, num_reserved, drafts)
 
     def _choose(
-        self, decision: Decision, request: EngineRequest, scheduler: Scheduler, row_tokens: float
-    ) -> int:
-        room = scheduler.draft_room(decision, request, self._max_draft_tokens)
-        if not room:
-            return 0
-        outlook = self._proposer.outlook(request, room)
-        return self._controller(request).choose(outlook, row_tokens).num_tokens
+        self, decision: Decision, places: Sequence[int], scheduler: Scheduler, coefficients: Coefficients
+    ) -> list[int]:
+        """Return how many guesses each of the requests at `places` makes, room in the step aside.
 
-    def observe(self, decision: Decision, verified: Sequence[Verified], step_s: float) -> None:
-        """Learn from a step: which guesses were right, and how long it took."""
-        num_tokens = 0
+        A guess costs a row, and attends to its request's context, whose keys are read for the token before
+        it in any case.
+        """
+        requests = [decision.scheduled[place].request for place in places]
+        a, b, q, c, d = coefficients
+        num_contexts = [len(request.token_ids) for request in requests]
+        step_s = a + c * len(requests) + d * sum(num_contexts)
+        row_s = max(b, c)  # before any decode was measured c is nothing
+        dearest_s = _SURE * step_s / len(requests)
+        offers = []
+        for request, num_context in zip(requests, num_contexts):
+            offer = Offer((), row_s + q * num_context)
+            room = scheduler.draft_room(decision, request, self._max_draft_tokens)
+            if room and offer.row_s <= dearest_s:
+                outlook = self._proposer.outlook(request, room)
+                offer = Offer(self._controller(request).expect(outlook), offer.row_s)
+            offers.append(offer)
+        numbers = choose_numbers(offers, len(requests), step_s)
+        return [
+            self._controller(request).settle(number) if offer.row_s <= dearest_s else 0
+            for request, number, offer in zip(requests, numbers, offers)
+        ]
+
+    def observe(self, verified: Sequence[Verified]) -> None:
+        """Learn from a step which guesses were right."""
         for result in verified:
             num_drafts = len(result.draft_token_ids)
-            num_tokens += len(result.token_ids)
             if num_drafts:
                 self.num_draft_tokens += num_drafts
                 self.num_accepted_tokens += result.num_accepted
                 surprise = self._controller(result.request).observe(num_drafts, result.num_accepted)
                 is_greedy = result.request.sampling.temperature == 0
                 self._shifts[is_greedy] = learn(self._shifts[is_greedy], _SHARED_LEARNING_RATE * surprise)
-        if all(item.is_decoding for item in decision.scheduled):
-            self._row_cost.observe(decision.num_tokens, step_s)
-            rate = num_tokens / len(decision.scheduled)
-            self._tokens_per_request += (1 - _KEEP) * (rate - self._tokens_per_request)
 
     def sleep(self, level: Literal[1, 2]) -> None:
         """Give the proposer's memory back, as `ModelRunner.sleep`."""
@@ -110,14 +118,6 @@ class Speculator:
     def wake(self) -> None:
         """Take it again, as `ModelRunner.wake`."""
         self._proposer.wake()
-
-    def _row_tokens(self, num_decoding: int) -> float:
-        """Return how many tokens this batch makes in the time by which one more row lengthens its step."""
-        cost = self._row_cost
-        step_s = cost.step_s(num_decoding)
-        if step_s <= 0:
-            return 0.0
-        return cost.row_s * num_decoding * max(self._tokens_per_request, 1.0) / step_s
 
     def _controller(self, request: EngineRequest) -> DraftController:
         if request.draft_controller is None:

@@ -9,18 +9,18 @@ from tests.unit.engine.speculation.scripted_proposer import ConstantProposer
 from headrace.api.messages import GenerationRequest, SamplingParams
 from headrace.engine.kv_cache.block_pool import BlockPool
 from headrace.engine.request import EngineRequest
-from headrace.engine.scheduler import Decision, Scheduler
+from headrace.engine.scheduler import Scheduler
 from headrace.engine.speculation.speculator import Speculator
 from headrace.engine.speculation.verify import Verified
 
 
 class World:
-    """A scheduler and a speculator that guesses token 1; a step takes what the test says."""
+    """A scheduler and a speculator that guesses token 1; a step takes what the test says, and a row of it."""
 
     def __init__(self, num_requests: int, step_s: float, row_s: float) -> None:
         self.scheduler = Scheduler(BlockPool(256), 8, 64, 512)
         self.speculator = Speculator(ConstantProposer(1), 4)
-        self._step_s, self._row_s = step_s, row_s
+        self.coefficients = (step_s, row_s, 0.0, row_s, 0.0)
         self._arrivals = 0
         for _ in range(num_requests):
             self.add()
@@ -37,13 +37,13 @@ class World:
     def step(self, num_right: int) -> list[int]:
         """One step in which `num_right` guesses of each request are right; return how many each made."""
         decision = self.scheduler.schedule()
-        self.speculator.add_drafts(decision, self.scheduler)
+        self.speculator.add_drafts(decision, self.scheduler, self.coefficients)
         verified = [
             self._verify(item.request, item.draft_token_ids, num_right) for item in decision.scheduled
         ]
         self.scheduler.update(decision, [result.num_accepted for result in verified])
         self.scheduler.check_integrity()
-        self.speculator.observe(decision, verified, self._seconds(decision))
+        self.speculator.observe(verified)
         for item in decision.scheduled:  # so that the answers never end
             item.request.max_total_tokens = len(item.request.token_ids) + 100
         if self._arrivals and len(self.scheduler.running[0].token_ids) > 1500:
@@ -58,9 +58,6 @@ class World:
         request.token_ids += tokens
         return Verified(request, drafts, tokens, num_accepted=num_accepted)
 
-    def _seconds(self, decision: Decision) -> float:
-        return self._step_s + self._row_s * decision.num_tokens
-
 
 def test_where_rows_are_cheap_right_guesses_are_made_and_counted() -> None:
     world = World(2, step_s=5e-3, row_s=1e-4)
@@ -69,13 +66,32 @@ def test_where_rows_are_cheap_right_guesses_are_made_and_counted() -> None:
     assert world.speculator.num_accepted_tokens == world.speculator.num_draft_tokens > 100
 
 
-def test_where_a_row_costs_a_token_nothing_is_guessed_but_now_and_then() -> None:
+def test_where_a_row_costs_a_token_nothing_is_guessed() -> None:
     """Thirty requests whose step is as long as its rows are many: a right guess gains nothing."""
     world = World(30, step_s=1e-5, row_s=3e-4)
+    for _ in range(100):
+        assert sum(world.step(1)) == 0
+
+
+def test_requests_whose_guesses_are_wrong_stop_and_try_again_now_and_then() -> None:
+    world = World(4, step_s=5e-3, row_s=3e-4)
     for _ in range(60):
-        world.step(1)
-    num_guesses = sum(sum(world.step(1)) for _ in range(700))
-    assert 1 <= num_guesses <= 0.02 * 30 * 700, "some are made, to see whether it is still so"
+        world.step(0)
+    num_guesses = sum(sum(world.step(0)) for _ in range(400))
+    assert 4 <= num_guesses <= 0.05 * 4 * 400
+
+
+def test_while_nothing_is_measured_a_row_counts_as_a_small_part_of_a_step() -> None:
+    world = World(2, step_s=0.0, row_s=0.0)
+    assert world.step(0) == [4, 4]
+
+
+def test_a_long_context_makes_guesses_dearer() -> None:
+    world = World(1, step_s=5e-3, row_s=1e-4)
+    world.step(4)
+    assert world.step(4) == [4]
+    world.coefficients = (5e-3, 1e-4, 1e-3, 1e-4, 0.0)
+    assert world.step(4) == [0]
 
 
 def test_what_some_requests_learn_the_next_ones_begin_with() -> None:
@@ -97,7 +113,4 @@ def test_sampled_answers_begin_with_less_trust_than_greedy_ones() -> None:
     assert greedy.draft_controller is not None
     assert sampled.draft_controller is not None
     outlook = [0.5] * 8
-    assert (
-        sampled.draft_controller.choose(outlook, 0.1).num_tokens
-        < greedy.draft_controller.choose(outlook, 0.1).num_tokens
-    )
+    assert sampled.draft_controller.expect(outlook)[0] < greedy.draft_controller.expect(outlook)[0]

@@ -1,0 +1,171 @@
+"""Where a stream that has no engine goes on: to a sibling, to its own front's engine, later, or nowhere.
+
+Pure: what is known of the stream and of the engines in, a decision with its reason out. How a request that
+breaks engines is kept from breaking many is decided here, too. Must not know sockets, text, or clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+SUSPECT_CRASHES = 2
+"""Engines lost one after another with the stream in them, and no token of it in between: it may be what
+breaks them. From then on it is tried on no sibling, and only alone among its like."""
+MAX_CRASHES = 3
+RESERVE_RATIO = 0.125
+"""Guests may fill a replica beyond its max_open by this part of it: a full fleet can lose one engine."""
+
+
+def guest_room(max_open: int) -> int:
+    """Return how many requests and guests a replica takes together before it refuses guests."""
+    return max_open + max(2, round(max_open * RESERVE_RATIO))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """An endpoint's `streams` section."""
+
+    max_attempts: int = 3
+    """Engines after the first that were lost or given up on, each, one stream may use."""
+    max_wait_s: float = 60.0
+    """Longest time without an engine since the stream's last token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stranded:
+    """A stream without an engine. Seconds on the clock."""
+
+    stream_class: str
+    num_attempts: int = 0
+    """Engines that it was continued on so far because it had lost another."""
+    num_crashes: int = 0
+    """Engines that were lost with it since its last token."""
+    waited_s: float = 0.0
+    """Time without an engine since its last token."""
+    avoided: Mapping[str, float] = field(default_factory=dict)
+    """Replicas that would not take it, or were lost with it: not before this time."""
+
+    @property
+    def is_suspect(self) -> bool:
+        return self.num_crashes >= SUSPECT_CRASHES
+
+
+@dataclass(frozen=True, slots=True)
+class SiblingView:
+    """Another replica of the endpoint, by its last report."""
+
+    replica_id: str
+    stream_class: str
+    is_ready: bool
+    """It takes requests, and is not about to leave."""
+    may_become_ready: bool
+    num_open: int
+    """Requests and guests, and what was sent there since."""
+    max_open: int
+
+    @property
+    def has_room(self) -> bool:
+        return self.num_open < guest_room(self.max_open)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnEngine:
+    """The engine of the stream's own front."""
+
+    state: Literal["ready", "starting", "gone"]
+    """starting: it will be ready, as far as is known. gone: asleep, stopped, or failed for good."""
+    stream_class: str = ""
+    is_leaving: bool = False
+    """It is to be free of requests soon: siblings come first."""
+    num_suspects: int = 0
+    """Streams in it that are suspected and have not given a token yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContinueAt:
+    """Go on at once. `replica_id` empty: in the own engine."""
+
+    replica_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Ask again soon."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """The stream ends with an error."""
+
+    reason: str
+
+
+def decide(
+    stream: Stranded, own: OwnEngine, siblings: Sequence[SiblingView], limits: Limits, now_s: float
+) -> ContinueAt | Wait | GiveUp:
+    """Say what becomes of a stream that has no engine."""
+    if reason := _hopeless(stream, limits):
+        return GiveUp(reason)
+    if stream.is_suspect:
+        return _decide_suspect(stream, own)
+    is_own_ready = own.state == "ready" and own.stream_class == stream.stream_class
+    if is_own_ready and not own.is_leaving:
+        return ContinueAt("", "its own engine is ready")
+    if host := find_sibling(stream, siblings, now_s):
+        return host
+    if is_own_ready:
+        return ContinueAt("", "no sibling has room, and its own engine is still there")
+    if own.state == "starting":
+        return Wait("no sibling can take it now; its own engine is starting")
+    alike = [each for each in siblings if each.stream_class in (stream.stream_class, "")]
+    if any(each.is_ready or each.may_become_ready for each in alike):
+        return Wait("its own engine is gone; no sibling can take it now")
+    if own.state == "gone":
+        return GiveUp("its own engine is gone, and no sibling computes as it did")
+    return GiveUp("its own engine computes differently now, and no sibling as it did")
+
+
+def find_sibling(stream: Stranded, siblings: Sequence[SiblingView], now_s: float) -> ContinueAt | None:
+    """Return the least loaded sibling that can continue `stream` bit for bit, if there is one."""
+    if stream.is_suspect:
+        return None
+    hosts = [
+        each
+        for each in siblings
+        if each.is_ready
+        and each.stream_class == stream.stream_class
+        and each.has_room
+        and stream.avoided.get(each.replica_id, now_s) <= now_s
+    ]
+    if not hosts:
+        return None
+    best = min(hosts, key=lambda each: (each.num_open / max(1, each.max_open), each.replica_id))
+    return ContinueAt(
+        best.replica_id, f"least loaded of {len(hosts)}: {best.num_open} open of {best.max_open}"
+    )
+
+
+def _hopeless(stream: Stranded, limits: Limits) -> str:
+    if stream.num_attempts >= limits.max_attempts:
+        return f"it was continued {stream.num_attempts} times, which is the limit"
+    if stream.num_crashes >= MAX_CRASHES:
+        return f"{stream.num_crashes} engines were lost with it and no token in between"
+    if stream.waited_s >= limits.max_wait_s:
+        return f"no engine could continue it for {limits.max_wait_s:g} s"
+    return ""
+
+
+def _decide_suspect(stream: Stranded, own: OwnEngine) -> ContinueAt | Wait | GiveUp:
+    lost = f"{stream.num_crashes} engines were lost with it"
+    if own.state == "gone" or (own.state == "ready" and own.stream_class != stream.stream_class):
+        return GiveUp(f"{lost}, and its own engine, where alone it may be tried, is gone")
+    if own.state == "starting":
+        return Wait(f"{lost}: it waits for its own engine")
+    if own.num_suspects:
+        return Wait(f"{lost}: it is tried after another one")
+    return ContinueAt("", f"{lost}: it is tried on its own engine")

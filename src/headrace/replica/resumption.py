@@ -1,0 +1,336 @@
+"""Streams whose engine was lost or is to be freed: continued in a sibling's engine, or in their own again.
+
+Owns where each such stream is, and its attempts; `policy.resumption` decides. What a client gets is not
+touched: the stream goes on from its tokens, and every engine it is in gets it under a new id, so that what
+an engine that it left still says belongs to nobody. Must not know text, HTTP, or how siblings are found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import msgspec
+
+from headrace.api.messages import GenerationRequest, Sibling
+from headrace.clock import Clock
+from headrace.errors import Overloaded, ReplicaLost
+from headrace.observability.front_metrics import FrontMetrics
+from headrace.policy.resumption import (
+    ContinueAt,
+    GiveUp,
+    Limits,
+    OwnEngine,
+    SiblingView,
+    Stranded,
+    decide,
+    find_sibling,
+)
+from headrace.replica.carried_stream import CarriedStream, Continuable
+from headrace.replica.engine_client import EngineClient, EngineStream
+from headrace.replica.peer_link import HostedStream
+
+TICK_S = 0.02
+"""How often streams that wait look for an engine."""
+REFUSED_PAUSE_S = 0.25
+"""A sibling that did not take a stream is not asked again for so long."""
+_log = logging.getLogger(__name__)
+
+
+class OwnEngineClient(Protocol):
+    """This replica's engine."""
+
+    def submit(self, request: GenerationRequest, stream: EngineStream) -> None:
+        """Raises Overloaded."""
+        ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    def has_request(self, request_id: str) -> bool: ...
+
+    @property
+    def streams(self) -> Mapping[str, EngineStream]: ...
+
+
+class Peers(Protocol):
+    """Siblings' engines, by the path of their sockets."""
+
+    def submit(self, path: str, request: GenerationRequest, stream: HostedStream) -> None: ...
+
+    def abort(self, path: str, request_id: str) -> None: ...
+
+
+class StreamKeeper:
+    """The engine as answers see it: one that is lost is replaced behind their backs."""
+
+    def __init__(
+        self,
+        engine: OwnEngineClient,
+        peers: Peers,
+        own: Callable[[], OwnEngine],
+        limits: Limits,
+        metrics: FrontMetrics,
+        clock: Clock,
+    ) -> None:
+        """`own`: how the engine is, and what the one that was ready last computes with."""
+        self._engine = engine
+        self._peers = peers
+        self._own = own
+        self._limits = limits
+        self._metrics = metrics
+        self._clock = clock
+        self._siblings: dict[str, Sibling] = {}
+        self._sent: Counter[str] = Counter()
+        """Streams sent to each sibling since it was last heard of."""
+        self._carried: dict[str, CarriedStream] = {}
+        """By the request id of the answer's choice."""
+        self._tick: asyncio.TimerHandle | None = None
+
+    def __repr__(self) -> str:
+        return f"StreamKeeper({self.num_waiting} waiting, {self.num_hosted} hosted of {len(self._carried)})"
+
+    @property
+    def num_waiting(self) -> int:
+        """Streams without an engine."""
+        return sum([carried.host is None for carried in self._carried.values()])
+
+    @property
+    def num_hosted(self) -> int:
+        return sum([bool(carried.host) for carried in self._carried.values()])
+
+    # ---- what answers ask
+
+    def submit(self, request: GenerationRequest, stream: Continuable) -> None:
+        """Hand a new request to the own engine. Raises Overloaded."""
+        self._engine.submit(request, stream)
+
+    def abort(self, request_id: str) -> None:
+        """Take a request back, wherever it is. Its stream hears nothing more; unknown ids are ignored."""
+        carried = self._carried.pop(request_id, None)
+        if carried is None:
+            self._engine.abort(request_id)
+        else:
+            self._take_back(carried)
+
+    def has_request(self, request_id: str) -> bool:
+        return request_id in self._carried or self._engine.has_request(request_id)
+
+    def on_engine_lost(self, stream: Continuable, reason: str) -> None:
+        """The own engine is gone, and with it a stream that never was anywhere else."""
+        carried = CarriedStream(self, stream, self._own().stream_class)
+        self._carried[stream.request.request_id] = carried
+        self.on_carried_lost(carried, reason)
+
+    # ---- what engines and hosts tell
+
+    def on_carried_lost(self, carried: CarriedStream, reason: str) -> None:
+        now_s, host = self._clock.now_s(), carried.host
+        carried.strand(now_s)
+        carried.num_crashes += 1
+        carried.cause, carried.lost_reason = "engine_lost", reason
+        if host:
+            carried.avoided[host] = now_s + self._limits.max_wait_s
+        self._place(carried, now_s)
+
+    def on_given_back(self, carried: CarriedStream, reason: str) -> None:
+        """A host did not take it, or no longer carries it."""
+        now_s, host = self._clock.now_s(), carried.host
+        carried.strand(now_s)
+        if carried.cause == "engine_lost":
+            carried.num_attempts -= 1
+        if host:
+            carried.avoided[host] = now_s + REFUSED_PAUSE_S
+        carried.lost_reason = carried.lost_reason or reason
+        _log.info("request %s was given back by %s: %s", carried.stream.request.request_id, host, reason)
+        self._place(carried, now_s)
+
+    def on_gap_end(self, seconds: float) -> None:
+        self._metrics.resume_gap.observe(seconds)
+
+    def forget(self, carried: CarriedStream) -> None:
+        self._carried.pop(carried.stream.request.request_id, None)
+
+    # ---- siblings, and moves to them
+
+    def set_siblings(self, siblings: Sequence[Sibling]) -> None:
+        """Take what the controller knows of the other replicas of this endpoint."""
+        self._siblings = {sibling.replica_id: sibling for sibling in siblings}
+        self._sent.clear()
+        now_s = self._clock.now_s()
+        for carried in list(self._carried.values()):
+            if carried.host is None:
+                self._place(carried, now_s)
+            elif carried.host and _is_leaving(self._siblings.get(carried.host)):
+                self._move_on(carried, now_s)
+
+    def has_room_elsewhere(self) -> bool:
+        """Whether some sibling could take a stream of this engine now."""
+        stranded = Stranded(self._own().stream_class)
+        return find_sibling(stranded, self._views(), self._clock.now_s()) is not None
+
+    def hand_over(self) -> int:
+        """Move the own engine's streams to siblings that have room; return how many are left in it. Guests
+        are their own fronts' business."""
+        now_s, num_left = self._clock.now_s(), 0
+        can_move = self._limits.max_attempts > 0
+        for stream in list(self._engine.streams.values()):
+            carried = stream if isinstance(stream, CarriedStream) else None
+            if carried is None and not isinstance(stream, Continuable):
+                continue
+            if carried is None and isinstance(stream, Continuable):
+                carried = CarriedStream(self, stream, self._own().stream_class)
+            assert carried is not None
+            host = find_sibling(carried.as_stranded(now_s), self._views(), now_s) if can_move else None
+            if host is None:
+                num_left += 1
+                continue
+            self._carried[carried.stream.request.request_id] = carried
+            self._engine.abort(carried.engine_id)
+            self._hand_to(carried, host, now_s)
+        return num_left
+
+    def _move_on(self, carried: CarriedStream, now_s: float) -> None:
+        """Take a stream from a host that leaves, if there is another place."""
+        own = self._own()
+        target = find_sibling(carried.as_stranded(now_s), self._views(), now_s)
+        if own.state == "ready" and not own.is_leaving and own.stream_class == carried.stream_class:
+            target = ContinueAt("", "its host leaves, and its own engine is ready")
+        if target is not None:
+            self._peers.abort(carried.path, carried.engine_id)
+            self._hand_to(carried, target, now_s)
+
+    def _hand_to(self, carried: CarriedStream, target: ContinueAt, now_s: float) -> None:
+        carried.strand(now_s)
+        carried.cause, carried.lost_reason = "handover", ""
+        self._continue(carried, target, now_s)
+
+    # ---- places
+
+    def _place(self, carried: CarriedStream, now_s: float) -> None:
+        num_suspects = sum([each.is_on_trial() for each in self._carried.values()])
+        own = replace(self._own(), num_suspects=num_suspects)
+        decision = decide(carried.as_stranded(now_s), own, self._views(), self._limits, now_s)
+        if isinstance(decision, ContinueAt):
+            if carried.cause == "engine_lost":
+                carried.num_attempts += 1
+            self._continue(carried, decision, now_s)
+        elif isinstance(decision, GiveUp):
+            self._give_up(carried, decision)
+        elif self._tick is None:
+            self._tick = asyncio.get_running_loop().call_later(TICK_S, self._run_tick)
+
+    def _run_tick(self) -> None:
+        self._tick = None
+        now_s = self._clock.now_s()
+        for carried in list(self._carried.values()):
+            if carried.host is None and carried.stream.request.request_id in self._carried:
+                self._place(carried, now_s)
+
+    def _continue(self, carried: CarriedStream, target: ContinueAt, now_s: float) -> None:
+        stream = carried.stream
+        request_id = stream.request.request_id
+        carried.waited_s = carried.as_stranded(now_s).waited_s
+        carried.engine_id = self._new_engine_id(carried)
+        request = msgspec.structs.replace(
+            stream.request,
+            request_id=carried.engine_id,
+            resume_from=list(stream.token_ids),
+            stream_class=carried.stream_class,
+        )
+        carried.host = target.replica_id
+        if target.replica_id:
+            carried.path = self._siblings[target.replica_id].peer_socket
+            self._sent[target.replica_id] += 1
+            self._peers.submit(carried.path, request, carried)
+        else:
+            try:
+                self._engine.submit(request, carried)
+            except Overloaded as error:  # it was ready a moment ago
+                self.on_given_back(carried, error.message)
+                return
+        self._metrics.num_resumed[carried.cause] += 1
+        self._metrics.num_resumed_tokens += len(stream.token_ids)
+        stream.on_resumed(target.replica_id)
+        _log.info(
+            "request %s goes on at %s after %d tokens: %s",
+            request_id,
+            target.replica_id or "its own engine",
+            len(stream.token_ids),
+            target.reason,
+        )
+
+    def _new_engine_id(self, carried: CarriedStream) -> str:
+        """A client may have chosen an id that looks like this."""
+        while True:
+            carried.num_moves += 1
+            engine_id = f"{carried.stream.request.request_id}@{carried.num_moves}"
+            if not self.has_request(engine_id):
+                return engine_id
+
+    def _give_up(self, carried: CarriedStream, decision: GiveUp) -> None:
+        self.forget(carried)
+        self._metrics.num_given_up += 1
+        lost = carried.lost_reason or "it was taken away"
+        carried.stream.fail(
+            ReplicaLost(
+                f"the engine was lost while it answered ({lost}); {decision.reason}; send the request again"
+            )
+        )
+
+    def _take_back(self, carried: CarriedStream) -> None:
+        if carried.host:
+            self._peers.abort(carried.path, carried.engine_id)
+        elif carried.host is not None:
+            self._engine.abort(carried.engine_id)
+
+    def _views(self) -> list[SiblingView]:
+        return [
+            SiblingView(
+                sibling.replica_id,
+                sibling.stream_class,
+                is_ready=sibling.state == "ready" and bool(sibling.peer_socket) and sibling.leave_by_s < 0,
+                may_become_ready=sibling.state == "starting",
+                num_open=sibling.num_open + self._sent[sibling.replica_id],
+                max_open=sibling.max_open,
+            )
+            for sibling in self._siblings.values()
+        ]
+
+    def close(self) -> None:
+        """Look for places no more. What still waits is the answers' to end."""
+        if self._tick is not None:
+            self._tick.cancel()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every carried stream is where it is said to be."""
+        for request_id, carried in self._carried.items():
+            assert carried.stream.request.request_id == request_id, f"{carried!r} under {request_id}"
+            if carried.host == "":
+                assert self._engine.has_request(carried.engine_id), f"{carried!r} is not in the engine"
+
+
+def _is_leaving(sibling: Sibling | None) -> bool:
+    return sibling is not None and (sibling.state in ("draining", "standby") or sibling.leave_by_s >= 0)
+
+
+class EngineStreams:
+    """What the own engine is still needed for, for whoever wants it free."""
+
+    def __init__(self, engine: EngineClient, keeper: StreamKeeper, num_preparing: Callable[[], int]) -> None:
+        """`num_preparing`: requests that will go to the engine in a moment."""
+        self._engine = engine
+        self._keeper = keeper
+        self._num_preparing = num_preparing
+
+    def num_in_engine(self) -> int:
+        return self._num_preparing() + self._engine.num_requests + self._keeper.num_waiting
+
+    def can_hand_over(self) -> bool:
+        return self._keeper.has_room_elsewhere()
+
+    def hand_over(self) -> int:
+        return self._keeper.hand_over()

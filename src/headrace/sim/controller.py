@@ -1,0 +1,265 @@
+"""A simulated controller: the real SystemState in the order of `control.app`.
+
+Mirrors the app's shell on virtual time: launcher events, load reports and demand in; starts, stops and words
+to fronts and routers out. Must not decide anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from headrace.api.config import Config
+from headrace.api.messages import (
+    Demand,
+    LauncherEvent,
+    ListProcesses,
+    LoadReport,
+    ProcessEnded,
+    Processes,
+    ProcessSpec,
+    ProcessStarted,
+    ReportAck,
+    SetSleep,
+    Sibling,
+    Siblings,
+    StartProcess,
+    StopProcess,
+)
+from headrace.api.run_paths import CONTROLLER_SOCKET
+from headrace.control.app import STOP_MARGIN_S, TICK_S
+from headrace.control.essentials import Essential
+from headrace.control.reconciler import Action, StartReplica, StopReplica
+from headrace.control.specs import gateway_specs, replica_process
+from headrace.control.system_state import SystemState
+from headrace.errors import ConfigError
+from headrace.sim.machine import Host, Process, Registry
+from headrace.sim.network import End, Weather, connect
+from headrace.sim.supervisor import ADDRESS
+from headrace.sim.timeline import Timer
+
+PROBE_S = 1.0
+MIN_TICK_GAP_S = 0.02
+"""A real tick takes some milliseconds; events that come meanwhile are taken together."""
+
+
+class RunDirectory:
+    """What outlives a controller: the applied config."""
+
+    def __init__(self, path: str, config: Config) -> None:
+        self.path = path
+        self.config = config
+
+
+class ControllerProcess(Process):
+    """One controller process."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        host: Host,
+        run_directory: RunDirectory,
+        weather: Weather,
+        probe: Callable[[str], bool],
+        plan: Callable[[SystemState, float], list[Action]],
+    ) -> None:
+        """probe: whether a process of this name answers. plan: calls the state's, and looks at it."""
+        super().__init__(registry, "controller", host)
+        self._run_directory = run_directory
+        self._weather = weather
+        self._probe = probe
+        self._plan = plan
+        self._launcher: End | None = None
+        self._fronts: dict[str, End] = {}
+        self._routers: dict[End, str] = {}
+        self._siblings: dict[str, Siblings] = {}
+        self._next_tick: Timer | None = None
+        self._ticked_s = -1.0
+        self.state: SystemState | None = None
+
+    def begin(self) -> None:
+        self.after(self.random.uniform(0.2, 1.0), self._connect, "controller start")
+
+    def _connect(self) -> None:
+        connect(self, self._weather, ADDRESS, self._on_launcher, lambda: self.exit(1))
+
+    def _on_launcher(self, end: End) -> None:
+        self._launcher = end
+        end.on_message = self._on_event
+        end.on_close = lambda: self.exit(1)
+        end.send(ListProcesses())
+
+    def accept(self, address: str, connection: object) -> None:
+        assert isinstance(connection, End)
+        end = connection
+        end.on_message = lambda message: self._on_report(end, message)
+        end.on_close = lambda: self._on_report_close(end)
+
+    # ---- the launcher
+
+    def _on_event(self, event: LauncherEvent) -> None:
+        now_s = self.host.now_s()
+        if self.state is None:
+            if isinstance(event, Processes):
+                self._adopt(event, now_s)
+            return
+        match event:
+            case ProcessStarted():
+                self.state.on_started(event)
+            case ProcessEnded():
+                self.state.on_ended(event, now_s)
+            case Processes():
+                pass
+            case _:
+                self.state.on_refused(event.name, event.error, now_s)
+        self.wake()
+
+    def _adopt(self, event: Processes, now_s: float) -> None:
+        state = SystemState(self._run_directory.config, now_s)
+        state.adopt(event.processes, now_s)
+        self.state = state
+        self.listen(f"{self._run_directory.path}/{CONTROLLER_SOCKET}")
+        for gateway_id in state.gateway.pairs:
+            self._probe_gateway(gateway_id)
+        self._tick()
+
+    def _probe_gateway(self, gateway_id: str) -> None:
+        assert self.state is not None
+        now_s = self.host.now_s()
+        has_answered = self._probe(f"haproxy-{gateway_id}")
+        pair = self.state.gateway.pairs[gateway_id]
+        if self._probe(pair.relay.name):
+            pair.relay.heard_s = now_s
+        if has_answered != pair.has_answered:
+            self.wake()
+        self.state.gateway.on_probe(gateway_id, has_answered, now_s)
+        self.after(PROBE_S, lambda: self._probe_gateway(gateway_id), "probe")
+
+    # ---- ticks
+
+    def wake(self) -> None:
+        """Tick now, or as soon as the last tick is over."""
+        if self._next_tick is not None:
+            self._next_tick.cancel()
+            delay_s = max(0.0, self._ticked_s + MIN_TICK_GAP_S - self.timeline.now_s)
+            self._next_tick = self.after(delay_s, self._tick, "controller tick")
+
+    def _tick(self) -> None:
+        assert self.state is not None
+        self._ticked_s = self.timeline.now_s
+        self._next_tick = self.after(TICK_S, self._tick, "controller tick")
+        now_s = self.host.now_s()
+        self._tend_gateway(self.state, now_s)
+        actions = self._plan(self.state, now_s)
+        for action in actions:
+            name = action.replica_id
+            if isinstance(action, StartReplica):
+                config, path = self.state.config, Path(self._run_directory.path)
+                self._order(StartProcess(replica_process(config, action.endpoint, name, path)))
+            elif isinstance(action, StopReplica):
+                margin_s = STOP_MARGIN_S if action.grace_s > 0 else 0.0
+                self._order(StopProcess(name, action.grace_s + margin_s))
+        self._tell_siblings(self.state)
+
+    def _order(self, command: StartProcess | StopProcess) -> None:
+        assert self._launcher is not None
+        self._launcher.send(command)
+
+    def _tend_gateway(self, state: SystemState, now_s: float) -> None:
+        for pair in state.gateway.pairs.values():
+            for essential in (pair.router, pair.relay):
+                if essential.is_hung(now_s):
+                    self._stop_essential(essential, 0.0)
+        for essential in state.gateway.processes.values():
+            if essential.is_due(now_s):
+                essential.on_start(now_s)
+                self._order(StartProcess(ProcessSpec(essential.name, [])))
+
+    def _stop_essential(self, essential: Essential, grace_s: float) -> None:
+        essential.is_stopping = True
+        self._order(StopProcess(essential.name, grace_s))
+
+    # ---- reports
+
+    def _on_report(self, end: End, message: LoadReport | Demand) -> None:
+        assert self.state is not None
+        now_s = self.host.now_s()
+        if isinstance(message, LoadReport):
+            slot = self.state.fleet.slots.get(message.replica_id)
+            if slot is not None and self._fronts.get(message.replica_id) is not end:
+                self._fronts[message.replica_id] = end
+                self._siblings.pop(message.replica_id, None)
+            before = slot.report.state if slot is not None and slot.report is not None else None
+            self.state.fleet.on_report(message, now_s)
+            end.send(ReportAck(message.sequence, is_released=True))
+            if before != message.state:
+                self.wake()
+            return
+        if end not in self._routers and message.router_id in self.state.gateway.pairs:
+            self._routers[end] = message.router_id
+            end.send(gateway_specs(self.state.config, Path(self._run_directory.path))[message.router_id])
+        self.state.gateway.on_demand(message, now_s)
+        if any(endpoint.num_held for endpoint in message.endpoints):
+            self.wake()
+
+    def _on_report_close(self, end: End) -> None:
+        self._routers.pop(end, None)
+        self._fronts = {name: front for name, front in self._fronts.items() if front is not end}
+
+    def _tell_siblings(self, state: SystemState) -> None:
+        """Tell each front of all others of its endpoint, when that changed."""
+        reports = [
+            slot.report
+            for slot in state.fleet.slots.values()
+            if slot.is_alive and slot.report is not None and slot.report.peer_socket
+        ]
+        for name, end in self._fronts.items():
+            slot = state.fleet.slots.get(name)
+            siblings = Siblings(
+                [
+                    Sibling(
+                        report.replica_id,
+                        report.peer_socket,
+                        report.stream_class,
+                        report.state,
+                        report.num_open + report.num_guests,
+                        report.max_open,
+                    )
+                    for report in reports
+                    if report.replica_id != name and slot is not None and report.endpoint == slot.endpoint
+                ]
+            )
+            if self._siblings.get(name) != siblings:
+                self._siblings[name] = siblings
+                end.send(siblings)
+
+    # ---- the user
+
+    def scale(self, endpoint: str, count: int) -> bool:
+        """`headrace scale`. False: it was refused."""
+        return self._change(lambda state: state.scale(endpoint, count))
+
+    def apply(self, config: Config) -> bool:
+        """`headrace apply`."""
+        return self._change(lambda state: state.apply(config))
+
+    def _change(self, change: Callable[[SystemState], object]) -> bool:
+        if self.state is None:
+            return False
+        try:
+            change(self.state)
+        except ConfigError:
+            return False
+        self._run_directory.config = self.state.config
+        specs = gateway_specs(self.state.config, Path(self._run_directory.path))
+        for end, gateway_id in self._routers.items():
+            end.send(specs[gateway_id])
+        self.wake()
+        return True
+
+    def set_sleep(self, replica_id: str, level: Literal[0, 1, 2]) -> None:
+        """`headrace sleep`."""
+        front = self._fronts.get(replica_id)
+        if front is not None:
+            front.send(SetSleep(level))

@@ -1,0 +1,82 @@
+"""Whether a world without faults has come to rest as it should: everything ended, everything as wanted.
+
+Must not know how long that may take.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from headrace.sim.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is not as it should be, and which invariant that is about."""
+
+    number: int
+    name: str
+    message: str
+
+
+def unsettled(world: World) -> Problem | None:
+    """Return the first thing that is not at rest, or None."""
+    return _open_requests(world) or _open_fronts(world) or _open_routers(world) or _fleet(world)
+
+
+def _open_requests(world: World) -> Problem | None:
+    crowd = world.crowd
+    if crowd.num_open:
+        numbers = [number for number, state in crowd.states.items() if state.outcome is None]
+        return Problem(1, "every request ends", f"clients {numbers[:10]} wait for ever")
+    return None
+
+
+def _open_fronts(world: World) -> Problem | None:
+    for front in world.fronts.values():
+        if front.is_alive and (front.ledger.num_open or front.engine.num_requests or front.guests.num_guests):
+            return Problem(
+                1,
+                "nothing is left open at a front",
+                f"{front.name}: {front.ledger.num_open} open, {front.engine.num_requests} in its engine, "
+                f"{front.guests.num_guests} guests",
+            )
+    return None
+
+
+def _open_routers(world: World) -> Problem | None:
+    for router in world.routers.values():
+        dispatcher = router.dispatcher
+        in_flight = sum(endpoint.num_in_flight for endpoint in dispatcher.endpoints.values())
+        if router.is_alive and (dispatcher.num_held or in_flight):
+            return Problem(
+                29,
+                "slots come free",
+                f"{router.name}: {dispatcher.num_held} held, {in_flight} in flight",
+            )
+    return None
+
+
+def _fleet(world: World) -> Problem | None:
+    controller = world.controller
+    state = controller.state if controller is not None and controller.is_alive else None
+    if controller is None or state is None:
+        return Problem(13, "a controller is there", "none is")
+    now_s = controller.host.now_s()
+    if not state.is_ready(now_s):
+        return Problem(11, "the fleet is as wanted", f"not ready: {state}")
+    for desired in state.desired(now_s):
+        fronts = [
+            front
+            for name, front in world.supervisor.children.items()
+            if name in world.fronts and world.fronts[name].spec.endpoint == desired.name
+        ]
+        if len(fronts) != desired.count:
+            return Problem(
+                11,
+                "the fleet is as wanted",
+                f"{desired.name}: {[front.name for front in fronts]} run, {desired.count} are wanted",
+            )
+    return None

@@ -1,0 +1,40 @@
+"""What simulated HTTP connections carry: a request, and an answer in pieces.
+
+Must not know who sends or relays it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from headrace.sim.answers import Question
+
+
+class HttpRequest(msgspec.Struct, frozen=True):
+    """One generation request. The id is set by the gateway."""
+
+    endpoint: str
+    tenant: str
+    question: Question
+    request_id: str = ""
+
+
+class HttpError(msgspec.Struct, frozen=True):
+    """An answer with an error status, whole."""
+
+    status: int
+    reason: str
+
+
+class HttpPiece(msgspec.Struct, frozen=True):
+    """A part of a streamed answer; the first one carries the head."""
+
+    token_ids: list[int]
+    end: Literal["", "done", "error"] = ""
+    """done: the answer is complete. error: an error event ends it."""
+    reason: str = ""
+
+
+HttpAnswer = HttpError | HttpPiece

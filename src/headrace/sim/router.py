@@ -1,0 +1,357 @@
+"""A simulated router: the real dispatcher, replica table, server keeper and recorder, in its shell's order.
+
+Mirrors `gateway.router` on virtual time. Owns nothing but the order in which they are called. Must not
+decide anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from typing import Any
+
+from headrace.api.messages import (
+    Demand,
+    GatewaySpec,
+    LoadReport,
+    ReplicaView,
+    ReportAck,
+    TerminalState,
+)
+from headrace.api.run_paths import CONTROLLER_SOCKET, router_socket_path
+from headrace.errors import ProtocolError
+from headrace.gateway.arrivals import Arrival, Bound, Refused
+from headrace.gateway.completions import Completion, classify
+from headrace.gateway.dispatcher import Dispatcher
+from headrace.gateway.haproxy_runtime import HaproxyRefused, HaproxyRuntime, HaproxyUnavailable, ServerState
+from headrace.gateway.names import endpoint_of_backend
+from headrace.gateway.replicas import Replica, ReplicaTable
+from headrace.gateway.report_checks import without_nonsense
+from headrace.gateway.request_recorder import RequestRecorder
+from headrace.gateway.rounds import RETRY_PERIOD_S
+from headrace.gateway.router import DEMAND_PERIOD_S, LEAVING, TICK_S
+from headrace.gateway.server import Server
+from headrace.gateway.servers import VERIFY_PERIOD_S, ConfigFiles, ServerKeeper
+from headrace.observability.request_record import RequestRecord
+from headrace.policy.prompt import read_prompt
+from headrace.sim.haproxy import Announcement, ConfigOnDisk, HaproxyProcess, Verdict
+from headrace.sim.machine import Host, Process, Registry
+from headrace.sim.network import End, Weather, connect
+from headrace.sim.timeline import Timer
+
+MIN_GAP_S = 0.01
+
+
+class _Turn:
+    """Where a command to HAProxy lets other things happen."""
+
+    def __await__(self) -> Generator[_Turn, None, None]:
+        yield self
+
+
+class Runtime(HaproxyRuntime):
+    """HAProxy's runtime API over a simulated HAProxy: each command takes a moment, and may find it gone."""
+
+    def __init__(self, find: Callable[[], HaproxyProcess | None]) -> None:
+        self._find = find
+
+    async def _haproxy(self) -> HaproxyProcess:
+        await _Turn()
+        haproxy = self._find()
+        if haproxy is None or not haproxy.is_alive or haproxy.is_paused:
+            raise HaproxyUnavailable("HAProxy does not answer")
+        return haproxy
+
+    async def show_servers(self) -> dict[str, ServerState]:
+        return (await self._haproxy()).show()
+
+    async def add_server(self, server: Server) -> None:
+        haproxy = await self._haproxy()
+        if server.path in haproxy.servers:
+            raise HaproxyRefused(f"{server.path} is there already")
+        haproxy.add(server)
+
+    async def enable_server(self, path: str) -> None:
+        haproxy = await self._haproxy()
+        if path not in haproxy.servers:
+            raise HaproxyRefused(f"no server {path}")
+        haproxy.servers[path].is_in_maintenance = False
+
+    async def disable_server(self, path: str) -> None:
+        haproxy = await self._haproxy()
+        if path not in haproxy.servers:
+            raise HaproxyRefused(f"no server {path}")
+        haproxy.servers[path].is_in_maintenance = True
+
+    async def delete_server(self, path: str) -> bool:
+        return (await self._haproxy()).delete(path)
+
+    async def reload(self) -> None:
+        await self._haproxy()
+
+
+class _Disk(ConfigFiles):
+    """haproxy.cfg without a file."""
+
+    def __init__(self, disk: ConfigOnDisk) -> None:
+        self._disk = disk
+
+    def write(self, spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -> None:
+        self._disk.servers = list(servers)
+
+
+class RouterProcess(Process):
+    """One router process."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        host: Host,
+        spec: GatewaySpec,
+        weather: Weather,
+        disk: ConfigOnDisk,
+        find_haproxy: Callable[[], HaproxyProcess | None],
+    ) -> None:
+        super().__init__(registry, f"router-{spec.gateway_id}", host)
+        self.spec = spec
+        self.gateway = spec.gateway_id
+        self._weather = weather
+        self._find_haproxy = find_haproxy
+        # HTTP/2 is a second server for the same replica; the simulated HAProxy needs one.
+        self.replicas = ReplicaTable(spec.run_dir, spec.gateway_id, uses_h2=False)
+        self._seen_revision = 0
+        self.records: dict[str, int] = {}
+        """Lines of the request log by request id."""
+        self.last_record = ""
+        self.recorder = RequestRecorder(spec.gateway_id, host, self._on_record)
+        self.dispatcher = Dispatcher(spec.endpoints, self.replicas, self.recorder, spec.tenants)
+        self.keeper = ServerKeeper(
+            spec, 20_000, Runtime(find_haproxy), self._on_servers_changed, _Disk(disk), host.now_s
+        )
+        self._round: Coroutine[Any, Any, bool] | None = None
+        self._next_round: Timer | None = None
+        self._is_round_wanted = False
+        self._controller: End | None = None
+        self._demand_timer: Timer | None = None
+        self._demand_sent_s = -1.0
+        base = f"{spec.run_dir}/{spec.gateway_id}"
+        self._spoe_address, self._log_address = f"{base}/spoe.sock", f"{base}/log.sock"
+        self._report_address = router_socket_path(spec.run_dir, spec.gateway_id)
+        self.num_bound = 0
+
+    def begin(self) -> None:
+        self.after(self.random.uniform(0.1, 0.8), self._start, "router start")
+
+    def _start(self) -> None:
+        for address in (self._spoe_address, self._log_address, self._report_address):
+            self.listen(address)
+        self._connect_controller()
+        self._begin_round()
+        self._tick()
+
+    def terminate(self) -> None:
+        if not self.is_paused:
+            self.dispatcher.refuse_all("The gateway is stopping.")
+        self.exit(0)
+
+    def accept(self, address: str, connection: object) -> None:
+        assert isinstance(connection, End)
+        end = connection
+        if address == self._spoe_address:
+            end.on_message = lambda message: self._on_announcement(message, end)
+            end.on_close = lambda: self.dispatcher.owner_lost(end, self.host.now_s())
+        elif address == self._log_address:
+            end.on_message = self._on_completion
+        else:
+            end.on_message = lambda message: self._on_report(end, message)
+            end.on_close = lambda: self._on_report_lost(end)
+
+    # ---- HAProxy asks
+
+    def _on_announcement(self, message: Announcement, end: End) -> None:
+        now_s = self.host.now_s()
+        request, request_id = message.request, message.request_id
+
+        def answer(decision: Bound | Refused) -> None:
+            self.recorder.answered(request_id, decision, self.host.now_s())
+            self.num_bound += isinstance(decision, Bound)
+            end.send(Verdict(request_id, decision))
+
+        self.recorder.arrived(request_id, request.endpoint, request.tenant, "/v1/chat/completions", now_s)
+        body = request.question.body()
+        arrival = Arrival(
+            request_id,
+            request.endpoint,
+            answer,
+            end,
+            request_id,
+            tenant=request.tenant,
+            prompt=read_prompt(body, len(body), request.tenant, request.question.session),
+        )
+        if self.dispatcher.arrive(arrival, now_s):
+            self._send_demand_soon()
+
+    def _on_completion(self, line: Completion) -> None:
+        endpoint = endpoint_of_backend(line.backend)
+        assert endpoint is not None
+        self.dispatcher.complete(line.id, endpoint, classify(line))
+        self.recorder.completed(line)
+        self.dispatcher.pump(endpoint, self.host.now_s())
+
+    def _on_record(self, record: RequestRecord) -> None:
+        self.last_record = record.id
+        self.records[record.id] = self.records.get(record.id, 0) + 1
+
+    # ---- replicas report
+
+    def _on_report(self, end: End, report: LoadReport) -> None:
+        now_s = self.host.now_s()
+        report, _ = without_nonsense(report)
+        try:
+            replica = self.replicas.observe(report, end, now_s)
+        except ProtocolError:
+            self.replicas.num_ignored_reports += 1
+            return
+        for finished in report.finished:
+            self.recorder.front_finished(finished)
+        self.dispatcher.take_report(report, replica, now_s)
+        if replica is not None:
+            self.dispatcher.replica_reported(replica, report, now_s)
+            self._on_replicas_changed()
+            self.dispatcher.pump(replica.endpoint, now_s)
+        if report.state in LEAVING:
+            is_released = replica is None or self._is_released(replica)
+            end.send(ReportAck(report.sequence, is_released))
+
+    def _on_report_lost(self, end: End) -> None:
+        self.replicas.connection_closed(end, self.host.now_s())
+        self._on_replicas_changed()
+
+    def _on_replicas_changed(self) -> None:
+        if self._seen_revision == self.replicas.revision:
+            return
+        self._seen_revision = self.replicas.revision
+        self.replicas.mark_serving(self.keeper.serving)
+        self.keeper.want(self.replicas.wanted_servers(), self.replicas.known_paths)
+        self._want_round()
+
+    def _is_released(self, replica: Replica) -> bool:
+        # Without HTTP/2 the second path was never wanted, and HAProxy never has it.
+        return all(self.keeper.is_released(path) for path in replica.paths)
+
+    def _on_servers_changed(self) -> None:
+        now_s = self.host.now_s()
+        self.replicas.mark_serving(self.keeper.serving)
+        for endpoint in list(self.dispatcher.endpoints):
+            self.dispatcher.pump(endpoint, now_s)
+        for replica in self.replicas.replicas.values():
+            if replica.state in LEAVING and self._is_released(replica):
+                connection = replica.connection
+                if isinstance(connection, End):
+                    connection.send(ReportAck(replica.sequence, is_released=True))
+
+    # ---- the keeper's rounds: the real coroutine, one command to HAProxy at a time
+
+    def _want_round(self) -> None:
+        if self._round is not None:
+            self._is_round_wanted = True
+        elif self._next_round is not None:
+            self._next_round.cancel()
+            self._next_round = self.after(0.0, self._begin_round, "keeper round")
+
+    def _begin_round(self) -> None:
+        self._next_round = None
+        self._is_round_wanted = False
+        self._round = self.keeper.run_round()
+        self._go_on_with_round()
+
+    def _go_on_with_round(self) -> None:
+        assert self._round is not None
+        try:
+            self._round.send(None)
+        except StopIteration as stop:
+            self._round = None
+            period_s = VERIFY_PERIOD_S if stop.value else RETRY_PERIOD_S
+            delay_s = 0.0 if self._is_round_wanted else period_s
+            self._next_round = self.after(delay_s, self._begin_round, "keeper round")
+        else:
+            self.after(self.random.uniform(0.0003, 0.004), self._go_on_with_round, "keeper command")
+
+    def died(self, code: int) -> None:
+        if self._round is not None:
+            self._round.close()
+
+    # ---- time passes, the controller speaks
+
+    def _tick(self) -> None:
+        self.after(TICK_S, self._tick, "router tick")
+        now_s = self.host.now_s()
+        for replica in self.replicas.expire(now_s):
+            self.dispatcher.replica_gone(replica)
+        self._on_replicas_changed()
+        self.dispatcher.tick(now_s)
+        self.recorder.tick(now_s)
+        self.recorder.hand_out()
+        haproxy = self._find_haproxy()
+        if self.dispatcher.num_held and haproxy is not None and haproxy.closed_clients:
+            self.dispatcher.clients_left(frozenset(haproxy.closed_clients))
+
+    def _connect_controller(self) -> None:
+        address = f"{self.spec.run_dir}/{CONTROLLER_SOCKET}"
+        connect(self, self._weather, address, self._on_controller, self._on_no_controller)
+
+    def _on_no_controller(self) -> None:
+        self.after(0.2, self._connect_controller, "router retry")
+
+    def _on_controller(self, end: End) -> None:
+        self._controller = end
+        end.on_message = self._on_word
+        end.on_close = self._on_controller_lost
+        self._send_demand()
+
+    def _on_controller_lost(self) -> None:
+        self._controller = None
+        self.after(0.05, self._connect_controller, "router retry")
+
+    def _send_demand_soon(self) -> None:
+        if self._controller is not None and self._demand_timer is not None:
+            self._demand_timer.cancel()
+            delay_s = max(0.0, self._demand_sent_s + MIN_GAP_S - self.timeline.now_s)
+            self._demand_timer = self.after(delay_s, self._send_demand, "demand")
+
+    def _send_demand(self) -> None:
+        if self._demand_timer is not None:
+            self._demand_timer.cancel()
+        self._demand_timer = self.after(DEMAND_PERIOD_S, self._send_demand, "demand")
+        if self._controller is not None:
+            self._demand_sent_s = self.timeline.now_s
+            self._controller.send(self.demand())
+
+    def demand(self) -> Demand:
+        """What the controller must know."""
+        now_s = self.host.now_s()
+        replicas = [
+            ReplicaView(replica.replica_id, replica.num_in_flight, replica.is_serving)
+            for replica in self.replicas.replicas.values()
+        ]
+        return Demand(
+            router_id=self.gateway,
+            pid=self.pid,
+            endpoints=self.dispatcher.demand(now_s),
+            replicas=replicas,
+            tenants=self.dispatcher.tenant_demands(now_s),
+            versions=self.dispatcher.version_demands(),
+        )
+
+    def _on_word(self, message: object) -> None:
+        if isinstance(message, GatewaySpec) and message != self.spec:
+            self.spec = message
+            self.dispatcher.set_rules(message.endpoints)
+            self.dispatcher.set_tenants(message.tenants, self.host.now_s())
+
+    def num_ended(self) -> dict[TerminalState, int]:
+        """Requests by end, of all endpoints."""
+        totals = dict.fromkeys(TerminalState, 0)
+        for endpoint in self.dispatcher.endpoints.values():
+            for state, count in endpoint.ended.items():
+                totals[state] += count
+        return totals

@@ -1,0 +1,130 @@
+"""The supervisor of the simulated system: starts, stops and mourns processes, as `fabric.supervisor` does.
+
+Owns the processes and the restarts of the controller. It is never broken here: with it everything ends.
+Must not know what the processes do, or why the controller wants them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from headrace.api.messages import (
+    LauncherCommand,
+    LauncherError,
+    ListProcesses,
+    ProcessEnded,
+    Processes,
+    ProcessSpec,
+    ProcessStarted,
+    ProcessState,
+    StartProcess,
+    StopProcess,
+)
+from headrace.fabric.supervisor import (
+    CONTROLLER_NAME,
+    FIRST_RESTART_DELAY_S,
+    HEALTHY_AFTER_S,
+    MAX_RESTART_DELAY_S,
+)
+from headrace.sim.machine import Host, Process, Registry
+from headrace.sim.network import End
+from headrace.sim.timeline import Timer
+
+ADDRESS = "supervisor.sock"
+Spawn = Callable[[ProcessSpec], Process]
+"""Makes and starts a process. Raises OSError if it cannot be started."""
+
+
+class SupervisorProcess(Process):
+    """Holds all processes."""
+
+    def __init__(self, registry: Registry, host: Host, spawn: Spawn) -> None:
+        super().__init__(registry, "supervisor", host)
+        self._spawn = spawn
+        self._kills: dict[str, tuple[float, Timer]] = {}
+        self._ends: dict[End, None] = {}
+        self._controller_failures = 0
+        self._controller_started_s = 0.0
+        self.children: dict[str, Process] = {}
+        self.num_started = 0
+        self.refusals_left = 0
+        """Starts that fail, as on a machine without memory."""
+        self.listen(ADDRESS)
+
+    def begin(self) -> None:
+        self._start_controller()
+
+    def accept(self, address: str, connection: object) -> None:
+        assert isinstance(connection, End)
+        end = connection
+        self._ends[end] = None
+        end.on_message = lambda command: self._on_command(end, command)
+        end.on_close = lambda: self._ends.pop(end, None)
+
+    def _start_controller(self) -> None:
+        self._controller_started_s = self.timeline.now_s
+        self._start(ProcessSpec(CONTROLLER_NAME, []))
+
+    def _on_command(self, end: End, command: LauncherCommand) -> None:
+        match command:
+            case StartProcess(spec):
+                if spec.name in self.children:
+                    end.send(LauncherError(spec.name, "a process of this name is running"))
+                elif self.refusals_left > 0:
+                    self.refusals_left -= 1
+                    end.send(LauncherError(spec.name, "cannot be started: no memory"))
+                else:
+                    end.send(ProcessStarted(_state(self._start(spec))))
+            case StopProcess(name, grace_s):
+                if name == CONTROLLER_NAME or not self._stop_child(name, grace_s):
+                    end.send(LauncherError(name, "no such process"))
+            case ListProcesses():
+                end.send(Processes([_state(child) for child in self.children.values()]))
+
+    def _start(self, spec: ProcessSpec) -> Process:
+        self.num_started += 1
+        child = self._spawn(spec)
+        self.children[spec.name] = child
+        child.on_exit = self._on_exit
+        return child
+
+    def _stop_child(self, name: str, grace_s: float) -> bool:
+        child = self.children.get(name)
+        if child is None:
+            return False
+        pending = self._kills.get(name)
+        when_s = self.timeline.now_s + grace_s
+        if pending is not None:
+            if pending[0] <= when_s:
+                return True
+            pending[1].cancel()
+        self._kills[name] = (when_s, self.after(grace_s, child.kill, "supervisor kill"))
+        if pending is None and grace_s > 0:
+            child.run(child.terminate)
+        return True
+
+    def _on_exit(self, child: Process, code: int) -> None:
+        pending = self._kills.pop(child.name, None)
+        if pending is not None:
+            pending[1].cancel()
+        delay_s = 0.002
+        if child.host is not self.host:
+            delay_s = self.random.uniform(0.01, 3.0)  # another machine's end is heard of late
+        self.after(delay_s, lambda: self._reap(child, code), "supervisor reaps")
+
+    def _reap(self, child: Process, code: int) -> None:
+        if self.children.get(child.name) is not child:
+            return
+        del self.children[child.name]
+        state = ProcessState(child.name, child.pid, is_alive=False, exit_code=code)
+        for end in self._ends:
+            end.send(ProcessEnded(state))
+        if child.name == CONTROLLER_NAME:
+            is_healthy = self.timeline.now_s - self._controller_started_s >= HEALTHY_AFTER_S
+            self._controller_failures = 1 if is_healthy else self._controller_failures + 1
+            delay_s = min(FIRST_RESTART_DELAY_S * 2 ** (self._controller_failures - 1), MAX_RESTART_DELAY_S)
+            self.after(delay_s, self._start_controller, "controller restart")
+
+
+def _state(child: Process) -> ProcessState:
+    return ProcessState(child.name, child.pid, is_alive=True)

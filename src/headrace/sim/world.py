@@ -1,0 +1,246 @@
+"""One simulated system: its machines, processes and clients, run from a scenario to its end.
+
+Owns who is started where, the checks after every event, and the convergence that must follow once faults
+have stopped. Must not know how anything decides.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from headrace.api.messages import ProcessSpec, ReplicaSpec
+from headrace.control.fleet import Slot
+from headrace.control.reconciler import MAX_SURGE, Action
+from headrace.control.specs import gateway_ids, gateway_specs
+from headrace.control.system_state import SystemState
+from headrace.sim.clients import Crowd
+from headrace.sim.controller import ControllerProcess, RunDirectory
+from headrace.sim.convergence import unsettled
+from headrace.sim.faults import Breaker
+from headrace.sim.front import FrontProcess
+from headrace.sim.haproxy import ConfigOnDisk, HaproxyProcess
+from headrace.sim.invariants import EndpointView, PlanView, Violation, check, check_actions
+from headrace.sim.machine import Host, Process, Registry
+from headrace.sim.network import Weather
+from headrace.sim.router import RouterProcess
+from headrace.sim.scenario import Scenario
+from headrace.sim.supervisor import SupervisorProcess
+from headrace.sim.timeline import Timeline
+
+RUN_DIR = "/run"
+CONVERGES_WITHIN_S = 900.0
+"""After the last fault: a lost request of a lost replica is given up after 600 s, a slot that failed
+repeatedly is tried every 60 s."""
+LOOK_EVERY_S = 2.0
+HISTORY = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run came to."""
+
+    seed: int
+    violation: Violation | None
+    simulated_s: float
+    num_events: int
+    events: Counter[str]
+    faults: Counter[str]
+    requests: Counter[str]
+    converged_s: float
+    """After the last fault."""
+    num_resumed: int = 0
+    """Streams that were continued in another engine."""
+    history: tuple[str, ...] = ()
+
+
+class RelayProcess(Process):
+    """A relay that only answers its probes."""
+
+    def begin(self) -> None:
+        pass
+
+
+class World:
+    """Everything that there is."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.timeline = Timeline(scenario.seed)
+        self.weather = Weather()
+        self.registry = Registry(self.timeline, check)
+        names = ["control", *(f"node-{number}" for number in range(scenario.num_hosts))]
+        self.hosts = [Host(self.timeline, n, skew) for n, skew in zip(names, scenario.skews, strict=True)]
+        self.run_directory = RunDirectory(RUN_DIR, scenario.config)
+        gateways = gateway_ids(scenario.config)
+        self.disks = {gateway: ConfigOnDisk() for gateway in gateways}
+        self.haproxies: dict[str, HaproxyProcess] = {}
+        self.routers: dict[str, RouterProcess] = {}
+        self.fronts: dict[str, FrontProcess] = {}
+        self.controller: ControllerProcess | None = None
+        self.history: deque[str] = deque(maxlen=HISTORY)
+        self.supervisor = SupervisorProcess(self.registry, self.hosts[0], self._spawn)
+        self.crowd = Crowd(
+            self.registry,
+            self.hosts[0],
+            self.weather,
+            lambda name: scenario.config.endpoints[name].engine,
+            gateways,
+        )
+        self.breaker = Breaker(self)
+        self.all_fronts: list[FrontProcess] = []
+        """Also those that are gone."""
+
+    # ---- running
+
+    def run(self) -> Outcome:
+        """Run to the end, or to the first violation."""
+        scenario, violation, converged_s = self.scenario, None, -1.0
+        self.supervisor.begin()
+        self.crowd.expect(list(scenario.clients))
+        self.breaker.expect(list(scenario.faults))
+        try:
+            self._run_until(scenario.ends_s)
+            self.breaker.mend()
+            converged_s = self._converge()
+        except Violation as found:
+            violation = found
+        except AssertionError as error:
+            violation = Violation(0, _where(error), str(error))
+        except Exception as error:  # a bug of the product or of this world: found by this seed
+            violation = Violation(0, f"{type(error).__name__} in {_where(error)}", str(error))
+        return Outcome(
+            scenario.seed,
+            violation,
+            self.timeline.now_s,
+            self.timeline.num_events,
+            self.timeline.by_kind,
+            self.breaker.counts,
+            Counter(self.crowd.outcomes),
+            converged_s,
+            sum(sum(front.metrics.num_resumed.values()) for front in self.all_fronts),
+            tuple(self.history),
+        )
+
+    def _run_until(self, end_s: float) -> None:
+        while self.timeline.run_next(end_s):
+            if self.registry.errors:
+                raise self.registry.errors[0]
+
+    def _converge(self) -> float:
+        """Run on until everything is as wanted. Raises Violation if that takes too long."""
+        began_s = self.timeline.now_s
+        while True:
+            self._run_until(self.timeline.now_s + LOOK_EVERY_S)
+            problem = unsettled(self)
+            elapsed_s = self.timeline.now_s - began_s
+            if not problem:
+                return elapsed_s
+            if elapsed_s > CONVERGES_WITHIN_S:
+                raise Violation(problem.number, f"convergence: {problem.name}", problem.message)
+
+    def note(self, text: str) -> None:
+        """Remember what happened, for people."""
+        self.history.append(f"{self.timeline.now_s:9.3f} {text}")
+
+    # ---- processes
+
+    def _spawn(self, spec: ProcessSpec) -> Process:
+        process = self._make(spec)
+        self.note(f"start {spec.name} (pid {process.pid}) on {process.host.name}")
+        return process
+
+    def _make(self, spec: ProcessSpec) -> Process:
+        kind, _, gateway = spec.name.partition("-")
+        control = self.hosts[0]
+        if spec.argv:
+            return self._make_front(msgspec.json.decode(spec.argv[-1], type=ReplicaSpec))
+        if kind == "router":
+            return self._make_router(gateway)
+        if kind == "haproxy":
+            haproxy = HaproxyProcess(
+                self.registry, control, gateway, RUN_DIR, self.weather, self.disks[gateway]
+            )
+            self.haproxies[gateway] = haproxy
+            haproxy.begin()
+            return haproxy
+        if kind == "relay":
+            return RelayProcess(self.registry, spec.name, control)
+        self.controller = ControllerProcess(
+            self.registry, control, self.run_directory, self.weather, self._answers, self._plan
+        )
+        self.controller.begin()
+        return self.controller
+
+    def _make_router(self, gateway: str) -> RouterProcess:
+        spec = gateway_specs(self.run_directory.config, Path(RUN_DIR))[gateway]
+        router = RouterProcess(
+            self.registry,
+            self.hosts[0],
+            spec,
+            self.weather,
+            self.disks[gateway],
+            lambda: self.haproxies.get(gateway),
+        )
+        self.routers[gateway] = router
+        router.begin()
+        return router
+
+    def _make_front(self, spec: ReplicaSpec) -> FrontProcess:
+        host = self.hosts[1 + len(self.all_fronts) % self.scenario.num_hosts]
+        behaviour = self.scenario.behaviour(spec.engine.model)
+        front = FrontProcess(
+            self.registry, host, spec, self.weather, behaviour, self.scenario.busy_interval_s
+        )
+        self.fronts[spec.replica_id] = front
+        self.all_fronts.append(front)
+        front.begin()
+        return front
+
+    def _answers(self, name: str) -> bool:
+        process = self.supervisor.children.get(name)
+        return process is not None and process.is_alive and not process.is_paused
+
+    # ---- the controller's decisions
+
+    def _plan(self, state: SystemState, now_s: float) -> list[Action]:
+        view = self._view(state, now_s)
+        actions = state.plan(now_s)
+        for action in actions:
+            self.note(f"controller: {type(action).__name__} {action.replica_id}: {action.reason}")
+        if actions:
+            check_actions(actions, view)
+        return actions
+
+    def _view(self, state: SystemState, now_s: float) -> PlanView:
+        endpoints = {}
+        for desired in state.desired(now_s):
+            slots = [slot for slot in state.fleet.slots.values() if slot.endpoint == desired.name]
+            ready = frozenset(slot.replica_id for slot in slots if _seems_ready(slot, now_s))
+            num_alive = sum(slot.is_alive for slot in slots)
+            endpoints[desired.name] = EndpointView(
+                desired.count, desired.max_count, MAX_SURGE, num_alive, ready
+            )
+        return PlanView(endpoints)
+
+
+def _seems_ready(slot: Slot, now_s: float) -> bool:
+    """Whether the controller has every reason to think that it serves. It may have died a moment ago."""
+    report = slot.report
+    is_there = slot.is_alive and not slot.is_stopping and now_s <= slot.lease_ends_s
+    return is_there and report is not None and report.state == "ready"
+
+
+def _where(error: BaseException) -> str:
+    """Where an error was raised, as a name that stays the same from run to run."""
+    trace = error.__traceback__
+    name = "nowhere"
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if "headrace" in code.co_filename:
+            name = f"{code.co_filename.rpartition('/')[2]}:{code.co_name}"
+        trace = trace.tb_next
+    return name

@@ -1,0 +1,192 @@
+"""Streams that outlive their engine: real fronts, simulated engines, each killed in the middle of answers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tests.integration.disturbed_answer import Answer, kill_engine, last_line, wait_new_engine
+from tests.integration.front_process import check_conservation
+from tests.integration.sibling_fronts import Fronts, sibling_fronts
+
+from headrace.api.messages import EngineSpec, SetSleep, TerminalState
+
+pytestmark = pytest.mark.slow
+ENGINE = EngineSpec("simulated", "simulated", simulated_step_s=0.004)
+NUM_TOKENS = 160
+
+
+@pytest.fixture(scope="module")
+def fronts() -> Iterator[Fronts]:
+    with sibling_fronts([ENGINE] * 2, drain_grace_s=10.0) as fronts:
+        yield fronts
+
+
+@pytest.fixture
+def ready(fronts: Fronts) -> Fronts:
+    fronts.wait_ready()
+    return fronts
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "two-choices": {"seed": 7, "n": 2},
+    "logprobs": {"seed": 3, "logprobs": 2, "n": 2},
+    "stop-string": {"seed": 13, "stop": ["never", "g slu"], "max_tokens": 400},
+    "usage": {"seed": 6, "stream_options": {"include_usage": True}},
+    "whole": {"seed": 8, "stream": False, "n": 3, "logprobs": 1},
+    "whole-stop": {"seed": 13, "stream": False, "stop": ["never", "g slu"], "max_tokens": 400},
+}
+
+
+def ask_all(
+    fronts: Fronts, prefix: str, at: int = 0, disturb: Callable[[], object] | None = None
+) -> list[str]:
+    """Ask all cases, and one request more, which calls `disturb` at its token `at`; return the bodies."""
+    answers = [Answer(fronts[0], f"{prefix}-{name}", **fields) for name, fields in CASES.items()]
+    fronts.controller(0).wait_for(
+        lambda report: report.engine is not None and report.engine.num_running == 10
+    )
+    answers.append(Answer(fronts[0], f"{prefix}-one", at, disturb, seed=2))
+    return [answer.text() for answer in answers]
+
+
+@pytest.mark.parametrize("at", [1, 23, NUM_TOKENS - 1])
+def test_a_killed_engines_streams_go_on_with_the_same_bytes(ready: Fronts, at: int) -> None:
+    num_restarts = ready.report(0).engine_restarts
+    whole = ask_all(ready, f"kill{at}")
+    assert ask_all(ready, f"kill{at}", at, lambda: kill_engine(ready, 0)) == whole
+    wait_new_engine(ready, 0, num_restarts)
+    ended = check_conservation(ready[0])
+    assert ended["requests_total failed"] == ended["requests_total aborted"] == 0
+    line = last_line(ready[0], f"kill{at}-one")
+    assert (line["state"], line["output_tokens"]) == ("finished", NUM_TOKENS)
+    assert (line["resumptions"], line["hosts"]) == (1, ["chat-2"])
+    assert ready[1].metrics()["requests_accepted_total"] == 0, "guests are not the host's requests"
+
+
+def test_without_siblings_the_restarted_engine_goes_on(ready: Fronts) -> None:
+    whole = Answer(ready[0], "alone", seed=4).text()
+    ready.forget_each_other()
+    broken = Answer(ready[0], "alone", 30, lambda: kill_engine(ready, 0), seed=4)
+    assert broken.text() == whole
+    assert last_line(ready[0], "alone")["hosts"] == []
+
+
+def test_a_host_that_dies_in_turn_is_followed_by_the_own_engine(ready: Fronts) -> None:
+    fields: dict[str, Any] = {"seed": 9, "max_tokens": 300}
+    whole = Answer(ready[0], "twice", **fields).text()
+    broken = Answer(ready[0], "twice", 30, lambda: kill_engine(ready, 0), **fields)
+    ready.controller(1).wait_for(lambda report: report.num_guests == 1)
+    ready.controller(0).wait_for(lambda report: report.num_hosted == 1)
+    kill_engine(ready, 1)
+    assert broken.text() == whole
+    line = last_line(ready[0], "twice")
+    assert (line["resumptions"], line["hosts"]) == (2, ["chat-2"])
+
+
+def test_a_client_that_leaves_frees_the_host(ready: Fronts) -> None:
+    body = {"model": "chat", "prompt": "x", "max_tokens": 20_000, "stream": True}
+    headers = {"x-headrace-request-id": "leaves"}
+    url = f"{ready[0].url}/v1/completions"
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=30) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        kill_engine(ready, 0)
+        ready.controller(1).wait_for(lambda report: report.num_guests == 1)
+        next(lines)
+    report = ready.controller(1).wait_for(lambda report: report.num_guests == 0)
+    assert report.num_open == 0
+    assert ready[0].router.wait_finished("leaves").state is TerminalState.ABORTED
+    check_conservation(ready[0])
+
+
+def test_a_replica_goes_on_standby_with_open_streams(ready: Fronts) -> None:
+    fields: dict[str, Any] = {"seed": 11, "max_tokens": 500}
+    whole = Answer(ready[0], "sleeps", **fields).text()
+    sleeping = Answer(ready[0], "sleeps", 20, lambda: ready.controller(0).tell(SetSleep(1)), **fields)
+    report = ready.controller(0).wait_for(lambda report: report.phase == "asleep at level 1")
+    assert (report.state, report.num_open, report.num_hosted) == ("standby", 1, 1)
+    assert sleeping.text() == whole
+    ready.controller(0).tell(SetSleep(0))
+    ready[0].wait_ready()
+    assert last_line(ready[0], "sleeps")["resumptions"] == 1
+
+
+def test_a_drained_replicas_engine_is_free_while_its_streams_go_on() -> None:
+    fields: dict[str, Any] = {"seed": 12, "max_tokens": 500, "n": 2}
+    with sibling_fronts([ENGINE] * 2, drain_grace_s=20.0, handover_after_s=0.1) as fronts:
+        fronts.wait_ready()
+        whole = Answer(fronts[0], "drained", **fields).text()
+        drained = Answer(fronts[0], "drained", **fields).wait_begin()
+        started_s = time.monotonic()
+        fronts[0].process.send_signal(signal.SIGTERM)
+        report = fronts.controller(0).wait_for(lambda report: report.engine_pid == 0)
+        assert time.monotonic() - started_s < 2.5, "seconds, not the length of the stream"
+        assert (report.state, report.num_open, report.num_hosted) == ("draining", 1, 2)
+        assert drained.text() == whole
+        assert fronts[0].process.wait(10) == 0
+        assert fronts[1].metrics()["streams_guests"] == 0
+
+
+def test_streams_come_home_from_a_host_that_drains() -> None:
+    fields: dict[str, Any] = {"seed": 13, "max_tokens": 500}
+    with sibling_fronts([ENGINE] * 2, drain_grace_s=20.0, handover_after_s=0.1) as fronts:
+        fronts.wait_ready()
+        whole = Answer(fronts[0], "home", **fields).text()
+        broken = Answer(fronts[0], "home", 5, lambda: kill_engine(fronts, 0), **fields)
+        fronts.controller(0).wait_for(lambda report: report.num_hosted == 1)
+        wait_new_engine(fronts, 0, 0)
+        fronts[1].process.send_signal(signal.SIGTERM)
+        assert fronts[1].process.wait(10) == 0, "its guest went home"
+        assert broken.text() == whole
+        line = last_line(fronts[0], "home")
+        assert (line["resumptions"], line["hosts"]) == (2, ["chat-2"])
+
+
+def test_a_host_that_is_killed_whole_loses_no_stream() -> None:
+    fields: dict[str, Any] = {"seed": 14, "max_tokens": 300}
+    with sibling_fronts([ENGINE] * 3) as fronts:
+        fronts.wait_ready()
+        whole = Answer(fronts[0], "hosts", **fields).text()
+        broken = Answer(fronts[0], "hosts", 5, lambda: kill_engine(fronts, 0), **fields)
+        fronts.controller(0).wait_for(lambda report: report.num_hosted == 1)
+        fronts[fronts.wait_host()].process.kill()
+        assert broken.text() == whole
+        assert last_line(fronts[0], "hosts")["resumptions"] == 2
+
+
+def test_a_notice_moves_streams_and_ends_the_replica_in_time(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"seed": 15, "max_tokens": 700}
+    path = tmp_path / "notice"
+    first = {"notice_file": str(path)}
+    with sibling_fronts([ENGINE] * 2, first, drain_grace_s=600.0, handover_after_s=60.0) as fronts:
+        fronts.wait_ready()
+        assert fronts.report(0).leave_by_s < 0
+        whole = Answer(fronts[0], "notice", **fields).text()
+        moved = Answer(fronts[0], "notice", **fields).wait_begin()
+        deadline_s = time.time() + 8
+        path.write_text(json.dumps({"deadline_s": deadline_s}))
+        report = fronts.controller(0).wait_for(lambda report: report.num_hosted == 1)
+        assert 2 < report.leave_by_s < 8
+        assert moved.text() == whole
+        assert fronts[0].process.wait(10) == 0
+        assert time.time() < deadline_s
+
+
+def test_a_notice_whose_deadline_is_over_ends_the_replica_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "notice"
+    with sibling_fronts([ENGINE], {"notice_file": str(path)}, drain_grace_s=600.0) as fronts:
+        fronts[0].wait_ready()
+        fronts[0].router.releases = False
+        stream = Answer(fronts[0], "late", max_tokens=30_000).wait_begin()
+        path.write_text('{"deadline_s": 5}')
+        assert fronts[0].process.wait(8) == 0
+        stream.text()
+        assert "overloaded" in stream.lines[-1]
+        assert fronts[0].router.wait_finished("late").state is TerminalState.FAILED
