@@ -8,11 +8,12 @@ import signal
 import sys
 
 from benchmarks.peers.catalogue import UnknownPeer
+from benchmarks.report import Skipped
 
 NAMES = (
     *("gateway", "tokens", "peers", "router", "placement", "fairness", "held"),
     *("engine", "roofline", "prompts", "overhead", "speculation", "structured", "start", "memory"),
-    *("zero", "survive"),
+    *("zero", "survive", "autoscaling"),
 )
 WITH_PEERS = ("peers", "engine", "prompts")
 """Those that `--only` says the peers of."""
@@ -40,6 +41,9 @@ def main() -> int:
         print(f"== {name}", file=sys.stderr, flush=True)
         try:
             report = importlib.import_module(f"benchmarks.{name}").run(is_quick=arguments.quick, **options)
+        except Skipped as reason:
+            print(f"{name}: skipped: {reason}", file=sys.stderr)
+            continue
         except UnknownPeer as error:
             parser.error(str(error))
         print(report.to_markdown())

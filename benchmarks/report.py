@@ -14,6 +14,10 @@ from benchmarks.machine import describe_hardware, describe_software
 FOLDER = Path(__file__).parent / "reports"
 
 
+class Skipped(Exception):
+    """A benchmark lacks what it reads; the message says what, and where it is looked for."""
+
+
 @dataclass(frozen=True)
 class Aim:
     """What was wanted, and what came."""

@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Literal
 
 from headrace.api.endpoint_config import Endpoint
@@ -48,8 +49,10 @@ from headrace.policy.scaling_metrics import MetricReading
 FIRST_START_S = 15.0
 """What a start is taken to last before one was measured, and a promotion."""
 FIRST_PROMOTION_S = 1.0
-MIN_LEVEL_S, MAX_LEVEL_S = 5.0, 30.0
-"""Bounds of the window whose mean is the demand of now: a quarter of the horizon."""
+MIN_LEVEL_S, MAX_LEVEL_S = 5.0, 120.0
+"""Bounds of the window that says what demand is now: half as long as a start takes. What is much shorter is
+over before a replica that it asks for could serve."""
+LEVEL_PARTS = 4
 BUSY_MEMORY = 0.02
 MAX_CHANGES = 16
 MAX_HELD = 1 << 40
@@ -163,7 +166,7 @@ class EndpointScaler:
         growths = self._counters.take(observation.demands)
         num_arrived = sum(growth.requests for growth in growths)
         for growth in growths:
-            self._shape.add(growth)
+            self._shape.add(growth, self._time.now_s)
         if is_steady:
             tokens = sum(growth.prompt_tokens for growth in growths)
             self._window.add(num_arrived, tokens, self._time.now_s)
@@ -279,7 +282,7 @@ class EndpointScaler:
             capacity=capacity,
             dispersion_s=self._window.dispersion_s(capacity.request_s, capacity.prompt_token_s),
             at_start=at_start,
-            at_promotion=self._forecast(capacity, self.promotion_s),
+            at_promotion=self._forecast(capacity, self.promotion_s) if self._limits.standby else None,
             waiting=replace(self._waiting, held_work_s=held_s),
         )
 
@@ -302,18 +305,22 @@ class EndpointScaler:
         return capacity if 0 < capacity.mean_request_s < math.inf else None
 
     def _forecast(self, capacity: Capacity, horizon_s: float) -> Forecast:
-        level_s = min(MAX_LEVEL_S, max(MIN_LEVEL_S, horizon_s / 4))
         seconds = window_s(horizon_s)
         num_parts = NUM_PARTS if self._window.length_s >= seconds else 0
         edges = (
             [seconds * (num_parts - part) / NUM_PARTS for part in range(num_parts + 1)] if num_parts else []
         )
 
-        def demand(rate: tuple[float, float]) -> float:
-            return rate[0] * capacity.request_s + rate[1] * capacity.prompt_token_s
+        parts = [_demand(capacity, rate) for rate in self._window.rates(edges)]
+        return forecast(parts, self._level(capacity, horizon_s), horizon_s)
 
-        level = demand(self._window.rates([level_s, 0.0])[0])
-        return forecast([demand(rate) for rate in self._window.rates(edges)], level, horizon_s)
+    def _level(self, capacity: Capacity, horizon_s: float) -> float:
+        """Return the demand of now: its mean over the window, or the median of the window's quarters, which
+        knows a step after half of it and of a single burst nothing."""
+        seconds = min(MAX_LEVEL_S, max(MIN_LEVEL_S, horizon_s / 2))
+        edges = [seconds * (LEVEL_PARTS - part) / LEVEL_PARTS for part in range(LEVEL_PARTS + 1)]
+        parts = [_demand(capacity, rate) for rate in self._window.rates(edges)]
+        return max(median(parts), _demand(capacity, self._window.rates([seconds, 0.0])[0]))
 
     def _supply(self, replicas: Sequence[ScaledReplica]) -> Supply:
         start_s = self.start_s
@@ -338,6 +345,11 @@ class EndpointScaler:
             window = self._keeper.window_s(limits, self.start_s)
             return f"{need.reason}; {count} stay until fewer have sufficed for {window:.0f} s"
         return need.reason
+
+
+def _demand(capacity: Capacity, rate: tuple[float, float]) -> float:
+    """Return the full replicas that so many requests and prompt tokens per second keep busy."""
+    return rate[0] * capacity.request_s + rate[1] * capacity.prompt_token_s
 
 
 def scaling_limits(endpoint: Endpoint) -> ScalingLimits:

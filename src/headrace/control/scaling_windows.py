@@ -22,7 +22,8 @@ SAMPLE_S = 1.0
 MAX_SAMPLES = 2048
 MAX_ROUTERS = 64
 MEMORY_REQUESTS = 256.0
-"""Requests after which an older one counts a third in the mean shape."""
+MEMORY_S = 120.0
+"""A request counts a third in the mean shape once so many others have ended and so long has passed."""
 SPREAD_MEMORY_S = 300.0
 OUTPUT_CV2 = 1.0
 """Squared coefficient of variation of answers' lengths, of which only means are told."""
@@ -183,15 +184,17 @@ class DemandWindow:
 
 
 class ShapeMeter:
-    """Mean tokens and engine time of the last few hundred requests."""
+    """Mean tokens and engine time of the requests of the last minutes, and of a few hundred at least."""
 
     def __init__(self) -> None:
         self._sums = [0.0] * 5
+        self._last_s = 0.0
 
-    def add(self, growth: Totals) -> None:
+    def add(self, growth: Totals, now_s: float) -> None:
         if growth.measured <= 0:
             return
-        keep = math.exp(-growth.measured / MEMORY_REQUESTS)
+        elapsed_s, self._last_s = now_s - self._last_s, now_s
+        keep = math.exp(-min(growth.measured / MEMORY_REQUESTS, elapsed_s / MEMORY_S))
         values = (
             growth.measured,
             growth.measured_prompt,

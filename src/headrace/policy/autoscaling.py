@@ -24,6 +24,8 @@ MIN_CLEAR_S = 5.0
 PANIC_STEP = 2.0
 """Held requests ask for at most so many times the replicas that serve: if those cannot start, or what is held
 is not what it seems, the fleet does not run away."""
+OVERFULL = 1.25
+"""Replicas with so much more open than fills them keep no SLO between tokens."""
 MAX_COUNT = 1 << 20
 
 
@@ -85,7 +87,7 @@ class ScalingInput:
     capacity: Capacity | None = None
     dispersion_s: float = 0.0
     at_start: Forecast | None = None
-    """Demand when a replica that is started now is ready, and when one is promoted."""
+    """Demand when a replica that is started now is ready, and, with standby, when one is promoted."""
     at_promotion: Forecast | None = None
     metrics: Sequence[MetricReading] = ()
 
@@ -167,17 +169,16 @@ def _floor(given: ScalingInput) -> Reason:
 def _work(given: ScalingInput, numbers: _Numbers) -> list[Reason]:
     """Replicas for the work that comes until further ones can serve."""
     capacity, limits = given.capacity, given.limits
-    if capacity is None or given.at_start is None or given.at_promotion is None:
+    if capacity is None or given.at_start is None:
         return []
     numbers.add("demand", given.demand, "replicas", "full ones that the work arriving now keeps busy")
     numbers.add("request_cost", capacity.mean_request_s, "s", "of a full replica, per mean request")
     numbers.add("max_batch", capacity.max_batch, "requests", capacity.bound)
     numbers.add("dispersion", given.dispersion_s, "s", "variance over mean of the arriving work")
-    soon = _replicas_for(given.at_promotion.value, given, numbers if given.supply.num_standby else None)
-    reasons = []
-    if given.supply.num_standby:
-        numbers.add("forecast_promotion", given.at_promotion.value, "replicas", given.at_promotion.method)
-        reasons.append(_work_reason(soon, given.at_promotion, given.demand))
+    reasons, soon = [], given.at_promotion
+    if given.supply.num_standby and soon is not None:
+        numbers.add("forecast_promotion", soon.value, "replicas", soon.method)
+        reasons.append(_work_reason(_replicas_for(soon.value, given, None), soon, given.demand))
     later = given.at_start
     numbers.add("forecast", later.value, "replicas", f"{later.method}; {later.horizon_s:.3g} s ahead")
     count = _replicas_for(later.value, given, numbers)
@@ -219,7 +220,9 @@ def _open(given: ScalingInput, numbers: _Numbers) -> list[Reason]:
     waiting = given.waiting
     numbers.add("in_flight", waiting.num_in_flight, "requests")
     if given.capacity is not None:
-        count = waiting.num_in_flight / given.capacity.max_batch
+        count, ready = waiting.num_in_flight / given.capacity.max_batch, given.supply.num_ready
+        # Full replicas are no reason for more: that many requests is what they are meant to hold.
+        count = min(count, PANIC_STEP * ready) if count > OVERFULL * ready else min(count, ready)
         text = f"{waiting.num_in_flight} requests are open, {given.capacity.max_batch:.3g} fill a replica"
         return [Reason(count, text)]
     num_open = waiting.num_in_flight + waiting.num_held

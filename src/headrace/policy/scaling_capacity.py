@@ -65,34 +65,23 @@ class Capacity:
     """What a full replica is full of, for people."""
 
 
-def is_usable(model: StepModel | None) -> bool:
-    """Whether the model says something that can be."""
-    if model is None:
-        return False
-    values = (model.a, model.b, model.q, model.c, model.d)
-    return all(math.isfinite(value) and value <= MAX_STEP_S for value in values) and (
-        model.a > 0 or model.c > 0 or model.b > 0
-    )
-
-
 def mean_model(models: Iterable[StepModel]) -> StepModel | None:
     """Return the mean of the replicas' models; None without any that is usable. A fit may be a little below
     zero where recent steps said nothing: that counts as zero."""
-    usable = [model for model in models if is_usable(model)]
-    if not usable:
+    count, sums = 0, [0.0] * 5
+    for model in models:
+        values = (model.a, model.b, model.q, model.c, model.d)
+        total = sum(values)
+        if not (math.isfinite(total) and max(values) <= MAX_STEP_S and max(model.a, model.b, model.c) > 0):
+            continue
+        count += 1
+        for index, value in enumerate(values):
+            if value > 0:
+                sums[index] += value
+    if count == 0:
         return None
-    count = len(usable)
-
-    def mean(values: Iterable[float]) -> float:
-        return sum(max(0.0, value) for value in values) / count
-
-    return StepModel(
-        a=mean(model.a for model in usable),
-        b=mean(model.b for model in usable),
-        q=mean(model.q for model in usable),
-        c=mean(model.c for model in usable),
-        d=mean(model.d for model in usable),
-    )
+    a, b, q, c, d = (value / count for value in sums)
+    return StepModel(a=a, b=b, q=q, c=c, d=d)
 
 
 def times(model: StepModel, factor: float) -> StepModel:

@@ -15,12 +15,13 @@ DOWN_MARGIN = 1.05
 _EPSILON = 1e-6
 _GRAIN = 32
 """Needs are remembered in steps of 1/32, upwards: that bounds how many there are."""
-MAX_CAUTION = 16.0
+MAX_CAUTION = 2.0
 """Most that a count which went down too early may lengthen the time that the next one takes."""
-REGRET_WINDOWS = 4.0
-"""Needing again within so many windows what was given up means that it was given up too early."""
-CALM_WINDOWS = 20.0
-"""Without a change for so many windows, caution halves."""
+REGRET_WINDOWS = 2.0
+"""Needing again within so many windows what was given up means that it was given up too early. Windows are
+counted without caution."""
+CALM_WINDOWS = 10.0
+"""Without regret for so many windows, caution halves."""
 
 
 class CountKeeper:
@@ -64,35 +65,35 @@ class CountKeeper:
         what is not known is no reason to take away."""
         assert self.count is not None
         window_s = self.window_s(limits, start_s)
+        own_window_s = window_s / self.caution
         self._note(min(need.count, limits.max_count), now_s, window_s)
         wanted = self._bounded(need.count, limits, need.floor)
         if wanted > self.count:
-            self._rise(wanted, now_s, window_s)
+            self._rise(wanted, now_s, own_window_s)
         elif may_fall:
             self._fall(need, limits, now_s, window_s)
         # A bound that the user moved counts at once, whatever is needed.
         self.count = min(limits.max_count, max(limits.min_count, self.count))
-        if self.caution > 1 and now_s - self._calm_since_s > CALM_WINDOWS * window_s:
+        if self.caution > 1 and now_s - self._calm_since_s > CALM_WINDOWS * own_window_s:
             self.caution, self._calm_since_s = max(1.0, self.caution / 2), now_s
         return self.count
 
     def _rise(self, wanted: int, now_s: float, window_s: float) -> None:
         if now_s - self._down_s < REGRET_WINDOWS * window_s:
-            self.caution = min(MAX_CAUTION, 2 * self.caution)
+            self.caution, self._calm_since_s = min(MAX_CAUTION, 2 * self.caution), now_s
         self._down_s = -math.inf
-        self.count, self._calm_since_s = wanted, now_s
+        self.count = wanted
 
     def _fall(self, need: Need, limits: ScalingLimits, now_s: float, window_s: float) -> None:
         assert self.count is not None
         if need.floor == 0 and need.count <= 0:  # idle for as long as the user said
-            if self.count > 0:
-                self.count, self._calm_since_s = 0, now_s
+            self.count = 0
             return
         if now_s - self._seen_since_s < window_s:
             return
         sufficed = self._bounded(self.most_needed() * DOWN_MARGIN, limits, need.floor)
         if sufficed < self.count:
-            self.count, self._down_s, self._calm_since_s = sufficed, now_s, now_s
+            self.count, self._down_s = sufficed, now_s
 
     def _note(self, need: float, now_s: float, window_s: float) -> None:
         needs = self._needs

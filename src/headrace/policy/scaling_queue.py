@@ -13,7 +13,7 @@ import math
 
 LATE_RATIO = 0.01
 """Part of the requests that may wait longer than what the SLO leaves them."""
-_STEPS = 24
+_STEPS = 20
 
 
 def late_ratio(num_replicas: float, demand: float, dispersion_s: float, slack_s: float) -> float:

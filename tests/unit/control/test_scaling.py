@@ -318,3 +318,48 @@ def test_more_demand_never_means_fewer_replicas(low: float, extra: float, start_
         counts.append(world.decision.count)
         assert 0 <= world.decision.count <= 64
     assert counts[0] <= counts[1]
+
+
+@pytest.mark.slow
+def test_an_slo_lowers_the_utilization_as_far_as_waits_ask_for_it() -> None:
+    scaling = {"target_utilization": 1.0}
+    counts = {}
+    for ttft_ms in (0, 30_000, 600):
+        world = ScalingWorld(endpoint(scaling=scaling, slo={"ttft_ms": ttft_ms, "itl_ms": 50}))
+        world.run(200, world.replicas_worth(3.0))
+        counts[ttft_ms] = numbers(world).get("slo_utilization", 1.0)
+    assert counts[600] < counts[30_000] < 1.0 + 1e-9
+    assert counts[0] == 1.0
+
+
+def test_an_slo_that_a_prompt_alone_takes_leaves_a_tenth_for_waiting() -> None:
+    world = ScalingWorld(endpoint(slo={"ttft_ms": 10, "itl_ms": 50}))
+    world.run(60, world.replicas_worth(1.0), noise=False)
+    assert numbers(world)["wait_slack"] == pytest.approx(0.001)
+    assert 1 <= world.decision.count <= 16
+
+
+def test_replicas_with_far_more_open_than_fills_them_ask_for_more_and_full_ones_do_not() -> None:
+    world = ScalingWorld()
+    world.run(120, world.replicas_worth(2.0), noise=False)
+    ready = world.num_ready
+    world.demand = msgspec.structs.replace(world.demand, num_in_flight=BATCH * ready)
+    assert world.tick().count == ready
+    world.demand = msgspec.structs.replace(world.demand, num_in_flight=2 * BATCH * ready)
+    assert world.tick().count == 2 * ready
+    assert "requests are open" in world.decision.reason
+
+
+def test_before_any_observation_the_minimum_is_wanted() -> None:
+    decision = EndpointScaler(endpoint(replicas={"min": 2, "max": 4})).decide(5.0)
+    assert (decision.count, decision.reason) == (2, "nothing was observed yet")
+
+
+@pytest.mark.slow
+def test_long_runs_keep_their_windows_bounded() -> None:
+    world = ScalingWorld()
+    for _ in range(9000):
+        world.arrive(5)
+        world.tick(1.0)
+    assert len(world.scaler._window._times) <= 4097
+    assert len(world.scaler._keeper._needs) <= 32 * 16 + 1
