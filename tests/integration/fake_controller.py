@@ -14,8 +14,9 @@ from setproctitle import setproctitle
 from headrace.api.config import Config
 from headrace.api.messages import GatewaySpec, ProcessSpec, haproxy_name, relay_name, router_name
 from headrace.clock import SystemClock
-from headrace.control import essentials, reconciler
-from headrace.control.app import Controller, ProcessSources, read_config
+from headrace.control import essentials, slots
+from headrace.control.app import Controller, ProcessSources
+from headrace.control.applied import read_config
 from headrace.control.specs import replica_process
 from headrace.fabric.local import LocalLauncher
 from headrace.gateway.paths import GatewayPaths
@@ -39,8 +40,10 @@ def prepare_gateway(spec: GatewaySpec) -> list[ProcessSpec]:
     ]
 
 
-def prepare_replica(config: Config, endpoint: str, replica_id: str, run_directory: Path) -> ProcessSpec:
-    spec = replica_process(config, endpoint, replica_id, run_directory)
+def prepare_replica(
+    config: Config, endpoint: str, replica_id: str, run_directory: Path, is_standby: bool
+) -> ProcessSpec:
+    spec = replica_process(config, endpoint, replica_id, run_directory, is_standby)
     return ProcessSpec(spec.name, [sys.executable, FAKES, "front", spec.argv[-1]], log_path=spec.log_path)
 
 
@@ -55,8 +58,8 @@ async def run(run_directory: Path) -> None:
 if __name__ == "__main__":
     setproctitle("headrace: controller")
     # The same decisions at a faster pace: the real pace is checked on a virtual clock.
-    reconciler.FIRST_RESTART_DELAY_S = 0.05
-    reconciler.LOST_AFTER_S = 1.0
+    slots.FIRST_RESTART_DELAY_S = 0.05
+    slots.LOST_AFTER_S = 1.0
     essentials.HUNG_AFTER_S = 3.0
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d %(message)s")
     asyncio.run(run(Path(sys.argv[1])))

@@ -27,7 +27,7 @@ from headrace.api.messages import (
     SystemStatus,
 )
 from headrace.control.admin import CommandRefused, NotRunning, ask_async
-from headrace.control.app import write_config
+from headrace.control.applied import write_config
 from headrace.fabric.supervisor import Supervisor
 
 pytestmark = pytest.mark.slow
@@ -180,7 +180,9 @@ async def test_a_changed_config_replaces_one_by_one_and_never_serves_with_less(r
     rig.start(chat={"replicas": {"min": 2, "max": 2}})
     before = await rig.until(lambda status: status.is_ready)
     reply = await rig.apply(chat={"replicas": {"min": 2, "max": 2}, "max_open": 3})
-    assert reply.notes == ["chat: changed; its replicas are replaced one by one"]
+    assert reply.notes == [
+        "chat: changed; its replicas are replaced step by step (`headrace rollout status`)"
+    ]
     least_ready, most_alive = 99, 0
 
     def watch(status: SystemStatus) -> bool:

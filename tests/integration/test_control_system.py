@@ -151,7 +151,7 @@ async def settle(system: System, outcomes: Counter[str]) -> None:
 
 
 async def test_scaling_and_applying_under_load_lose_no_request(runtime: Path) -> None:
-    config = tree(replicas={"min": 1, "max": 3})
+    config = tree(replicas={"min": 1, "max": 3}, rollout={"stage_s": 1})
     system = await asyncio.to_thread(headrace.serve, config)
     try:
         first = {replica.pid for replica in system.status().replicas}
@@ -165,7 +165,7 @@ async def test_scaling_and_applying_under_load_lose_no_request(runtime: Path) ->
             }
             system.scale("chat", 1)
             await settle(system, outcomes)
-            reply = system.apply(tree(replicas={"min": 1, "max": 3}, max_open=32))
+            reply = system.apply(tree(replicas={"min": 1, "max": 3}, rollout={"stage_s": 1}, max_open=32))
             assert "replaced" in " ".join(reply.notes)
             await settle(system, outcomes)
         assert set(outcomes) == {"finished"}, outcomes

@@ -13,7 +13,8 @@ from headrace.cli.options import DEFAULT_NAME, ConfigPath, Name, Settings, find_
 
 
 def apply(config: ConfigPath = None, settings: Settings = None, name: Name = DEFAULT_NAME) -> None:
-    """Give a running system a new config. Replicas that it changes are replaced one by one."""
+    """Give a running system a new config. Replicas that it changes are replaced step by step: see
+    `headrace rollout`."""
     from headrace.api.messages import ApplyConfig
     from headrace.control.admin import ask
     from headrace.control.preflight import check_keys, check_models

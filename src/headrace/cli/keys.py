@@ -115,7 +115,7 @@ def admin_key(
 
 def _find_config(config_path: Path | None, system: str) -> Config | None:
     """Return the config that is given, or the running system's; None: neither is there."""
-    from headrace.control.app import read_config
+    from headrace.control.applied import read_config
     from headrace.control.specs import CONFIG_FILE
 
     run_directory = find_run_directory(system)

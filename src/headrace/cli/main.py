@@ -24,6 +24,7 @@ COMMANDS = {
     "scale": ("headrace.cli.change", "scale"),
     "sleep": ("headrace.cli.change", "sleep"),
     "wake": ("headrace.cli.change", "wake"),
+    "rollout": ("headrace.cli.rollout", "rollout_app"),
     "status": ("headrace.cli.status", "status"),
     "keys": ("headrace.cli.keys", "keys_app"),
     "chat": ("headrace.cli.chat", "chat"),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from headrace.api.messages import ReplicaStatus, SystemStatus
+    from headrace.api.messages import EndpointStatus, ReplicaStatus, RolloutStatus, SystemStatus
 
 WATCH_INTERVAL_S = 0.5
 LONG_WAIT_S = 1.0
@@ -130,13 +130,17 @@ def _table(*columns: str) -> Table:
 def _endpoints(system: SystemStatus) -> Table:
     from headrace.units import format_seconds
 
-    columns = ">ready", ">held", ">oldest", ">open", ">finished", ">failed", ">refused"
+    columns = [">ready", ">held", ">oldest", ">open", ">finished", ">failed", ">refused"]
+    has_standby = any(endpoint.standby or endpoint.desired_standby for endpoint in system.endpoints)
+    if has_standby:
+        columns.insert(1, ">standby")
     table = _table("endpoint", "model", *columns)
     for endpoint in system.endpoints:
         table.add_row(
             endpoint.name,
             _short(endpoint.model),
             f"{endpoint.ready}/{endpoint.desired}",
+            *([f"{endpoint.standby}/{endpoint.desired_standby}"] if has_standby else []),
             str(endpoint.num_held),
             format_seconds(endpoint.oldest_held_s) if endpoint.num_held else "-",
             str(endpoint.num_in_flight),
@@ -219,9 +223,8 @@ def _notes(system: SystemStatus) -> list[str]:
     which tenant waits long."""
     from headrace.units import format_seconds
 
-    notes = [
-        f"{endpoint.name}: {endpoint.desired} wanted, {endpoint.reason}" for endpoint in system.endpoints
-    ]
+    notes = [_describe_size(endpoint) for endpoint in system.endpoints]
+    notes += [_describe_rollout(rollout) for rollout in system.rollouts]
     notes += system.warnings
     for replica in system.replicas:
         if replica.state in ("starting", "standby", "ready") and replica.phase:
@@ -245,6 +248,24 @@ def _notes(system: SystemStatus) -> list[str]:
         if process.last_error:
             notes.append(f"{process.name}: last ended with {process.last_error}")
     return notes
+
+
+def _describe_size(endpoint: EndpointStatus) -> str:
+    """How many replicas are wanted and why, and how long those who wait will."""
+    from headrace.units import format_seconds
+
+    words = f"{endpoint.name}: {endpoint.desired} wanted, {endpoint.reason}"
+    if endpoint.num_held and endpoint.eta_s:
+        eta = f"in about {format_seconds(endpoint.eta_s)}" if endpoint.eta_s > 0 else "nobody knows when"
+        words += f"; a replica is expected {eta}"
+    return words
+
+
+def _describe_rollout(rollout: RolloutStatus) -> str:
+    """One line; `headrace rollout status` says more."""
+    traffic = f" at {rollout.traffic:.0%} of the requests" if rollout.state in ("running", "paused") else ""
+    state = rollout.state.replace("_", " ")
+    return f"{rollout.endpoint}: rollout {rollout.old} -> {rollout.new} {state}{traffic}, {rollout.reason}"
 
 
 def _costs(replica: ReplicaStatus) -> str:

@@ -14,7 +14,8 @@ from pathlib import Path
 from setproctitle import setproctitle
 
 from headrace.clock import SystemClock
-from headrace.control.app import Controller, ProcessSources, read_config
+from headrace.control.app import Controller, ProcessSources
+from headrace.control.applied import read_config
 from headrace.errors import HeadraceError
 from headrace.fabric.local import LocalLauncher
 from headrace.gateway.process import prepare, process_specs

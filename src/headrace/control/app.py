@@ -9,23 +9,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import msgspec
-from pydantic import ValidationError
-
 from headrace.api.config import Config
-from headrace.api.config_loader import parse_config
 from headrace.api.messages import (
     AdminCommand,
     AdminReply,
     ApplyConfig,
+    ChangeRollout,
     CreateKey,
     Demand,
+    ExplainEndpoint,
     GatewaySpec,
     GetStatus,
     LauncherError,
@@ -39,7 +36,6 @@ from headrace.api.messages import (
     ReportAck,
     RevokeKey,
     ScaleEndpoint,
-    SetSleep,
     Shutdown,
     SleepReplica,
 )
@@ -50,11 +46,15 @@ from headrace.api.run_paths import (
     relay_socket_path,
 )
 from headrace.clock import Clock
+from headrace.control.applied import RolloutsFile, parse_applied, write_config
+from headrace.control.connections import Connections
+from headrace.control.custom_metrics import CustomMetrics
 from headrace.control.drain import drain
 from headrace.control.essentials import Essential
 from headrace.control.identity import open_identity
 from headrace.control.probe import probe_gateway
-from headrace.control.reconciler import StartReplica, StopReplica
+from headrace.control.reconciler import Action, PromoteReplica, RestReplica, StartReplica, StopReplica
+from headrace.control.siblings import siblings_of
 from headrace.control.specs import ADMIN_SOCKET, CONFIG_FILE, gateway_specs, replica_process
 from headrace.control.status import describe
 from headrace.control.system_state import SystemState
@@ -78,8 +78,8 @@ class ProcessSources:
     """For a fresh start: writes one gateway's files and returns the specs of its processes."""
     gateway_processes: Callable[[GatewaySpec], list[ProcessSpec]]
     """The same specs without touching the files, which hold the running replicas."""
-    prepare_replica: Callable[[Config, str, str, Path], ProcessSpec] = replica_process
-    """Config, endpoint, replica id, run directory."""
+    prepare_replica: Callable[[Config, str, str, Path, bool], ProcessSpec] = replica_process
+    """Config, endpoint, replica id, run directory, whether it is to be a standby."""
 
 
 class Controller:
@@ -98,15 +98,18 @@ class Controller:
         self._sources = sources
         self._clock = clock
         self._state = SystemState(config, clock.now_s())
+        self._rollouts_file = RolloutsFile(run_directory, self._state.rollouts)
+        if problem := self._rollouts_file.restore(clock.now_s()):
+            _log.error("%s", problem)
         # The event loop must not wait long for another process that changes the keys.
         self._identity = open_identity(config, lock_limit_s=0.5)
         self._keys_checked_s = clock.now_s()
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
-        self._routers: dict[Channel, str] = {}
-        """Connections of routers, with their gateways' ids."""
-        self._fronts: dict[str, Channel] = {}
-        """The connection that each replica reports on."""
+        self._connections = Connections()
+        self._metrics = CustomMetrics(clock)
+        self._metrics.want(config)
+        self._told_traffic: dict[str, dict[str, float]] = {}
 
     def __repr__(self) -> str:
         return f"Controller({self._state})"
@@ -127,10 +130,11 @@ class Controller:
             async with asyncio.TaskGroup() as group:
                 events = group.create_task(self._take_events())
                 admin = group.create_task(self._serve_admin_http())
+                metrics = group.create_task(self._metrics.run())
                 probes = [group.create_task(self._probe(name)) for name in self._state.gateway.pairs]
                 await self._tick_until_stopped()
-                for probe in probes:
-                    probe.cancel()
+                for task in (metrics, *probes):
+                    task.cancel()
                 await drain(self._launcher, self._state, self._wake, self._clock)
                 admin.cancel()
                 events.cancel()
@@ -198,16 +202,37 @@ class Controller:
             if self._identity.refresh():
                 _log.info("another process changed the keys")
                 self._tell_routers()
+        self._state.metrics = {name: self._metrics.readings(name) for name in self._state.config.endpoints}
         for action in self._state.plan(now_s):
-            name = action.replica_id
-            _log.info("%s %s: %s", type(action).__name__, name, action.reason)
-            if isinstance(action, StartReplica):
-                config = self._state.config
-                spec = self._sources.prepare_replica(config, action.endpoint, name, self._run_directory)
+            _log.info("%s %s: %s", type(action).__name__, action.replica_id, action.reason)
+            self._act(action)
+        self._announce(now_s)
+
+    def _act(self, action: Action) -> None:
+        name, state = action.replica_id, self._state
+        match action:
+            case StartReplica(endpoint=endpoint, generation=generation, is_standby=is_standby):
+                config = state.rollouts.config_of(endpoint, generation)
+                spec = self._sources.prepare_replica(config, endpoint, name, self._run_directory, is_standby)
                 self._launcher.start(spec)
-            elif isinstance(action, StopReplica):
-                margin_s = STOP_MARGIN_S if action.grace_s > 0 else 0.0
-                self._launcher.stop(name, action.grace_s + margin_s)
+            case StopReplica(grace_s=grace_s):
+                self._launcher.stop(name, grace_s + STOP_MARGIN_S if grace_s > 0 else 0.0)
+            case PromoteReplica():
+                self._connections.set_sleep(name, 0)  # one that is not connected misses its time limit
+            case RestReplica():
+                self._connections.set_sleep(name, 1)
+
+    def _announce(self, now_s: float) -> None:
+        """Tell fronts and routers what changed, and keep what a restarted controller must know."""
+        state = self._state
+        for note in state.notes:
+            _log.info("%s", note)
+        state.notes.clear()
+        self._connections.send_siblings(siblings_of(state.fleet.slots.values()), now_s)
+        self._connections.send_outlooks(state.outlooks(now_s), now_s)
+        if state.traffic(now_s) != self._told_traffic:
+            self._tell_routers()
+        self._rollouts_file.keep()
 
     def _tend_gateway(self, now_s: float) -> None:
         processes = self._state.gateway.processes.values()
@@ -247,8 +272,9 @@ class Controller:
         self._launcher.stop(essential.name, grace_s)
 
     def _gateway_specs(self) -> dict[str, GatewaySpec]:
-        identity = self._identity
-        return gateway_specs(self._state.config, self._run_directory, self._keys(), identity.admin_key_hash)
+        config, keys, admin_key_hash = self._state.config, self._keys(), self._identity.admin_key_hash
+        traffic = self._state.traffic(self._clock.now_s())
+        return gateway_specs(config, self._run_directory, keys, admin_key_hash, traffic)
 
     def _keys(self) -> dict[str, str] | None:
         """The valid keys; None: they are not known, and the routers keep those that they have."""
@@ -256,9 +282,8 @@ class Controller:
 
     def _tell_routers(self) -> None:
         if self._keys() is not None:
-            specs = self._gateway_specs()
-            for router, gateway_id in self._routers.items():
-                router.send(specs[gateway_id])
+            self._told_traffic = self._state.traffic(self._clock.now_s())
+            self._connections.send_specs(self._gateway_specs())
 
     # ---- load reports and demand ----------------
 
@@ -270,7 +295,7 @@ class Controller:
         if isinstance(message, LoadReport):
             slot = self._state.fleet.slots.get(message.replica_id)
             if slot is not None:
-                self._fronts[message.replica_id] = channel
+                self._connections.add_front(message.replica_id, channel)
             before = slot.report.state if slot is not None and slot.report is not None else None
             self._state.fleet.on_report(message, now_s)
             # A controller sends no requests, so that no replica has to wait for it.
@@ -278,17 +303,16 @@ class Controller:
             if before != message.state:
                 self._wake.set()
             return
-        if channel not in self._routers and message.router_id in self._state.gateway.pairs:
-            self._routers[channel] = message.router_id
-            if self._keys() is not None:
-                channel.send(self._gateway_specs()[message.router_id])  # its own may be older than the config
+        is_known = message.router_id in self._state.gateway.pairs
+        is_new = is_known and self._connections.add_router(message.router_id, channel)
+        if is_new and self._keys() is not None:
+            channel.send(self._gateway_specs()[message.router_id])  # its own may be older than the config
         self._state.gateway.on_demand(message, now_s)
         if any(endpoint.num_held for endpoint in message.endpoints):
             self._wake.set()
 
     def _on_report_close(self, channel: Channel, reason: str) -> None:
-        self._routers.pop(channel, None)
-        self._fronts = {name: front for name, front in self._fronts.items() if front is not channel}
+        self._connections.remove(channel)
 
     # ---- the CLI and the admin API ----------------
 
@@ -321,8 +345,12 @@ class Controller:
             case ScaleEndpoint(endpoint, count):
                 notes = [self._state.scale(endpoint, count)]
             case ApplyConfig(text):
-                notes = self._state.apply(_parse_applied(text))
+                notes = self._state.apply(parse_applied(text), self._clock.now_s())
                 notes += self._identity.describe_keyless(self._state.config)
+            case ChangeRollout():
+                notes = [self._state.change_rollout(command, self._clock.now_s())]
+            case ExplainEndpoint(endpoint):
+                return AdminReply(explanation=self._state.explain(endpoint, self._clock.now_s()))
             case Shutdown():
                 self.stop()
                 return AdminReply(notes=["draining"])
@@ -336,6 +364,9 @@ class Controller:
                 return reply
         for note in notes:
             _log.info("%s", note)
+        self._metrics.want(self._state.config)
+        if problem := self._rollouts_file.keep():
+            notes.append(problem)
         try:
             write_config(self._run_directory, self._state.config)
         except OSError as error:
@@ -345,42 +376,14 @@ class Controller:
 
     def _set_sleep(self, replica_id: str, level: Literal[0, 1, 2]) -> str:
         """Tell a front how deep its engine is to sleep. Raises ConfigError."""
-        front = self._fronts.get(replica_id)
-        if front is None or replica_id not in self._state.fleet.slots:
-            names = ", ".join(sorted(self._state.fleet.slots)) or "none"
+        slots = self._state.fleet.slots
+        if replica_id not in slots or not self._connections.set_sleep(replica_id, level):
+            names = ", ".join(sorted(slots)) or "none"
             raise ConfigError(f"no replica {replica_id!r} reports; replicas are: {names}")
-        front.send(SetSleep(level))
+        self._state.fleet.rest(replica_id, is_asleep=level > 0)
         note = f"{replica_id} was told to " + (f"sleep at level {level}" if level else "wake")
         _log.info("%s", note)
         return f"{note}; `headrace status` shows when it does"
 
     def _path(self, name: str) -> str:
         return str(self._run_directory / name)
-
-
-def _parse_applied(text: str) -> Config:
-    try:
-        tree = msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"the config that was sent is not JSON: {error}") from error
-    return parse_config(tree, source="applied config")
-
-
-def write_config(run_directory: Path, config: Config) -> None:
-    """Write the applied config, so that a crash at any moment leaves a whole file."""
-    path = run_directory / CONFIG_FILE
-    part = path.with_suffix(".part")
-    with open(part, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(config.model_dump_json())
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def read_config(run_directory: Path) -> Config:
-    """Read the applied config. Raises ConfigError."""
-    path = run_directory / CONFIG_FILE
-    try:
-        return Config.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise ConfigError(f"{path}: cannot be used: {error}") from error

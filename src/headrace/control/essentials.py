@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headrace.api.messages import ProcessState
-from headrace.control.reconciler import HEALTHY_AFTER_S, MAX_FAST_FAILURES, restart_delay_s
+from headrace.control.slots import HEALTHY_AFTER_S, MAX_FAST_FAILURES, restart_delay_s
 
 HUNG_AFTER_S = 15.0
 """A live process that has not answered for this long is killed and started again."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from headrace.api.messages import Demand, EndpointDemand, ProcessState, haproxy_name, relay_name, router_name
 from headrace.control.essentials import Essential
+from headrace.control.version_counts import VersionCounts
 
 DEMAND_FRESH_S = 2.0
 """A Demand older than this says nothing about now."""
@@ -51,7 +52,7 @@ class GatewayState:
             for pair in self.pairs.values()
             for essential in (pair.router, pair.haproxy, pair.relay)
         }
-        self._last_request_s: dict[str, float] = {}
+        self.version_counts = VersionCounts()
 
     def __repr__(self) -> str:
         return f"GatewayState({', '.join(f'{p.name} {p.state}' for p in self.processes.values())})"
@@ -72,11 +73,7 @@ class GatewayState:
             return
         pair.demand, pair.demand_s = demand, now_s
         pair.router.heard_s = now_s
-        for endpoint in demand.endpoints:
-            # Held requests wake an endpoint; those in flight keep it awake.
-            name = endpoint.endpoint
-            if endpoint.num_held or (endpoint.num_in_flight and name in self._last_request_s):
-                self._last_request_s[name] = now_s
+        self.version_counts.observe(demand)
 
     def on_probe(self, gateway_id: str, has_answered: bool, now_s: float) -> None:
         """Take the result of asking a HAProxy something."""
@@ -93,14 +90,6 @@ class GatewayState:
                 pair.demand = None
             elif name == pair.haproxy.name:
                 pair.has_answered = False
-
-    def note_requests(self, endpoint: str, now_s: float) -> None:
-        """Count `endpoint` as used now: nobody remembers when it last was."""
-        self._last_request_s[endpoint] = now_s
-
-    def forget_requests(self, endpoint: str) -> None:
-        """Count `endpoint` as never used: the user wants it at zero."""
-        self._last_request_s.pop(endpoint, None)
 
     def demands(self) -> Iterator[Demand]:
         """Yield each router's last word."""
@@ -125,9 +114,17 @@ class GatewayState:
             failed=sum(entry.failed for entry in entries),
         )
 
-    def idle_s(self, endpoint: str, now_s: float) -> float:
-        """Seconds since `endpoint` last held or served a request."""
-        return now_s - self._last_request_s.get(endpoint, -math.inf)
+    def demands_by_router(self) -> dict[str, dict[str, EndpointDemand]]:
+        """Return each endpoint's last words, by the router process that said them."""
+        words: dict[str, dict[str, EndpointDemand]] = {}
+        for demand in self.demands():
+            for entry in demand.endpoints:
+                words.setdefault(entry.endpoint, {})[f"{demand.router_id}/{demand.pid}"] = entry
+        return words
+
+    def is_heard(self, now_s: float) -> bool:
+        """Whether every router said something lately."""
+        return all(pair.fresh_demand(now_s) is not None for pair in self.pairs.values())
 
     def serving_replicas(self, now_s: float) -> frozenset[str] | None:
         """Replicas that every gateway sends requests to. None: some router has not said so lately."""

@@ -14,7 +14,7 @@ from typing import Any
 from setproctitle import setproctitle
 
 from headrace.api.config import Config
-from headrace.control.app import write_config
+from headrace.control.applied import write_config
 from headrace.control.specs import controller_process
 from headrace.fabric.run_directory import RunDirectory
 from headrace.fabric.supervisor import Supervisor

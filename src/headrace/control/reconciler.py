@@ -1,38 +1,34 @@
 """The reconciler: what is wanted and what is seen, to actions with their reasons. Pure.
 
-Owns counts, victims, replacement and restart back-off. Must not know asyncio, time, sockets or processes:
+Owns counts per version, standby, victims and replacement. Must not know asyncio, time, sockets or processes:
 `now_s` comes in, actions go out, and the same code runs in the simulator.
 
-A replica's id is a slot: a crashed replica keeps its slot through its back-off, so that a crash never makes
-the fleet larger. Surge: while replicas are replaced, one more than wanted may run; draining replicas count
-towards the endpoint's maximum plus that one, because they still hold memory.
+Ready replicas are taken only as far as the others that are ready are enough (with `surge` 0 one less than
+that, while versions change). Draining replicas count towards the endpoint's maximum plus the surge, because
+they still hold memory.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
-from typing import Literal
 
-from headrace.api.messages import ReplicaState
+from headrace.control.slots import (
+    ObservedReplica,
+    Phase,
+    lowest_free_id,
+    phase_of,
+    restart_due_s,
+)
 
-FIRST_RESTART_DELAY_S = 0.5
-MAX_RESTART_DELAY_S = 30.0
-HEALTHY_AFTER_S = 60.0
-"""A replica that was ready this long has no crashes behind it."""
-MAX_FAST_FAILURES = 5
-"""After so many failures in a row the slot counts as failed, and is retried slowly."""
-FAILED_RETRY_S = 60.0
-LOST_AFTER_S = 10.0
-"""A live process whose lease ended this long ago hangs: it is killed and replaced."""
-MAX_SURGE = 1
-IDLE_TO_ZERO_S = 300.0
-"""An endpoint that held requests woke up from zero goes back to zero after this long without any."""
 
-Phase = Literal["pending", "starting", "ready", "draining", "failed", "lost", "standby"]
+@dataclass(frozen=True, slots=True)
+class WantedVersion:
+    """How many serving replicas one generation is to have."""
+
+    generation: str
+    """Hash of what its replicas are started with; live replicas of no wanted hash are replaced."""
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,38 +37,21 @@ class DesiredEndpoint:
 
     name: str
     count: int
+    """Serving replicas over all versions. While versions change, up to `surge` more than that may run."""
     max_count: int
-    generation: str
-    """Hash of what its replicas are started with; live replicas of another hash are replaced."""
+    versions: tuple[WantedVersion, ...]
+    """Their counts sum to at most count + surge."""
+    standby: int = 0
+    """Replicas kept asleep beside them, as far as the maximum has room."""
+    standby_generation: str = ""
+    surge: int = 1
     reason: str = ""
     """Why the count is what it is."""
 
-
-@dataclass(frozen=True, slots=True)
-class ObservedReplica:
-    """One slot as it is seen: its process, its last load report, its crashes."""
-
-    replica_id: str
-    endpoint: str
-    generation: str
-    """What the live process was started with."""
-    is_alive: bool
-    """The launcher has its process, or was asked to start it."""
-    is_stopping: bool
-    started_s: float
-    lease_ends_s: float
-    """Before the first report: when the first report is due."""
-    report_state: ReplicaState | None = None
-    ready_since_s: float | None = None
-    num_open: int = 0
-    keeps_slot: bool = False
-    """With is_stopping: it is stopped because it failed, and will be started again in its slot."""
-    drain_grace_s: float = 30.0
-    ended_s: float = 0.0
-    failures: int = 0
-    """Failures in a row."""
-    is_retryable: bool = True
-    last_error: str = ""
+    @property
+    def num_standby(self) -> int:
+        """How many replicas on standby are wanted: more than may ever be promoted are of no use."""
+        return max(0, min(self.standby, self.max_count - self.count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +59,8 @@ class StartReplica:
     replica_id: str
     endpoint: str
     reason: str
+    generation: str = ""
+    is_standby: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +83,25 @@ class ForgetReplica:
     reason: str
 
 
-Action = StartReplica | StopReplica | ForgetReplica
+@dataclass(frozen=True, slots=True)
+class PromoteReplica:
+    """Wake a replica on standby: it is to serve."""
+
+    replica_id: str
+    endpoint: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RestReplica:
+    """Let a ready replica sleep: it becomes a standby that was missing."""
+
+    replica_id: str
+    endpoint: str
+    reason: str
+
+
+Action = StartReplica | StopReplica | ForgetReplica | PromoteReplica | RestReplica
 
 
 def reconcile(
@@ -121,108 +120,81 @@ def reconcile(
     return actions
 
 
-def phase_of(replica: ObservedReplica, now_s: float) -> Phase:
-    """What to call the slot's state, for decisions and for people."""
-    if not replica.is_alive:
-        return "failed" if is_failed(replica) else "pending"
-    if replica.is_stopping:
-        return "failed" if replica.keeps_slot else "draining"
-    if now_s > replica.lease_ends_s + LOST_AFTER_S:
-        return "lost"
-    return replica.report_state or "starting"
-
-
-def is_failed(replica: ObservedReplica) -> bool:
-    """Whether starting it again soon is not expected to help."""
-    return replica.failures > 0 and (not replica.is_retryable or replica.failures >= MAX_FAST_FAILURES)
-
-
-def restart_due_s(replica: ObservedReplica) -> float:
-    """When a slot without a process may be started."""
-    if replica.failures == 0:
-        return -math.inf
-    if is_failed(replica):
-        return replica.ended_s + FAILED_RETRY_S
-    return replica.ended_s + restart_delay_s(replica.failures)
-
-
-def restart_delay_s(failures: int) -> float:
-    """Doubling from half a second. `failures` >= 1 counts failures in a row."""
-    return float(min(FIRST_RESTART_DELAY_S * 2.0 ** min(failures - 1, 16), MAX_RESTART_DELAY_S))
-
-
-def count_failures(replica: ObservedReplica, now_s: float) -> int:
-    """Failures in a row, this one included: a replica that was healthy for a while begins anew."""
-    if replica.ready_since_s is not None and now_s - replica.ready_since_s >= HEALTHY_AFTER_S:
-        return 1
-    return replica.failures + 1
-
-
-def choose_count(minimum: int, num_held: int, idle_s: float) -> tuple[int, str]:
-    """Return how many replicas an endpoint should have, and why. idle_s: since it last had a request,
-    infinite if it never had one."""
-    if minimum > 0:
-        return minimum, f"replicas.min is {minimum}"
-    if num_held > 0:
-        return 1, "held requests"
-    if idle_s < IDLE_TO_ZERO_S:
-        return 1, f"had requests {idle_s:.0f} s ago"
-    return 0, "replicas.min is 0 and there are no requests"
-
-
-def slot_prefix(endpoint: str) -> str:
-    """The part of replica ids before the number: safe in file names, and different for every endpoint."""
-    safe = re.sub(r"[^A-Za-z0-9._-]", "-", endpoint)[:40]
-    if safe == endpoint:
-        return safe
-    return f"{safe}-{sha256(endpoint.encode()).hexdigest()[:6]}"
-
-
-def lowest_free_id(endpoint: str, taken: set[str]) -> str:
-    """The first of ENDPOINT-1, ENDPOINT-2, … that is not taken."""
-    prefix = slot_prefix(endpoint)
-    number = 1
-    while f"{prefix}-{number}" in taken:
-        number += 1
-    return f"{prefix}-{number}"
-
-
 class _Turn:
     """One endpoint's decisions at one moment."""
 
     def __init__(self, desired: DesiredEndpoint, replicas: Sequence[ObservedReplica], now_s: float) -> None:
         self.desired = desired
         self.now_s = now_s
-        self.phases = {replica.replica_id: phase_of(replica, now_s) for replica in replicas}
-        self.taken = set(self.phases)
-        self.num_alive = sum(replica.is_alive for replica in replicas)
-        # The slots that count. A draining replica has given its slot up already.
-        self.slots = [replica for replica in replicas if self._phase(replica) != "draining"]
         self.actions: list[Action] = []
+        self.taken = {replica.replica_id for replica in replicas}
+        self.wanted = {version.generation: version.count for version in desired.versions}
+        phases = {replica.replica_id: phase_of(replica, now_s) for replica in replicas}
+        self.phases: dict[str, Phase] = phases
+        # A draining replica has given its slot up already. One that leaves by itself, because its machine
+        # does, takes no room from its replacement, unless there is none for more than what is wanted.
+        is_leaving = {r.replica_id for r in replicas if phases[r.replica_id] == "draining"}
+        by_itself = {r.replica_id for r in replicas if r.replica_id in is_leaving and not r.is_stopping}
+        self.num_alive = sum(
+            r.is_alive for r in replicas if not (desired.surge and r.replica_id in by_itself)
+        )
+        self.slots = [replica for replica in replicas if replica.replica_id not in is_leaving]
 
     def run(self) -> list[Action]:
         self._stop_broken()
-        self._drop_unready_outdated()
-        self._drop_surplus()
-        self._fill_up()
+        for replica in [replica for replica in self.slots if self._is_outdated(replica)]:
+            if self._phase(replica) == "starting":
+                self._drop(replica, "the config changed before it was ready")
+        missing = self._promote()
+        self._drop_surplus(sum(missing.values()) > 0)
+        missing_standby = self._tend_standby()
+        self._fill_up(missing, missing_standby)
         return self.actions
+
+    # ---- what is there ----------------
 
     def _phase(self, replica: ObservedReplica) -> Phase:
         return self.phases[replica.replica_id]
 
+    def _is_running(self, replica: ObservedReplica) -> bool:
+        """It has a process that is to stay. The other slots wait to be started again, as whatever is
+        needed then."""
+        return replica.is_alive and not replica.is_stopping
+
     def _is_outdated(self, replica: ObservedReplica) -> bool:
-        is_current = replica.generation == self.desired.generation
-        return replica.is_alive and not replica.is_stopping and not is_current
+        if not self._is_running(replica):
+            return False
+        if replica.role == "standby":
+            return replica.generation != self.desired.standby_generation
+        return replica.generation not in self.wanted
+
+    @property
+    def _serving(self) -> list[ObservedReplica]:
+        return [slot for slot in self.slots if self._is_running(slot) and slot.role != "standby"]
+
+    @property
+    def _standby(self) -> list[ObservedReplica]:
+        return [slot for slot in self.slots if self._is_running(slot) and slot.role == "standby"]
+
+    @property
+    def _idle(self) -> list[ObservedReplica]:
+        """Slots without a process, or whose broken process is being killed; the longest waiting first."""
+        idle = [slot for slot in self.slots if not self._is_running(slot)]
+        return sorted(idle, key=lambda slot: (slot.ended_s, slot.replica_id))
 
     @property
     def _is_replacing(self) -> bool:
-        return self.desired.count > 0 and any(map(self._is_outdated, self.slots))
+        return self.desired.count > 0 and (
+            len(self.wanted) > 1 or any(slot.generation not in self.wanted for slot in self._serving)
+        )
+
+    # ---- decisions ----------------
 
     def _stop_broken(self) -> None:
         """Hung and failed replicas go at once: they serve nothing. Their slots stay and back off."""
         for index, replica in enumerate(self.slots):
             phase = self._phase(replica)
-            if replica.is_stopping or not replica.is_alive or phase not in ("lost", "failed"):
+            if not self._is_running(replica) or phase not in ("lost", "failed"):
                 continue
             if phase == "lost":
                 reason = f"no load report for {self.now_s - replica.lease_ends_s:.0f} s after its lease"
@@ -233,46 +205,138 @@ class _Turn:
             stop = StopReplica(replica.replica_id, self.desired.name, 0.0, reason, is_failure=True)
             self.actions.append(stop)
 
-    def _drop_unready_outdated(self) -> None:
-        for replica in list(self.slots):
-            if self._is_outdated(replica) and self._phase(replica) == "starting":
-                self._drop(replica, "the config changed before it was ready")
+    def _promote(self) -> dict[str, int]:
+        """Let replicas on standby serve where some are missing. Return how many are missing then, by
+        generation; a standby that still starts is on its way and not replaced by a cold start."""
+        missing: dict[str, int] = {}
+        for generation, count in self.wanted.items():
+            missing[generation] = count - sum(slot.generation == generation for slot in self._serving)
+            standby = [slot for slot in self._standby if slot.generation == generation and slot.can_change]
+            standby.sort(key=lambda slot: (self._phase(slot) != "standby", slot.started_s))
+            for slot in standby[: max(missing[generation], 0)]:
+                missing[generation] -= 1
+                if self._phase(slot) == "standby" and not slot.is_changing:
+                    reason = f"{self.desired.count} wanted: {self.desired.reason}"
+                    self.actions.append(PromoteReplica(slot.replica_id, self.desired.name, reason))
+                else:
+                    self.phases[slot.replica_id] = "starting"  # it cannot serve yet, whatever it reports
+                self.slots[self.slots.index(slot)] = replace(slot, role="serving", is_changing=True)
+        return {generation: count for generation, count in missing.items() if count > 0}
 
-    def _drop_surplus(self) -> None:
-        """More slots than wanted. A replacement may have one more until it is ready."""
-        num_ready = sum(self._phase(replica) == "ready" for replica in self.slots)
-        is_surge_allowed = self._is_replacing and num_ready <= self.desired.count
-        reason = f"{self.desired.count} wanted: {self.desired.reason}"
-        if self._is_replacing:
-            reason = "the config changed and a new replica is ready"
-        surplus = len(self.slots) - self.desired.count - (MAX_SURGE if is_surge_allowed else 0)
-        for victim in sorted(self.slots, key=self._victim_order)[: max(surplus, 0)]:
-            self._drop(victim, reason)
+    def _drop_surplus(self, is_some_missing: bool) -> None:
+        """More than wanted, of a version or of none that is wanted: those go whose loss costs least, ready
+        ones only while the rest is enough."""
+        needed = self.desired.count
+        if self.desired.surge == 0 and is_some_missing and self._is_replacing:
+            needed -= 1
+        num_ready = sum(self._phase(slot) == "ready" for slot in self._serving)
+        surplus = [slot for slot in self._serving if slot.generation not in self.wanted]
+        for generation, count in self.wanted.items():
+            members = [slot for slot in self._serving if slot.generation == generation]
+            surplus += sorted(members, key=self._cost_of_loss)[: max(len(members) - count, 0)]
+        is_replacing = self._is_replacing
+        for victim in sorted(surplus, key=self._cost_of_loss):
+            is_ready = self._phase(victim) == "ready"
+            if is_ready and num_ready <= needed:
+                continue
+            num_ready -= is_ready
+            if is_ready and self._can_rest(victim):
+                reason = f"{self.desired.count} wanted, and a standby is missing: {self.desired.reason}"
+                self.actions.append(RestReplica(victim.replica_id, self.desired.name, reason))
+                resting = replace(victim, role="standby", is_changing=True)
+                self.slots[self.slots.index(victim)] = resting
+                continue
+            why = "versions change" if is_replacing else f"{self.desired.count} wanted: {self.desired.reason}"
+            self._drop(victim, f"{why}; {self._describe_loss(victim)}")
 
-    def _victim_order(self, replica: ObservedReplica) -> tuple[int, bool, int, float]:
-        """Failed first, then pending and starting, then outdated, least open requests, newest."""
-        order = {"failed": 0, "pending": 1, "starting": 2}.get(self._phase(replica), 3)
-        return order, not self._is_outdated(replica), replica.num_open, -replica.started_s
+    def _can_rest(self, replica: ObservedReplica) -> bool:
+        current = [s for s in self._standby if s.generation == self.desired.standby_generation]
+        return (
+            replica.generation == self.desired.standby_generation
+            and replica.can_change
+            and not replica.num_open
+            and not replica.is_leaving
+            and len(current) < self.desired.num_standby
+        )
 
-    def _fill_up(self) -> None:
-        """Start slots that are due, then new slots, within the maximum plus the surge."""
-        room = max(self.desired.max_count, self.desired.count) + MAX_SURGE - self.num_alive
-        name = self.desired.name
-        idle = [replica for replica in self.slots if not replica.is_alive]
-        for replica in sorted(idle, key=lambda replica: (replica.ended_s, replica.replica_id)):
-            if room > 0 and self.now_s >= restart_due_s(replica):
-                reason = f"again after {replica.failures} failures" if replica.failures else "not running"
-                self.actions.append(StartReplica(replica.replica_id, name, reason))
+    def _cost_of_loss(self, replica: ObservedReplica) -> tuple[int, bool, bool, float, int, float]:
+        """Not ready first; then outdated ones, those that leave anyway, the fewest tokens that would be
+        computed again, the fewest open requests, the newest."""
+        order = {"starting": 0, "standby": 1}.get(self._phase(replica), 2)
+        is_current = not self._is_outdated(replica)
+        work = replica.lost_tokens, replica.num_open
+        return order, is_current, not replica.is_leaving, *work, -replica.started_s
+
+    def _describe_loss(self, replica: ObservedReplica) -> str:
+        if self._phase(replica) != "ready":
+            return f"it is {self._phase(replica)}"
+        if self._is_outdated(replica):
+            return f"an old version with {replica.num_open} open"
+        return f"its loss costs least: {replica.num_open} open, {replica.lost_tokens:.0f} tokens in demand"
+
+    def _tend_standby(self) -> int:
+        """Drop replicas on standby that are too many, and outdated ones one by one. Return how many are
+        missing."""
+        current = [slot for slot in self._standby if not self._is_outdated(slot)]
+        outdated = [slot for slot in self._standby if self._is_outdated(slot)]
+        wanted = self.desired.num_standby
+        for slot in sorted(current, key=lambda slot: -slot.started_s)[: max(len(current) - wanted, 0)]:
+            self._drop(slot, f"{wanted} on standby are enough")
+            current.remove(slot)
+        num_surplus = max(len(current) + len(outdated) - wanted, 0)
+        is_one_missing = len(current) + len(outdated) < wanted
+        is_one_coming = is_one_missing or any(self._phase(slot) == "starting" for slot in current)
+        for slot in outdated[: num_surplus + (not is_one_coming)]:
+            self._drop(slot, "an old version on standby is replaced")
+            outdated.remove(slot)
+        return wanted - len(current) - len(outdated)
+
+    def _fill_up(self, missing: dict[str, int], missing_standby: int) -> None:
+        """Start what is missing: in slots that are due, then in new ones, within the maximum and the surge.
+        Slots for which there is no use are given up."""
+        desired = self.desired
+        extra = desired.surge if self._is_replacing else 0
+        num_new = desired.count + extra - len(self._serving)
+        idle = self._idle
+        plan: list[tuple[str, bool]] = []
+        for generation, count in missing.items():
+            plan += [(generation, False)] * count
+        plan = plan[: max(num_new, 0)] + [(desired.standby_generation, True)] * max(missing_standby, 0)
+        used: list[tuple[ObservedReplica, str, bool]] = []
+        for generation, is_standby in list(plan):  # its own version first: there its back-off counts
+            slot = next((slot for slot in idle if slot.generation == generation), None)
+            if slot is not None:
+                idle.remove(slot)
+                plan.remove((generation, is_standby))
+                used.append((slot, generation, is_standby))
+        while plan and idle:
+            used.append((idle.pop(0), *plan.pop(0)))
+        for slot in idle:
+            self._drop(slot, f"{desired.count} wanted: {desired.reason}")
+        self._start(used, plan)
+
+    def _start(self, used: list[tuple[ObservedReplica, str, bool]], new: list[tuple[str, bool]]) -> None:
+        """Start slots that are due, and new ones, within the room that there is."""
+        desired, name = self.desired, self.desired.name
+        room = max(desired.max_count, desired.count) + desired.surge - self.num_alive
+        if desired.surge == 0 and self._is_replacing:
+            room = min(room, desired.count + desired.num_standby - self.num_alive)
+        reason = "versions change" if self._is_replacing else desired.reason
+        for slot, generation, is_standby in used:
+            is_due = slot.generation != generation or self.now_s >= restart_due_s(slot)
+            if room > 0 and is_due and not slot.is_alive:
+                again = f"again after {slot.failures} failures" if slot.failures else "not running"
+                why = again if slot.generation == generation else reason
+                self.actions.append(StartReplica(slot.replica_id, name, why, generation, is_standby))
                 room -= 1
-        reason = "the config changed" if self._is_replacing else self.desired.reason
-        num_wanted = self.desired.count + (MAX_SURGE if self._is_replacing else 0)
-        for _ in range(min(num_wanted - len(self.slots), room)):
+        for generation, is_standby in new[: max(room, 0)]:
             replica_id = lowest_free_id(name, self.taken)
             self.taken.add(replica_id)
-            self.actions.append(StartReplica(replica_id, name, reason))
+            why = f"{desired.num_standby} on standby wanted" if is_standby else reason
+            self.actions.append(StartReplica(replica_id, name, why, generation, is_standby))
 
     def _drop(self, replica: ObservedReplica, reason: str) -> None:
-        self.slots.remove(replica)
+        self.slots = [slot for slot in self.slots if slot.replica_id != replica.replica_id]
         already = [a for a in self.actions if a.replica_id == replica.replica_id]
         for action in already:  # stopped as broken a moment ago: then its slot simply ends too
             self.actions.remove(action)

@@ -140,7 +140,7 @@ class System:
         """Wait until every endpoint has its replicas and no others. Raises StartFailed."""
 
         def is_settled(status: SystemStatus) -> bool:
-            wanted = sum(endpoint.desired for endpoint in status.endpoints)
+            wanted = sum(e.desired + e.desired_standby for e in status.endpoints)
             return status.is_ready and len(status.replicas) == wanted
 
         self._wait(is_settled, limit_s)
@@ -228,6 +228,11 @@ def describe_unready(status: SystemStatus | None) -> str:
         f"{process.name} is {process.state}: {process.last_error or 'no word'}"
         for process in status.processes
         if process.name.startswith(("router-", "haproxy-", "relay-")) and process.state != "running"
+    ]
+    lines += [
+        f"the rollout of {rollout.endpoint} is running: {rollout.reason}"
+        for rollout in status.rollouts
+        if rollout.state == "running"
     ]
     return "; ".join(lines) or "the gateway does not answer yet"
 

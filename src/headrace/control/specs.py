@@ -21,6 +21,7 @@ from headrace.units import MIB
 
 ADMIN_SOCKET = "admin.sock"
 CONFIG_FILE = "config.json"
+ROLLOUTS_FILE = "rollouts.json"
 PRIORITIES = ("high", "normal", "low")
 """Bands, from the one that is served first."""
 LEASE_S = 3.0
@@ -37,12 +38,15 @@ def controller_process(run_directory: Path) -> ProcessSpec:
     return python_process("controller", "headrace.control", str(run_directory), run_directory)
 
 
-def replica_process(config: Config, endpoint: str, replica_id: str, run_directory: Path) -> ProcessSpec:
-    """Return what one replica's front is started with."""
+def replica_process(
+    config: Config, endpoint: str, replica_id: str, run_directory: Path, is_standby: bool = False
+) -> ProcessSpec:
+    """Return what one replica's front is started with. is_standby: its engine sleeps once it is ready."""
     spec = _replica_spec(config, endpoint, replica_id, run_directory)
     if spec.engine.num_threads == 0:
         engine = msgspec.structs.replace(spec.engine, num_threads=threads_per_engine(config))
         spec = msgspec.structs.replace(spec, engine=engine)
+    spec = msgspec.structs.replace(spec, engine=msgspec.structs.replace(spec.engine, is_standby=is_standby))
     return python_process(replica_id, "headrace.replica", msgspec.json.encode(spec).decode(), run_directory)
 
 
@@ -76,13 +80,23 @@ def gateway_ids(config: Config) -> list[str]:
 
 
 def gateway_specs(
-    config: Config, run_directory: Path, keys: Mapping[str, str] | None = None, admin_key_hash: str = ""
+    config: Config,
+    run_directory: Path,
+    keys: Mapping[str, str] | None = None,
+    admin_key_hash: str = "",
+    traffic: Mapping[str, dict[str, float]] | None = None,
 ) -> dict[str, GatewaySpec]:
     """Return what each gateway is started with, by its id. They differ in the id and in the metrics port.
 
     keys: SHA-256 of each valid key -> its tenant. admin_key_hash: SHA-256 of the admin API's key.
+    traffic: by endpoint, the generations' parts of the requests.
     """
     spec = gateway_spec(config, run_directory, keys)
+    rules = [
+        msgspec.structs.replace(rule, traffic=dict((traffic or {}).get(rule.name, {})))
+        for rule in spec.endpoints
+    ]
+    spec = msgspec.structs.replace(spec, endpoints=rules)
     spec = msgspec.structs.replace(spec, admin_bind=config.gateway.admin_bind, admin_key_hash=admin_key_hash)
     return {
         gateway_id: msgspec.structs.replace(

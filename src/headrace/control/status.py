@@ -22,6 +22,9 @@ from headrace.control.tenants import tenant_statuses
 def describe(state: SystemState, run_directory: Path, now_s: float) -> SystemStatus:
     """Return a snapshot."""
     state.fleet.observe(now_s)
+    desired = state.desired(now_s)
+    counts = {endpoint.name: endpoint.count for endpoint in desired}
+    etas = {outlook.endpoint: outlook.eta_s for outlook in state.outlooks(now_s)}
     slots = sorted(state.fleet.slots.values(), key=_slot_order)
     in_flight = Counter[str]()
     for demand in state.gateway.demands():
@@ -31,13 +34,14 @@ def describe(state: SystemState, run_directory: Path, now_s: float) -> SystemSta
         url=gateway_url(state.config.gateway),
         uptime_s=now_s - state.started_s,
         is_ready=state.is_ready(now_s),
-        endpoints=[_endpoint(state, desired) for desired in state.desired(now_s)],
+        endpoints=[_endpoint(state, endpoint, etas[endpoint.name]) for endpoint in desired],
         replicas=[_replica(slot, in_flight.get(slot.replica_id, 0), now_s) for slot in slots],
         processes=_processes(state),
         run_dir=str(run_directory),
         gateways=[_gateway(pair, now_s) for pair in state.gateway.pairs.values()],
         tenants=tenant_statuses(state.gateway.demands(), state.config.tenants),
         warnings=sorted({d.certificate_problem for d in state.gateway.demands() if d.certificate_problem}),
+        rollouts=state.rollouts.statuses(slots, counts, now_s),
     )
 
 
@@ -53,14 +57,14 @@ def _slot_order(slot: Slot) -> tuple[str, int]:
     return slot.endpoint, int(number) if number.isdigit() else 0
 
 
-def _endpoint(state: SystemState, desired: DesiredEndpoint) -> EndpointStatus:
-    config = state.config.endpoints[desired.name]
+def _endpoint(state: SystemState, desired: DesiredEndpoint, eta_s: float) -> EndpointStatus:
+    section = state.rollouts.section(desired.name)
     demand = state.gateway.demand_of(desired.name)
     phases = [slot.phase for slot in state.fleet.slots.values() if slot.endpoint == desired.name]
     return EndpointStatus(
         name=desired.name,
-        model=config.model,
-        engine=config.engine,
+        model=section.model,
+        engine=section.engine,
         desired=desired.count,
         ready=phases.count("ready"),
         starting=phases.count("starting") + phases.count("pending"),
@@ -74,6 +78,9 @@ def _endpoint(state: SystemState, desired: DesiredEndpoint) -> EndpointStatus:
         failed_requests=demand.failed,
         reason=desired.reason,
         arrived=demand.arrived,
+        standby=phases.count("standby"),
+        desired_standby=desired.num_standby,
+        eta_s=eta_s,
     )
 
 
@@ -119,6 +126,9 @@ def _replica(slot: Slot, num_in_flight: int, now_s: float) -> ReplicaStatus:
         step_model=load.step_model if load is not None else None,
         busy_ratio=_ratio(load.busy_ns, load.busy_ns + load.idle_ns) if load is not None else 0.0,
         arithmetic=info.path if info is not None else "",
+        generation=slot.generation,
+        num_guests=report.num_guests if report is not None else 0,
+        num_hosted=report.num_hosted if report is not None else 0,
     )
 
 

@@ -6,33 +6,38 @@ Must not know: sockets, launchers, files, time's source.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 from headrace.api.config import Config
-from headrace.api.messages import ProcessEnded, ProcessStarted, ProcessState
-from headrace.control.fleet import Fleet
+from headrace.api.endpoint_config import Endpoint
+from headrace.api.messages import (
+    ChangeRollout,
+    EndpointOutlook,
+    Explanation,
+    ProcessEnded,
+    ProcessStarted,
+    ProcessState,
+)
+from headrace.control.config_changes import describe_changes, keep_address
+from headrace.control.fleet import Fleet, Slot
 from headrace.control.gateway_state import GatewayState
+from headrace.control.outlook import outlook_of
 from headrace.control.reconciler import (
     Action,
     DesiredEndpoint,
     ForgetReplica,
+    PromoteReplica,
+    RestReplica,
     StartReplica,
     StopReplica,
-    choose_count,
     reconcile,
 )
-from headrace.control.specs import gateway_ids, generation_of
+from headrace.control.rollouts import Rollouts
+from headrace.control.scaling import EndpointScaler, ScaledReplica, ScalingObservation
+from headrace.control.specs import gateway_ids
 from headrace.errors import ConfigError
-
-_FIXED_GATEWAY_FIELDS = (
-    "bind",
-    "admin_bind",
-    "count",
-    "metrics_bind",
-    "max_connections",
-    "num_threads",
-    "tls",
-)
+from headrace.policy.autoscaling import ScalingDecision
+from headrace.policy.scaling_metrics import MetricReading
 
 
 class SystemState:
@@ -42,6 +47,15 @@ class SystemState:
         self.started_s = started_s
         self.fleet = Fleet()
         self.gateway = GatewayState(gateway_ids(config))
+        self.config = config
+        self.rollouts = Rollouts(config, self.gateway.version_counts)
+        self.notes: list[str] = []
+        """What happened by itself since somebody looked, for the log."""
+        self.metrics: Mapping[str, Sequence[MetricReading]] = {}
+        """Custom metrics by endpoint, as they were last read."""
+        self._scalers: dict[str, EndpointScaler] = {}
+        self._scaling: dict[str, ScalingDecision] = {}
+        """Of this moment, as far as it was decided."""
         self._take(config)
 
     def __repr__(self) -> str:
@@ -54,11 +68,12 @@ class SystemState:
         for process in processes:
             if process.name in self.gateway.processes:
                 self.gateway.adopt(process, now_s)
-        self.fleet.adopt(processes, self._generations, now_s)
+        generations = {name: self.rollouts.main_generation(name) for name in self.config.endpoints}
+        with_standby = [name for name, endpoint in self.config.endpoints.items() if endpoint.replicas.standby]
+        self.fleet.adopt(processes, generations, now_s, with_standby)
         for slot in self.fleet.slots.values():
-            self.gateway.note_requests(slot.endpoint, now_s)
             if slot.endpoint in self.config.endpoints:
-                slot.drain_grace_s = self.config.endpoints[slot.endpoint].drain_grace_s
+                slot.drain_grace_s = self.rollouts.section(slot.endpoint).drain_grace_s
 
     def on_started(self, event: ProcessStarted) -> None:
         essential = self.gateway.processes.get(event.process.name)
@@ -87,10 +102,7 @@ class SystemState:
 
     def scale(self, endpoint: str, count: int) -> str:
         """Set how many replicas an endpoint has. Returns a line for people. Raises ConfigError."""
-        section = self.config.endpoints.get(endpoint)
-        if section is None:
-            known = ", ".join(sorted(self.config.endpoints))
-            raise ConfigError(f"endpoint {endpoint!r} does not exist; there are: {known}")
+        section = self._section(endpoint)
         if not 0 <= count <= section.replicas.max:
             raise ConfigError(
                 f"{count} replicas of {endpoint!r}: its replicas.max is {section.replicas.max}; ask for "
@@ -100,23 +112,48 @@ class SystemState:
         changed = section.model_copy(update={"replicas": replicas})
         endpoints = {**self.config.endpoints, endpoint: changed}
         self._take(self.config.model_copy(update={"endpoints": endpoints}))
+        self.rollouts.rescale(self.config)
         self.fleet.forgive(endpoint)
         if count == 0:
-            self.gateway.forget_requests(endpoint)
+            self._scalers[endpoint].forget_requests()
         return f"{endpoint}: {section.replicas.min} -> {count} replicas"
 
-    def apply(self, config: Config) -> list[str]:
+    def apply(self, config: Config, now_s: float) -> list[str]:
         """Take a new config. Returns what changes, one line each. Raises ConfigError and changes nothing."""
-        config = _keep_address(config, self.config)
-        notes = _describe_changes(self.config, config, self._generations)
+        config = keep_address(config, self.config)
+        before = self.config
+        versions = self.rollouts.apply(config, now_s)
         self._take(config)
         for name in config.endpoints:
             self.fleet.forgive(name)
-        return notes
+        return describe_changes(before, config, versions)
+
+    def change_rollout(self, command: ChangeRollout, now_s: float) -> str:
+        """Steer an endpoint's rollout. Returns a line for people. Raises ConfigError."""
+        endpoint, rollouts = command.endpoint, self.rollouts
+        self._section(endpoint)
+        match command.action:
+            case "pause":
+                return rollouts.pause(endpoint, now_s)
+            case "resume":
+                return rollouts.resume(endpoint, now_s)
+            case "promote":
+                return rollouts.promote(endpoint, self.fleet.of(endpoint), now_s)
+            case "undo":
+                self.fleet.forgive(endpoint)
+                return rollouts.undo(endpoint, now_s)
+
+    def _section(self, endpoint: str) -> Endpoint:
+        section = self.config.endpoints.get(endpoint)
+        if section is None:
+            known = ", ".join(sorted(self.config.endpoints))
+            raise ConfigError(f"endpoint {endpoint!r} does not exist; there are: {known}")
+        return section
 
     def _take(self, config: Config) -> None:
         self.config = config
-        self._generations = _generations(config)
+        self._scaling.clear()
+        self._scalers = {name: self._scaler(name, endpoint) for name, endpoint in config.endpoints.items()}
 
     # ---- decisions ----------------
 
@@ -124,107 +161,117 @@ class SystemState:
         """What is wanted now."""
         wanted = []
         for name, endpoint in self.config.endpoints.items():
-            num_held = self.gateway.demand_of(name).num_held
-            count, reason = choose_count(endpoint.replicas.min, num_held, self.gateway.idle_s(name, now_s))
-            generation = self._generations[name]
-            wanted.append(DesiredEndpoint(name, count, endpoint.replicas.max, generation, reason))
+            scaling = self.scaling(name, now_s)
+            wanted.append(
+                DesiredEndpoint(
+                    name,
+                    scaling.count,
+                    endpoint.replicas.max,
+                    self.rollouts.versions(name, scaling.count),
+                    scaling.standby,
+                    self.rollouts.main_generation(name),
+                    endpoint.rollout.surge,
+                    scaling.reason,
+                )
+            )
         return wanted
 
+    def scaling(self, endpoint: str, now_s: float) -> ScalingDecision:
+        """Return how many replicas an endpoint is to have, decided once per tick."""
+        decision = self._scaling.get(endpoint)
+        if decision is None:
+            decision = self._scaling[endpoint] = self._scalers[endpoint].decide(now_s)
+        return decision
+
+    def traffic(self, now_s: float) -> dict[str, dict[str, float]]:
+        """Return the generations' parts of the requests, of endpoints where they differ."""
+        parts = {
+            name: self.rollouts.traffic(name, self.scaling(name, now_s).count)
+            for name in self.config.endpoints
+        }
+        return {name: part for name, part in parts.items() if part}
+
+    def outlooks(self, now_s: float) -> list[EndpointOutlook]:
+        """Return when held requests of each endpoint can expect a replica."""
+        fleet, rollouts = self.fleet, self.rollouts
+        return [
+            outlook_of(name, rollouts.section(name), fleet.of(name), fleet.starts_of(name), now_s)
+            for name in self.config.endpoints
+        ]
+
+    def explain(self, endpoint: str, now_s: float) -> Explanation:
+        """Return the last decision on an endpoint's count, with every number. Raises ConfigError."""
+        self._section(endpoint)
+        return self.scaling(endpoint, now_s).explanation(endpoint)
+
     def plan(self, now_s: float) -> list[Action]:
-        """Decide, and note what was decided. The caller tells the launcher."""
+        """Decide, and note what was decided. The caller tells the launcher and the fronts."""
         observed = self.fleet.observe(now_s)
         if not self.fleet.is_settled(now_s):
             return []
+        self._observe_scaling(now_s)
+        for name in self.config.endpoints:
+            count, demand = self.scaling(name, now_s).count, self.gateway.demand_of(name)
+            note = self.rollouts.decide(name, count, self.fleet.of(name), demand, now_s)
+            if note:
+                self.notes.append(note)
         actions = reconcile(self.desired(now_s), observed, now_s)
         for action in actions:
             match action:
-                case StartReplica(endpoint=name):
-                    grace_s = self.config.endpoints[name].drain_grace_s
-                    self.fleet.start(action, self._generations[name], grace_s, now_s)
+                case StartReplica(endpoint=name, generation=generation):
+                    config = self.rollouts.config_of(name, generation)
+                    self.fleet.start(action, config.endpoints[name].drain_grace_s, now_s)
                 case StopReplica():
                     self.fleet.stop(action)
                 case ForgetReplica(replica_id):
                     self.fleet.forget(replica_id)
+                case PromoteReplica(replica_id):
+                    self.fleet.ask_sleep(replica_id, now_s, is_standby=False)
+                case RestReplica(replica_id):
+                    self.fleet.ask_sleep(replica_id, now_s, is_standby=True)
         return actions
 
     def is_ready(self, now_s: float) -> bool:
-        """All gateways answer, and every endpoint has the replicas it wants, of the current config."""
+        """All gateways answer, and every endpoint has the replicas it wants, of the versions it wants."""
         serving = self.gateway.serving_replicas(now_s)
         if not self.gateway.has_answered or serving is None or not self.fleet.is_settled(now_s):
             return False
 
-        def count(name: str, counts: Callable[[str], bool]) -> int:
-            return sum(
-                slot.endpoint == name and slot.phase == "ready" and counts(slot.replica_id)
-                for slot in self.fleet.slots.values()
-                if slot.generation == self._generations[name]
+        def has_enough(endpoint: DesiredEndpoint) -> bool:
+            if endpoint.count and self.rollouts.is_open(endpoint.name):
+                return False
+            generations = {version.generation for version in endpoint.versions}
+            ready = [
+                slot
+                for slot in self.fleet.of(endpoint.name)
+                if slot.phase == "ready" and slot.generation in generations and slot.replica_id in serving
+            ]
+            return len(ready) >= endpoint.count
+
+        return all(has_enough(endpoint) for endpoint in self.desired(now_s))
+
+    # ---- inside ----------------
+
+    def _scaler(self, name: str, endpoint: Endpoint) -> EndpointScaler:
+        """Return an endpoint's scaler, which takes its new config and keeps what it measured."""
+        known = self._scalers.get(name)
+        if known is None:
+            return EndpointScaler(endpoint)
+        known.configure(endpoint)
+        return known
+
+    def _observe_scaling(self, now_s: float) -> None:
+        self._scaling.clear()
+        demands, is_complete = self.gateway.demands_by_router(), self.gateway.is_heard(now_s)
+        for name, scaler in self._scalers.items():
+            observation = ScalingObservation(
+                demands.get(name, {}),
+                [_scaled(slot) for slot in self.fleet.of(name)],
+                is_complete,
+                self.metrics.get(name, ()),
             )
-
-        return all(
-            count(endpoint.name, lambda replica_id: replica_id in serving) >= endpoint.count
-            for endpoint in self.desired(now_s)
-        )
+            scaler.observe(observation, now_s)
 
 
-def _generations(config: Config) -> dict[str, str]:
-    return {name: generation_of(config, name) for name in config.endpoints}
-
-
-def _keep_address(new: Config, old: Config) -> Config:
-    """The gateway's address and size are set when it starts; port 0 means the one it has."""
-    for field in ("bind", "admin_bind"):
-        before: str = getattr(old.gateway, field)
-        host, _, port = getattr(new.gateway, field).rpartition(":")
-        if port == "0" and host == before.rpartition(":")[0]:
-            new = new.model_copy(update={"gateway": new.gateway.model_copy(update={field: before})})
-    if not new.state_dir:
-        new = new.model_copy(update={"state_dir": old.state_dir})
-    problems = [
-        f"gateway.{field}: is {getattr(old.gateway, field)!r} and cannot become "
-        f"{getattr(new.gateway, field)!r} while the system runs; stop it and start it with the new config"
-        for field in _FIXED_GATEWAY_FIELDS
-        if getattr(new.gateway, field) != getattr(old.gateway, field)
-    ]
-    if new.state_dir != old.state_dir:
-        problems.append(
-            f"state_dir: is {old.state_dir!r} and cannot become {new.state_dir!r} while the system runs; "
-            "stop it and start it with the new config"
-        )
-    if problems:
-        raise ConfigError(problems)
-    return new
-
-
-def _describe_changes(old: Config, new: Config, old_generations: dict[str, str]) -> list[str]:
-    notes = [f"{name}: removed; its replicas drain" for name in old.endpoints if name not in new.endpoints]
-    for name, endpoint in new.endpoints.items():
-        before = old.endpoints.get(name)
-        if before is None:
-            notes.append(f"{name}: added with {endpoint.replicas.min} replicas")
-            continue
-        if before.replicas != endpoint.replicas:
-            notes.append(
-                f"{name}: replicas {before.replicas.min} to {before.replicas.max} -> "
-                f"{endpoint.replicas.min} to {endpoint.replicas.max}"
-            )
-        if generation_of(new, name) != old_generations[name]:
-            notes.append(f"{name}: changed; its replicas are replaced one by one")
-        elif before.queue != endpoint.queue:
-            notes.append(f"{name}: queue limits changed")
-    notes += _describe_tenants(old, new)
-    return notes or ["nothing changed"]
-
-
-def _describe_tenants(old: Config, new: Config) -> list[str]:
-    notes = [
-        f"tenant {name}: removed; its keys stop working" for name in old.tenants if name not in new.tenants
-    ]
-    notes += [f"tenant {name}: added" for name in new.tenants if name not in old.tenants]
-    notes += [
-        f"tenant {name}: changed"
-        for name in new.tenants
-        if name in old.tenants and new.tenants[name] != old.tenants[name]
-    ]
-    if bool(old.tenants) != bool(new.tenants):
-        notes.append(f"the gateway {'asks for keys' if new.tenants else 'takes requests without keys'} now")
-    return notes
+def _scaled(slot: Slot) -> ScaledReplica:
+    return ScaledReplica(slot.replica_id, slot.phase, slot.started_s, slot.report, slot.promoted_s)

@@ -17,6 +17,7 @@ from headrace.gateway.replicas import ReplicaTable
 from headrace.policy.admission import HeldRequest
 from headrace.policy.limits import Refusal, TenantLimits
 from headrace.policy.placement import Placement, explain
+from headrace.policy.traffic import choose_version
 
 
 class Held(msgspec.Struct, gc=False):
@@ -133,8 +134,15 @@ class Binder:
             self._bind(held, endpoint, placement, turn, now_s)
 
     def _place(self, arrival: Arrival, endpoint: EndpointState, now_s: float) -> Placement:
-        candidates = self._replicas.choosable(endpoint.rule.name)
-        return endpoint.placer.place(candidates, arrival.prompt, now_s)
+        rule = endpoint.rule
+        if rule.traffic:
+            version = choose_version(arrival.request_id, rule.traffic)
+            if candidates := self._replicas.choosable(rule.name, version):
+                placement = endpoint.placer.place(candidates, arrival.prompt, now_s)
+                if placement.replica_id is not None:
+                    return placement
+            # Without room in its version a request takes what there is: parts are worth no waiting.
+        return endpoint.placer.place(self._replicas.choosable(rule.name), arrival.prompt, now_s)
 
     def _bind(
         self, held: Held, endpoint: EndpointState, placement: Placement, turn: str, now_s: float

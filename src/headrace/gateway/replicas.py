@@ -92,8 +92,8 @@ class ReplicaTable:
     num_ignored_ends: int = 0
     revision: int = 0
     """Grows when the wanted servers may have changed."""
-    _choosable: dict[str, list[Replica]] = field(default_factory=dict)
-    """By endpoint, as far as it was asked for since the last change or report."""
+    _choosable: dict[tuple[str, str], list[Replica]] = field(default_factory=dict)
+    """By endpoint and generation, as far as it was asked for since the last change or report."""
 
     def observe(self, report: LoadReport, connection: object, now_s: float) -> Replica | None:
         """Take a report. None if it must be ignored (out of date, or of a replica that listens nowhere yet).
@@ -169,18 +169,20 @@ class ReplicaTable:
         for replica in self.replicas.values():
             replica.is_serving, replica.is_shared_serving = (path in paths for path in replica.paths)
 
-    def choosable(self, endpoint: str) -> list[Replica]:
-        """Return the replicas that a request of `endpoint` may be bound to, full ones included. The same list
-        until one of them reports or changes: `Placer.place` relies on it."""
-        choosable = self._choosable.get(endpoint)
+    def choosable(self, endpoint: str, generation: str = "") -> list[Replica]:
+        """Return the replicas that a request of `endpoint` may be bound to, full ones included; only those of
+        `generation` if it is named. The same list until one of them reports or changes: `Placer.place` relies
+        on it."""
+        choosable = self._choosable.get((endpoint, generation))
         if choosable is None:
-            choosable = self._choosable[endpoint] = [
+            choosable = self._choosable[endpoint, generation] = [
                 replica
                 for replica in self.replicas.values()
                 if replica.is_serving
                 and replica.endpoint == endpoint
                 and replica.is_connected
                 and replica.state == "ready"
+                and generation in ("", replica.generation)
             ]
         return choosable
 

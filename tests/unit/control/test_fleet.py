@@ -24,7 +24,7 @@ def report(replica_id: str = "chat-1", *, pid: int = 7, **fields: Any) -> LoadRe
 
 def started(now_s: float = 0.0) -> Fleet:
     fleet = Fleet()
-    fleet.start(StartReplica("chat-1", "chat", "test"), "g", 5.0, now_s)
+    fleet.start(StartReplica("chat-1", "chat", "test", "g"), 5.0, now_s)
     fleet.on_started(ProcessState("chat-1", 7, True))
     return fleet
 
@@ -55,7 +55,7 @@ def test_an_end_that_nobody_asked_for_is_a_failure_with_its_last_line() -> None:
     assert not replica.is_alive
     assert replica.failures == 1
     assert replica.last_error == "exited with 1: MemoryError: no room"
-    fleet.start(StartReplica("chat-1", "chat", "again"), "g", 5.0, 3.0)
+    fleet.start(StartReplica("chat-1", "chat", "again", "g"), 5.0, 3.0)
     fleet.on_started(ProcessState("chat-1", 8, True))
     fleet.on_ended(ended(-9, pid=8), 4.0)
     assert fleet.slots["chat-1"].last_error == "ended by signal 9"
@@ -84,7 +84,7 @@ def test_a_drained_replica_gives_its_slot_up() -> None:
 
 def test_a_start_that_the_launcher_refuses_is_a_failure() -> None:
     fleet = Fleet()
-    fleet.start(StartReplica("chat-1", "chat", "test"), "g", 5.0, 0.0)
+    fleet.start(StartReplica("chat-1", "chat", "test", "g"), 5.0, 0.0)
     fleet.on_refused("chat-1", "no such program", 1.0)
     (replica,) = fleet.observe(1.0)
     assert not replica.is_alive

