@@ -13,6 +13,7 @@ from typing import Any
 from headrace.control.reconciler import (
     Action,
     ForgetReplica,
+    RestReplica,
     StartReplica,
     StopReplica,
 )
@@ -133,21 +134,21 @@ def check_actions(actions: Sequence[Action], before: PlanView) -> None:
     for name, view in before.endpoints.items():
         mine = [action for action in actions if action.endpoint == name]
         num_started = sum(isinstance(action, StartReplica) for action in mine)
-        limit = max(view.max_count, view.count) + view.surge
-        if num_started and view.num_alive + num_started > limit:
+        if num_started and view.num_alive + num_started > view.limit:
             raise Violation(
                 11,
                 "no more replicas than the maximum and the surge",
-                f"{name}: {view.num_alive} alive and {num_started} started, the limit is {limit}",
+                f"{name}: {view.num_alive} alive and {num_started} started, the limit is {view.limit}",
             )
-        stopped = {action.replica_id for action in mine if isinstance(action, StopReplica | ForgetReplica)}
+        taking = StopReplica | ForgetReplica | RestReplica
+        stopped = {action.replica_id for action in mine if isinstance(action, taking)}
         left = len(view.ready - stopped)
-        if stopped & view.ready and left < min(view.count, len(view.ready)):
+        if stopped & view.ready and left < min(view.needed, len(view.ready)):
             raise Violation(
                 11,
                 "no ready replica is taken that is needed",
-                f"{name}: {sorted(stopped & view.ready)} stopped, {left} ready ones are left of "
-                f"{view.count} wanted",
+                f"{name}: {sorted(stopped & view.ready)} stopped, {left} ready ones are left and "
+                f"{view.needed} needed",
             )
 
 
@@ -155,12 +156,13 @@ def check_actions(actions: Sequence[Action], before: PlanView) -> None:
 class EndpointView:
     """One endpoint before a turn: what is wanted, and what is true."""
 
-    count: int
-    max_count: int
-    surge: int
+    needed: int
+    """Ready replicas that must not be taken."""
+    limit: int
+    """Most that may be alive."""
     num_alive: int
     ready: frozenset[str]
-    """Replicas that serve, by their fronts' own state, and that the controller hears."""
+    """Replicas that the controller has every reason to think ready."""
 
 
 @dataclass(frozen=True, slots=True)

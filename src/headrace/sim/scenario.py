@@ -37,6 +37,8 @@ FaultKind = Literal[
     "version applied",
     "bad version applied",
     "replica slept",
+    "rollout steered",
+    "notice given",
 ]
 WEIGHTS: dict[FaultKind, int] = {
     "engine killed": 6,
@@ -59,7 +61,9 @@ WEIGHTS: dict[FaultKind, int] = {
     "scaled": 5,
     "version applied": 3,
     "bad version applied": 2,
-    "replica slept": 3,
+    "replica slept": 2,
+    "rollout steered": 2,
+    "notice given": 2,
 }
 CALM_S = 15.0
 """Without faults at the beginning, so that there is something to break."""
@@ -151,7 +155,22 @@ def _draw_endpoint(random: Random, kind: str) -> dict[str, object]:
     return {
         "model": "good-0",
         "engine": kind,
-        "replicas": {"min": min(minimum, maximum), "max": maximum},
+        "replicas": {
+            "min": min(minimum, maximum),
+            "max": maximum,
+            "standby": min(random.choice((0, 0, 1, 2)), maximum),
+        },
+        "scaling": {
+            "down_after_s": random.choice((1.0, 5.0, 20.0)),
+            "idle_to_zero_s": random.choice((5.0, 30.0)),
+        },
+        "rollout": {
+            "surge": random.choice((0, 1, 1, 2)),
+            "traffic": random.choice(([1.0], [0.5, 1.0], [0.1, 0.5, 1.0])),
+            "min_requests": random.choice((0, 2, 20)),
+            "stage_s": random.choice((1.0, 10.0)),
+            "start_limit_s": random.choice((15.0, 60.0)),
+        },
         "native": {
             "max_running": random.choice((2, 4) if is_native else (2, 4, 16)),
             "token_budget": random.choice((32, 128)),
