@@ -75,7 +75,7 @@ e2e: $(INSTALLED_TEST)
 	$(BIN)/pytest tests/e2e
 
 # SEEDS of them, from FIRST on. The default takes a minute of one core.
-SEEDS ?= 150
+SEEDS ?= 120
 FIRST ?= 1
 sim: $(INSTALLED_TEST)
 	$(BIN)/pytest tests/sim

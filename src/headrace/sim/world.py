@@ -14,7 +14,7 @@ import msgspec
 
 from headrace.api.messages import ProcessSpec, ReplicaSpec
 from headrace.control.fleet import Slot
-from headrace.control.reconciler import MAX_SURGE, Action
+from headrace.control.reconciler import Action
 from headrace.control.specs import gateway_ids, gateway_specs
 from headrace.control.system_state import SystemState
 from headrace.sim.clients import Crowd
@@ -170,7 +170,7 @@ class World:
         if kind == "relay":
             return RelayProcess(self.registry, spec.name, control)
         self.controller = ControllerProcess(
-            self.registry, control, self.run_directory, self.weather, self._answers, self._plan
+            self.registry, control, self.run_directory, self.weather, self._answers, self._plan, self.note
         )
         self.controller.begin()
         return self.controller
@@ -207,24 +207,31 @@ class World:
     # ---- the controller's decisions
 
     def _plan(self, state: SystemState, now_s: float) -> list[Action]:
-        view = self._view(state, now_s)
+        before = {
+            name: (
+                frozenset(slot.replica_id for slot in slots if _seems_ready(slot, now_s)),
+                sum(slot.is_alive and not _leaves_by_itself(slot) for slot in slots),
+            )
+            for name in state.config.endpoints
+            for slots in (state.fleet.of(name),)
+        }
         actions = state.plan(now_s)
         for action in actions:
             self.note(f"controller: {type(action).__name__} {action.replica_id}: {action.reason}")
         if actions:
-            check_actions(actions, view)
+            views = {}
+            for desired in state.desired(now_s):
+                ready, num_alive = before[desired.name]
+                needed = desired.count - (desired.surge == 0)  # without room for more, the old one goes first
+                limit = max(desired.max_count, desired.count) + desired.surge
+                views[desired.name] = EndpointView(needed, limit, num_alive, ready)
+            check_actions(actions, PlanView(views))
         return actions
 
-    def _view(self, state: SystemState, now_s: float) -> PlanView:
-        endpoints = {}
-        for desired in state.desired(now_s):
-            slots = [slot for slot in state.fleet.slots.values() if slot.endpoint == desired.name]
-            ready = frozenset(slot.replica_id for slot in slots if _seems_ready(slot, now_s))
-            num_alive = sum(slot.is_alive for slot in slots)
-            endpoints[desired.name] = EndpointView(
-                desired.count, desired.max_count, MAX_SURGE, num_alive, ready
-            )
-        return PlanView(endpoints)
+
+def _leaves_by_itself(slot: Slot) -> bool:
+    """Its machine goes away, and it drains without having been told to."""
+    return not slot.is_stopping and slot.report is not None and slot.report.state == "draining"
 
 
 def _seems_ready(slot: Slot, now_s: float) -> bool:
