@@ -118,7 +118,9 @@ class Crowd(Process):
             f"{name} got {state.received}, the answer begins {expected[:num_received]}"
         )
         if answer.end == "done":
-            assert num_received == len(expected), f"{name} got {num_received} of {len(expected)} tokens and the end"
+            assert num_received == len(expected), (
+                f"{name} got {num_received} of {len(expected)} tokens and the end"
+            )
             self._finish(state, "done")
         elif answer.end == "error":
             state.reason = answer.reason

@@ -13,6 +13,7 @@ from typing import Literal
 from headrace.api.config import Config
 from headrace.api.messages import (
     Demand,
+    GatewaySpec,
     LauncherEvent,
     ListProcesses,
     LoadReport,
@@ -22,7 +23,6 @@ from headrace.api.messages import (
     ProcessStarted,
     ReportAck,
     SetSleep,
-    Sibling,
     Siblings,
     StartProcess,
     StopProcess,
@@ -30,7 +30,9 @@ from headrace.api.messages import (
 from headrace.api.run_paths import CONTROLLER_SOCKET
 from headrace.control.app import STOP_MARGIN_S, TICK_S
 from headrace.control.essentials import Essential
-from headrace.control.reconciler import Action, StartReplica, StopReplica
+from headrace.control.reconciler import Action, PromoteReplica, RestReplica, StartReplica, StopReplica
+from headrace.control.rollouts import KeptRollout
+from headrace.control.siblings import siblings_of
 from headrace.control.specs import gateway_specs, replica_process
 from headrace.control.system_state import SystemState
 from headrace.errors import ConfigError
@@ -45,11 +47,12 @@ MIN_TICK_GAP_S = 0.02
 
 
 class RunDirectory:
-    """What outlives a controller: the applied config."""
+    """What outlives a controller: the applied config, and its rollouts."""
 
     def __init__(self, path: str, config: Config) -> None:
         self.path = path
         self.config = config
+        self.rollouts: list[KeptRollout] = []
 
 
 class ControllerProcess(Process):
@@ -74,6 +77,7 @@ class ControllerProcess(Process):
         self._fronts: dict[str, End] = {}
         self._routers: dict[End, str] = {}
         self._siblings: dict[str, Siblings] = {}
+        self._told_traffic: dict[str, dict[str, float]] = {}
         self._next_tick: Timer | None = None
         self._ticked_s = -1.0
         self.state: SystemState | None = None
@@ -117,6 +121,7 @@ class ControllerProcess(Process):
 
     def _adopt(self, event: Processes, now_s: float) -> None:
         state = SystemState(self._run_directory.config, now_s)
+        state.rollouts.restore(self._run_directory.rollouts, now_s)
         state.adopt(event.processes, now_s)
         self.state = state
         self.listen(f"{self._run_directory.path}/{CONTROLLER_SOCKET}")
@@ -155,11 +160,18 @@ class ControllerProcess(Process):
         for action in actions:
             name = action.replica_id
             if isinstance(action, StartReplica):
-                config, path = self.state.config, Path(self._run_directory.path)
-                self._order(StartProcess(replica_process(config, action.endpoint, name, path)))
+                config = self.state.rollouts.config_of(action.endpoint, action.generation)
+                path = Path(self._run_directory.path)
+                spec = replica_process(config, action.endpoint, name, path, action.is_standby)
+                self._order(StartProcess(spec))
             elif isinstance(action, StopReplica):
                 margin_s = STOP_MARGIN_S if action.grace_s > 0 else 0.0
                 self._order(StopProcess(name, action.grace_s + margin_s))
+            elif isinstance(action, PromoteReplica | RestReplica) and name in self._fronts:
+                self._fronts[name].send(SetSleep(0 if isinstance(action, PromoteReplica) else 1))
+        self._run_directory.rollouts = self.state.rollouts.keep()
+        if self.state.traffic(now_s) != self._told_traffic:
+            self._tell_routers(self.state)
         self._tell_siblings(self.state)
 
     def _order(self, command: StartProcess | StopProcess) -> None:
@@ -198,7 +210,7 @@ class ControllerProcess(Process):
             return
         if end not in self._routers and message.router_id in self.state.gateway.pairs:
             self._routers[end] = message.router_id
-            end.send(gateway_specs(self.state.config, Path(self._run_directory.path))[message.router_id])
+            end.send(self._gateway_specs(self.state)[message.router_id])
         self.state.gateway.on_demand(message, now_s)
         if any(endpoint.num_held for endpoint in message.endpoints):
             self.wake()
@@ -209,27 +221,9 @@ class ControllerProcess(Process):
 
     def _tell_siblings(self, state: SystemState) -> None:
         """Tell each front of all others of its endpoint, when that changed."""
-        reports = [
-            slot.report
-            for slot in state.fleet.slots.values()
-            if slot.is_alive and slot.report is not None and slot.report.peer_socket
-        ]
+        lists = siblings_of(state.fleet.slots.values())
         for name, end in self._fronts.items():
-            slot = state.fleet.slots.get(name)
-            siblings = Siblings(
-                [
-                    Sibling(
-                        report.replica_id,
-                        report.peer_socket,
-                        report.stream_class,
-                        report.state,
-                        report.num_open + report.num_guests,
-                        report.max_open,
-                    )
-                    for report in reports
-                    if report.replica_id != name and slot is not None and report.endpoint == slot.endpoint
-                ]
-            )
+            siblings = Siblings(lists.get(name, []))
             if self._siblings.get(name) != siblings:
                 self._siblings[name] = siblings
                 end.send(siblings)
@@ -242,7 +236,7 @@ class ControllerProcess(Process):
 
     def apply(self, config: Config) -> bool:
         """`headrace apply`."""
-        return self._change(lambda state: state.apply(config))
+        return self._change(lambda state: state.apply(config, self.host.now_s()))
 
     def _change(self, change: Callable[[SystemState], object]) -> bool:
         if self.state is None:
@@ -252,11 +246,19 @@ class ControllerProcess(Process):
         except ConfigError:
             return False
         self._run_directory.config = self.state.config
-        specs = gateway_specs(self.state.config, Path(self._run_directory.path))
-        for end, gateway_id in self._routers.items():
-            end.send(specs[gateway_id])
+        self._tell_routers(self.state)
         self.wake()
         return True
+
+    def _tell_routers(self, state: SystemState) -> None:
+        self._told_traffic = state.traffic(self.host.now_s())
+        specs = self._gateway_specs(state)
+        for end, gateway_id in self._routers.items():
+            end.send(specs[gateway_id])
+
+    def _gateway_specs(self, state: SystemState) -> dict[str, GatewaySpec]:
+        path, traffic = Path(self._run_directory.path), state.traffic(self.host.now_s())
+        return gateway_specs(state.config, path, traffic=traffic)
 
     def set_sleep(self, replica_id: str, level: Literal[0, 1, 2]) -> None:
         """`headrace sleep`."""

@@ -84,7 +84,9 @@ class Breaker:
         if not bad:
             return
         self._num_versions += 1
-        changes = {name: e.model_copy(update={"model": f"good-{self._num_versions}"}) for name, e in bad.items()}
+        changes = {
+            name: e.model_copy(update={"model": f"good-{self._num_versions}"}) for name, e in bad.items()
+        }
         fixed = config.model_copy(update={"endpoints": {**config.endpoints, **changes}})
         controllers = self._controllers()
         if not controllers or not controllers[0].apply(fixed):
@@ -94,7 +96,9 @@ class Breaker:
         what = self._acts[fault.kind](fault)
         if what:
             self.counts[fault.kind] += 1
-            self._world.note(f"FAULT {fault.kind}: {what}" + (f" for {fault.duration_s:.2f} s" if fault.duration_s else ""))
+            self._world.note(
+                f"FAULT {fault.kind}: {what}" + (f" for {fault.duration_s:.2f} s" if fault.duration_s else "")
+            )
 
     # ---- whom
 

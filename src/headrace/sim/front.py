@@ -81,9 +81,7 @@ class FrontProcess(Process):
         self.engine = EngineLink(self, weather, spec.engine, behaviour, self.digest, self.notify)
         self.peers = PeerPool(host)
         limits = Limits(spec.resume_attempts, spec.resume_limit_s)
-        self.keeper = StreamKeeper(
-            self.engine, self.peers, self._own_engine, limits, self.metrics, host
-        )
+        self.keeper = StreamKeeper(self.engine, self.peers, self._own_engine, limits, self.metrics, host)
         self.guests = PeerServer(self.engine, self._why_no_guest, self.notify)
         streams = EngineStreams(self.engine, self.keeper, lambda: 0)
         self.standby = Standby(self.engine, streams, self._ask_release, self.is_released, self.notify)

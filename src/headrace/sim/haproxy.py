@@ -29,8 +29,6 @@ MAX_KEPT_LINES = 256
 """Lines of the completion log that wait for a router."""
 
 
-
-
 class Announcement(msgspec.Struct, frozen=True):
     """HAProxy to router: a request came."""
 

@@ -96,7 +96,9 @@ class Connection:
         self._is_cut = True
         for end, delay_s in zip(self.ends, delays_s, strict=True):
             self._registry.timeline.after(
-                delay_s, lambda end=end: end.process.run(lambda: _hear_close(end)), "close"  # type: ignore[misc]
+                delay_s,
+                lambda end=end: end.process.run(lambda: _hear_close(end)),
+                "close",  # type: ignore[misc]
             )
 
     def owner_died(self, process: Process) -> None:

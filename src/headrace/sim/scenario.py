@@ -126,8 +126,7 @@ def draw(seed: int, hours: float = 0.0) -> Scenario:
 def _draw_config(random: Random) -> Config:
     kind = "native" if random.random() < 0.12 else "simulated"
     endpoints = {
-        name: _draw_endpoint(random, kind)
-        for name in ("chat", "code")[: 1 + (random.random() < 0.25)]
+        name: _draw_endpoint(random, kind) for name in ("chat", "code")[: 1 + (random.random() < 0.25)]
     }
     tenants = {}
     if random.random() < 0.35:

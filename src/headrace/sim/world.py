@@ -14,7 +14,8 @@ import msgspec
 
 from headrace.api.messages import ProcessSpec, ReplicaSpec
 from headrace.control.fleet import Slot
-from headrace.control.reconciler import MAX_SURGE, Action
+from headrace.control.reconciler import Action
+from headrace.control.slots import slot_prefix
 from headrace.control.specs import gateway_ids, gateway_specs
 from headrace.control.system_state import SystemState
 from headrace.sim.clients import Crowd
@@ -84,7 +85,11 @@ class World:
         self.history: deque[str] = deque(maxlen=HISTORY)
         self.supervisor = SupervisorProcess(self.registry, self.hosts[0], self._spawn)
         self.crowd = Crowd(
-            self.registry, self.hosts[0], self.weather, lambda name: scenario.config.endpoints[name].engine, gateways
+            self.registry,
+            self.hosts[0],
+            self.weather,
+            lambda name: scenario.config.endpoints[name].engine,
+            gateways,
         )
         self.breaker = Breaker(self)
         self.all_fronts: list[FrontProcess] = []
@@ -203,24 +208,41 @@ class World:
     # ---- the controller's decisions
 
     def _plan(self, state: SystemState, now_s: float) -> list[Action]:
-        view = self._view(state, now_s)
+        seen = {slot.replica_id: (slot.is_alive, _seems_ready(slot, now_s)) for slot in _slots(state)}
+        leaving = {slot.replica_id for slot in _slots(state) if _leaves_by_itself(slot)}
         actions = state.plan(now_s)
+        view = self._view(state, seen, leaving, now_s)
         for action in actions:
             self.note(f"controller: {type(action).__name__} {action.replica_id}: {action.reason}")
         if actions:
             check_actions(actions, view)
         return actions
 
-    def _view(self, state: SystemState, now_s: float) -> PlanView:
+    def _view(
+        self, state: SystemState, seen: dict[str, tuple[bool, bool]], leaving: set[str], now_s: float
+    ) -> PlanView:
+        """What was wanted in the turn, and what there was before it. seen: by replica, whether it lived, and
+        whether it seemed ready. Those that leave by themselves make room within the surge."""
         endpoints = {}
         for desired in state.desired(now_s):
-            slots = [slot for slot in state.fleet.slots.values() if slot.endpoint == desired.name]
-            ready = frozenset(slot.replica_id for slot in slots if _seems_ready(slot, now_s))
-            num_alive = sum(slot.is_alive for slot in slots)
+            prefix = slot_prefix(desired.name)
+            mine = {name: s for name, s in seen.items() if name.rpartition("-")[0] == prefix}
+            ready = frozenset(name for name, (_, is_ready) in mine.items() if is_ready)
+            num_alive = sum(
+                is_alive for name, (is_alive, _) in mine.items() if not (desired.surge and name in leaving)
+            )
             endpoints[desired.name] = EndpointView(
-                desired.count, desired.max_count, MAX_SURGE, num_alive, ready
+                desired.count, desired.max_count, desired.surge, num_alive, ready
             )
         return PlanView(endpoints)
+
+
+def _slots(state: SystemState) -> list[Slot]:
+    return list(state.fleet.slots.values())
+
+
+def _leaves_by_itself(slot: Slot) -> bool:
+    return slot.report is not None and slot.report.state == "draining" and not slot.is_stopping
 
 
 def _seems_ready(slot: Slot, now_s: float) -> bool:
