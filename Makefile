@@ -12,11 +12,12 @@ PEERS ?= ray-serve vllm-router smg $(ENGINES)
 # Other engines, and the packages that carry Gemma.
 ENGINES := vllm llama-cpp transformers gemma3-270m
 
-.PHONY: help up test check lint format type imports unit fuzz integration e2e test-slow bench bench-engine peers docs kernels clean
+.PHONY: help up test check lint format type imports unit fuzz integration e2e sim test-slow bench bench-engine peers docs kernels clean
 help:
 	@echo "make up      install, then serve SmolLM2-135M-Instruct at http://127.0.0.1:8000/v1"
 	@echo "make test    everything that CI runs: check, unit, integration, end to end"
 	@echo "make check   format, lint, types, import contracts"
+	@echo "make sim     the real decisions on a virtual clock, under faults: SEEDS=1000 FIRST=1"
 	@echo "make bench   the benchmarks of benchmarks/ (minutes)"
 	@echo "make bench-engine  those that concern the engine"
 	@echo "make kernels compile the engine's kernels again, after changes of their sources"
@@ -41,7 +42,7 @@ $(INSTALLED_TEST): $(INSTALLED)
 up: $(INSTALLED)
 	$(BIN)/headrace up examples/quickstart.yaml
 
-test: check unit fuzz integration e2e
+test: check unit fuzz integration e2e sim
 
 check: lint type imports
 
@@ -72,6 +73,13 @@ integration: $(INSTALLED_TEST)
 
 e2e: $(INSTALLED_TEST)
 	$(BIN)/pytest tests/e2e
+
+# SEEDS of them, from FIRST on. The default takes a minute of one core.
+SEEDS ?= 150
+FIRST ?= 1
+sim: $(INSTALLED_TEST)
+	$(BIN)/pytest tests/sim
+	$(BIN)/python -m headrace.sim --seeds $(FIRST)-$(shell expr $(FIRST) + $(SEEDS) - 1)
 
 bench: $(INSTALLED_TEST)
 	$(BIN)/python -m benchmarks

@@ -44,7 +44,7 @@ class Ask:
         }
 
 
-@dataclass
+@dataclass(eq=False)
 class StreamResult:
     """What one stream gave."""
 
@@ -77,9 +77,13 @@ class StreamResult:
         return "same" if (self.text, self.usage) == (right.text, right.usage) else "different"
 
 
-async def ask(client: httpx.AsyncClient, url: str, request: Ask) -> StreamResult:
-    """Send one request and read its stream to the end, whatever that is."""
+async def ask(
+    client: httpx.AsyncClient, url: str, request: Ask, is_open: list[StreamResult] | None = None
+) -> StreamResult:
+    """Send one request and read its stream to the end, whatever that is. Meanwhile it is in `is_open`."""
     result = StreamResult(request, begin_s=time.monotonic())
+    if is_open is not None:
+        is_open.append(result)
     try:
         async with client.stream("POST", f"{url}/chat/completions", json=request.body()) as answer:
             result.status = answer.status_code
@@ -95,6 +99,8 @@ async def ask(client: httpx.AsyncClient, url: str, request: Ask) -> StreamResult
             result.error = ""  # cut: what a client sees of it is the missing end
     finally:
         result.end_s = time.monotonic()
+        if is_open is not None:
+            is_open.remove(result)
     return result
 
 
@@ -155,9 +161,7 @@ class SteadyLoad:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
         self.results: list[StreamResult] = []
-        self.num_open = 0
-        self.num_flowing = 0
-        """Open streams that have had text."""
+        self.open: list[StreamResult] = []
 
     def __enter__(self) -> SteadyLoad:
         self._thread.start()
@@ -189,9 +193,7 @@ class SteadyLoad:
         while not self._stop.is_set():
             request = self._asks[position % len(self._asks)]
             position += self._num_streams
-            self.num_open += 1
-            result = await ask(client, self._url, request)
-            self.num_open -= 1
+            result = await ask(client, self._url, request, self.open)
             self.results.append(result)
             if result.status != 200:
                 await asyncio.sleep(0.05)

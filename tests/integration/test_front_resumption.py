@@ -79,7 +79,7 @@ def test_without_siblings_the_restarted_engine_goes_on(ready: Fronts) -> None:
 
 
 def test_a_host_that_dies_in_turn_is_followed_by_the_own_engine(ready: Fronts) -> None:
-    fields: dict[str, Any] = {"seed": 9, "max_tokens": 600}
+    fields: dict[str, Any] = {"seed": 9, "max_tokens": 300}
     whole = Answer(ready[0], "twice", **fields).text()
     broken = Answer(ready[0], "twice", 30, lambda: kill_engine(ready, 0), **fields)
     ready.controller(1).wait_for(lambda report: report.num_guests == 1)
@@ -119,7 +119,7 @@ def test_a_replica_goes_on_standby_with_open_streams(ready: Fronts) -> None:
 
 
 def test_a_drained_replicas_engine_is_free_while_its_streams_go_on() -> None:
-    fields: dict[str, Any] = {"seed": 12, "max_tokens": 900, "n": 2}
+    fields: dict[str, Any] = {"seed": 12, "max_tokens": 500, "n": 2}
     with sibling_fronts([ENGINE] * 2, drain_grace_s=20.0, handover_after_s=0.1) as fronts:
         fronts.wait_ready()
         whole = Answer(fronts[0], "drained", **fields).text()
@@ -135,7 +135,7 @@ def test_a_drained_replicas_engine_is_free_while_its_streams_go_on() -> None:
 
 
 def test_streams_come_home_from_a_host_that_drains() -> None:
-    fields: dict[str, Any] = {"seed": 13, "max_tokens": 900}
+    fields: dict[str, Any] = {"seed": 13, "max_tokens": 500}
     with sibling_fronts([ENGINE] * 2, drain_grace_s=20.0, handover_after_s=0.1) as fronts:
         fronts.wait_ready()
         whole = Answer(fronts[0], "home", **fields).text()
@@ -150,7 +150,7 @@ def test_streams_come_home_from_a_host_that_drains() -> None:
 
 
 def test_a_host_that_is_killed_whole_loses_no_stream() -> None:
-    fields: dict[str, Any] = {"seed": 14, "max_tokens": 600}
+    fields: dict[str, Any] = {"seed": 14, "max_tokens": 300}
     with sibling_fronts([ENGINE] * 3) as fronts:
         fronts.wait_ready()
         whole = Answer(fronts[0], "hosts", **fields).text()

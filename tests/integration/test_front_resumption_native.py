@@ -13,7 +13,7 @@ from tests.integration.sibling_fronts import Fronts, sibling_fronts
 from headrace.api.messages import EngineSpec
 
 pytestmark = pytest.mark.slow
-NUM_TOKENS = 40
+NUM_TOKENS = 24
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "seeded": {"seed": 7, "temperature": 1.1, "top_p": 0.9, "n": 2},
     "penalties": {"seed": 3, "presence_penalty": 0.7, "frequency_penalty": 0.4},
     "logprobs": {"temperature": 0, "logprobs": 3, "stream_options": {"include_usage": True}},
-    "stop": {"temperature": 0, "stop": [" the", "no such text"], "min_tokens": 20},
+    "stop": {"temperature": 0, "stop": [" the", "no such text"], "min_tokens": 12},
     "grammar": {
         "temperature": 0.8,
         "seed": 5,
@@ -42,7 +42,7 @@ def fronts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fronts]:
     engine = EngineSpec(
         "native",
         "smollm2-135m-instruct",
-        max_running=16,
+        max_running=12,
         kv_cache_bytes=32 << 20,
         max_context_tokens=512,
         num_threads=1,
@@ -70,7 +70,7 @@ def ask_all(
 
 def test_a_killed_engines_answers_are_those_of_an_undisturbed_run(fronts: Fronts) -> None:
     whole = ask_all(fronts, "sweep")
-    for num_restarts, at in enumerate((1, 9, NUM_TOKENS - 3)):
+    for num_restarts, at in enumerate((1, 9)):
         broken = ask_all(fronts, "sweep", at, lambda: kill_engine(fronts, 0))
         for name, text in broken.items():
             assert text == whole[name], f"{name}, killed at token {at}"

@@ -115,6 +115,9 @@ class Config(Section):
     """Name -> tenant. Empty: no keys are asked for, and the gateway must stay on loopback."""
     state_dir: str = ""
     """Directory of what survives a restart: run-time keys. Empty: ~/.local/state/headrace."""
+    notice_file: str = ""
+    """A file that appears when this machine is about to go away; in it {"deadline_s": seconds since 1970}, or
+    nothing, which means 30 s. Replicas then hand over their streams and leave. Empty: none is looked for."""
     launcher: Literal["local"] = "local"
     """Where replicas run. local: child processes of `headrace up`."""
 
@@ -124,6 +127,13 @@ class Config(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @field_validator("notice_file")
+    @classmethod
+    def _check_notice_file(cls, value: str) -> str:
+        if value and not value.startswith("/"):
+            raise ValueError(f"notice_file is {value!r}; it must be an absolute path, or empty")
+        return value
 
     @field_validator("endpoints")
     @classmethod

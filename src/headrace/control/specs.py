@@ -185,6 +185,7 @@ def _replica_spec(config: Config, name: str, replica_id: str, run_directory: Pat
         handover_after_s=endpoint.streams.handover_after_s,
         resume_attempts=endpoint.streams.resume_attempts,
         resume_limit_s=endpoint.streams.resume_limit_s,
+        notice_file=config.notice_file,
     )
 
 

@@ -69,5 +69,5 @@ if __name__ == "__main__":
     if os.environ.get("PYTHONHASHSEED") != "0":
         # Sets of words have an order of their own in each process; a seed is to give one history everywhere.
         os.environ["PYTHONHASHSEED"] = "0"
-        os.execv(sys.executable, [sys.executable, "-m", "headrace.sim", *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, "-m", "headrace.sim", *sys.argv[1:]])  # noqa: S606, ourselves
     sys.exit(main())

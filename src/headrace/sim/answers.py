@@ -75,7 +75,8 @@ def _simulated(request: GenerationRequest) -> tuple[int, ...]:
 
 
 def _native(request: GenerationRequest) -> tuple[int, ...]:
-    context, tokens = list(request.prompt_token_ids), []
+    context: list[int] = list(request.prompt_token_ids)
+    tokens: list[int] = []
     while len(tokens) < request.sampling.max_tokens:
         token = int(np.argmax(fake_logits(context, FAKE_VOCABULARY)))
         if token == 0:

@@ -6,11 +6,12 @@ Owns what each kind of fault does and to whom. Must not know what should follow.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 from headrace.api.config import Config
 from headrace.api.endpoint_config import Endpoint
+from headrace.sim.controller import ControllerProcess
 from headrace.sim.front import FrontProcess
 from headrace.sim.machine import Process
 from headrace.sim.network import Connection
@@ -102,8 +103,8 @@ class Breaker:
 
     # ---- whom
 
-    def _living(self, processes: Sequence[Process] | object) -> list[Process]:
-        return [process for process in processes if process.is_alive]  # type: ignore[attr-defined]
+    def _living(self, processes: Iterable[Process]) -> list[Process]:
+        return [process for process in processes if process.is_alive]
 
     def _fronts(self) -> list[FrontProcess]:
         return [front for front in self._world.fronts.values() if front.is_alive]
@@ -112,7 +113,7 @@ class Breaker:
         engines = [front.engine.child for front in self._fronts()]
         return [engine for engine in engines if engine is not None and engine.is_alive]
 
-    def _controllers(self) -> list:  # type: ignore[type-arg]
+    def _controllers(self) -> list[ControllerProcess]:
         controller = self._world.controller
         return [controller] if controller is not None and controller.is_alive else []
 
@@ -258,6 +259,6 @@ class Breaker:
         if not controllers or not fronts:
             return ""
         victim = fronts[int(fault.pick * len(fronts))]
-        level = 0 if fault.amount < 0.4 else 1 if fault.amount < 0.8 else 2
+        level: Literal[0, 1, 2] = 0 if fault.amount < 0.4 else 1 if fault.amount < 0.8 else 2
         controllers[0].set_sleep(victim.name, level)
         return f"{victim.name} to level {level}"

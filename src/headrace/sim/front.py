@@ -38,7 +38,7 @@ from headrace.sim.engines import EngineBehaviour
 from headrace.sim.http import HttpError, HttpRequest
 from headrace.sim.machine import Host, Process, Registry
 from headrace.sim.network import End, Weather
-from headrace.sim.process_loop import Pipe, ProcessLoop, start_task
+from headrace.sim.process_loop import Pipe, ProcessLoop
 from headrace.sim.reporting import ReportSink
 from headrace.sim.streams import FrontStream
 
@@ -68,7 +68,8 @@ class FrontProcess(Process):
         busy_interval_s: float,
     ) -> None:
         super().__init__(registry, spec.replica_id, host)
-        self.loop = self.process_loop = ProcessLoop(self)
+        self.process_loop = ProcessLoop(self)
+        self.loop = self.process_loop.as_loop()
         self.process_loop.weather = weather
         self.spec = spec
         self.weather = weather
@@ -291,7 +292,7 @@ class FrontProcess(Process):
             return
         self._is_leaving = True
         if self.address:
-            start_task(self.process_loop, self._leave())
+            self.process_loop.create_task(self._leave())
         else:
             self.exit(0)
 
@@ -318,7 +319,7 @@ class FrontProcess(Process):
 
     async def _wait_until(self, condition: Callable[[], bool], limit_s: float) -> None:
         deadline_s = self.host.now_s() + limit_s
-        while not condition() and self.host.now_s() < deadline_s:
+        while not condition() and self.host.now_s() < deadline_s:  # noqa: ASYNC110, as the real front does
             await asyncio.sleep(POLL_S)
 
     def died(self, code: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from headrace.control.reconciler import (
@@ -27,7 +26,7 @@ MAX_ENGINE_STARTS_PER_MINUTE = 14
 """Of one front. Back-off doubles from 0.1 s to 10 s, and starts over after 30 s of health."""
 
 
-class Violation(Exception):  # noqa: N818, it is what was found
+class Violation(Exception):
     """An invariant does not hold."""
 
     def __init__(self, number: int, name: str, message: str) -> None:
@@ -114,7 +113,7 @@ CHECKS: Sequence[Check] = (
 
 def check(process: Process) -> None:
     """Look at one process after one of its events. Raises Violation."""
-    for entry in _checks_of(type(process)):
+    for entry in _BY_KIND.get(type(process).__name__, ()):
         try:
             problem = entry.look(process)
         except AssertionError as error:
@@ -123,9 +122,10 @@ def check(process: Process) -> None:
             raise Violation(entry.number, entry.name, f"{process.name}: {problem}")
 
 
-@cache
-def _checks_of(kind: type[Process]) -> list[Check]:
-    return [entry for entry in CHECKS if issubclass(kind, entry.kind)]
+_BY_KIND: dict[str, list[Check]] = {
+    kind.__name__: [entry for entry in CHECKS if issubclass(kind, entry.kind)]
+    for kind in (EngineProcess, FrontProcess, RouterProcess)
+}
 
 
 def check_actions(actions: Sequence[Action], before: PlanView) -> None:

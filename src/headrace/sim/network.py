@@ -8,6 +8,7 @@ of them are frozen.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from headrace.sim.machine import Process, Registry
@@ -95,11 +96,7 @@ class Connection:
             return
         self._is_cut = True
         for end, delay_s in zip(self.ends, delays_s, strict=True):
-            self._registry.timeline.after(
-                delay_s,
-                lambda end=end: end.process.run(lambda: _hear_close(end)),
-                "close",  # type: ignore[misc]
-            )
+            end.process.after(delay_s, partial(_hear_close, end), "close")
 
     def owner_died(self, process: Process) -> None:
         """The kernel closes a dead process's end."""

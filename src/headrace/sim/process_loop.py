@@ -7,9 +7,9 @@ timeline is the loop. Must not know what the coroutines do.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextvars import Context, copy_context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from headrace.sim.network import End, Weather, connect
 
@@ -22,7 +22,7 @@ class LoopTimer(asyncio.TimerHandle):
     """A callback to come."""
 
     def __init__(self, when_s: float, callback: Callable[..., object], args: Any, loop: ProcessLoop) -> None:
-        super().__init__(when_s, callback, args, loop)
+        super().__init__(when_s, callback, args, loop.as_loop())
         self.timer: Timer | None = None
 
     def cancel(self) -> None:
@@ -31,12 +31,16 @@ class LoopTimer(asyncio.TimerHandle):
         super().cancel()
 
 
-class ProcessLoop(asyncio.AbstractEventLoop):
-    """The running loop while one process does something."""
+class ProcessLoop:
+    """The running loop while one process does something: what of asyncio's loop is used here, no more."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
         self.weather = Weather()
+
+    def as_loop(self) -> asyncio.AbstractEventLoop:
+        """Itself, for those who ask for a whole loop."""
+        return cast(asyncio.AbstractEventLoop, self)
 
     def time(self) -> float:
         return self._process.host.now_s()
@@ -71,15 +75,15 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         context = context or copy_context()
         handle = LoopTimer(self.time() + delay_s, callback, args, self)
         handle.timer = self._process.after(
-            max(0.0, delay_s), lambda: context.run(callback, *args), "coroutine"
+            max(0.0, delay_s), lambda: _run(context, callback, args), "coroutine"
         )
         return handle
 
     def create_future(self) -> asyncio.Future[Any]:
-        return asyncio.Future(loop=self)
+        return asyncio.Future(loop=self.as_loop())
 
     def create_task(self, coro: Any, *, name: str | None = None, context: Any = None) -> asyncio.Task[Any]:
-        return asyncio.Task(coro, loop=self, name=name)
+        return asyncio.Task(coro, loop=self.as_loop(), name=name)
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         """An exception that nobody took. Tasks of dead processes are no news."""
@@ -146,6 +150,5 @@ class Pipe(asyncio.Transport):
         self._protocol.connection_lost(None)
 
 
-def start_task(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, object]) -> asyncio.Task[Any]:
-    """Let a coroutine run in a process from its next event on."""
-    return loop.create_task(coroutine)
+def _run(context: Context, callback: Callable[..., object], args: Any) -> None:
+    context.run(callback, *args)

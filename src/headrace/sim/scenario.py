@@ -128,7 +128,7 @@ def _draw_config(random: Random) -> Config:
     endpoints = {
         name: _draw_endpoint(random, kind) for name in ("chat", "code")[: 1 + (random.random() < 0.25)]
     }
-    tenants = {}
+    tenants: dict[str, object] = {}
     if random.random() < 0.35:
         tenants = {
             name: {
@@ -157,6 +157,7 @@ def _draw_endpoint(random: Random, kind: str) -> dict[str, object]:
             "token_budget": random.choice((32, 128)),
             "block_size": 16,
             "max_context_tokens": 1024,
+            "kv_cache_mb": random.choice((1, 2, 4)),  # of the simulated engine: 64 blocks each
         },
         "simulated": {
             "step_ms": random.choice((30.0, 100.0, 200.0)),
@@ -176,15 +177,16 @@ def _draw_endpoint(random: Random, kind: str) -> dict[str, object]:
 
 def _draw_clients(random: Random, config: Config, ends_s: float) -> tuple[ClientPlan, ...]:
     """Arrivals in bursts of a Poisson process, from the first moment on."""
-    total = random.choice((8, 20, 50))
+    total = random.choice((8, 20, 50, 100))
     endpoints, tenants = list(config.endpoints), list(config.tenants) or [""]
     num_families = random.randint(1, 5)
-    plans, now_s = [], random.uniform(0.0, 8.0)
+    plans: list[ClientPlan] = []
+    now_s = random.uniform(0.0, 8.0)
     rate = total / ends_s
     while now_s < ends_s and len(plans) < 8 * total:
         question = Question(
             make_prompt(random, num_families),
-            random.choice((1, 4, 12, 40)),
+            random.choice((1, 4, 12, 40, 100)),
             random.randrange(1 << 30),
             random.choice(("", "", "s1", "s2")),
         )
@@ -193,7 +195,7 @@ def _draw_clients(random: Random, config: Config, ends_s: float) -> tuple[Client
             ClientPlan(len(plans), now_s, random.choice(endpoints), random.choice(tenants), question, leaves)
         )
         # Some come together, others after a long quiet.
-        now_s += random.expovariate(rate * random.choice((0.3, 1.0, 8.0, 40.0)))
+        now_s += random.expovariate(rate * random.choice((0.5, 1.0, 8.0, 40.0)))
     return tuple(plans)
 
 

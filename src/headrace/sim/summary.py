@@ -39,10 +39,12 @@ class Summary:
         """Yield the summary. cpu_s: what all of it took."""
         hours = self.simulated_s / 3600
         yield f"seeds: {self.num_seeds}, of which {len(self.failed)} failed {self.failed or ''}".rstrip()
-        yield f"simulated hours: {hours:.2f}; CPU seconds: {cpu_s:.1f}; hours per CPU second: {hours / max(cpu_s, 1e-9):.3f}"
+        speed = hours / max(cpu_s, 1e-9)
+        yield f"simulated hours: {hours:.2f}; CPU seconds: {cpu_s:.1f}; hours per CPU second: {speed:.3f}"
         yield f"events: {self.events.total()} ({_listed(self.events, 12)})"
         yield f"faults: {self.faults.total()} ({_listed(self.faults, 40)})"
-        yield f"requests by end: {_listed(self.requests, 10)}; streams continued elsewhere: {self.num_resumed}"
+        yield f"requests by end: {_listed(self.requests, 10)}"
+        yield f"streams continued in another engine: {self.num_resumed}"
         yield f"longest way back to rest after the last fault: {self.slowest_s:.0f} s"
 
 

@@ -84,6 +84,7 @@ def test_an_unknown_key_in_any_section_is_refused_with_the_known_ones(
         (endpoint(queue={"max_wait_s": 0}), "endpoints.chat.queue.max_wait_s", "greater than 0"),
         (endpoint(drain_grace_s=-1), "endpoints.chat.drain_grace_s", "greater than or equal to 0"),
         ({**GOOD, "launcher": "ray"}, "launcher", "'local'"),
+        ({**GOOD, "notice_file": "notice"}, "notice_file", "absolute path"),
         ({**GOOD, "gateway": {"bind": "8000"}}, "gateway.bind", "not host:port"),
         ({**GOOD, "gateway": {"bind": "example.org:80"}}, "gateway.bind", "not an IP address"),
         ({**GOOD, "gateway": {"bind": "127.0.0.1:70000"}}, "gateway.bind", "not host:port"),

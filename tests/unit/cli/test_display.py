@@ -15,8 +15,8 @@ from headrace.api.messages import (
     GatewayStatus,
     ProcessStatus,
     ReplicaStatus,
-    StepModel,
     RolloutStatus,
+    StepModel,
     SystemStatus,
     TenantStatus,
 )
@@ -220,7 +220,9 @@ def test_only_a_system_where_everything_failed_is_hopeless() -> None:
     assert describe_unready(None) == "its controller never answered"
 
 
-def test_the_status_has_standby_and_rollouts_where_there_are_any_and_says_when_a_replica_is_expected() -> None:
+def test_the_status_has_standby_and_rollouts_where_there_are_any_and_says_when_a_replica_is_expected() -> (
+    None
+):
     def text(status: SystemStatus) -> str:
         console = Console(file=io.StringIO(), width=140)
         console.print(render(status))
@@ -237,9 +239,11 @@ def test_the_status_has_standby_and_rollouts_where_there_are_any_and_says_when_a
     assert "a replica is expected in about 4.0 s" in shown
     assert "chat: rollout aaa -> bbb running at 10% of the requests, 7 of 20 requests" in shown
     unknown = msgspec.structs.replace(endpoint, eta_s=-1.0)
-    assert "when a replica can serve them is not known" in text(msgspec.structs.replace(plain, endpoints=[unknown]))
+    assert "when a replica can serve them is not known" in text(
+        msgspec.structs.replace(plain, endpoints=[unknown])
+    )
     assert describe(running) == [
-        "chat: running for 65 s",
+        "chat: running for 65.0 s",
         "  old aaa: 2 replicas ready, 90% of the requests",
         "  new bbb: 1 replica ready, 10% of the requests",
         "  7 of 20 requests",

@@ -50,6 +50,15 @@ def test_counts_and_queue_do_not_change_the_generation(change: dict[str, Any]) -
     assert generation_of(config(**change), "chat") == generation_of(config(), "chat")
 
 
+def test_a_replica_is_told_what_becomes_of_its_streams() -> None:
+    streams = {"resume_attempts": 2, "resume_limit_s": 9, "handover_after_s": 0.5}
+    changed = config(streams=streams).model_copy(update={"notice_file": "/run/notice"})
+    process = replica_process(changed, "chat", "chat-1", Path("/run/x"))
+    spec = msgspec.json.decode(process.argv[-1], type=ReplicaSpec)
+    assert (spec.resume_attempts, spec.resume_limit_s, spec.handover_after_s) == (2, 9.0, 0.5)
+    assert (spec.notice_file, len(spec.stream_class)) == ("/run/notice", 12)
+
+
 def test_cores_are_shared_by_the_native_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(specs.os, "sched_getaffinity", lambda pid: set(range(8)))
     assert [threads_per_engine(config(replicas=count)) for count in (1, 2, 3, 9)] == [8, 4, 2, 1]

@@ -5,7 +5,7 @@
 //   keys    [head_dim / n][tokens][n]: n = 1 float32, 2 bfloat16 or 4 int8 make a word of 32 bits, so that one
 //           vector of words multiplies n dimensions of 16 keys
 //   values  [tokens / n][head_dim][n]: one vector multiplies n tokens' values in 16 dimensions
-// int8 keys are stored plus 128, as the instructions want one side unsigned.
+// int8 keys are spread (attention_write.h), and stored plus 128, as the instructions want one side unsigned.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,8 @@
 // Scores and weighted sums in float32 with any kind of cache, for any instruction set. Included inside an
 // anonymous namespace after attention_vector.h.
 //
-// An `Arithmetic` has: kMaxRows (rows computed at once), bytes of a row's query and weights, `prepare` a query,
+// An `Arithmetic` has: kMaxRows (rows computed at once, at most kTileFactors), kScalesTiles (weights are relative to
+// a tile's own largest score), a tile's Scales, bytes of a row's query and weights, `prepare` a query,
 // `score` rows against a tile's 64 keys, `exp2`, `weigh` (softened scores become weights), and `add_values`.
 
 // One row's place in a tile: its keys are [first, end) of 64.

@@ -1,0 +1,20 @@
+"""Seeds that found something, with what they found. Each has a unit test beside the code that it changed."""
+
+from __future__ import annotations
+
+import pytest
+
+from headrace.sim.scenario import draw
+from headrace.sim.world import World
+
+FOUND: dict[int, str] = {
+    107: "scaling down kept a replica whose lease had ended, and stopped those that served",
+    253: "the same with a front that had just gone on after a stop",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", FOUND)
+def test_what_a_seed_found_stays_fixed(seed: int) -> None:
+    outcome = World(draw(seed)).run()
+    assert outcome.violation is None, f"seed {seed} ({FOUND[seed]}): {outcome.violation}"

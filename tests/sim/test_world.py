@@ -1,0 +1,179 @@
+"""The world itself: the same seed gives the same history, and what is broken on purpose is found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from headrace.api.messages import StepOutput
+from headrace.engine.kv_cache.block_pool import BlockPool
+from headrace.gateway.flights import InFlight
+from headrace.replica.ledger import Ledger
+from headrace.sim import __main__ as command
+from headrace.sim.router import RouterProcess
+from headrace.sim.scenario import Fault, draw
+from headrace.sim.shrink import Shrinker, describe
+from headrace.sim.streams import FrontStream
+from headrace.sim.world import Outcome, World
+
+
+def run_until_failure(seeds: range) -> Outcome:
+    """Run seeds until one fails."""
+    for seed in seeds:
+        outcome = World(draw(seed)).run()
+        if outcome.violation is not None:
+            return outcome
+    pytest.fail(f"none of {seeds} found it")
+
+
+@pytest.mark.slow
+def test_a_seed_has_one_history_in_every_process() -> None:
+    program = (
+        "from headrace.sim.scenario import draw; from headrace.sim.world import World; import logging;"
+        "logging.disable(50); print([hash_of for seed in (2, 7, 23) for hash_of in"
+        " [(o := World(draw(seed)).run()).history + (o.num_events,)]])"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0]) > 1000
+
+
+def _tells_a_token_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = FrontStream.on_output
+
+    def on_output(self: FrontStream, output: StepOutput, now_s: float) -> bool:
+        if self.record.num_resumptions and output.token_ids and output.finish_reason is None:
+            output = StepOutput(output.request_id, [*output.token_ids, output.token_ids[-1]])
+        return real(self, output, now_s)
+
+    monkeypatch.setattr(FrontStream, "on_output", on_output)
+
+
+def _forgets_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = BlockPool.release
+    monkeypatch.setattr(BlockPool, "release", lambda self, table: real(self, table[:-1]))
+
+
+def _leaks_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InFlight, "free_slot", lambda self: None)
+
+
+def _pumps_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    from headrace.gateway.binding import Binder
+
+    monkeypatch.setattr(Binder, "pump", lambda self, name, now_s: None)
+
+
+def _ends_no_aborted_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Ledger.close
+
+    def close(self: Ledger, record: Any, state: Any) -> None:
+        if state.value != "aborted":
+            real(self, record, state)
+
+    monkeypatch.setattr(Ledger, "close", close)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("break_it", "number"),
+    [
+        (_tells_a_token_twice, 0),
+        (_forgets_blocks, 2),
+        (_leaks_slots, 29),
+        (_pumps_never, 9),
+        (_ends_no_aborted_request, 1),
+    ],
+)
+def test_what_is_broken_on_purpose_is_found(
+    break_it: Callable[[pytest.MonkeyPatch], None], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_it(monkeypatch)
+    outcome = run_until_failure(range(1, 60))
+    assert outcome.violation is not None
+    assert number in (0, outcome.violation.number), outcome.violation
+
+
+@pytest.mark.slow
+def test_a_failing_history_becomes_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    _ends_no_aborted_request(monkeypatch)
+    outcome = run_until_failure(range(1, 30))
+    scenario = draw(outcome.seed)
+    shrinker = Shrinker(scenario, outcome, max_runs=60)
+    small = shrinker.run()
+    assert small.violation is not None
+    assert len(shrinker.scenario.faults) + len(shrinker.scenario.clients) <= 2
+    text = "\n".join(describe(shrinker.scenario, small))
+    assert f"seed {outcome.seed}" in text
+    assert "history" in text
+
+
+@pytest.mark.slow
+def test_without_faults_everything_is_answered() -> None:
+    for seed in range(1, 12):
+        scenario = draw(seed)
+        patient = tuple(replace(plan, leaves_after_s=None) for plan in scenario.clients)
+        outcome = World(replace(scenario, faults=(), clients=patient)).run()
+        assert outcome.violation is None, f"seed {seed}: {outcome.violation}"
+        # A full queue, or a wait that is too long, may refuse; nothing may break.
+        assert set(outcome.requests) <= {"done", "error status"}, f"seed {seed}: {outcome.requests}"
+
+
+@pytest.mark.slow
+def test_a_killed_engine_costs_no_stream_where_it_may_be_continued() -> None:
+    """The fault is aimed at a busy engine: the stream goes on, and its client gets every token once."""
+    num_resumed = 0
+    for seed in range(1, 40):
+        scenario = draw(seed)
+        if any(endpoint.streams.resume_attempts == 0 for endpoint in scenario.config.endpoints.values()):
+            continue
+        clients = tuple(replace(plan, leaves_after_s=None) for plan in scenario.clients)
+        kills = tuple(
+            Fault(plan.arrives_s + 1.0, "engine killed", 0.37 * number % 1.0)
+            for number, plan in enumerate(clients[:2])
+        )
+        outcome = World(replace(scenario, faults=kills, clients=clients)).run()
+        assert outcome.violation is None, f"seed {seed}: {outcome.violation}"
+        assert not outcome.requests["cut"], f"seed {seed}: {outcome.requests}"
+        num_resumed += outcome.num_resumed
+    assert num_resumed > 0
+
+
+@pytest.mark.slow
+def test_the_command_says_what_it_took(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--seeds", "2-4"]) == 0
+    printed = capsys.readouterr().out
+    assert "seeds: 3, of which 0 failed" in printed
+    assert "hours per CPU second" in printed
+    assert "requests by end: done" in printed
+
+
+@pytest.mark.slow
+def test_the_command_fails_when_a_seed_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RouterProcess, "_on_completion", lambda self, line: None)
+    assert command.main(["--seeds", "2-3", "--fast"]) == 1
+    assert "of which 0 failed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "5-2", "a-b", "-3"])
+def test_a_wrong_range_of_seeds_is_refused_with_what_is_allowed(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command.main([f"--seeds={text}"])
+    assert caught.value.code == 2
+    assert "A-B" in capsys.readouterr().err
