@@ -16,11 +16,22 @@ from headrace.engine.kv_cache.block_pool import BlockPool
 from headrace.gateway.flights import InFlight
 from headrace.replica.ledger import Ledger
 from headrace.sim import __main__ as command
-from headrace.sim.router import RouterProcess
 from headrace.sim.scenario import Fault, draw
 from headrace.sim.shrink import Shrinker, describe
 from headrace.sim.streams import FrontStream
 from headrace.sim.world import Outcome, World
+
+
+PRINT_HISTORIES = """
+import logging
+from headrace.sim.scenario import draw
+from headrace.sim.world import World
+
+logging.disable(logging.CRITICAL)
+for seed in (2, 7, 23):
+    outcome = World(draw(seed)).run()
+    print(outcome.history, outcome.num_events, sorted(outcome.requests.items()))
+"""
 
 
 def run_until_failure(seeds: range) -> Outcome:
@@ -34,15 +45,14 @@ def run_until_failure(seeds: range) -> Outcome:
 
 @pytest.mark.slow
 def test_a_seed_has_one_history_in_every_process() -> None:
-    program = (
-        "from headrace.sim.scenario import draw; from headrace.sim.world import World; import logging;"
-        "logging.disable(50); print([hash_of for seed in (2, 7, 23) for hash_of in"
-        " [(o := World(draw(seed)).run()).history + (o.num_events,)]])"
-    )
     environment = {**os.environ, "PYTHONHASHSEED": "0"}
     outputs = [
         subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
+            [sys.executable, "-c", PRINT_HISTORIES],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=True,
         ).stdout
         for _ in range(2)
     ]
@@ -88,22 +98,22 @@ def _ends_no_aborted_request(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("break_it", "number"),
+    ("break_it", "numbers"),
     [
-        (_tells_a_token_twice, 0),
-        (_forgets_blocks, 2),
-        (_leaks_slots, 29),
-        (_pumps_never, 9),
-        (_ends_no_aborted_request, 1),
+        (_tells_a_token_twice, {0}),
+        (_forgets_blocks, {2}),
+        (_leaks_slots, {1, 29}),
+        (_pumps_never, {9}),
+        (_ends_no_aborted_request, {1}),
     ],
 )
 def test_what_is_broken_on_purpose_is_found(
-    break_it: Callable[[pytest.MonkeyPatch], None], number: int, monkeypatch: pytest.MonkeyPatch
+    break_it: Callable[[pytest.MonkeyPatch], None], numbers: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_it(monkeypatch)
     outcome = run_until_failure(range(1, 60))
     assert outcome.violation is not None
-    assert number in (0, outcome.violation.number), outcome.violation
+    assert outcome.violation.number in numbers, outcome.violation
 
 
 @pytest.mark.slow
@@ -124,8 +134,11 @@ def test_a_failing_history_becomes_small(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_without_faults_everything_is_answered() -> None:
     for seed in range(1, 12):
         scenario = draw(seed)
-        patient = tuple(replace(plan, leaves_after_s=None) for plan in scenario.clients)
-        outcome = World(replace(scenario, faults=(), clients=patient)).run()
+        # They come when the gateways are there, and wait.
+        patient = tuple(
+            replace(plan, arrives_s=plan.arrives_s + 5.0, leaves_after_s=None) for plan in scenario.clients
+        )
+        outcome = World(replace(scenario, faults=(), clients=patient, ends_s=scenario.ends_s + 5.0)).run()
         assert outcome.violation is None, f"seed {seed}: {outcome.violation}"
         # A full queue, or a wait that is too long, may refuse; nothing may break.
         assert set(outcome.requests) <= {"done", "error status"}, f"seed {seed}: {outcome.requests}"
@@ -135,7 +148,7 @@ def test_without_faults_everything_is_answered() -> None:
 def test_a_killed_engine_costs_no_stream_where_it_may_be_continued() -> None:
     """The fault is aimed at a busy engine: the stream goes on, and its client gets every token once."""
     num_resumed = 0
-    for seed in range(1, 40):
+    for seed in range(1, 20):
         scenario = draw(seed)
         if any(endpoint.streams.resume_attempts == 0 for endpoint in scenario.config.endpoints.values()):
             continue
@@ -164,8 +177,8 @@ def test_the_command_says_what_it_took(capsys: pytest.CaptureFixture[str]) -> No
 def test_the_command_fails_when_a_seed_does(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(RouterProcess, "_on_completion", lambda self, line: None)
-    assert command.main(["--seeds", "2-3", "--fast"]) == 1
+    _pumps_never(monkeypatch)
+    assert command.main(["--seeds", "2-6", "--fast"]) == 1
     assert "of which 0 failed" not in capsys.readouterr().out
 
 

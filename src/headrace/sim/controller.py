@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from headrace.api.config import Config
 from headrace.api.messages import (
+    ChangeRollout,
     Demand,
     GatewaySpec,
     LauncherEvent,
@@ -22,13 +23,12 @@ from headrace.api.messages import (
     ProcessSpec,
     ProcessStarted,
     ReportAck,
-    SetSleep,
-    Siblings,
     StartProcess,
     StopProcess,
 )
 from headrace.api.run_paths import CONTROLLER_SOCKET
 from headrace.control.app import STOP_MARGIN_S, TICK_S
+from headrace.control.connections import Connections
 from headrace.control.essentials import Essential
 from headrace.control.reconciler import Action, PromoteReplica, RestReplica, StartReplica, StopReplica
 from headrace.control.rollouts import KeptRollout
@@ -36,6 +36,7 @@ from headrace.control.siblings import siblings_of
 from headrace.control.specs import gateway_specs, replica_process
 from headrace.control.system_state import SystemState
 from headrace.errors import ConfigError
+from headrace.fabric.channel import Channel
 from headrace.sim.machine import Host, Process, Registry
 from headrace.sim.network import End, Weather, connect
 from headrace.sim.supervisor import ADDRESS
@@ -47,7 +48,7 @@ MIN_TICK_GAP_S = 0.02
 
 
 class RunDirectory:
-    """What outlives a controller: the applied config, and its rollouts."""
+    """What outlives a controller: the applied config, and the rollouts."""
 
     def __init__(self, path: str, config: Config) -> None:
         self.path = path
@@ -66,17 +67,18 @@ class ControllerProcess(Process):
         weather: Weather,
         probe: Callable[[str], bool],
         plan: Callable[[SystemState, float], list[Action]],
+        note: Callable[[str], None],
     ) -> None:
-        """probe: whether a process of this name answers. plan: calls the state's, and looks at it."""
+        """probe: whether a process of this name answers. plan: calls the state's, and looks at it. note:
+        what happened by itself, for the history."""
         super().__init__(registry, "controller", host)
         self._run_directory = run_directory
         self._weather = weather
         self._probe = probe
         self._plan = plan
+        self._note = note
         self._launcher: End | None = None
-        self._fronts: dict[str, End] = {}
-        self._routers: dict[End, str] = {}
-        self._siblings: dict[str, Siblings] = {}
+        self._connections = Connections()
         self._told_traffic: dict[str, dict[str, float]] = {}
         self._next_tick: Timer | None = None
         self._ticked_s = -1.0
@@ -156,23 +158,41 @@ class ControllerProcess(Process):
         self._next_tick = self.after(TICK_S, self._tick, "controller tick")
         now_s = self.host.now_s()
         self._tend_gateway(self.state, now_s)
-        actions = self._plan(self.state, now_s)
-        for action in actions:
-            name = action.replica_id
-            if isinstance(action, StartReplica):
-                config = self.state.rollouts.config_of(action.endpoint, action.generation)
-                path = Path(self._run_directory.path)
-                spec = replica_process(config, action.endpoint, name, path, action.is_standby)
-                self._order(StartProcess(spec))
-            elif isinstance(action, StopReplica):
-                margin_s = STOP_MARGIN_S if action.grace_s > 0 else 0.0
-                self._order(StopProcess(name, action.grace_s + margin_s))
-            elif isinstance(action, PromoteReplica | RestReplica) and name in self._fronts:
-                self._fronts[name].send(SetSleep(0 if isinstance(action, PromoteReplica) else 1))
-        self._run_directory.rollouts = self.state.rollouts.keep()
-        if self.state.traffic(now_s) != self._told_traffic:
-            self._tell_routers(self.state)
-        self._tell_siblings(self.state)
+        for action in self._plan(self.state, now_s):
+            self._act(self.state, action)
+        self._announce(self.state, now_s)
+
+    def _act(self, state: SystemState, action: Action) -> None:
+        name = action.replica_id
+        match action:
+            case StartReplica(endpoint=endpoint, generation=generation, is_standby=is_standby):
+                config, path = state.rollouts.config_of(endpoint, generation), Path(self._run_directory.path)
+                self._order(StartProcess(replica_process(config, endpoint, name, path, is_standby)))
+            case StopReplica(grace_s=grace_s):
+                self._order(StopProcess(name, grace_s + STOP_MARGIN_S if grace_s > 0 else 0.0))
+            case PromoteReplica():
+                self._connections.set_sleep(name, 0)
+            case RestReplica():
+                self._connections.set_sleep(name, 1)
+
+    def _announce(self, state: SystemState, now_s: float) -> None:
+        """Tell fronts and routers what changed, and keep what a restarted controller must know."""
+        for note in state.notes:
+            self._note(f"controller: {note}")
+        state.notes.clear()
+        self._connections.send_siblings(siblings_of(state.fleet.slots.values()), now_s)
+        self._connections.send_outlooks(state.outlooks(now_s), now_s)
+        if state.traffic(now_s) != self._told_traffic:
+            self._tell_routers(state)
+        self._run_directory.rollouts = state.rollouts.keep()
+
+    def _specs(self, state: SystemState) -> dict[str, GatewaySpec]:
+        traffic = state.traffic(self.host.now_s())
+        return gateway_specs(state.config, Path(self._run_directory.path), traffic=traffic)
+
+    def _tell_routers(self, state: SystemState) -> None:
+        self._told_traffic = state.traffic(self.host.now_s())
+        self._connections.send_specs(self._specs(state))
 
     def _order(self, command: StartProcess | StopProcess) -> None:
         assert self._launcher is not None
@@ -199,34 +219,23 @@ class ControllerProcess(Process):
         now_s = self.host.now_s()
         if isinstance(message, LoadReport):
             slot = self.state.fleet.slots.get(message.replica_id)
-            if slot is not None and self._fronts.get(message.replica_id) is not end:
-                self._fronts[message.replica_id] = end
-                self._siblings.pop(message.replica_id, None)
+            if slot is not None:
+                self._connections.add_front(message.replica_id, _as_channel(end))
             before = slot.report.state if slot is not None and slot.report is not None else None
             self.state.fleet.on_report(message, now_s)
             end.send(ReportAck(message.sequence, is_released=True))
             if before != message.state:
                 self.wake()
             return
-        if end not in self._routers and message.router_id in self.state.gateway.pairs:
-            self._routers[end] = message.router_id
-            end.send(self._gateway_specs(self.state)[message.router_id])
+        is_known = message.router_id in self.state.gateway.pairs
+        if is_known and self._connections.add_router(message.router_id, _as_channel(end)):
+            end.send(self._specs(self.state)[message.router_id])
         self.state.gateway.on_demand(message, now_s)
         if any(endpoint.num_held for endpoint in message.endpoints):
             self.wake()
 
     def _on_report_close(self, end: End) -> None:
-        self._routers.pop(end, None)
-        self._fronts = {name: front for name, front in self._fronts.items() if front is not end}
-
-    def _tell_siblings(self, state: SystemState) -> None:
-        """Tell each front of all others of its endpoint, when that changed."""
-        lists = siblings_of(state.fleet.slots.values())
-        for name, end in self._fronts.items():
-            siblings = Siblings(lists.get(name, []))
-            if self._siblings.get(name) != siblings:
-                self._siblings[name] = siblings
-                end.send(siblings)
+        self._connections.remove(_as_channel(end))
 
     # ---- the user
 
@@ -238,30 +247,35 @@ class ControllerProcess(Process):
         """`headrace apply`."""
         return self._change(lambda state: state.apply(config, self.host.now_s()))
 
+    def change_rollout(self, command: ChangeRollout) -> bool:
+        """`headrace rollout`."""
+        return self._change(lambda state: state.change_rollout(command, self.host.now_s()))
+
     def _change(self, change: Callable[[SystemState], object]) -> bool:
-        if self.state is None:
+        state = self.state
+        if state is None:
             return False
         try:
-            change(self.state)
+            change(state)
         except ConfigError:
             return False
-        self._run_directory.config = self.state.config
-        self._tell_routers(self.state)
+        self._run_directory.config = state.config
+        self._run_directory.rollouts = state.rollouts.keep()
+        self._tell_routers(state)
         self.wake()
         return True
 
-    def _tell_routers(self, state: SystemState) -> None:
-        self._told_traffic = state.traffic(self.host.now_s())
-        specs = self._gateway_specs(state)
-        for end, gateway_id in self._routers.items():
-            end.send(specs[gateway_id])
+    def set_sleep(self, replica_id: str, level: Literal[0, 1, 2]) -> bool:
+        """`headrace sleep` and `wake`."""
+        state = self.state
+        if state is None or replica_id not in state.fleet.slots:
+            return False
+        if not self._connections.set_sleep(replica_id, level):
+            return False
+        state.fleet.rest(replica_id, is_asleep=level > 0)
+        return True
 
-    def _gateway_specs(self, state: SystemState) -> dict[str, GatewaySpec]:
-        path, traffic = Path(self._run_directory.path), state.traffic(self.host.now_s())
-        return gateway_specs(state.config, path, traffic=traffic)
 
-    def set_sleep(self, replica_id: str, level: Literal[0, 1, 2]) -> None:
-        """`headrace sleep`."""
-        front = self._fronts.get(replica_id)
-        if front is not None:
-            front.send(SetSleep(level))
+def _as_channel(end: End) -> Channel:
+    """An end has what connections use of a channel: `send`, and being itself."""
+    return cast(Channel, end)

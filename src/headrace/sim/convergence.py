@@ -73,10 +73,15 @@ def _fleet(world: World) -> Problem | None:
             for name, front in world.supervisor.children.items()
             if name in world.fronts and world.fronts[name].spec.endpoint == desired.name
         ]
-        if len(fronts) != desired.count:
+        num_wanted = desired.count + desired.num_standby
+        if len(fronts) != num_wanted:
             return Problem(
                 11,
                 "the fleet is as wanted",
-                f"{desired.name}: {[front.name for front in fronts]} run, {desired.count} are wanted",
+                f"{desired.name}: {[front.name for front in fronts]} run, {desired.count} and "
+                f"{desired.num_standby} on standby are wanted",
             )
+        asleep = [front.name for front in fronts if world.fronts[front.name].state() == "standby"]
+        if len(asleep) != desired.num_standby:
+            return Problem(11, "standby is as wanted", f"{asleep} sleep, {desired.num_standby} are to")
     return None

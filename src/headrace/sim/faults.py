@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from headrace.api.config import Config
 from headrace.api.endpoint_config import Endpoint
+from headrace.api.messages import ChangeRollout
 from headrace.sim.controller import ControllerProcess
 from headrace.sim.front import FrontProcess
 from headrace.sim.machine import Process
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from headrace.sim.world import World
 
 CALM_LATENCY_S = 0.0003
+STEERING: tuple[Literal["pause", "resume", "promote", "undo"], ...] = ("pause", "resume", "promote", "undo")
+MENDED_AFTER_S = 240.0
+"""A version that cannot start is to be taken back by itself; only where there is none before it, the user
+must help: then this long after the faults."""
 
 
 class Breaker:
@@ -52,6 +57,8 @@ class Breaker:
             "version applied": lambda fault: self._apply(fault, is_bad=False),
             "bad version applied": lambda fault: self._apply(fault, is_bad=True),
             "replica slept": self._sleep,
+            "rollout steered": self._steer,
+            "notice given": self._give_notice,
         }
 
     def expect(self, faults: Sequence[Fault]) -> None:
@@ -66,15 +73,18 @@ class Breaker:
         world.supervisor.refusals_left = 0
         for process in self._everything():
             process.resume()
-        self._mend_version()
+        world.timeline.after(MENDED_AFTER_S, self._mend_version, "mend")
         self._wake_all()
 
     def _wake_all(self) -> None:
-        """The user wakes what sleeps, again and again: a wish that meets a starting engine is refused."""
-        asleep = [front for front in self._fronts() if front.engine.state == "asleep" or front.sleep_wish]
-        for front in asleep:
-            front.run(lambda front=front: front.set_sleep(0))  # type: ignore[misc]
-        if asleep:
+        """The user wakes what the user put to sleep, until it is awake."""
+        controllers = self._controllers()
+        state = controllers[0].state if controllers else None
+        slots = state.fleet.slots.values() if state is not None else ()
+        resting = [slot.replica_id for slot in slots if slot.role == "resting"]
+        for replica_id in resting:
+            controllers[0].set_sleep(replica_id, 0)
+        if resting or state is None:
             self._world.timeline.after(1.0, self._wake_all, "mend")
 
     def _mend_version(self) -> None:
@@ -254,11 +264,30 @@ class Breaker:
             return ""
         return f"{name} is {model} now"
 
+    def _steer(self, fault: Fault) -> str:
+        name, _ = self._endpoint(fault)
+        action = STEERING[int(fault.amount * len(STEERING))]
+        controllers = self._controllers()
+        if not controllers or not controllers[0].change_rollout(ChangeRollout(name, action)):
+            return ""
+        return f"{action} {name}"
+
+    def _give_notice(self, fault: Fault) -> str:
+        fronts = [front for front in self._fronts() if front.address and not front.is_paused]
+        if not fronts:
+            return ""
+        victim = fronts[int(fault.pick * len(fronts))]
+        left_s = 0.5 + 20.0 * fault.amount
+        victim.run(lambda: victim.on_notice(left_s))
+        self._world.timeline.after(left_s, victim.kill, "machine goes")
+        return f"{victim!r} has {left_s:.1f} s"
+
     def _sleep(self, fault: Fault) -> str:
         controllers, fronts = self._controllers(), self._fronts()
         if not controllers or not fronts:
             return ""
         victim = fronts[int(fault.pick * len(fronts))]
         level: Literal[0, 1, 2] = 0 if fault.amount < 0.4 else 1 if fault.amount < 0.8 else 2
-        controllers[0].set_sleep(victim.name, level)
+        if not controllers[0].set_sleep(victim.name, level):
+            return ""
         return f"{victim.name} to level {level}"

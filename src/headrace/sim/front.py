@@ -286,6 +286,11 @@ class FrontProcess(Process):
 
     # ---- the end
 
+    def on_notice(self, left_s: float) -> None:
+        """Its machine goes away in so many seconds."""
+        self.departure.leave_by_s = self.host.now_s() + left_s
+        self.terminate()
+
     def terminate(self) -> None:
         """SIGTERM."""
         if self._is_leaving:

@@ -72,6 +72,7 @@ class Process:
         self.host = host
         self.pid = next(registry.pids)
         self.random: Random = registry.timeline.random(f"{name} {self.pid}")
+        self.num_events = 0
         self.is_alive = True
         self.is_paused = False
         self.held: dict[Closes, None] = {}

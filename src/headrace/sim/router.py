@@ -13,6 +13,7 @@ from headrace.api.messages import (
     Demand,
     GatewaySpec,
     LoadReport,
+    Outlook,
     ReplicaView,
     ReportAck,
     TerminalState,
@@ -24,6 +25,7 @@ from headrace.gateway.completions import Completion, classify
 from headrace.gateway.dispatcher import Dispatcher
 from headrace.gateway.haproxy_runtime import HaproxyRefused, HaproxyRuntime, HaproxyUnavailable, ServerState
 from headrace.gateway.names import endpoint_of_backend
+from headrace.gateway.outlooks import Outlooks
 from headrace.gateway.replicas import Replica, ReplicaTable
 from headrace.gateway.report_checks import without_nonsense
 from headrace.gateway.request_recorder import RequestRecorder
@@ -130,6 +132,7 @@ class RouterProcess(Process):
         self._round: Coroutine[Any, Any, bool] | None = None
         self._next_round: Timer | None = None
         self._is_round_wanted = False
+        self.outlooks = Outlooks()
         self._controller: End | None = None
         self._demand_timer: Timer | None = None
         self._demand_sent_s = -1.0
@@ -343,7 +346,9 @@ class RouterProcess(Process):
         )
 
     def _on_word(self, message: object) -> None:
-        if isinstance(message, GatewaySpec) and message != self.spec:
+        if isinstance(message, Outlook):
+            self.outlooks.take(message.endpoints, self.host.now_s())
+        elif isinstance(message, GatewaySpec) and message != self.spec:
             self.spec = message
             self.dispatcher.set_rules(message.endpoints)
             self.dispatcher.set_tenants(message.tenants, self.host.now_s())

@@ -15,7 +15,6 @@ import msgspec
 from headrace.api.messages import ProcessSpec, ReplicaSpec
 from headrace.control.fleet import Slot
 from headrace.control.reconciler import Action
-from headrace.control.slots import slot_prefix
 from headrace.control.specs import gateway_ids, gateway_specs
 from headrace.control.system_state import SystemState
 from headrace.sim.clients import Crowd
@@ -171,7 +170,7 @@ class World:
         if kind == "relay":
             return RelayProcess(self.registry, spec.name, control)
         self.controller = ControllerProcess(
-            self.registry, control, self.run_directory, self.weather, self._answers, self._plan
+            self.registry, control, self.run_directory, self.weather, self._answers, self._plan, self.note
         )
         self.controller.begin()
         return self.controller
@@ -208,41 +207,31 @@ class World:
     # ---- the controller's decisions
 
     def _plan(self, state: SystemState, now_s: float) -> list[Action]:
-        seen = {slot.replica_id: (slot.is_alive, _seems_ready(slot, now_s)) for slot in _slots(state)}
-        leaving = {slot.replica_id for slot in _slots(state) if _leaves_by_itself(slot)}
+        before = {
+            name: (
+                frozenset(slot.replica_id for slot in slots if _seems_ready(slot, now_s)),
+                sum(slot.is_alive and not _leaves_by_itself(slot) for slot in slots),
+            )
+            for name in state.config.endpoints
+            for slots in (state.fleet.of(name),)
+        }
         actions = state.plan(now_s)
-        view = self._view(state, seen, leaving, now_s)
         for action in actions:
             self.note(f"controller: {type(action).__name__} {action.replica_id}: {action.reason}")
         if actions:
-            check_actions(actions, view)
+            views = {}
+            for desired in state.desired(now_s):
+                ready, num_alive = before[desired.name]
+                needed = desired.count - (desired.surge == 0)  # without room for more, the old one goes first
+                limit = max(desired.max_count, desired.count) + desired.surge
+                views[desired.name] = EndpointView(needed, limit, num_alive, ready)
+            check_actions(actions, PlanView(views))
         return actions
-
-    def _view(
-        self, state: SystemState, seen: dict[str, tuple[bool, bool]], leaving: set[str], now_s: float
-    ) -> PlanView:
-        """What was wanted in the turn, and what there was before it. seen: by replica, whether it lived, and
-        whether it seemed ready. Those that leave by themselves make room within the surge."""
-        endpoints = {}
-        for desired in state.desired(now_s):
-            prefix = slot_prefix(desired.name)
-            mine = {name: s for name, s in seen.items() if name.rpartition("-")[0] == prefix}
-            ready = frozenset(name for name, (_, is_ready) in mine.items() if is_ready)
-            num_alive = sum(
-                is_alive for name, (is_alive, _) in mine.items() if not (desired.surge and name in leaving)
-            )
-            endpoints[desired.name] = EndpointView(
-                desired.count, desired.max_count, desired.surge, num_alive, ready
-            )
-        return PlanView(endpoints)
-
-
-def _slots(state: SystemState) -> list[Slot]:
-    return list(state.fleet.slots.values())
 
 
 def _leaves_by_itself(slot: Slot) -> bool:
-    return slot.report is not None and slot.report.state == "draining" and not slot.is_stopping
+    """Its machine goes away, and it drains without having been told to."""
+    return not slot.is_stopping and slot.report is not None and slot.report.state == "draining"
 
 
 def _seems_ready(slot: Slot, now_s: float) -> bool:
