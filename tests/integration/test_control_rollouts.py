@@ -207,18 +207,16 @@ def test_a_restarted_controller_goes_on_with_a_paused_rollout(serve: Callable[..
 
 
 def test_a_standby_serves_the_first_request_at_zero_and_is_refilled(serve: Callable[..., System]) -> None:
-    system = serve(replicas={"min": 0, "max": 2, "standby": 1}, simulated={"step_ms": 2, "start_s": 3})
+    system = serve(replicas={"min": 0, "max": 2, "standby": 1}, simulated={"step_ms": 2, "start_s": 1})
     asleep = wait(system, lambda s: [r.state for r in s.replicas] == ["standby"])
     assert (asleep.endpoints[0].standby, asleep.endpoints[0].desired_standby) == (1, 1)
     assert 0 < asleep.endpoints[0].eta_s < 1
-    began_s = time.monotonic()
     body = {"model": "chat", "max_tokens": 2, "messages": [{"role": "user", "content": "Go"}]}
     answer = httpx.post(f"{system.url}/chat/completions", json=body, timeout=LIMIT_S)
     assert answer.status_code == 200
-    assert time.monotonic() - began_s < 2.5, "a cold start takes more than 3 s"
     status = wait(system, lambda s: sorted(r.state for r in s.replicas) == ["ready", "standby"])
     ready = next(replica for replica in status.replicas if replica.state == "ready")
-    assert ready.pid == asleep.replicas[0].pid
+    assert ready.pid == asleep.replicas[0].pid, "the one that was asleep, and no cold start"
 
 
 def test_a_replica_that_is_too_many_becomes_the_missing_standby_and_serves_again(

@@ -256,8 +256,12 @@ def _describe_size(endpoint: EndpointStatus) -> str:
 
     words = f"{endpoint.name}: {endpoint.desired} wanted, {endpoint.reason}"
     if endpoint.num_held and endpoint.eta_s:
-        eta = f"in about {format_seconds(endpoint.eta_s)}" if endpoint.eta_s > 0 else "nobody knows when"
-        words += f"; a replica is expected {eta}"
+        is_known = endpoint.eta_s > 0
+        words += (
+            f"; a replica is expected in about {format_seconds(endpoint.eta_s)}"
+            if is_known
+            else "; when a replica can serve them is not known"
+        )
     return words
 
 

@@ -156,6 +156,10 @@ class _Turn:
     def _phase(self, replica: ObservedReplica) -> Phase:
         return self.phases[replica.replica_id]
 
+    def _serves(self, replica: ObservedReplica) -> bool:
+        """It is ready, and has said so lately: gateways send nothing to one whose lease ended."""
+        return self._phase(replica) == "ready" and self.now_s <= replica.lease_ends_s
+
     def _is_running(self, replica: ObservedReplica) -> bool:
         """It has a process that is to stay. The other slots wait to be started again, as whatever is
         needed then."""
@@ -229,14 +233,14 @@ class _Turn:
         needed = self.desired.count
         if self.desired.surge == 0 and is_some_missing and self._is_replacing:
             needed -= 1
-        num_ready = sum(self._phase(slot) == "ready" for slot in self._serving)
+        num_ready = sum(map(self._serves, self._serving))
         surplus = [slot for slot in self._serving if slot.generation not in self.wanted]
         for generation, count in self.wanted.items():
             members = [slot for slot in self._serving if slot.generation == generation]
             surplus += sorted(members, key=self._cost_of_loss)[: max(len(members) - count, 0)]
         is_replacing = self._is_replacing
         for victim in sorted(surplus, key=self._cost_of_loss):
-            is_ready = self._phase(victim) == "ready"
+            is_ready = self._serves(victim)
             if is_ready and num_ready <= needed:
                 continue
             num_ready -= is_ready
@@ -260,9 +264,9 @@ class _Turn:
         )
 
     def _cost_of_loss(self, replica: ObservedReplica) -> tuple[int, bool, bool, float, int, float]:
-        """Not ready first; then outdated ones, those that leave anyway, the fewest tokens that would be
-        computed again, the fewest open requests, the newest."""
-        order = {"starting": 0, "standby": 1}.get(self._phase(replica), 2)
+        """Not ready, or silent, first; then outdated ones, those that leave anyway, the fewest tokens that
+        would be computed again, the fewest open requests, the newest."""
+        order = {"starting": 0, "standby": 1}.get(self._phase(replica), 2 + self._serves(replica))
         is_current = not self._is_outdated(replica)
         work = replica.lost_tokens, replica.num_open
         return order, is_current, not replica.is_leaving, *work, -replica.started_s
@@ -270,6 +274,8 @@ class _Turn:
     def _describe_loss(self, replica: ObservedReplica) -> str:
         if self._phase(replica) != "ready":
             return f"it is {self._phase(replica)}"
+        if not self._serves(replica):
+            return "its last load report is too old"
         if self._is_outdated(replica):
             return f"an old version with {replica.num_open} open"
         return f"its loss costs least: {replica.num_open} open, {replica.lost_tokens:.0f} tokens in demand"

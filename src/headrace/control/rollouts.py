@@ -210,6 +210,17 @@ class Rollouts:
             return {}
         return {change.progress.new: part, change.progress.old: round(1.0 - part, 9)}
 
+    def num_surplus(self, endpoint: str, num_live: int) -> int:
+        """Return how many of `num_live` replicas there are only because versions change."""
+        change = self._changes.get(endpoint)
+        if change is None or not change.progress.is_open:
+            return 0
+        for wanted in range(num_live):
+            planned = self._plan(endpoint, change, wanted)
+            if planned.old_count + planned.new_count >= num_live:
+                return num_live - wanted
+        return 0
+
     def main_generation(self, endpoint: str) -> str:
         """Return the generation that serves when nothing is undecided; the old one until a rollout ends."""
         change = self._changes.get(endpoint)

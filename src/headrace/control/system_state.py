@@ -54,6 +54,7 @@ class SystemState:
         self.metrics: Mapping[str, Sequence[MetricReading]] = {}
         """Custom metrics by endpoint, as they were last read."""
         self._scalers: dict[str, EndpointScaler] = {}
+        self._has_planned = False
         self._scaling: dict[str, ScalingDecision] = {}
         """Of this moment, as far as it was decided."""
         self._take(config)
@@ -264,13 +265,13 @@ class SystemState:
         self._scaling.clear()
         demands, is_complete = self.gateway.demands_by_router(), self.gateway.is_heard(now_s)
         for name, scaler in self._scalers.items():
-            observation = ScalingObservation(
-                demands.get(name, {}),
-                [_scaled(slot) for slot in self.fleet.of(name)],
-                is_complete,
-                self.metrics.get(name, ()),
-            )
-            scaler.observe(observation, now_s)
+            replicas = [_scaled(slot) for slot in self.fleet.of(name) if slot.role != "standby"]
+            if not self._has_planned:  # a scaler begins with the count that there is
+                replicas = replicas[self.rollouts.num_surplus(name, len(replicas)) :]
+            replicas += [_scaled(slot) for slot in self.fleet.of(name) if slot.role == "standby"]
+            metrics = self.metrics.get(name, ())
+            scaler.observe(ScalingObservation(demands.get(name, {}), replicas, is_complete, metrics), now_s)
+        self._has_planned = True
 
 
 def _scaled(slot: Slot) -> ScaledReplica:

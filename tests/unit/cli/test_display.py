@@ -15,11 +15,13 @@ from headrace.api.messages import (
     GatewayStatus,
     ProcessStatus,
     ReplicaStatus,
+    RolloutStatus,
     StepModel,
     SystemStatus,
     TenantStatus,
 )
 from headrace.cli.progress import LiveProgress, PlainProgress, greeting, make_progress
+from headrace.cli.rollout import describe
 from headrace.cli.status import render
 from headrace.control.serve import describe_unready, hopeless_error
 
@@ -216,3 +218,33 @@ def test_only_a_system_where_everything_failed_is_hopeless() -> None:
     status = msgspec.structs.replace(system(replica("chat-1", "ready")), processes=[gateway])
     assert hopeless_error(status) == "haproxy-g1 is failing: cannot bind socket"
     assert describe_unready(None) == "its controller never answered"
+
+
+def test_the_status_has_standby_and_rollouts_where_there_are_any_and_says_when_a_replica_is_expected() -> (
+    None
+):
+    def text(status: SystemStatus) -> str:
+        console = Console(file=io.StringIO(), width=140)
+        console.print(render(status))
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    plain = system(replica("chat-1", "ready"))
+    assert "standby" not in text(plain)
+    (endpoint,) = plain.endpoints
+    endpoint = msgspec.structs.replace(endpoint, standby=1, desired_standby=2, num_held=3, eta_s=4.0)
+    running = RolloutStatus("chat", "running", "aaa", "bbb", 0.1, "7 of 20 requests", 65.0, 2, 1)
+    shown = text(msgspec.structs.replace(plain, endpoints=[endpoint], rollouts=[running]))
+    assert "1/2" in shown
+    assert "a replica is expected in about 4.0 s" in shown
+    assert "chat: rollout aaa -> bbb running at 10% of the requests, 7 of 20 requests" in shown
+    unknown = msgspec.structs.replace(endpoint, eta_s=-1.0)
+    assert "when a replica can serve them is not known" in text(
+        msgspec.structs.replace(plain, endpoints=[unknown])
+    )
+    assert describe(running) == [
+        "chat: running for 65.0 s",
+        "  old aaa: 2 replicas ready, 90% of the requests",
+        "  new bbb: 1 replica ready, 10% of the requests",
+        "  7 of 20 requests",
+    ]

@@ -104,3 +104,33 @@ def test_a_new_controller_adopts_what_runs_and_waits_for_its_word() -> None:
     assert fleet.is_settled(1.0)
     fleet.adopt(processes, {"chat": "g"}, 10.0)
     assert fleet.is_settled(10.1 + ADOPTION_LIMIT_S)
+
+
+def test_a_replica_that_a_user_put_to_sleep_is_nobody_elses_to_wake() -> None:
+    fleet = started()
+    fleet.on_report(report(), 1.0)
+    fleet.rest("chat-1", is_asleep=True)
+    fleet.on_report(report(state="standby", phase="asleep at level 1"), 2.0)
+    assert fleet.observe(2.0)[0].role == "resting"
+    fleet.rest("chat-1", is_asleep=False)
+    fleet.on_report(report(), 3.0)
+    assert fleet.observe(3.0)[0].role == "serving"
+
+
+def test_a_sleeping_replica_of_an_earlier_controller_is_a_standby_only_where_there_are_some() -> None:
+    for with_standby, role in ((["chat"], "standby"), ([], "resting")):
+        fleet = Fleet()
+        fleet.adopt([ProcessState("chat-1", 7, True)], {"chat": "g"}, 0.0, with_standby)
+        fleet.on_report(report(state="standby", phase="asleep at level 1"), 1.0)
+        assert fleet.observe(1.0)[0].role == role
+
+
+def test_another_version_in_a_slot_did_nothing_wrong_yet() -> None:
+    fleet = started()
+    fleet.on_ended(ended(1), 2.0)
+    fleet.start(StartReplica("chat-1", "chat", "test", "g"), 5.0, 3.0)
+    assert fleet.slots["chat-1"].failures == 1
+    fleet.on_started(ProcessState("chat-1", 8, True))
+    fleet.on_ended(ended(1, pid=8), 4.0)
+    fleet.start(StartReplica("chat-1", "chat", "test", "other"), 5.0, 5.0)
+    assert fleet.slots["chat-1"].failures == 0

@@ -1,24 +1,34 @@
-"""The reconciler's promises, over random fleets and histories. A small world plays launcher and replicas."""
+"""The reconciler's promises, one by one and over random fleets and histories."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.unit.control.fleet_world import (
+    NOW_S,
+    World,
+    crashed,
+    desired,
+    fleets,
+    ready,
+    starting,
+    starts,
+    stops,
+    wishes,
+)
 
 from headrace.control.reconciler import (
-    Action,
     DesiredEndpoint,
     ForgetReplica,
     PromoteReplica,
     RestReplica,
     StartReplica,
     StopReplica,
-    WantedVersion,
     reconcile,
 )
 from headrace.control.slots import (
@@ -32,64 +42,6 @@ from headrace.control.slots import (
     restart_delay_s,
     slot_prefix,
 )
-
-NOW_S = 1000.0
-
-
-MAX_SURGE = 1
-
-
-def desired(
-    count: int = 2,
-    *,
-    maximum: int = 8,
-    name: str = "chat",
-    versions: dict[str, int] | None = None,
-    standby: int = 0,
-    surge: int = MAX_SURGE,
-) -> DesiredEndpoint:
-    versions = versions or {"new": count}
-    wanted = tuple(WantedVersion(*version) for version in versions.items())
-    return DesiredEndpoint(name, count, maximum, wanted, standby, "new", surge, "the test wants it")
-
-
-def ready(
-    replica_id: str, *, num_open: int = 0, generation: str = "new", started_s: float = 0.0
-) -> ObservedReplica:
-    return ObservedReplica(
-        replica_id, "chat", generation, True, False, started_s, NOW_S + 3, "ready", started_s, num_open
-    )
-
-
-def starting(replica_id: str, generation: str = "new") -> ObservedReplica:
-    return ObservedReplica(replica_id, "chat", generation, True, False, NOW_S, NOW_S + 3, "starting")
-
-
-def crashed(replica_id: str, failures: int, ended_s: float, *, is_retryable: bool = True) -> ObservedReplica:
-    return ObservedReplica(
-        replica_id,
-        "chat",
-        "new",
-        False,
-        False,
-        0,
-        0,
-        ended_s=ended_s,
-        failures=failures,
-        is_retryable=is_retryable,
-    )
-
-
-def stops(actions: list[Action]) -> list[str]:
-    return [action.replica_id for action in actions if isinstance(action, StopReplica)]
-
-
-def starts(actions: list[Action]) -> list[str]:
-    return [action.replica_id for action in actions if isinstance(action, StartReplica)]
-
-
-def ids(kind: type, actions: list[Action]) -> list[str]:
-    return [action.replica_id for action in actions if isinstance(action, kind)]
 
 
 def test_an_empty_fleet_is_started_with_the_lowest_ids() -> None:
@@ -122,6 +74,28 @@ def test_scaling_down_takes_failed_then_starting_then_idle_then_newest() -> None
         order.append(actions[0].replica_id)
         fleet = [replica for replica in fleet if replica.replica_id != order[-1]]
     assert order == ["chat-5", "chat-4", "chat-3", "chat-2", "chat-1"]
+
+
+def test_a_replica_whose_lease_ended_goes_before_one_that_serves_and_is_none_of_those_that_are_enough() -> (
+    None
+):
+    silent = replace(ready("chat-1", num_open=9), lease_ends_s=NOW_S - 1)
+    assert stops(reconcile([desired(1)], [silent, ready("chat-2")], NOW_S)) == ["chat-1"]
+    fleet = [replace(silent, generation="old"), ready("chat-2", generation="old"), ready("chat-3")]
+    assert stops(reconcile([desired(2)], fleet, NOW_S)) == ["chat-1"]
+
+
+def test_the_replica_whose_loss_costs_least_goes_and_the_reason_says_so() -> None:
+    fleet = [
+        replace(ready("chat-1", num_open=1), lost_tokens=900.0),
+        replace(ready("chat-2", num_open=4), lost_tokens=400.0),
+        ready("chat-3", started_s=5.0, num_open=5),
+    ]
+    (action,) = reconcile([desired(2)], fleet, NOW_S)
+    assert (action.replica_id, "costs least: 5 open, 0 tokens in demand" in action.reason) == ("chat-3", True)
+    fleet[0] = replace(fleet[0], is_leaving=True)
+    (action,) = reconcile([desired(2)], fleet, NOW_S)
+    assert action.replica_id == "chat-1", "its machine goes anyway"
 
 
 def test_a_serving_replica_gets_its_drain_grace_and_a_starting_one_does_not() -> None:
@@ -204,155 +178,6 @@ def test_replica_ids_are_safe_and_differ_between_endpoints() -> None:
     assert len(set(prefixes)) == len(names)
     assert all("/" not in prefix and ":" not in prefix and len(prefix) < 60 for prefix in prefixes)
     assert lowest_free_id("chat", {"chat-1", "chat-3"}) == "chat-2"
-
-
-# ---- properties over random fleets ----------------
-
-
-@dataclass
-class World:
-    """Plays launcher and replicas: starts take a tick, drains take a tick, some replicas crash."""
-
-    replicas: dict[str, ObservedReplica]
-    now_s: float = NOW_S
-
-    def apply(self, actions: list[Action]) -> None:
-        for action in actions:
-            old = self.replicas.get(action.replica_id)
-            match action:
-                case PromoteReplica(replica_id) | RestReplica(replica_id):
-                    assert old is not None
-                    assert old.is_alive
-                    assert not old.is_stopping
-                    assert old.report_state == ("standby" if isinstance(action, PromoteReplica) else "ready")
-                    role = "serving" if isinstance(action, PromoteReplica) else "standby"
-                    self.replicas[replica_id] = replace(old, role=role, is_changing=True)
-                case StartReplica(replica_id, endpoint, _, generation, is_standby):
-                    assert old is None or not old.is_alive, f"{replica_id} was started twice"
-                    failures = old.failures if old else 0
-                    self.replicas[replica_id] = ObservedReplica(
-                        replica_id,
-                        endpoint,
-                        generation,
-                        True,
-                        False,
-                        self.now_s,
-                        self.now_s + 15,
-                        failures=failures if old and old.generation == generation else 0,
-                        role="standby" if is_standby else "serving",
-                    )
-                case StopReplica(replica_id, is_failure=is_failure):
-                    assert old is not None
-                    assert old.is_alive
-                    assert not old.is_stopping
-                    self.replicas[replica_id] = replace(old, is_stopping=True, keeps_slot=is_failure)
-                case ForgetReplica(replica_id):
-                    assert old is not None
-                    if old.is_alive:
-                        self.replicas[replica_id] = replace(old, keeps_slot=False)
-                    else:
-                        del self.replicas[replica_id]
-
-    def crash(self, replica_id: str) -> None:
-        old = self.replicas[replica_id]
-        failures = count_failures(old, self.now_s)
-        self.replicas[replica_id] = replace(
-            old,
-            is_alive=False,
-            is_stopping=False,
-            keeps_slot=False,
-            report_state=None,
-            ended_s=self.now_s,
-            failures=failures,
-        )
-
-    def advance(self, seconds: float) -> None:
-        """Stopping replicas end, starting ones get ready, the ready ones report."""
-        self.now_s += seconds
-        for replica_id, replica in list(self.replicas.items()):
-            if replica.is_stopping and replica.keeps_slot:
-                self.crash(replica_id)
-            elif replica.is_stopping:
-                del self.replicas[replica_id]
-            elif (
-                replica.is_alive
-                and replica.report_state != "failed"
-                and self.now_s <= replica.lease_ends_s + LOST_AFTER_S
-            ):
-                since_s = replica.ready_since_s if replica.ready_since_s is not None else self.now_s
-                self.replicas[replica_id] = replace(
-                    replica,
-                    report_state="standby" if replica.role == "standby" else "ready",
-                    is_changing=False,
-                    ready_since_s=since_s,
-                    lease_ends_s=self.now_s + 3,
-                )
-
-    def num_ready(self, endpoint: str = "chat") -> int:
-        return sum(
-            phase_of(replica, self.now_s) == "ready"
-            and replica.endpoint == endpoint
-            and replica.role == "serving"
-            for replica in self.replicas.values()
-        )
-
-
-@st.composite
-def replicas_of(draw: st.DrawFn, endpoint: str, ids: list[str]) -> list[ObservedReplica]:
-    replicas = []
-    for replica_id in draw(st.lists(st.sampled_from(ids), unique=True, max_size=len(ids))):
-        is_alive = draw(st.booleans())
-        is_stopping = is_alive and draw(st.booleans())
-        state = (
-            draw(st.sampled_from([None, "starting", "ready", "ready", "failed", "standby"]))
-            if is_alive
-            else None
-        )
-        replicas.append(
-            ObservedReplica(
-                replica_id,
-                endpoint,
-                draw(st.sampled_from(["new", "old"])),
-                is_alive,
-                is_stopping,
-                started_s=NOW_S - draw(st.floats(0, 100)),
-                lease_ends_s=NOW_S + draw(st.floats(-30, 15)),
-                report_state=state,
-                ready_since_s=NOW_S - 1 if state == "ready" else None,
-                num_open=draw(st.integers(0, 5)),
-                keeps_slot=is_stopping and draw(st.booleans()),
-                ended_s=NOW_S - draw(st.floats(0, 100)),
-                failures=draw(st.integers(0, 8)),
-                is_retryable=draw(st.booleans()),
-                role="standby" if state == "standby" else "serving",
-                can_change=draw(st.booleans()),
-                lost_tokens=draw(st.floats(0, 1000)),
-                is_leaving=draw(st.booleans()),
-            )
-        )
-    return replicas
-
-
-fleets = st.builds(
-    lambda chat, gone: chat + gone,
-    replicas_of("chat", [f"chat-{n}" for n in range(1, 7)]),
-    replicas_of("gone", ["gone-1", "gone-2"]),
-)
-
-
-@st.composite
-def wishes(draw: st.DrawFn) -> DesiredEndpoint:
-    """One version, or two in the middle of a rollout; with and without standby and surge."""
-    count, surge = draw(st.integers(0, 4)), draw(st.integers(0, 2))
-    new = draw(st.integers(0, count)) if draw(st.booleans()) else count
-    old = draw(st.integers(0, min(count, count + surge - new)))
-    if old + new < count:
-        old = count - new
-    versions = {generation: wanted for generation, wanted in (("old", old), ("new", new)) if wanted}
-    maximum = draw(st.integers(max(count, 1), 6))
-    return desired(
-        count, maximum=maximum, versions=versions or {"new": 0}, standby=draw(st.integers(0, 2)), surge=surge
-    )
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from headrace.api.endpoint_config import Rollout
 from headrace.policy import rollout
 from headrace.policy.rollout import IDLE_STAGE_S, Outcomes, RolloutObservation, RolloutProgress, VersionView
 
+NOTHING = Outcomes()
 RULES = Rollout(traffic=[0.1, 0.5, 1.0], min_requests=20, stage_s=30.0, start_limit_s=100.0)
 
 
@@ -21,8 +22,8 @@ def seen(
     *,
     old_ready: int = 4,
     new_ready: int = 0,
-    old: Outcomes = Outcomes(),
-    new: Outcomes = Outcomes(),
+    old: Outcomes = NOTHING,
+    new: Outcomes = NOTHING,
     num_open: int = 1,
     **new_version: Any,
 ) -> RolloutObservation:
@@ -162,7 +163,7 @@ def test_paused_it_stays_as_it_is_and_resumed_its_stage_begins_anew() -> None:
 
 @st.composite
 def histories(draw: st.DrawFn) -> tuple[Rollout, list[RolloutObservation]]:
-    traffic = sorted(draw(st.sets(st.sampled_from([0.1, 0.3, 0.5, 0.9]), max_size=3))) + [1.0]
+    traffic = [*sorted(draw(st.sets(st.sampled_from([0.1, 0.3, 0.5, 0.9]), max_size=3))), 1.0]
     rules = Rollout(
         traffic=traffic,
         surge=draw(st.integers(0, 2)),
