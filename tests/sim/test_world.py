@@ -21,7 +21,6 @@ from headrace.sim.shrink import Shrinker, describe
 from headrace.sim.streams import FrontStream
 from headrace.sim.world import Outcome, World
 
-
 PRINT_HISTORIES = """
 import logging
 from headrace.sim.scenario import draw

@@ -97,8 +97,8 @@ class Scenario:
     num_hosts: int
     skews: tuple[float, ...]
     busy_interval_s: float
-    """Between two reports of a busy replica. The product's is 0.05 s; a machine that is short of time is slower,
-    and so many reports cost a third of a seed's time."""
+    """Between two reports of a busy replica. The product's is 0.05 s; a machine that is short of time is
+    slower, and so many reports cost a third of a seed's time."""
     start_s: float
     """Mean start of an engine."""
 
