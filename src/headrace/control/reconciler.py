@@ -233,18 +233,21 @@ class _Turn:
         needed = self.desired.count
         if self.desired.surge == 0 and is_some_missing and self._is_replacing:
             needed -= 1
-        num_ready = sum(map(self._serves, self._serving))
+        num_serving = sum(map(self._serves, self._serving))
+        num_ready = sum(self._phase(slot) == "ready" for slot in self._serving)
         surplus = [slot for slot in self._serving if slot.generation not in self.wanted]
         for generation, count in self.wanted.items():
             members = [slot for slot in self._serving if slot.generation == generation]
             surplus += sorted(members, key=self._cost_of_loss)[: max(len(members) - count, 0)]
         is_replacing = self._is_replacing
         for victim in sorted(surplus, key=self._cost_of_loss):
-            is_ready = self._serves(victim)
-            if is_ready and num_ready <= needed:
+            serves, is_ready = self._serves(victim), self._phase(victim) == "ready"
+            # All fall silent at once when it was this controller that stood still: they are still needed.
+            if is_ready and (num_serving if serves else num_ready) <= needed:
                 continue
+            num_serving -= serves
             num_ready -= is_ready
-            if is_ready and self._can_rest(victim):
+            if serves and self._can_rest(victim):
                 reason = f"{self.desired.count} wanted, and a standby is missing: {self.desired.reason}"
                 self.actions.append(RestReplica(victim.replica_id, self.desired.name, reason))
                 resting = replace(victim, role="standby", is_changing=True)

@@ -85,6 +85,12 @@ def test_a_replica_whose_lease_ended_goes_before_one_that_serves_and_is_none_of_
     assert stops(reconcile([desired(2)], fleet, NOW_S)) == ["chat-1"]
 
 
+def test_replicas_that_all_fell_silent_at_once_are_still_needed() -> None:
+    """It was the controller that stood still: their reports are on the way."""
+    fleet = [replace(ready(f"chat-{n}", generation="old"), lease_ends_s=NOW_S - 4) for n in (1, 2)]
+    assert stops(reconcile([desired(2)], [*fleet, starting("chat-3")], NOW_S)) == []
+
+
 def test_the_replica_whose_loss_costs_least_goes_and_the_reason_says_so() -> None:
     fleet = [
         replace(ready("chat-1", num_open=1), lost_tokens=900.0),
