@@ -25,8 +25,8 @@ AIM_LEVEL, AIM_RATIO = 0.99, 1.15
 TARGETS = ((0.7, 60.0), (0.9, 60.0), (1.0, 60.0))
 EAGER = (1.0, 10.0)
 """A further setting where starts are short: scaling.down_after_s below its default."""
-CONCURRENCY = (0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
-UTILIZATIONS = (0.9, 1.0, 1.1, 1.3)
+CONCURRENCY = (0.1, 0.2, 0.25, 0.3, 0.4)
+UTILIZATIONS = (1.0, 1.1)
 POLICIES = ("headrace", "Knative", "Ray Serve", "static")
 # Step models fitted to the grids that aiconfigurator 0.12 computes for Llama-3.1-70B.
 H100 = Kind(

@@ -129,9 +129,9 @@ def simulate(world: World, policy: Policy, seed: int = 7, *, is_lagging: bool = 
     """Run a policy over the whole trace. Without lag: replicas serve at once."""
     work = world.work()
     random = np.random.default_rng(seed)
-    times = np.minimum(np.exp(random.normal(np.log(0.8), 0.136, 200_000)), 2.0) * world.kind.start_s
+    times = np.minimum(np.exp(random.normal(np.log(0.8), 0.136, 20_000)), 2.0) * world.kind.start_s
     times *= is_lagging
-    starts = zip(itertools.count(), times.tolist(), strict=False)
+    starts = zip(itertools.count(), itertools.cycle(times.tolist()), strict=False)
     arrivals, tokens, done = world.trace.requests.tolist(), world.trace.prompt_tokens.tolist(), work.tolist()
     size, mean_s = world.trace.num_seconds, world.capacity.mean_request_s
     capacity = np.zeros(size)
