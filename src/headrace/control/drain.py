@@ -49,7 +49,8 @@ async def drain(launcher: Launcher, state: SystemState, wake: asyncio.Event, clo
     for slot in slots:
         if slot.is_alive:
             slot.is_stopping, slot.keeps_slot = True, False
-            is_serving = slot.phase in ("ready", "draining")
+            has_streams = slot.report is not None and slot.report.num_open > 0
+            is_serving = slot.phase in ("ready", "draining") or has_streams
             launcher.stop(slot.replica_id, slot.drain_grace_s + MARGIN_S if is_serving else 1.0)
     await _wait_while(has_replicas, longest_s + 1.0, launcher, wake, clock)
     stop((pair.router for pair in pairs), GATEWAY_GRACE_S)

@@ -206,7 +206,8 @@ class _Turn:
                 reason = replica.last_error or "failed without saying why"
             self.slots[index] = replace(replica, is_stopping=True, keeps_slot=True)
             self.phases[replica.replica_id] = "failed"
-            stop = StopReplica(replica.replica_id, self.desired.name, 0.0, reason, is_failure=True)
+            grace_s = stop_grace_s(replica, phase)
+            stop = StopReplica(replica.replica_id, self.desired.name, grace_s, reason, is_failure=True)
             self.actions.append(stop)
 
     def _promote(self) -> dict[str, int]:
@@ -359,7 +360,12 @@ def _remove(replica: ObservedReplica, phase: Phase, reason: str) -> list[Action]
         return [ForgetReplica(replica.replica_id, replica.endpoint, reason)]
     if replica.is_stopping:
         return []
-    serving, idle = replica.drain_grace_s, 1.0
-    graces_s = {"ready": serving, "draining": serving, "starting": idle, "standby": idle}
-    grace_s = graces_s.get(phase, 0)
-    return [StopReplica(replica.replica_id, replica.endpoint, grace_s, reason)]
+    return [StopReplica(replica.replica_id, replica.endpoint, stop_grace_s(replica, phase), reason)]
+
+
+def stop_grace_s(replica: ObservedReplica, phase: Phase) -> float:
+    """How long a replica may take to end. One whose engine is gone may have streams all the same, which
+    siblings' engines continue: only a hung one is killed with them."""
+    if phase in ("ready", "draining") or (replica.num_open and phase != "lost"):
+        return replica.drain_grace_s
+    return 1.0 if phase in ("starting", "standby") else 0.0

@@ -40,7 +40,7 @@ class Replica:
     max_open: int
     connection: object
     num_open_elsewhere: int = 0
-    """Open there by its last report, and sent by others."""
+    """Open there by its last report, and sent by others: other gateways, and siblings."""
     max_running: int = 0
     """Most requests in one step of its engine; 0: unknown."""
     num_waiting: int = 0
@@ -206,7 +206,7 @@ class ReplicaTable:
         if report.open_by_gateway:
             ours = min(ours, max(0, report.open_by_gateway.get(self.gateway_id, 0)))
         replica.num_open = ours
-        replica.num_open_elsewhere = report.num_open - ours
+        replica.num_open_elsewhere = report.num_open - ours + max(0, report.num_guests)
         info, engine = report.engine_info, report.engine
         replica.max_running = max(0, info.max_running) if info is not None else 0
         if engine is None:
