@@ -33,6 +33,7 @@ from headrace.api.messages import (
 )
 from headrace.clock import Clock
 from headrace.errors import Overloaded
+from headrace.replica.aborted_ids import AbortedIds
 from headrace.replica.engine_process import EngineProcess
 from headrace.replica.restart import EngineEnd, RestartPolicy
 
@@ -124,6 +125,7 @@ class EngineClient:
         self._cache_watcher = cache_watcher
         self._is_sleep_wanted = spec.is_standby
         self._streams: dict[str, EngineStream] = {}
+        self._aborted = AbortedIds()
         self._process: EngineProcess | None = None
         self._timers: list[asyncio.TimerHandle] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -171,6 +173,7 @@ class EngineClient:
     def abort(self, request_id: str) -> None:
         """Take a request back. Its stream hears nothing more; unknown ids are ignored."""
         if self._streams.pop(request_id, None) is not None and self._process is not None:
+            self._aborted.add(request_id)
             self._process.send(Abort(request_id))
             if self._cache_watcher is not None:
                 self._cache_watcher.on_abort(request_id)
@@ -204,7 +207,7 @@ class EngineClient:
             self._follow_sleep()
 
     def has_request(self, request_id: str) -> bool:
-        return request_id in self._streams
+        return request_id in self._streams or request_id in self._aborted
 
     def why_not_ready(self) -> str:
         """Say in a sentence why no request can be taken."""
@@ -369,6 +372,7 @@ class EngineClient:
         self.load = None
         if self._cache_watcher is not None:
             self._cache_watcher.on_lost()
+        self._aborted.clear()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.on_engine_lost(error)
