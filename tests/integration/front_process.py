@@ -37,6 +37,8 @@ class FakeRouter:
     def __init__(self, path: str) -> None:
         self.releases = True
         """Whether a draining replica, or one that goes on standby, is released."""
+        self.answers_ready = True
+        """Whether reports of a replica that serves are acknowledged: routers do not."""
         self.reports: list[LoadReport] = []
         self.finished: dict[str, FinishedRequest] = {}
         self.num_finished = 0
@@ -65,7 +67,10 @@ class FakeRouter:
             while data := connection.recv(65536):
                 for report in decoder.feed(data):
                     self._keep(report)
-                    is_released = self.releases and report.state in ("draining", "standby")
+                    is_leaving = report.state in ("draining", "standby")
+                    if not is_leaving and not self.answers_ready:
+                        continue
+                    is_released = self.releases and is_leaving
                     connection.sendall(encode_frame(ReportAck(report.sequence, is_released)))
 
     def _keep(self, report: LoadReport) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,3 +131,21 @@ def test_only_a_controller_puts_a_replica_to_sleep() -> None:
         with front.router._changed:
             assert front.router._changed.wait_for(lambda: len(front.router._connections) > before, 10)
         assert front.wait_ready().state == "ready"
+
+
+def test_a_replica_that_slept_before_waits_to_be_released_when_it_leaves() -> None:
+    with controlled_front(SIMULATED) as (front, controller):
+        front.wait_ready()
+        front.router.answers_ready = controller.answers_ready = False
+        controller.set_sleep(1)
+        controller.wait_for(lambda report: report.phase == "asleep at level 1")
+        controller.set_sleep(0)
+        front.wait_ready()
+        front.router.releases = False
+        front.process.send_signal(signal.SIGTERM)
+        front.router.wait_for(lambda report: report.state == "draining")
+        with pytest.raises(subprocess.TimeoutExpired):  # without a release it stays for five seconds
+            front.process.wait(1.5)
+        assert ask(front).status_code == 200, "the router may still send requests"
+        front.router.releases = True
+        assert front.process.wait(10) == 0

@@ -336,6 +336,7 @@ class Front:
         """Be released, hand over what stays open, free the engine, relay to the end, exit."""
         departure = self._departure
         await self._standby.stop()
+        self._reporter.ask_release(self._sequence + 1)  # a release from an earlier sleep does not count
         await departure.wait_for_release()
         self._generator.is_closed = True
         self._server.close_idle()

@@ -305,6 +305,7 @@ class FrontProcess(Process):
         """Be released, hand over what stays open, free the engine, relay to the end, exit."""
         departure = self.departure
         await self.standby.stop()
+        self._ask_release()
         await departure.wait_for_release()
         self.is_closed = True
         if await departure.free_engine():
