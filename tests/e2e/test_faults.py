@@ -98,19 +98,15 @@ def test_a_killed_controller_costs_no_request_and_touches_nothing_healthy(system
     assert pids_of(system, *FRONTS_AND_ENGINES, "headrace: router") == before
 
 
-def test_a_killed_engine_fails_only_its_own_streams_and_comes_back(system: RunningSystem) -> None:
+def test_a_killed_engine_costs_no_stream_and_comes_back(system: RunningSystem) -> None:
     with Load(system.url) as load:
         load.wait_for(16)
         engine = system.find_process("headrace: engine chat-1")
         engine.kill()
-        load.wait_for(1, "error_event", timeout_s=5)
         load.wait_for(64)
         wait_replaced(system, "headrace: engine chat-1", engine.pid)
         load.wait_for(64)
-    # 502: the engine died before the first token. Not sent elsewhere, so that a request which kills engines
-    # kills one.
-    assert set(load.outcomes) <= {"finished", "error_event", "status_502"}, load.outcomes
-    assert load.outcomes["error_event"] + load.outcomes["status_502"] <= 8, load.outcomes
+    assert set(load.outcomes) == {"finished"}, load.outcomes
 
 
 def test_a_killed_front_fails_only_its_own_streams_and_is_replaced(system: RunningSystem) -> None:
