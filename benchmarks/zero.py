@@ -129,9 +129,14 @@ async def _step(
 
 
 def _distribution(samples: dict[str, list[float]]) -> Table:
-    ranks = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+    ranks = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
     rows = [
-        [way, str(len(values)), *(f"{percentile(sorted(values), rank):.2f}" for rank in ranks)]
+        [
+            way,
+            str(len(values)),
+            f"{min(values):.2f}",
+            *(f"{percentile(sorted(values), rank):.2f}" for rank in ranks),
+        ]
         for way, values in samples.items()
     ]
     headers = ("way", "requests", "least", "p10", "p25", "p50", "p75", "p90", "p99", "most")
