@@ -73,13 +73,13 @@ def run(*, is_quick: bool) -> Report:
     return report
 
 
-def config_of(num_replicas: int, max_replicas: int, **native: Any) -> dict[str, Any]:
+def config_of(num_replicas: int, **native: Any) -> dict[str, Any]:
     """Return the config of the system under test."""
     return {
         "endpoints": {
             "chat": {
                 "model": MODEL,
-                "replicas": {"min": num_replicas, "max": max_replicas},
+                "replicas": num_replicas,
                 "native": {"num_threads": 1, "kv_cache_mb": 128, **native},
                 "streams": {"handover_after_s": 0.2},
                 "rollout": {"traffic": [1.0], "min_requests": 0, "stage_s": 0},
@@ -96,7 +96,7 @@ def config_of(num_replicas: int, max_replicas: int, **native: Any) -> dict[str, 
 def measure_gaps(count: int) -> dict[int, list[float]]:
     """Return the gaps in seconds by tokens of context."""
     gaps: dict[int, list[float]] = {context: [] for context in CONTEXTS}
-    with headrace.serve(config_of(2, 2)) as system:
+    with headrace.serve(config_of(2)) as system:
         for number in range(count):
             for context in CONTEXTS:
                 request = Ask(number * 10 + context, int(context / TOKENS_PER_WORD), 60)
@@ -129,7 +129,7 @@ def measure_storm(duration_s: float) -> Storm:
     storm = Storm()
     chance = random.Random(5)
     asks = [Ask(k, chance.choice((20, 60, 150)), chance.choice((40, 80)), k % 2 == 1) for k in range(24)]
-    with headrace.serve(config_of(2, 3)) as system:
+    with headrace.serve(config_of(2)) as system:
         right = ask_all(system.url, asks)
         _check(right)
         began_s = time.monotonic()
@@ -157,17 +157,24 @@ def kill_engine(system: System, storm: Storm) -> None:
 
 
 def drain(system: System, storm: Storm) -> None:
-    """Scale up by one, and down again when it is ready: the fleet chooses who leaves."""
-    system.scale("chat", 3)
+    """One more replica, and one fewer when it is ready: the fleet chooses who leaves."""
+    resize(system, 3)
     wait_for(system, lambda replicas: sum(r.state == "ready" for r in replicas) == 3)
     before = {
         replica.replica_id: replica.num_running + replica.num_waiting for replica in replicas_of(system)
     }
-    system.scale("chat", 2)
+    resize(system, 2)
     wait_for(system, lambda replicas: sum(r.state in ("ready", "starting") for r in replicas) == 2)
     left = [r.replica_id for r in replicas_of(system) if r.state in ("ready", "starting")]
     storm.events["replica drained"] += 1
     storm.streams_hit += sum(count for name, count in before.items() if name not in left)
+
+
+def resize(system: System, num_replicas: int) -> None:
+    """Have so many replicas, whatever the load asks for."""
+    config = system.config.model_dump()
+    config["endpoints"]["chat"]["replicas"].update(min=num_replicas, max=num_replicas)
+    system.apply(config)
 
 
 def roll_out(system: System, storm: Storm) -> None:
