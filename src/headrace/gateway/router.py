@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from headrace.api.config import split_address
-from headrace.api.messages import Demand, GatewaySpec, LoadReport, Outlook, ReplicaView, ReportAck
+from headrace.api.messages import Demand, GatewaySpec, Outlook, ReplicaView
 from headrace.clock import Clock
 from headrace.errors import ConfigError, ProtocolError
 from headrace.gateway.answers import Answers, parked, refusal
@@ -28,12 +28,12 @@ from headrace.gateway.haproxy_frontend import RELAY_BACKEND
 from headrace.gateway.haproxy_identity import admin_keys
 from headrace.gateway.haproxy_runtime import HaproxyRuntime
 from headrace.gateway.key_map import KeyMap
+from headrace.gateway.membership import Membership
 from headrace.gateway.metrics_server import serve_metrics
 from headrace.gateway.names import endpoint_of_backend
 from headrace.gateway.outlooks import Outlooks
 from headrace.gateway.paths import GatewayPaths
-from headrace.gateway.replicas import Replica, ReplicaTable
-from headrace.gateway.report_checks import without_nonsense
+from headrace.gateway.replicas import ReplicaTable
 from headrace.gateway.request_recorder import RequestRecorder
 from headrace.gateway.servers import ServerKeeper
 from headrace.gateway.spoe import Arguments, SpoeAgent, SpoeCall, SpoeConnection, text_argument
@@ -49,8 +49,6 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
 DEMAND_PERIOD_S = 0.2
-LEAVING = ("draining", "standby")
-"""States in which a replica waits for the word that it is sent nothing more."""
 RECORDS_AT_A_TIME = 32
 """Records that are written in one turn of the loop: as much work as three decisions, which wait for it."""
 REQUEST_LOG_BYTES = 64 * 1024 * 1024
@@ -68,7 +66,6 @@ class Router:
         self._paths = GatewayPaths(spec.run_dir, spec.gateway_id)
         runtime = HaproxyRuntime(self._paths.runtime_socket, self._paths.master_socket)
         self.replicas = ReplicaTable(spec.run_dir, spec.gateway_id, uses_h2=spec.replica_protocol == "h2")
-        self._seen_revision = 0
         self._num_answered_by_haproxy = 0
         self.statistics = RequestStatistics()
         self._request_log = BackgroundLog(
@@ -78,7 +75,9 @@ class Router:
         )
         self.recorder = RequestRecorder(spec.gateway_id, clock, self._on_record)
         self.dispatcher = Dispatcher(spec.endpoints, self.replicas, self.recorder, spec.tenants)
-        self.keeper = ServerKeeper(spec, fd_limit, runtime, self._on_servers_changed)
+        self.membership = Membership(self.replicas, self.dispatcher, self.recorder, clock.now_s)
+        self.keeper = ServerKeeper(spec, fd_limit, runtime, self.membership.servers_changed)
+        self.membership.keeper = self.keeper
         self.keys = KeyMap(self._paths.key_map, runtime)
         self.keys.want(None, bool(spec.tenants))
         self.admin_keys = KeyMap(self._paths.admin_key_map, runtime)
@@ -182,7 +181,8 @@ class Router:
         ]
 
     def _make_report_connection(self) -> ReportConnection:
-        return ReportConnection(self._on_report, self._on_report_lost, self._on_report_error)
+        members = self.membership
+        return ReportConnection(members.take_report, members.connection_lost, members.ignore)
 
     # ---- HAProxy asks
 
@@ -284,65 +284,12 @@ class Router:
             self.recorder.completed(completion)
             self.dispatcher.pump(endpoint, self._clock.now_s())
 
-    # ---- replicas report
-
-    def _on_report(self, connection: ReportConnection, report: LoadReport) -> None:
-        now_s = self._clock.now_s()
-        report, num_impossible = without_nonsense(report)
-        self.replicas.num_ignored_ends += num_impossible
-        try:
-            replica = self.replicas.observe(report, connection, now_s)
-        except ProtocolError as error:
-            self._on_report_error(error)
-            return
-        for finished in report.finished:
-            self.recorder.front_finished(finished)
-        self.dispatcher.take_report(report, replica, now_s)
-        if replica is not None:
-            self.dispatcher.replica_reported(replica, report, now_s)
-            self._on_replicas_changed()
-            self.dispatcher.pump(replica.endpoint, now_s)
-        if report.state in LEAVING:
-            is_released = replica is None or self._is_released(replica)
-            connection.acknowledge(ReportAck(report.sequence, is_released))
-
-    def _on_report_lost(self, connection: ReportConnection) -> None:
-        self.replicas.connection_closed(connection, self._clock.now_s())
-        self._on_replicas_changed()
-
-    def _on_report_error(self, error: ProtocolError) -> None:
-        self.replicas.num_ignored_reports += 1
-        logger.warning("load report ignored: %s", error)
-
-    def _on_replicas_changed(self) -> None:
-        if self._seen_revision == self.replicas.revision:
-            return
-        self._seen_revision = self.replicas.revision
-        self.replicas.mark_serving(self.keeper.serving)
-        self.keeper.want(self.replicas.wanted_servers(), self.replicas.known_paths)
-
-    def _is_released(self, replica: Replica) -> bool:
-        return all(self.keeper.is_released(path) for path in replica.paths)
-
-    def _on_servers_changed(self) -> None:
-        now_s = self._clock.now_s()
-        self.replicas.mark_serving(self.keeper.serving)
-        for endpoint in list(self.dispatcher.endpoints):
-            self.dispatcher.pump(endpoint, now_s)
-        for replica in self.replicas.replicas.values():
-            if replica.state in LEAVING and self._is_released(replica):
-                connection = replica.connection
-                if isinstance(connection, ReportConnection):
-                    connection.acknowledge(ReportAck(replica.sequence, is_released=True))
-
     # ---- time passes, the controller speaks
 
     async def _tick_for_ever(self) -> None:
         while True:
             now_s = self._clock.now_s()
-            for replica in self.replicas.expire(now_s):
-                self.dispatcher.replica_gone(replica)
-            self._on_replicas_changed()
+            self.membership.expire(now_s)
             self.dispatcher.tick(now_s)
             self.recorder.tick(now_s)
             while self.recorder.hand_out(RECORDS_AT_A_TIME):  # noqa: ASYNC110, decisions come between

@@ -12,25 +12,23 @@ from typing import Any
 from headrace.api.messages import (
     Demand,
     GatewaySpec,
-    LoadReport,
     Outlook,
     ReplicaView,
     ReportAck,
     TerminalState,
 )
 from headrace.api.run_paths import CONTROLLER_SOCKET, router_socket_path
-from headrace.errors import ProtocolError
 from headrace.gateway.arrivals import Arrival, Bound, Refused
 from headrace.gateway.completions import Completion, classify
 from headrace.gateway.dispatcher import Dispatcher
 from headrace.gateway.haproxy_runtime import HaproxyRefused, HaproxyRuntime, HaproxyUnavailable, ServerState
+from headrace.gateway.membership import Membership
 from headrace.gateway.names import endpoint_of_backend
 from headrace.gateway.outlooks import Outlooks
-from headrace.gateway.replicas import Replica, ReplicaTable
-from headrace.gateway.report_checks import without_nonsense
+from headrace.gateway.replicas import ReplicaTable
 from headrace.gateway.request_recorder import RequestRecorder
 from headrace.gateway.rounds import RETRY_PERIOD_S
-from headrace.gateway.router import DEMAND_PERIOD_S, LEAVING, TICK_S
+from headrace.gateway.router import DEMAND_PERIOD_S, TICK_S
 from headrace.gateway.server import Server
 from headrace.gateway.servers import VERIFY_PERIOD_S, ConfigFiles, ServerKeeper
 from headrace.observability.request_record import RequestRecord
@@ -101,6 +99,26 @@ class _Disk(ConfigFiles):
         self._disk.servers = list(servers)
 
 
+class _Keeper(ServerKeeper):
+    """The real keeper, whose rounds begin on virtual time."""
+
+    on_want: Callable[[], None]
+
+    def want(self, servers: Iterable[Server], known: Iterable[str]) -> None:
+        super().want(servers, known)
+        self.on_want()
+
+
+class _Reports:
+    """The connection that a front reports over."""
+
+    def __init__(self, end: End) -> None:
+        self._end = end
+
+    def acknowledge(self, ack: ReportAck) -> None:
+        self._end.send(ack)
+
+
 class RouterProcess(Process):
     """One router process."""
 
@@ -120,15 +138,17 @@ class RouterProcess(Process):
         self._find_haproxy = find_haproxy
         # HTTP/2 is a second server for the same replica; the simulated HAProxy needs one.
         self.replicas = ReplicaTable(spec.run_dir, spec.gateway_id, uses_h2=False)
-        self._seen_revision = 0
         self.records: dict[str, int] = {}
         """Lines of the request log by request id."""
         self.last_record = ""
         self.recorder = RequestRecorder(spec.gateway_id, host, self._on_record)
         self.dispatcher = Dispatcher(spec.endpoints, self.replicas, self.recorder, spec.tenants)
-        self.keeper = ServerKeeper(
-            spec, 20_000, Runtime(find_haproxy), self._on_servers_changed, _Disk(disk), host.now_s
+        self.membership = Membership(self.replicas, self.dispatcher, self.recorder, host.now_s)
+        self.keeper = _Keeper(
+            spec, 20_000, Runtime(find_haproxy), self.membership.servers_changed, _Disk(disk), host.now_s
         )
+        self.keeper.on_want = self._want_round
+        self.membership.keeper = self.keeper
         self._round: Coroutine[Any, Any, bool] | None = None
         self._next_round: Timer | None = None
         self._is_round_wanted = False
@@ -165,8 +185,9 @@ class RouterProcess(Process):
         elif address == self._log_address:
             end.on_message = self._on_completion
         else:
-            end.on_message = lambda message: self._on_report(end, message)
-            end.on_close = lambda: self._on_report_lost(end)
+            reports = _Reports(end)
+            end.on_message = lambda message: self.membership.take_report(reports, message)
+            end.on_close = lambda: self.membership.connection_lost(reports)
 
     # ---- HAProxy asks
 
@@ -204,54 +225,6 @@ class RouterProcess(Process):
         self.last_record = record.id
         self.records[record.id] = self.records.get(record.id, 0) + 1
 
-    # ---- replicas report
-
-    def _on_report(self, end: End, report: LoadReport) -> None:
-        now_s = self.host.now_s()
-        report, _ = without_nonsense(report)
-        try:
-            replica = self.replicas.observe(report, end, now_s)
-        except ProtocolError:
-            self.replicas.num_ignored_reports += 1
-            return
-        for finished in report.finished:
-            self.recorder.front_finished(finished)
-        self.dispatcher.take_report(report, replica, now_s)
-        if replica is not None:
-            self.dispatcher.replica_reported(replica, report, now_s)
-            self._on_replicas_changed()
-            self.dispatcher.pump(replica.endpoint, now_s)
-        if report.state in LEAVING:
-            is_released = replica is None or self._is_released(replica)
-            end.send(ReportAck(report.sequence, is_released))
-
-    def _on_report_lost(self, end: End) -> None:
-        self.replicas.connection_closed(end, self.host.now_s())
-        self._on_replicas_changed()
-
-    def _on_replicas_changed(self) -> None:
-        if self._seen_revision == self.replicas.revision:
-            return
-        self._seen_revision = self.replicas.revision
-        self.replicas.mark_serving(self.keeper.serving)
-        self.keeper.want(self.replicas.wanted_servers(), self.replicas.known_paths)
-        self._want_round()
-
-    def _is_released(self, replica: Replica) -> bool:
-        # Without HTTP/2 the second path was never wanted, and HAProxy never has it.
-        return all(self.keeper.is_released(path) for path in replica.paths)
-
-    def _on_servers_changed(self) -> None:
-        now_s = self.host.now_s()
-        self.replicas.mark_serving(self.keeper.serving)
-        for endpoint in list(self.dispatcher.endpoints):
-            self.dispatcher.pump(endpoint, now_s)
-        for replica in self.replicas.replicas.values():
-            if replica.state in LEAVING and self._is_released(replica):
-                connection = replica.connection
-                if isinstance(connection, End):
-                    connection.send(ReportAck(replica.sequence, is_released=True))
-
     # ---- the keeper's rounds: the real coroutine, one command to HAProxy at a time
 
     def _want_round(self) -> None:
@@ -288,9 +261,7 @@ class RouterProcess(Process):
     def _tick(self) -> None:
         self.after(TICK_S, self._tick, "router tick")
         now_s = self.host.now_s()
-        for replica in self.replicas.expire(now_s):
-            self.dispatcher.replica_gone(replica)
-        self._on_replicas_changed()
+        self.membership.expire(now_s)
         self.dispatcher.tick(now_s)
         self.recorder.tick(now_s)
         self.recorder.hand_out()
