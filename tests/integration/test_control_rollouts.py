@@ -33,7 +33,7 @@ def tree(**chat: Any) -> dict[str, Any]:
         "model": "simulated",
         "engine": "simulated",
         "simulated": {"step_ms": 2},
-        "replicas": {"min": 1, "max": 3},
+        "replicas": {"min": 1, "max": 1},
         "rollout": QUICK,
         "drain_grace_s": 5,
     }
@@ -109,7 +109,7 @@ async def load(system: System, num_clients: int = 6) -> AsyncIterator[Counter[st
 async def test_a_rollout_under_load_goes_through_its_stages_and_is_promoted(
     serve: Callable[..., System],
 ) -> None:
-    system = await asyncio.to_thread(serve, replicas={"min": 2, "max": 3})
+    system = await asyncio.to_thread(serve, replicas={"min": 2, "max": 2})
     before = {replica.pid for replica in system.status().replicas}
     parts: list[float] = []
     least_ready = 9
@@ -124,7 +124,7 @@ async def test_a_rollout_under_load_goes_through_its_stages_and_is_promoted(
         return has_ended(status, "promoted") and len(status.replicas) == 2
 
     async with load(system) as outcomes:
-        system.apply(tree(replicas={"min": 2, "max": 3}, max_open=32))
+        system.apply(tree(replicas={"min": 2, "max": 2}, max_open=32))
         status = await asyncio.to_thread(wait, system, watch)
     assert set(outcomes) == {"finished"}, outcomes
     assert parts[-3:] == [0.1, 0.5, 1.0]
