@@ -17,7 +17,8 @@ from tests.integration.front_process import SOURCE
 from headrace.api.messages import EngineSpec, GenerationRequest, SamplingParams, StepOutput
 from headrace.clock import SystemClock
 from headrace.errors import Overloaded
-from headrace.replica.engine_client import EngineClient, EngineTimeLimits
+from headrace.replica.engine_client import EngineClient
+from headrace.replica.engine_silence import EngineTimeLimits
 from headrace.replica.restart import RestartPolicy
 
 pytestmark = pytest.mark.slow

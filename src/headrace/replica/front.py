@@ -34,7 +34,8 @@ from headrace.observability.line_log import BackgroundLog
 from headrace.policy.resumption import Limits, OwnEngine, guest_room
 from headrace.replica.answer import AnswerServices
 from headrace.replica.departure import Departure
-from headrace.replica.engine_client import EngineClient, EngineTimeLimits
+from headrace.replica.engine_client import EngineClient
+from headrace.replica.engine_silence import EngineTimeLimits
 from headrace.replica.generation import Generator
 from headrace.replica.grammar_checker import GrammarChecker
 from headrace.replica.http_messages import AnswerHeads, HttpLimits
@@ -93,6 +94,7 @@ class Front:
             limits.engine,
             RestartPolicy(),
             self._digest,
+            lambda: self._keeper.are_others_catching_up(),
         )
         self._peers = PeerPool(clock)
         limits_of_streams = Limits(spec.resume_attempts, spec.resume_limit_s)

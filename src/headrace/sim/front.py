@@ -79,7 +79,15 @@ class FrontProcess(Process):
         self.caching = PromptCaching(spec.endpoint, self.digest)
         self.ledger = Ledger(self.metrics, Silent(), host, self)
         self.streams: dict[FrontStream, None] = {}
-        self.engine = EngineLink(self, weather, spec.engine, behaviour, self.digest, self.notify)
+        self.engine = EngineLink(
+            self,
+            weather,
+            spec.engine,
+            behaviour,
+            self.digest,
+            self.notify,
+            lambda: self.keeper.are_others_catching_up(),
+        )
         self.peers = PeerPool(host)
         limits = Limits(spec.resume_attempts, spec.resume_limit_s)
         self.keeper = StreamKeeper(self.engine, self.peers, self._own_engine, limits, self.metrics, host)
