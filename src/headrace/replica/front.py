@@ -28,7 +28,7 @@ from headrace.api.messages import (
 from headrace.api.openai import ModelCard
 from headrace.api.run_paths import front_socket_path, peer_socket_path
 from headrace.clock import Clock
-from headrace.errors import ModelError
+from headrace.errors import ConfigError, ModelError
 from headrace.observability.front_metrics import FrontMetrics
 from headrace.observability.line_log import BackgroundLog
 from headrace.policy.resumption import Limits, OwnEngine, guest_room
@@ -259,14 +259,14 @@ class Front:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop_requested.set)
         try:
-            self._address = await self._server.listen(self._spec.host, self._spec.port)
-        except OSError as error:
-            where = f"{self._spec.host}:{self._spec.port}"
-            print(f"front: cannot listen on {where}: {error.strerror or error}", file=sys.stderr)
+            self._address = await self._server.listen(self._spec.host, self._spec.port, self._spec.identity)
+        except (OSError, ConfigError) as error:
+            where, why = f"{self._spec.host}:{self._spec.port}", getattr(error, "strerror", "") or error
+            print(f"front: cannot listen on {where}: {why}", file=sys.stderr)
             self._access_log.close()
             return 2
         await self._listen_unix()
-        if self._spec.needs_gateway and not self._socket_path:
+        if self._spec.needs_gateway and not (self._socket_path or self._spec.identity):
             # Nobody could be served: without the socket there is no telling a gateway from anybody else.
             print(f"front: cannot listen on a UNIX socket in {self._spec.run_dir}", file=sys.stderr)
             self._access_log.close()
