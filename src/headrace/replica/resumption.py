@@ -104,7 +104,7 @@ class StreamKeeper:
 
     def are_others_catching_up(self) -> bool:
         """Whether siblings compute again what the own engine lost, and nobody waits for that one."""
-        return not self.num_waiting and any([each.is_catching_up for each in self._carried.values()])
+        return not self.num_waiting and any(each.is_catching_up for each in self._carried.values())
 
     # ---- what answers ask
 

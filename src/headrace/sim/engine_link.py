@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from headrace.api.messages import EngineCommand, EngineEvent, EngineSpec
 from headrace.replica.engine_client import EngineClient
-from headrace.replica.engine_silence import EngineTimeLimits
 from headrace.replica.engine_process import EngineProcess as RealEngineProcess
+from headrace.replica.engine_silence import EngineTimeLimits
 from headrace.replica.prefix_digest import PrefixDigest
 from headrace.replica.restart import RestartPolicy
 from headrace.sim.engines import EngineBehaviour, EngineProcess
