@@ -158,7 +158,7 @@ async def test_a_hung_engine_is_killed_and_replaced(world: World) -> None:
     old = psutil.Process(world.client.pid)
     old.suspend()
     await world.wait(lambda: bool(stream.lost_reason))
-    assert "said nothing for 1.5 s" in stream.lost_reason
+    assert "said nothing for 1.5" in stream.lost_reason
     await world.wait(lambda: world.client.state == "ready" and world.client.pid != old.pid)
     assert not old.is_running()
     assert "said nothing" in world.client.last_error

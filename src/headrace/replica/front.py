@@ -86,11 +86,11 @@ class Front:
             limits.engine,
             RestartPolicy(),
             self._digest,
-            lambda: self._keeper.are_others_catching_up(),
+            lambda: self.keeper.are_others_catching_up(),
         )
         self._peers = PeerPool(clock)
         limits_of_streams = Limits(spec.resume_attempts, spec.resume_limit_s)
-        self.keeper = StreamKeeper(
+        self.keeper: StreamKeeper = StreamKeeper(
             self.engine, self._peers, self.view.own_engine, limits_of_streams, self._metrics, clock
         )
         self.guests = PeerServer(self.engine, self.view.why_no_guest, self._reporter.notify)

@@ -89,7 +89,9 @@ class FrontProcess(Process):
         )
         self.peers = PeerPool(host)
         limits = Limits(spec.resume_attempts, spec.resume_limit_s)
-        self.keeper = StreamKeeper(self.engine, self.peers, self.view.own_engine, limits, self.metrics, host)
+        self.keeper: StreamKeeper = StreamKeeper(
+            self.engine, self.peers, self.view.own_engine, limits, self.metrics, host
+        )
         self.guests = PeerServer(self.engine, self.view.why_no_guest, self.reporter.notify)
         streams = EngineStreams(self.engine, self.keeper, lambda: 0)
         self.standby = Standby(
