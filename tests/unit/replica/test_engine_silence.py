@@ -1,4 +1,4 @@
-"""When an engine counts as hung: by what its steps take, never in a first step, a start or a change of sleep."""
+"""When an engine counts as hung: by what its steps take; starts, first steps and sleep have other limits."""
 
 from __future__ import annotations
 
