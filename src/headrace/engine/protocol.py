@@ -80,6 +80,8 @@ class StepInput:
     """R block tables; entry i holds the tokens [i * block_size, (i + 1) * block_size)."""
     sampled_rows_S: Int32Array
     """Rows of T whose logits are wanted, rising."""
+    is_urgent: bool = False
+    """It computes again what was lost with another engine: somebody waits in the middle of an answer."""
 
 
 class ModelRunner(Protocol):

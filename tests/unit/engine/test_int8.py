@@ -6,6 +6,7 @@ import ctypes
 import random
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -22,6 +23,7 @@ from headrace.engine.naive import NaiveModel
 from headrace.engine.operations.int8 import Int8Operations, why_not_int8
 from headrace.engine.operations.kernel_structures import Matrix
 from headrace.engine.operations.kernels import KernelsMissing, Library, load_kernels
+from headrace.engine.operations.spare_cores import SpareCores, num_runnable_threads
 from headrace.engine.runner import DecoderRunner, load_runner
 from headrace.engine.weights.source import open_weights
 from headrace.errors import ModelError
@@ -244,6 +246,42 @@ def test_packed_weights_can_be_read_only_mapped_memory(tmp_path: Path, library: 
             x = blocks.mlp(layer, blocks.attend(layer, x, step, caches[layer]))
         results.append(blocks.head(x).clone())
     assert torch.equal(*results)
+
+
+@pytest.mark.slow
+def test_a_step_that_cannot_wait_takes_spare_cores_and_computes_the_same_bits(
+    tmp_path: Path, library: Library
+) -> None:
+    files = gguf_file(tmp_path / "m.gguf")
+    h = read_metadata(files).hyperparameters
+    operations = Int8Operations(library, 1)
+    blocks = operations.load(h, operations.pack(h, open_weights(files, h).read), max_context_tokens=128)
+    caches = blocks.new_kv_caches(16, BLOCK_SIZE)
+    usual = step_input([Part(list(range(5, 85)), 0, 80, list(range(10)))], BLOCK_SIZE)
+    results, num_threads = [], []
+    for batch, num_runnable in ((usual, 1), (replace(usual, is_urgent=True), 1), (usual, 1)):
+        operations.spare_cores = SpareCores(library, operations.team, 3, lambda n=num_runnable: n)
+        step = blocks.prepare(batch)
+        x = blocks.embed(step)
+        for layer in range(h.num_layers):
+            x = blocks.mlp(layer, blocks.attend(layer, x, step, caches[layer]))
+        results.append(blocks.head(x).clone())
+        num_threads.append(blocks._team.num_threads)
+    assert num_threads == [1, 3, 1]
+    assert torch.equal(results[0], results[1])
+
+
+def test_cores_are_spare_only_while_nobody_uses_them(library: Library) -> None:
+    team = library.start_team(2)
+    busy = 1
+    spare = SpareCores(library, team, 6, lambda: busy)
+    assert spare.team().num_threads == 6
+    busy = 4
+    assert spare.team().num_threads == 6, "half of four more are idle"
+    busy = 5
+    assert spare.team() is team
+    assert SpareCores(library, team, 2, lambda: 1).team() is team
+    assert num_runnable_threads() >= 1
 
 
 @pytest.mark.slow

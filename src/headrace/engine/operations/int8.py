@@ -29,6 +29,7 @@ from headrace.engine.operations.kernel_structures import (
 )
 from headrace.engine.operations.kernels import Library
 from headrace.engine.operations.memory import lazy_zeros
+from headrace.engine.operations.spare_cores import SpareCores
 from headrace.engine.protocol import StepInput
 
 _PANEL = 32
@@ -52,6 +53,8 @@ def why_not_int8(h: Hyperparameters) -> str:
     return ""
 
 
+_MANY_ROWS = 64
+"""With fewer, a second thread waits for the first more than it helps."""
 KvKind = Literal["float32", "bfloat16", "int8"]
 _KV_KINDS: dict[KvKind, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 
@@ -69,6 +72,7 @@ class Int8Operations:
         self._kv_kind = kv_kind
         self._kv_block_bytes = library.function("headrace_kv_block_bytes", [c_void_p, c_int], c_size_t)
         self.team = library.start_team(num_threads)
+        self.spare_cores = SpareCores(library, self.team)
         threads = f"{num_threads} thread{'s' if num_threads != 1 else ''}"
         self.description = f"int8 {library.isa}, {threads}"
         self._pack = library.function("headrace_pack", [c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p])
@@ -207,6 +211,8 @@ class Int8Blocks:
         self._attention_blocks = [self._attention_block(index, rotary) for index in range(h.num_layers)]
         self._mlp_blocks = [self._mlp_block(index) for index in range(h.num_layers)]
         self._block_size = 0
+        self._may_grow = False
+        """The running step cannot wait, and no spare core was found for it yet."""
         self._x = torch.empty(0)
         self._logits = torch.empty(0)
 
@@ -279,6 +285,8 @@ class Int8Blocks:
         return [lazy_zeros((num_bytes,), torch.uint8) for _ in range(h.num_layers)]
 
     def prepare(self, batch: StepInput) -> _Step:
+        self._team = self._operations.team
+        self._may_grow = batch.is_urgent and len(batch.token_ids_T) >= _MANY_ROWS
         num_requests = len(batch.block_tables)
         stride = max(len(table) for table in batch.block_tables)
         tables = np.zeros((num_requests, stride), np.int32)
@@ -310,6 +318,10 @@ class Int8Blocks:
         return x
 
     def attend(self, layer: int, x: Tensor, step: _Step, cache: Tensor) -> Tensor:
+        if self._may_grow:
+            self._team = self._operations.spare_cores.team()
+            # Once it is larger, its own threads are among those that are seen to compute.
+            self._may_grow = self._team is self._operations.team
         block = self._attention_blocks[layer]
         _check(
             self._attend(
