@@ -23,7 +23,7 @@ from headrace.engine.naive import NaiveModel
 from headrace.engine.operations.int8 import Int8Operations, why_not_int8
 from headrace.engine.operations.kernel_structures import Matrix
 from headrace.engine.operations.kernels import KernelsMissing, Library, load_kernels
-from headrace.engine.operations.spare_cores import SpareCores, num_runnable_threads
+from headrace.engine.operations.spare_cores import SpareCores
 from headrace.engine.runner import DecoderRunner, load_runner
 from headrace.engine.weights.source import open_weights
 from headrace.errors import ModelError
@@ -258,30 +258,31 @@ def test_a_step_that_cannot_wait_takes_spare_cores_and_computes_the_same_bits(
     blocks = operations.load(h, operations.pack(h, open_weights(files, h).read), max_context_tokens=128)
     caches = blocks.new_kv_caches(16, BLOCK_SIZE)
     usual = step_input([Part(list(range(5, 85)), 0, 80, list(range(10)))], BLOCK_SIZE)
+    operations.spare_cores = SpareCores(library, operations.team, 3, iter(range(100)).__next__)
     results, num_threads = [], []
-    for batch, num_runnable in ((usual, 1), (replace(usual, is_urgent=True), 1), (usual, 1)):
-        operations.spare_cores = SpareCores(library, operations.team, 3, lambda n=num_runnable: n)
+    for batch in (usual, replace(usual, is_urgent=True), usual):
         step = blocks.prepare(batch)
         x = blocks.embed(step)
         for layer in range(h.num_layers):
             x = blocks.mlp(layer, blocks.attend(layer, x, step, caches[layer]))
+            num_threads.append(blocks._team.num_threads)
         results.append(blocks.head(x).clone())
-        num_threads.append(blocks._team.num_threads)
-    assert num_threads == [1, 3, 1]
+    assert num_threads == [1, 1, 1, 1, 3, 1, 1, 1, 1], "of three layers one is tried"
     assert torch.equal(results[0], results[1])
 
 
-def test_cores_are_spare_only_while_nobody_uses_them(library: Library) -> None:
-    team = library.start_team(2)
-    busy = 1
-    spare = SpareCores(library, team, 6, lambda: busy)
-    assert spare.team().num_threads == 6
-    busy = 4
-    assert spare.team().num_threads == 6, "half of four more are idle"
-    busy = 5
-    assert spare.team() is team
-    assert SpareCores(library, team, 2, lambda: 1).team() is team
-    assert num_runnable_threads() >= 1
+@pytest.mark.parametrize("large_s", [0.6, 1.1])
+def test_the_larger_team_computes_while_it_is_faster(library: Library, large_s: float) -> None:
+    now_s = 100.0
+    team = library.start_team(1)
+    spare = SpareCores(library, team, 2, lambda: now_s)
+    found = []
+    for layer in range(20):
+        found.append(spare.team_for(layer).num_threads)
+        now_s += large_s if found[-1] == 2 else 1.0
+    best = 2 if large_s < 1 else 1
+    assert found == [1, 2, *[best] * 6] * 2 + [1, 2, best, best]
+    assert SpareCores(library, team, 1).team_for(0) is team
 
 
 @pytest.mark.slow

@@ -211,8 +211,8 @@ class Int8Blocks:
         self._attention_blocks = [self._attention_block(index, rotary) for index in range(h.num_layers)]
         self._mlp_blocks = [self._mlp_block(index) for index in range(h.num_layers)]
         self._block_size = 0
-        self._may_grow = False
-        """The running step cannot wait, and no spare core was found for it yet."""
+        self._is_urgent = False
+        """The running step cannot wait, and is long enough for more threads."""
         self._x = torch.empty(0)
         self._logits = torch.empty(0)
 
@@ -286,7 +286,7 @@ class Int8Blocks:
 
     def prepare(self, batch: StepInput) -> _Step:
         self._team = self._operations.team
-        self._may_grow = batch.is_urgent and len(batch.token_ids_T) >= _MANY_ROWS
+        self._is_urgent = batch.is_urgent and len(batch.token_ids_T) >= _MANY_ROWS
         num_requests = len(batch.block_tables)
         stride = max(len(table) for table in batch.block_tables)
         tables = np.zeros((num_requests, stride), np.int32)
@@ -318,10 +318,8 @@ class Int8Blocks:
         return x
 
     def attend(self, layer: int, x: Tensor, step: _Step, cache: Tensor) -> Tensor:
-        if self._may_grow:
-            self._team = self._operations.spare_cores.team()
-            # Once it is larger, its own threads are among those that are seen to compute.
-            self._may_grow = self._team is self._operations.team
+        if self._is_urgent:
+            self._team = self._operations.spare_cores.team_for(layer)
         block = self._attention_blocks[layer]
         _check(
             self._attend(

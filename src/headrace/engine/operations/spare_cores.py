@@ -1,51 +1,63 @@
-"""More threads for a step that cannot wait, while cores are idle.
+"""More threads for a step that cannot wait, where they help.
 
-Owns the second, larger team of an engine, started when it is first used; its threads sleep otherwise. Which
-team computes a step changes no bit of it. Must not know which steps cannot wait.
+Owns the second, larger team of an engine, with a thread for every core that it may use; it is started when it
+is first used, and sleeps otherwise. Whether it is faster than the usual one depends on what else runs on the
+machine: that is measured, layer by layer. Which team computes changes no bit of a step.
+Must not know which steps cannot wait.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 
 from headrace.engine.operations.kernels import Library, Team
 
-
-def num_runnable_threads() -> int:
-    """Return how many threads of this machine compute or want to, the caller included (proc_loadavg(5))."""
-    try:
-        with open("/proc/loadavg", "rb") as file:
-            return int(file.read().split()[3].split(b"/")[0])
-    except (OSError, ValueError, IndexError):
-        return 1 << 20  # not known: nothing is spare
+PROBE_EVERY = 8
+"""Of so many layers the first is computed by the usual team, the second by the larger one, the rest by
+whichever was faster."""
 
 
 class SpareCores:
-    """Chooses between an engine's own team and one with a thread for every core that it may use."""
+    """Chooses each layer's team in a step that cannot wait."""
 
     def __init__(
         self,
         library: Library,
         team: Team,
         num_cores: int | None = None,
-        num_runnable: Callable[[], int] = num_runnable_threads,
+        now_s: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`num_cores`: those that this process may use, unless it is given."""
         self._library = library
         self._team = team
         self._num_cores = len(os.sched_getaffinity(0)) if num_cores is None else num_cores
-        self._num_runnable = num_runnable
+        self._now_s = now_s
         self._large_team: Team | None = None
+        self._last_s = self._usual_s = 0.0
+        self._is_large_faster = False
 
     def __repr__(self) -> str:
         return f"SpareCores({self._team.num_threads} threads of {self._num_cores} cores)"
 
-    def team(self) -> Team:
-        """Return the larger team if most of the cores that it adds are idle now, else the usual one."""
-        num_more = self._num_cores - self._team.num_threads
-        if num_more <= 0 or self._num_cores - self._num_runnable() < num_more / 2:
+    def team_for(self, layer: int) -> Team:
+        """Return what computes this layer. Called as each layer of a step begins, in order."""
+        if self._num_cores <= self._team.num_threads:
             return self._team
+        now_s = self._now_s()
+        layer_s, self._last_s = now_s - self._last_s, now_s
+        turn = layer % PROBE_EVERY
+        if turn == 0:
+            return self._team
+        if turn == 1:
+            self._usual_s = layer_s
+            return self._larger()
+        if turn == 2:
+            self._is_large_faster = layer_s < self._usual_s
+        return self._larger() if self._is_large_faster else self._team
+
+    def _larger(self) -> Team:
         if self._large_team is None:
             try:
                 self._large_team = self._library.start_team(self._num_cores)
