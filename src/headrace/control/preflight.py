@@ -33,8 +33,18 @@ def check_models(config: Config) -> Config:
             problems.append(
                 f"{path}.engine: native needs torch; install it with: pip install headrace[engine]"
             )
+        if endpoint.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+            problems.append(
+                f"{path}.engine: vllm needs vLLM; install it with: pip install headrace[vllm] (for CPUs see "
+                "docs/guides/vllm.md)"
+            )
         try:
-            resolve_model(endpoint.model)
+            files = resolve_model(endpoint.model)
+            if endpoint.engine == "vllm" and files.format != "huggingface":
+                problems.append(
+                    f"{path}.model: {endpoint.model!r} is a {files.format} model; engine vllm takes a Hugging "
+                    "Face id, or a directory with config.json, tokenizer.json and *.safetensors"
+                )
         except ModelError as error:
             problems.append(f"{path}.model: {error}")
         endpoints[name] = endpoint.model_copy(update={"model": _absolute(endpoint.model)})
