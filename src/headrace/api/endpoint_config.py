@@ -244,12 +244,12 @@ class Endpoint(Section):
     def _check_vllm(self) -> Endpoint:
         if self.engine == "vllm" and self.replicas.standby:
             raise ValueError(
-                f"engine is vllm and replicas.standby is {self.replicas.standby}; vLLM engines cannot sleep, so "
-                "none can stand by: set standby to 0 and replicas.min higher"
+                f"engine is vllm and replicas.standby is {self.replicas.standby}; vLLM engines cannot sleep, "
+                "so none can stand by: set standby to 0 and replicas.min higher"
             )
         if self.engine == "vllm" and self.shared_prefix:
             raise ValueError(
-                "engine is vllm and shared_prefix is set; vLLM cannot share the first part of a prompt between "
-                "tenants: leave it out (one tenant's prompts share their prefixes anyway)"
+                "engine is vllm and shared_prefix is set; vLLM cannot share the first part of a prompt "
+                "between tenants: leave it out (one tenant's prompts share their prefixes anyway)"
             )
         return self

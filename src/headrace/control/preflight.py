@@ -42,8 +42,8 @@ def check_models(config: Config) -> Config:
             files = resolve_model(endpoint.model)
             if endpoint.engine == "vllm" and files.format != "huggingface":
                 problems.append(
-                    f"{path}.model: {endpoint.model!r} is a {files.format} model; engine vllm takes a Hugging "
-                    "Face id, or a directory with config.json, tokenizer.json and *.safetensors"
+                    f"{path}.model: {endpoint.model!r} is a {files.format} model; engine vllm takes a "
+                    "Hugging Face id, or a directory with config.json, tokenizer.json and *.safetensors"
                 )
         except ModelError as error:
             problems.append(f"{path}.model: {error}")
@@ -52,8 +52,8 @@ def check_models(config: Config) -> Config:
         raise ConfigError(problems)
     tls = config.gateway.tls
     if tls is not None:
-        files = {name: os.path.abspath(os.path.expanduser(path)) for name, path in tls.model_dump().items()}
-        tls = tls.model_copy(update=files)
+        paths = {name: os.path.abspath(os.path.expanduser(path)) for name, path in tls.model_dump().items()}
+        tls = tls.model_copy(update=paths)
     gateway = config.gateway.model_copy(update={"tls": tls})
     return config.model_copy(update={"endpoints": endpoints, "gateway": gateway})
 

@@ -26,16 +26,18 @@ def run_adapted(
 
     import uvloop
 
-    from headrace.engine.adapter import AdaptedEngine
+    from headrace.engine.adapter import AdaptedEngine, warm_up
     from headrace.engine.adapter_loop import AdapterLoop
     from headrace.engine.process import say_ready
     from headrace.engine.vllm_backend import start_vllm
 
     backend = start_vllm(spec, phases.begin)
     try:
-        say_ready(backend.ready, channel, drain, phases)
-        engine = AdaptedEngine(backend, clock)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            phases.begin("computing the first tokens")
+            runner.run(warm_up(backend))
+            say_ready(backend.ready, channel, drain, phases)
+            engine = AdaptedEngine(backend, clock)
             runner.run(AdapterLoop(engine, channel, drain, clock).run())
     finally:
         backend.close()

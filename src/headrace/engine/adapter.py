@@ -18,6 +18,7 @@ from headrace.api.messages import (
     EngineReady,
     FinishReason,
     GenerationRequest,
+    SamplingParams,
     StepBatch,
     StepOutput,
     TokenLogprobs,
@@ -70,7 +71,7 @@ class Backend(Protocol):
     ready: EngineReady
 
     async def submit(self, request: GenerationRequest) -> None:
-        """Take a request, whose `resume_from` is empty. Raises InvalidRequest if it refuses it, EngineDead."""
+        """Take a request, whose `resume_from` is empty. Raises InvalidRequest if it refuses, EngineDead."""
         ...
 
     async def abort(self, request_id: str) -> None:
@@ -276,6 +277,25 @@ class AdaptedEngine:
         return sum([i.num_prompt - i.num_computed for i in self._open.values() if not i.is_decoding])
 
 
+async def warm_up(backend: Backend) -> None:
+    """Have the backend compute one answer with all that sampling can be asked for, before anyone waits: what
+    is compiled at first use may take a minute. Raises EngineDead, InvalidRequest."""
+    sampling = SamplingParams(
+        max_tokens=2,
+        temperature=0.7,
+        top_p=0.9,
+        top_k=10,
+        presence_penalty=0.1,
+        repetition_penalty=1.1,
+        num_logprobs=1,
+        ignore_eos=True,
+    )
+    await backend.submit(GenerationRequest("warm-up", [0, 1, 2], sampling))
+    is_done = False
+    while not is_done:
+        is_done = any(output.finish_reason for output in (await backend.next_step()).outputs)
+
+
 def continued_request(request: GenerationRequest) -> GenerationRequest:
     """Return `request` with the tokens emitted elsewhere as the end of its prompt. max_tokens and min_tokens
     count what is left, and the seed is another one, or the same random numbers would be drawn again.
@@ -287,8 +307,8 @@ def continued_request(request: GenerationRequest) -> GenerationRequest:
         return request
     if request.grammar:
         raise InvalidRequest(
-            f"an answer with a grammar was cut after {len(emitted)} tokens, and this engine can match a grammar "
-            "from its beginning only; send the request again",
+            f"an answer with a grammar was cut after {len(emitted)} tokens, and this engine can match a "
+            "grammar from its beginning only; send the request again",
             param="grammar",
         )
     sampling = request.sampling

@@ -80,9 +80,9 @@ class AdapterLoop:
 
     async def _until_readable(self) -> None:
         loop = asyncio.get_running_loop()
-        readable = loop.create_future()
+        readable: asyncio.Future[None] = loop.create_future()
         fd = self._channel.fileno()
-        loop.add_reader(fd, lambda: readable.done() or readable.set_result(None))
+        loop.add_reader(fd, _settle, readable)
         try:
             await readable
         finally:
@@ -146,3 +146,8 @@ class AdapterLoop:
     def _end_if_drained(self) -> None:
         if self._drain.is_set and not self._engine.has_work():
             self._drained.set()
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,4 +1,4 @@
-"""Why processes that wrote to our log failed, read back from it: whoever waited for them knows only that they did.
+"""Why processes that write to our log failed, read back from it: who waited knows only that they did.
 
 Owns the search for the first error in the log since a mark. Must not know which processes those are.
 """
@@ -11,7 +11,9 @@ import stat
 
 _MAX_BYTES = 1 << 20
 _MAX_CHARACTERS = 1000
-_ERROR = re.compile(r"^(?:\([^)\n]*\) )?(?:(?:ERROR|CRITICAL)[^\]\n]*\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.M)
+_ERROR = re.compile(
+    r"^(?:\([^)\n]*\) )?(?:(?:ERROR|CRITICAL)[^\]\n]*\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.M
+)
 """The last line of a traceback, perhaps with what a logger writes before each line."""
 
 

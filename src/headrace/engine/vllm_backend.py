@@ -44,7 +44,8 @@ _VARIABLES = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 _MAX_ERROR_CHARACTERS = 1500
-_CLOSE_LIMIT_S = 5.0
+_CLOSE_LIMIT_S = 1.0
+"""For its processes to end by themselves; nothing runs there any more."""
 _FINISH_REASONS: Mapping[str, FinishReason] = {
     "stop": "stop",
     "repetition": "stop",
@@ -124,8 +125,8 @@ class VllmBackend:
 def start_vllm(spec: EngineSpec, on_phase: Callable[[str], None]) -> VllmBackend:
     """Check the arguments, start vLLM's processes, wait until they are ready.
 
-    Raises ConfigError and ModelError for what starting again cannot help, EngineDead with vLLM's own words and
-    whatever it raises if its processes fail to start.
+    Raises ConfigError and ModelError for what starting again cannot help, EngineDead with vLLM's own words if
+    its processes fail to start.
     """
     on_phase("finding the model")
     arguments = {"model": _model_directory(spec.model), **_DEFAULTS, **checked_arguments(spec.vllm_args)}

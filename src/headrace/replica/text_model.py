@@ -59,7 +59,9 @@ def _load_foreign(files: ModelFiles) -> TextModel:
     from headrace.engine.model_files.huggingface_metadata import read_huggingface_text
 
     text = read_huggingface_text(files)
-    template = ChatTemplate(text.chat_template, text.bos_token, text.eos_token) if text.chat_template else None
+    template = (
+        ChatTemplate(text.chat_template, text.bos_token, text.eos_token) if text.chat_template else None
+    )
     return TextModel(ModelTokenizer(load_tokenizer_json(text.tokenizer_json)), template)
 
 

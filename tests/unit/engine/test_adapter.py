@@ -13,6 +13,7 @@ from headrace.engine.adapter import (
     BackendOutput,
     BackendStep,
     continued_request,
+    warm_up,
     without_end,
 )
 from headrace.errors import EngineDead, InvalidRequest
@@ -27,6 +28,7 @@ class FakeBackend:
     def __init__(self) -> None:
         self.ready = READY
         self.submitted: list[GenerationRequest] = []
+        self.submissions: asyncio.Queue[GenerationRequest] = asyncio.Queue()
         self.aborted: list[str] = []
         self.refusal = ""
         self.num_checks = 0
@@ -37,6 +39,7 @@ class FakeBackend:
         if self.refusal:
             raise InvalidRequest(self.refusal)
         self.submitted.append(request)
+        self.submissions.put_nowait(request)
 
     async def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
@@ -165,7 +168,11 @@ async def test_a_request_that_the_backend_refuses_leaves_nothing_behind() -> Non
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"lora": "x"}, "LoRA 'x'"), ({"num_prompt": 64}, "the context holds 64"), ({"num_prompt": 0}, "no tokens")],
+    [
+        ({"lora": "x"}, "LoRA 'x'"),
+        ({"num_prompt": 64}, "the context holds 64"),
+        ({"num_prompt": 0}, "no tokens"),
+    ],
 )
 async def test_what_can_never_run_does_not_reach_the_backend(fields: dict[str, object], message: str) -> None:
     rig = Rig()
@@ -203,6 +210,17 @@ async def test_a_dead_backend_is_said_at_once() -> None:
     rig.backend.steps.put_nowait(EngineDead("gone"))
     with pytest.raises(EngineDead, match="gone"):
         await rig.engine.next_batch()
+
+
+async def test_a_warm_up_ends_with_its_answer() -> None:
+    backend = FakeBackend()
+    backend.steps.put_nowait(BackendStep([]))
+    backend.steps.put_nowait(BackendStep([first("warm-up", 1)]))
+    backend.steps.put_nowait(BackendStep([BackendOutput("warm-up", [2], "length")]))
+    backend.steps.put_nowait(BackendStep([]))
+    await warm_up(backend)
+    assert backend.steps.qsize() == 1
+    assert backend.submitted[0].sampling.num_logprobs == 1
 
 
 def test_a_continued_generation_is_its_tokens_as_a_prompt_and_counts_what_is_left() -> None:

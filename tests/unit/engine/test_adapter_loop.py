@@ -9,6 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+from tests.unit.engine.test_adapter import FakeBackend
 
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import (
@@ -29,7 +30,6 @@ from headrace.engine.adapter_loop import AdapterLoop
 from headrace.engine.channel import FrontChannel, FrontGone
 from headrace.engine.process import DrainSignal
 from headrace.errors import EngineDead
-from tests.unit.engine.test_adapter import FakeBackend
 
 DEADLINE_S = 10.0
 
@@ -62,8 +62,8 @@ class Rig:
 
     async def until_submitted(self, *ids: str) -> None:
         async with asyncio.timeout(DEADLINE_S):
-            while [request.request_id for request in self.backend.submitted] != list(ids):
-                await asyncio.sleep(0)
+            for request_id in ids:
+                assert (await self.backend.submissions.get()).request_id == request_id
 
     async def ended(self) -> None:
         async with asyncio.timeout(DEADLINE_S):
