@@ -57,7 +57,7 @@ def stream(front: RunningFront, **fields: Any) -> tuple[str, int]:
 
 def test_it_answers_and_says_what_it_is(front: RunningFront) -> None:
     assert "Paris" in text_of(complete(front))
-    load = front.router.latest.load
+    load = front.router.latest.engine
     assert load is not None
     assert load.num_total_blocks > 0
     assert load.busy_ns > 0
@@ -142,7 +142,9 @@ def test_many_at_once_all_end_and_their_work_is_measured(front: RunningFront) ->
         thread.join()
     assert [answer["usage"]["completion_tokens"] for answer in answers] == [16] * 12
     check_conservation(front)
-    load = front.router.wait_for(lambda report: report.load is not None and not report.load.num_running).load
+    load = front.router.wait_for(
+        lambda report: report.engine is not None and not report.engine.num_running
+    ).engine
     assert load is not None
     assert load.num_waiting == load.num_uncomputed_tokens == 0
     assert load.step_model is not None
@@ -153,7 +155,7 @@ def test_a_client_that_leaves_frees_its_place(front: RunningFront) -> None:
     body = {"model": "chat", "prompt": "On", "max_tokens": 900, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{front.url}/v1/completions", json=body, timeout=60) as answer:
         next(answer.iter_lines())
-    front.router.wait_for(lambda report: report.load is not None and report.load.num_running == 0)
+    front.router.wait_for(lambda report: report.engine is not None and report.engine.num_running == 0)
     assert check_conservation(front)["requests_total aborted"] >= 1
 
 
@@ -165,7 +167,7 @@ def test_an_answer_goes_on_after_the_engine_core_was_killed(front: RunningFront)
     found: list[str] = []
     thread = threading.Thread(target=lambda: found.append(stream(front, max_tokens=200, ignore_eos=True)[0]))
     thread.start()
-    front.router.wait_for(lambda report: report.load is not None and report.load.num_running == 1)
+    front.router.wait_for(lambda report: report.engine is not None and report.engine.num_running == 1)
     core.kill()
     thread.join(START_LIMIT_S)
     assert found == [undisturbed]
@@ -178,7 +180,7 @@ def test_stopping_drains_and_leaves_nothing_behind(front: RunningFront) -> None:
     found: list[str] = []
     thread = threading.Thread(target=lambda: found.append(stream(front, max_tokens=60, ignore_eos=True)[0]))
     thread.start()
-    front.router.wait_for(lambda report: report.load is not None and report.load.num_running == 1)
+    front.router.wait_for(lambda report: report.engine is not None and report.engine.num_running == 1)
     assert front.stop(60.0) == 0
     thread.join(10)
     assert len(found) == 1, "an open answer was finished first"
