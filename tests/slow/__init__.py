@@ -1,0 +1,1 @@
+"""What takes minutes or further environments: `make test-slow`."""
