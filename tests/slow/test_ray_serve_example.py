@@ -14,9 +14,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tests.e2e.conftest import ROOT, free_port
 
 import headrace
-from tests.e2e.conftest import ROOT, free_port
 
 EXAMPLE = ROOT / "examples" / "ray_serve"
 SERVE = ROOT / ".peers" / "ray-serve" / "bin" / "serve"

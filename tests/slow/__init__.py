@@ -1,1 +1,0 @@
-"""What takes minutes or further environments: `make test-slow`."""
