@@ -24,8 +24,8 @@ NUM_SEEDS, NUM_SEEDS_QUICK = 1000, 20
 WANTED_SEEDS = 10_000
 METHOD = (
     "The real decisions of controller, router, front and engine on a virtual clock, in worlds of simulated "
-    "machines, processes, links and clients that break as each seed says; after every event the invariants that "
-    "can be seen there are checked, and once faults have stopped everything must come to rest "
+    "machines, processes, links and clients that break as each seed says; after every event the invariants "
+    "that can be seen there are checked, and once faults have stopped everything must come to rest "
     "([what is real](../../docs/concepts/simulation.md)). One process, one core."
 )
 FOUND = (
@@ -41,8 +41,8 @@ FOUND = (
     ),
     (
         "reading both writings of a front",
-        "a report's phase was an old wish's error while the engine started; a failed replica that was to sleep "
-        "said that it goes on standby",
+        "a report's phase was an old wish's error while the engine started; a failed replica that was to "
+        "sleep said that it goes on standby",
         "fixed: one room says both",
     ),
 )
