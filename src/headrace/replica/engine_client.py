@@ -109,6 +109,8 @@ class EngineClient:
         self._timers: list[asyncio.TimerHandle] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended = asyncio.Event()
+        self._settled = asyncio.Event()
+        """It is not starting: it is there, or never will be."""
         self._ready_at_s: float | None = None
         self._silence = SilenceWatch(spec, self._time_limits, clock.now_s())
         self._error = ""
@@ -166,9 +168,15 @@ class EngineClient:
     async def set_sleep(self, level: int) -> str:
         """Put the engine to sleep (1, 2) or wake it (0). Return why it could not be done; empty: it was.
 
-        From the call on no request is taken, until it is awake. One call at a time.
+        From the call on no request is taken, until it is awake. One call at a time. An engine that is being
+        started is waited for, and is started anew as it then shall be.
         """
         assert self._sleep_change is None, "one change of sleep at a time"
+        while self.state == "starting":
+            self._is_sleep_wanted = level > 0
+            await self._settled.wait()
+        if self.state == "ready" and not level:
+            return ""
         if self.state not in ("ready", "asleep") or self._process is None:
             return self.why_not_ready()
         if level and self._streams:
@@ -209,6 +217,7 @@ class EngineClient:
     async def stop(self, grace_s: float) -> None:
         """Let the engine finish for `grace_s`, then kill it. Returns when it is gone."""
         self.state = "stopped"
+        self._settled.set()
         for timer in self._timers:
             timer.cancel()
         for task in list(self._tasks):
@@ -275,6 +284,10 @@ class EngineClient:
         if self.state == "stopped":
             return
         self.state, self.phase = state, phase
+        if state == "starting":
+            self._settled.clear()
+        else:
+            self._settled.set()
         if error is not None:
             self.last_error, self.is_retryable = error, is_retryable
         self._on_change()

@@ -1,4 +1,7 @@
-"""A change of an engine's sleep that is under way, and what is said of it. Must not know engines."""
+"""A change of the engine's sleep that is under way, and the words for how deep it sleeps.
+
+Owns who waits for the change. Must not know processes.
+"""
 
 from __future__ import annotations
 
@@ -19,5 +22,5 @@ class SleepChange:
 
 
 def sleep_phase(level: int) -> str:
-    """Name the depth of sleep for users; nothing for an engine that is awake."""
+    """Return the phase of an engine that sleeps so deep; empty: it is awake."""
     return f"asleep at level {level}" if level else ""
