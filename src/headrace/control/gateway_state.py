@@ -44,8 +44,8 @@ class GatewayPair:
         return cls(gateway_id, router, haproxy, relay)
 
     def hung(self, now_s: float) -> list[Essential]:
-        """Return what must be killed. HAProxy is judged by its silences, not by time without an answer: at its
-        limit of connections it answers no probe, and killing it would cut all streams."""
+        """Return what must be killed. HAProxy is judged by its silences, not by time without an answer: at
+        its limit of connections it answers no probe, and killing it would cut all streams."""
         found = [essential for essential in (self.router, self.relay) if essential.is_hung(now_s)]
         if self.num_silences >= MAX_SILENCES and self.haproxy.is_alive and not self.haproxy.is_stopping:
             found.append(self.haproxy)
