@@ -5,7 +5,7 @@ Owns meaning, unit and default of each of these settings. Must not know files, t
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -183,6 +183,14 @@ class NativeEngine(Section):
         return value
 
 
+class VllmEngine(Section):
+    """Settings of vLLM (extra `headrace[vllm]`). `native` does not concern it."""
+
+    args: dict[str, Any] = {}
+    """Arguments of vLLM's engine by its own names (max_model_len, tensor_parallel_size, ...), checked by vLLM
+    when a replica starts. The model, its tokenizer and data parallelism are not among them."""
+
+
 class SimulatedEngine(Section):
     """Settings of the simulated engine (tests, planning): it computes nothing, and its answers say so."""
 
@@ -211,10 +219,12 @@ class Endpoint(Section):
 
     model: Annotated[str, Field(min_length=1)]
     """A known name (smollm2-135m-instruct), a Hugging Face id, a directory, or a .gguf file."""
-    engine: Literal["native", "simulated"] = "native"
-    """simulated: a step-time model for tests and planning; its answers are not a model's."""
+    engine: Literal["native", "vllm", "simulated"] = "native"
+    """vllm: vLLM's engine, for models that the native one does not know; a Hugging Face id or a directory.
+    simulated: a step-time model for tests and planning; its answers are not a model's."""
     replicas: Replicas = Replicas()
     native: NativeEngine = NativeEngine()
+    vllm: VllmEngine = VllmEngine()
     simulated: SimulatedEngine = SimulatedEngine()
     queue: Queue = Queue()
     slo: Slo = Slo()
@@ -229,3 +239,17 @@ class Endpoint(Section):
     """prefix: weigh cached prefixes and sessions against load. The others look at load or turns alone."""
     shared_prefix: Annotated[str, Field(max_length=262_144)] = ""
     """System prompt whose KV blocks all tenants may share. Empty: tenants share nothing."""
+
+    @model_validator(mode="after")
+    def _check_vllm(self) -> Endpoint:
+        if self.engine == "vllm" and self.replicas.standby:
+            raise ValueError(
+                f"engine is vllm and replicas.standby is {self.replicas.standby}; vLLM engines cannot sleep, "
+                "so none can stand by: set standby to 0 and replicas.min higher"
+            )
+        if self.engine == "vllm" and self.shared_prefix:
+            raise ValueError(
+                "engine is vllm and shared_prefix is set; vLLM cannot share the first part of a prompt "
+                "between tenants: leave it out (one tenant's prompts share their prefixes anyway)"
+            )
+        return self

@@ -25,6 +25,7 @@ from headrace.api.messages import (
     Drain,
     EngineCommand,
     EngineFailed,
+    EngineReady,
     EngineSpec,
     EngineStarting,
     Sleep,
@@ -264,22 +265,39 @@ def is_retryable(error: BaseException) -> bool:
     )
 
 
-def serve(spec_json: str, channel: FrontChannel, drain: DrainSignal, clock: Clock) -> int:
+def run_engine(
+    spec: EngineSpec, channel: FrontChannel, drain: DrainSignal, clock: Clock, phases: StartPhases
+) -> None:
+    """Start an engine that this process steps, and run it to its end."""
+    engine = build_engine(spec, phases.begin, clock)
+    say_ready(engine.describe(), channel, drain, phases)
+    EngineLoop(engine, channel, drain, clock, phases).run()
+
+
+def say_ready(ready: EngineReady, channel: FrontChannel, drain: DrainSignal, phases: StartPhases) -> None:
+    """The start is over: tell the front, and what it took."""
+    ready = msgspec.structs.replace(ready, phases=phases.finish())
+    drain.is_starting = False
+    # What was imported stays: collections need not look at it again, which would take milliseconds.
+    gc.freeze()
+    gc.enable()
+    channel.send(ready)
+    print(f"engine: ready after {describe_phases(ready.phases)}", file=sys.stderr, flush=True)
+
+
+RunEngine = Callable[[EngineSpec, FrontChannel, DrainSignal, Clock, StartPhases], None]
+
+
+def serve(
+    spec_json: str, channel: FrontChannel, drain: DrainSignal, clock: Clock, run: RunEngine = run_engine
+) -> int:
     """Start the engine and run it to its end; return the exit status."""
     gc.disable()  # a tenth of the time that importing torch takes
     try:
         phases = StartPhases(
             lambda phase, elapsed_s: channel.send(EngineStarting(phase, elapsed_s)), clock, process_age_s()
         )
-        engine = build_engine(msgspec.json.decode(spec_json, type=EngineSpec), phases.begin, clock)
-        ready = msgspec.structs.replace(engine.describe(), phases=phases.finish())
-        drain.is_starting = False
-        # What was imported stays: collections need not look at it again, which would take milliseconds.
-        gc.freeze()
-        gc.enable()
-        channel.send(ready)
-        print(f"engine: ready after {describe_phases(ready.phases)}", file=sys.stderr, flush=True)
-        EngineLoop(engine, channel, drain, clock, phases).run()
+        run(msgspec.json.decode(spec_json, type=EngineSpec), channel, drain, clock, phases)
     except FrontGone as gone:
         print(f"engine: {gone}", file=sys.stderr)
         return 0
@@ -303,8 +321,9 @@ def report_failure(channel: FrontChannel, error: Exception) -> None:
         print(f"engine: {gone}", file=sys.stderr)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run an engine process; return its exit status: 0 drained or front gone, 1 failed, 2 wrong use."""
+def main(argv: Sequence[str] | None = None, run: RunEngine = run_engine) -> int:
+    """Run an engine process, whose engine `run` starts and runs to its end; return its exit status:
+    0 drained or front gone, 1 failed, 2 wrong use."""
     parser = argparse.ArgumentParser(prog="python -m headrace.engine", description="Started by a front.")
     parser.add_argument("--fd", type=int, required=True, help="inherited UNIX stream socket to the front")
     parser.add_argument("--spec", required=True, help="EngineSpec as JSON")
@@ -326,4 +345,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     if channel.is_front_gone():
         print("engine: the front is gone already", file=sys.stderr)
         return 0
-    return serve(arguments.spec, channel, drain, SystemClock())
+    return serve(arguments.spec, channel, drain, SystemClock(), run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -144,7 +144,7 @@ class EngineLoad(Record, frozen=True):
 class EngineSpec(msgspec.Struct, frozen=True):
     """What to start an engine process with. Zeros mean: the engine measures or decides."""
 
-    kind: Literal["native", "simulated"]
+    kind: Literal["native", "vllm", "simulated"]
     model: str
     max_running: int = 32
     """Most requests in one step's batch."""
@@ -170,6 +170,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     simulated_start_s: float = 0.0
     simulated_prefill_token_s: float = 0.0
     """Added to a step per uncached prompt token in it."""
+    vllm_args: dict[str, Any] = {}
+    """Of kind vllm: arguments of its engine, by vLLM's names. What is above does not concern it."""
 
 
 class Submit(Message, frozen=True):
