@@ -188,11 +188,11 @@ class ServerKeeper:
         try:
             actual = await self._runtime.show_servers()
             wanted = self._adopt(actual)
-            self._write(wanted.values())
-            if self._needs_reload and await self._reload():
+            is_written = self._try_to_write(wanted.values())
+            if self._needs_reload and is_written and await self._reload():
                 actual = await self._runtime.show_servers()
             changes = plan_changes(wanted.values(), actual)
-            is_settled = await self._apply(changes) and not self._needs_reload
+            is_settled = await self._apply(changes) and is_written and not self._needs_reload
             self._publish(await self._runtime.show_servers() if changes else actual, revision)
         except HaproxyUnavailable as error:
             self._note_failure(error)
@@ -274,13 +274,17 @@ class ServerKeeper:
         ):  # who leaves need not wait; another one will have those that serve
             self._set_published(frozenset(), self.serving & self._wanted.keys(), self._revision)
         if now_s - self._started_s >= ADOPTION_S:
-            try:
-                self._write(self._wanted.values())
-            except (HeadraceError, OSError) as error:
-                self._note_failure(error)
+            self._try_to_write(self._wanted.values())
 
-    def _write(self, servers: Iterable[Server]) -> None:
-        self._files.write(self._spec, servers, self._fd_limit)
+    def _try_to_write(self, servers: Iterable[Server]) -> bool:
+        """Make the files those of these servers. False: they are not (a full disk); the running HAProxy need
+        not wait for that, and the next round tries again."""
+        try:
+            self._files.write(self._spec, servers, self._fd_limit)
+        except (HeadraceError, OSError) as error:
+            self._note_failure(error)
+            return False
+        return True
 
     def _note_failure(self, error: Exception) -> None:
         self.num_failures += 1
