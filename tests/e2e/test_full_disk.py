@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -82,13 +83,14 @@ class SmallDisk:
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    disk = SmallDisk(tmp_path)
-    try:
-        disk.system.wait_ready()
-        yield disk
-    finally:
-        disk.system.close()
+def disk() -> Iterator[SmallDisk]:
+    with tempfile.TemporaryDirectory(prefix="hr-") as name:  # short enough for the paths of sockets
+        disk = SmallDisk(Path(name))
+        try:
+            disk.system.wait_ready()
+            yield disk
+        finally:
+            disk.system.close()
 
 
 def pid_of(system: RunningSystem, name: str) -> int:
