@@ -75,6 +75,11 @@ def test_an_unknown_key_in_any_section_is_refused_with_the_known_ones(
         (endpoint(model=3), "endpoints.chat.model", "string"),
         (endpoint(engine="vlm"), "endpoints.chat.engine", "'native', 'vllm' or 'simulated'"),
         (endpoint(replicas={"min": 3, "max": 2}), "endpoints.chat.replicas", "min must be at most max"),
+        (
+            endpoint(replicas={"min": 1, "max": 2, "standby": 3}),
+            "endpoints.chat.replicas",
+            "standby is 3 and",
+        ),
         (endpoint(replicas="many"), "endpoints.chat.replicas", "got 'many'"),
         (endpoint(replicas=-1), "endpoints.chat.replicas.min", "greater than or equal to 0"),
         (endpoint(replicas=True), "endpoints.chat.replicas", "got True"),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from headrace.api.messages import EndpointRule, GatewaySpec
 from headrace.gateway.haproxy_runtime import (
+    HaproxyGone,
     HaproxyRefused,
     HaproxyRuntime,
     HaproxyUnavailable,
@@ -222,6 +223,24 @@ async def test_with_haproxy_gone_the_file_is_ready_and_servers_count_as_absent_a
     assert not await rig.keeper.run_round()
     assert rig.keeper.serving == frozenset()
     assert "chat-2" in rig.config.read_text()
+    assert rig.keeper.is_released("ep-chat/chat-1")
+
+
+async def test_where_nobody_listens_who_leaves_need_not_wait_and_others_serve_on(
+    short_dir: Path,
+) -> None:
+    rig = Rig(short_dir)
+    rig.want(1, 2)
+    await rig.settle()
+    rig.want(2, known=(1,))
+    rig.haproxy.failures = [HaproxyGone("gone"), HaproxyUnavailable("late"), *[HaproxyGone("gone")] * 2]
+    for _ in range(3):
+        assert not await rig.keeper.run_round()
+        assert not rig.keeper.is_released("ep-chat/chat-1"), "it may be a moment's"
+    assert not await rig.keeper.run_round()
+    assert rig.keeper.is_released("ep-chat/chat-1")
+    assert rig.keeper.serving == {"ep-chat/chat-2"}
+    await rig.settle()
     assert rig.keeper.is_released("ep-chat/chat-1")
 
 
