@@ -164,6 +164,9 @@ class NativeEngine(Section):
     """Longest prompt plus answer. 0: what the model was trained for."""
     num_threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Threads of one engine's step. 0: the machine's cores divided by the local replicas."""
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that compute the model together, each a part of every matrix and of the KV heads: at most as
+    many as it has heads. They share num_threads. Pays where one process cannot reach all cores or memory."""
     dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
     """Arithmetic of the weights. auto: the fastest that keeps the model's quality on this machine."""
     kv_dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"

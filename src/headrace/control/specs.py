@@ -202,6 +202,7 @@ def _engine_spec(endpoint: Endpoint, state_dir: str) -> EngineSpec:
         kv_cache_bytes=native.kv_cache_mb * MIB,
         max_context_tokens=native.max_context_tokens,
         num_threads=native.num_threads,
+        tensor_parallel=native.tensor_parallel,
         dtype=native.dtype,
         kv_dtype=native.kv_dtype,
         speculation=native.speculation.method,

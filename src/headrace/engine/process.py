@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -44,6 +45,9 @@ from headrace.engine.start_phases import StartPhases, describe_phases, process_a
 from headrace.engine.threads import limit_spinning
 from headrace.errors import ConfigError, HeadraceError, ModelChanged, ModelError, Overloaded, RequestError
 from headrace.lifetime import die_with_parent
+
+if TYPE_CHECKING:
+    from headrace.engine.workers.group import WorkerGroup
 
 HEARTBEAT_S = 1.0
 MAX_WAITING = 65536
@@ -191,7 +195,12 @@ def check_spec(spec: EngineSpec) -> None:
     problems = []
     if spec.block_size < 8 or spec.block_size & (spec.block_size - 1):
         problems.append(f"block_size is {spec.block_size}; it must be a power of two >= 8")
-    for name, least in (("max_running", 1), ("token_budget", 1), ("max_draft_tokens", 1)):
+    for name, least in (
+        ("max_running", 1),
+        ("token_budget", 1),
+        ("max_draft_tokens", 1),
+        ("tensor_parallel", 1),
+    ):
         if getattr(spec, name) < least:
             problems.append(f"{name} is {getattr(spec, name)}; it must be >= {least}")
     at_least_zero = (
@@ -228,14 +237,15 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
 
         read_ahead_all(Path(spec.packed_dir), str(files.path))
     limit_spinning()
+    group = start_ranks(spec, files)
     on_phase("importing torch")
     from headrace.engine.fused_sampling import load_fused_sampling
     from headrace.engine.native import NativeEngine
-    from headrace.engine.runner import load_runner
     from headrace.engine.sampler import Sampler
     from headrace.engine.speculation.select import load_speculator
+    from headrace.engine.workers.parallel_runner import load_any_runner
 
-    runner = load_runner(spec, files, on_phase)
+    runner = load_any_runner(spec, files, on_phase, group)
     grammars = GrammarQueue(lambda: compiler_for(files, runner.eos_token_ids))
     speculator = load_speculator(spec, files, runner, on_phase)
     sampler = Sampler(load_fused_sampling(runner.team))
@@ -246,6 +256,22 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
         engine.sleep(1)
     grammars.prepare_when(lambda: not engine.has_work())
     return engine
+
+
+def start_ranks(spec: EngineSpec, files: ModelFiles) -> WorkerGroup | None:
+    """Start the other ranks' processes, which import torch meanwhile.
+
+    Raises ConfigError where the model cannot be cut into so many parts, ModelError, OSError.
+    """
+    if spec.tensor_parallel == 1:
+        return None
+    from headrace.engine.model_files.metadata import read_metadata
+    from headrace.engine.operations.shard import cut
+    from headrace.engine.workers.group import WorkerGroup
+    from headrace.engine.workers.local import start_local_rank
+
+    cut(read_metadata(files).hyperparameters, spec.tensor_parallel)  # before anything is started in vain
+    return WorkerGroup(spec, start_local_rank)
 
 
 def compiler_for(files: ModelFiles, eos_token_ids: frozenset[int]) -> Compiler:

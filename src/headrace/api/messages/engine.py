@@ -155,6 +155,9 @@ class EngineSpec(msgspec.Struct, frozen=True):
     kv_cache_bytes: int = 0
     max_context_tokens: int = 0
     num_threads: int = 0
+    """Of all ranks together."""
+    tensor_parallel: int = 1
+    """Processes that compute the model together, each a part of every matrix."""
     dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
     kv_dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
     speculation: Literal["off", "ngram", "draft"] = "off"
