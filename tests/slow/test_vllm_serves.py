@@ -83,6 +83,19 @@ def test_a_prompt_that_came_before_is_cached(front: RunningFront) -> None:
     assert usage["prompt_tokens_details"]["cached_tokens"] >= 128
 
 
+def test_routers_hear_what_is_cached_and_what_was_evicted(front: RunningFront) -> None:
+    """Twice as many tokens as the cache holds, in prompts that differ from their beginning."""
+    info = front.router.latest.engine_info
+    assert info is not None
+    for number in range(2 * info.num_total_blocks * info.block_size // 800):
+        complete(front, f"{number} " + "one two three four " * 200, max_tokens=1)
+    reports = front.router.reports
+    added = {prefix for report in reports for prefix in report.prefixes_added}
+    removed = {prefix for report in reports for prefix in report.prefixes_removed}
+    assert removed
+    assert removed < added
+
+
 def test_the_same_seed_gives_the_same_answer_and_another_another(front: RunningFront) -> None:
     first, again, other = (
         text_of(complete(front, temperature=1.2, seed=seed, max_tokens=24, ignore_eos=True))
