@@ -38,6 +38,7 @@ SECTIONS = [
     ("endpoints.NAME.nodes.prefer", node_config.NodeChoice),
     ("endpoints.NAME.native", endpoint_config.NativeEngine),
     ("endpoints.NAME.native.speculation", endpoint_config.Speculation),
+    ("endpoints.NAME.vllm", endpoint_config.VllmEngine),
     ("endpoints.NAME.simulated", endpoint_config.SimulatedEngine),
     ("ray", node_config.Ray),
     ("gateway", config.Gateway),

@@ -38,7 +38,7 @@ from headrace.fabric.ray_launcher import RayLauncher
 LIMIT_S = 20.0
 SLEEPER = [PYTHON_PLACEHOLDER, "-S", "-c", "import time; time.sleep(600)"]
 HERE = NodeState("here", "10.0.0.1", True, {"CPU": 2.0}, {}, {"kind": "head"})
-THERE = NodeState("there", "10.0.0.2", True, {"CPU": 2.0}, {}, {"kind": "spot"})
+THERE = NodeState("there", "10.0.0.1", True, {"CPU": 2.0}, {}, {"kind": "spot"})
 
 
 @pytest.fixture(autouse=True)
@@ -224,7 +224,7 @@ async def test_what_fits_nowhere_waits_says_why_and_starts_when_a_node_comes() -
         assert event.name == "chat-1"
         assert "CPU 4 is asked" in event.reason
         assert "the most that one has is CPU 2" in event.reason
-        cluster.add_node(NodeState("large", "10.0.0.3", True, {"CPU": 8.0}))
+        cluster.add_node(NodeState("large", "10.0.0.1", True, {"CPU": 8.0}))
         started_event = await take(launcher, ProcessStarted)
         assert isinstance(started_event, ProcessStarted)
         assert started_event.process.node == "large"
@@ -290,3 +290,15 @@ async def test_a_killed_keeper_ends_its_processes_and_is_told() -> None:
         assert isinstance(event, ProcessEnded)
         assert "its keeper ended with -9" in event.process.last_output
         await until(lambda: not psutil.pid_exists(pid))
+
+
+@pytest.mark.slow
+async def test_another_machine_is_refused_before_anything_starts_there() -> None:
+    cluster = make_cluster(HERE)
+    cluster.add_node(NodeState("far", "10.0.0.9", True, {"CPU": 8.0}))
+    async with launched(cluster) as launcher:
+        launcher.start(sleeper("chat-1", NodeNeeds({"CPU": 4.0})))
+        event = await take(launcher, LauncherError)
+        assert isinstance(event, LauncherError)
+        assert "is another machine (10.0.0.9) than the controller's (10.0.0.1)" in event.error
+        await until(lambda: not cluster.running)

@@ -44,6 +44,11 @@ class Cluster(Protocol):
         """Id of the node that we are on."""
         ...
 
+    @property
+    def own_address(self) -> str:
+        """Address of the node that we are on."""
+        ...
+
     async def nodes(self) -> list[NodeState]:
         """Return all nodes."""
         ...

@@ -32,6 +32,7 @@ class FakeCluster:
         self.failure = ""
         """Why the cluster does not answer at all."""
         self.own_node_id = nodes[0].node_id
+        self.own_address = nodes[0].address
 
     def __repr__(self) -> str:
         return f"FakeCluster({len(self._nodes)} nodes, {len(self.running)} hosts)"

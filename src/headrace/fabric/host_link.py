@@ -188,6 +188,13 @@ class HostLink:
                 f"node {report.node_id[:8]} has headrace {report.version}, and the controller has "
                 f"{headrace.__version__}; install the same version on all nodes"
             )
+        if report.address != self._cluster.own_address:
+            # Its sockets would be where nobody looks: it is refused before anything is started there.
+            raise HostLost(
+                f"node {report.node_id[:8]} is another machine ({report.address}) than the controller's "
+                f"({self._cluster.own_address}), and this version serves on that one only; ask for its nodes "
+                "with endpoints.NAME.nodes.labels"
+            )
         return report
 
     def _take(self, report: HostReport) -> None:

@@ -48,7 +48,7 @@ class RayCluster:
         self._executor = ThreadPoolExecutor(8, thread_name_prefix="ray")
         self._actors: dict[str, Any] = {}
         self._groups: dict[str, PlacementGroup] = {}
-        self._own_node_id = ""
+        self._own_node_id = self._own_address = ""
 
     def __repr__(self) -> str:
         return f"RayCluster({self._system}, {len(self._actors)} hosts known)"
@@ -70,6 +70,10 @@ class RayCluster:
     @property
     def own_node_id(self) -> str:
         return self._own_node_id
+
+    @property
+    def own_address(self) -> str:
+        return self._own_address
 
     def close(self) -> None:
         """Leave the cluster; what runs there goes on."""
@@ -209,6 +213,7 @@ class RayCluster:
                 logging_level=logging.ERROR,
             )
             self._own_node_id = ray.get_runtime_context().get_node_id()
+            self._own_address = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
         try:
             await self._run(connect, limit_s=CONNECT_LIMIT_S)

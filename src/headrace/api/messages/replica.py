@@ -158,9 +158,12 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     """As in LoadReport, as far as the config decides it."""
     handover_after_s: float = 2.0
     """A draining replica hands what is then still open to siblings, and stops its engine."""
-    resume_attempts: int = 3
+    resume_attempts: int = 6
     """Most engines that one stream may be continued on after its first; 0: a lost engine ends its streams."""
     resume_limit_s: float = 60.0
     """Longest time without an engine before a stream is given up."""
     notice_file: str = ""
     """A file that appears when this machine is about to go away; empty: none is looked for."""
+    identity: str = ""
+    """PEM file of the cluster's key and certificate: the TCP address asks whoever connects for them, and
+    believes who has them as it believes the UNIX socket. Empty: plain TCP, which is not believed."""
