@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -24,6 +24,19 @@ REPOSITORY = Path(__file__).parents[2]
 START_LIMIT_S = 90.0
 SMALL = ["--object-store-memory=80000000"]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+REMOVE_GROUP = """
+import sys
+import ray
+from ray.util import placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup
+from ray._raylet import PlacementGroupID
+ray.init(address=sys.argv[1], log_to_driver=False)
+(found,) = [
+    group for group, entry in placement_group_table().items()
+    if entry["name"].startswith(sys.argv[2]) and entry["state"] == "CREATED"
+]
+remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(found))))
+"""
 HEADRACE = [sys.executable, "-m", "headrace"]
 
 
@@ -110,6 +123,17 @@ class RayCluster:
             timeout=90,
         )
 
+    def remove_placement_group(self, name: str) -> None:
+        """As somebody with Ray's own tools might: the one whose name begins so."""
+        done = subprocess.run(
+            [sys.executable, "-c", REMOVE_GROUP, self.address, name],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+
     def begin(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Start a command of headrace; what it says is in up.log."""
         with open(self.directory / "up.log", "wb") as log:
@@ -135,12 +159,15 @@ class RayCluster:
 
 
 @contextlib.contextmanager
-def ray_cluster(*head_options: str) -> Iterator[RayCluster]:
-    """A running cluster; at the end nothing of it is left."""
+def ray_cluster(
+    *head_options: str, prepare: Callable[[RayCluster], list[str]] = lambda cluster: []
+) -> Iterator[RayCluster]:
+    """A running cluster; at the end nothing of it is left. prepare: what else is to be done before its start,
+    and the options that come of it."""
     directory = Path(tempfile.mkdtemp(prefix="hr-", dir="/tmp"))
     cluster = RayCluster(directory)
     try:
-        cluster.start_head(*head_options)
+        cluster.start_head(*head_options, *prepare(cluster))
         yield cluster
     finally:
         cluster.stop()

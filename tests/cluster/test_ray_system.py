@@ -50,7 +50,7 @@ class System:
 
     def ask(self) -> httpx.Response:
         body = {"model": "chat", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]}
-        return httpx.post(f"http://127.0.0.1:{self.port}/v1/chat/completions", json=body, timeout=30)
+        return httpx.post(f"http://127.0.0.1:{self.port}/v1/chat/completions", json=body, timeout=60)
 
     def wait(
         self, condition: Callable[[dict[str, Any]], bool], limit_s: float = READY_LIMIT_S
@@ -156,6 +156,10 @@ def test_what_dies_is_replaced_and_nothing_healthy_is_touched(cluster: RayCluste
         status = system.wait(lambda status: pid_of(status, "front chat-1") != pid_of(after, "front chat-1"))
         print(f"a killed host was noticed within {time.monotonic() - killed_s:.2f} s")
         assert "The actor is dead" in status["replicas"][0]["last_error"]
+        system.wait(lambda status: bool(status["is_ready"]))
+        assert system.ask().status_code == 200
+        cluster.remove_placement_group("headrace-default/chat-1#")
+        status = system.wait(lambda status: "placement group" in status["replicas"][0]["last_error"])
         system.wait(lambda status: bool(status["is_ready"]))
         assert system.ask().status_code == 200
 

@@ -19,7 +19,7 @@ from headrace.control.admin import ANSWER_LIMIT_S, NoAnswer, NotRunning, checked
 from headrace.control.drain import GATEWAY_GRACE_S, MARGIN_S
 from headrace.control.specs import ADMIN_SOCKET, cluster_controller_process
 from headrace.errors import ConfigError
-from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent
+from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent, HostUnavailable
 from headrace.fabric.host_messages import HostReport
 from headrace.fabric.launcher import Launcher
 from headrace.fabric.ray_cluster import RayCluster
@@ -108,9 +108,14 @@ class ClusterSystem:
 
     async def find_failure(self, max_failures: int) -> str:
         """Return why there will be no controller; empty: not so. max_failures: ends that are one too many."""
-        report = await self._describe()
+        try:
+            report = await self._describe()
+        except HostUnavailable:
+            return ""  # Ray starts it again
+        except HostLost as error:
+            return f"the controller's host actor is gone: {error}"
         if report is None:
-            return ""  # Ray starts its host, or will say why not
+            return ""
         if report.error:
             return f"the controller's host: {report.error}"
         if report.num_failures >= max_failures:
@@ -123,8 +128,13 @@ class ClusterSystem:
         deadline_s = time.monotonic() + (0.0 if at_once else limit_s)
         has_said_so = False
         while time.monotonic() < deadline_s:
-            report = await self._describe()
-            if report is None or (has_said_so and not report.processes):
+            try:
+                report = await self._describe()
+            except HostUnavailable:
+                report = None  # Ray starts it again
+            except HostLost:
+                break
+            if has_said_so and report is not None and not report.processes:
                 break
             if not has_said_so:
                 with contextlib.suppress(NotRunning):
@@ -139,10 +149,9 @@ class ClusterSystem:
         self._cluster.close()
 
     async def _describe(self) -> HostReport | None:
+        """Return what the controller's host actor says; None: nothing in time. Raises HostLost."""
         try:
             answer = await self._cluster.call(CONTROLLER_GROUP, "describe", limit_s=_DESCRIBE_LIMIT_S)
-        except HostLost:
-            return None
         except HostSilent:
-            return HostReport("", "", "", "", 0, [], "its host does not answer")
+            return None
         return msgspec.msgpack.decode(answer, type=HostReport)

@@ -91,7 +91,10 @@ def place_of(endpoint: Endpoint) -> Place:
 
 def _cpus_of(endpoint: Endpoint) -> float:
     """What a replica takes of its node's cores if its section does not say."""
-    return SIMULATED_CPUS if endpoint.engine == "simulated" else float(endpoint.native.num_threads or 1)
+    if endpoint.engine == "simulated":
+        return SIMULATED_CPUS
+    native = endpoint.native
+    return float((native.num_threads or 1) * native.tensor_parallel) if endpoint.engine == "native" else 1.0
 
 
 def replica_process(
@@ -102,7 +105,8 @@ def replica_process(
     if spec.engine.num_threads == 0:
         threads = threads_per_engine(config)
         if config.launcher == "ray":  # the cores that it is given, wherever it is
-            threads = max(1, int(place_of(config.endpoints[endpoint]).choices[0].resources["CPU"]))
+            cpus = place_of(config.endpoints[endpoint]).choices[0].resources["CPU"]
+            threads = max(1, int(cpus) // config.endpoints[endpoint].native.tensor_parallel)
         engine = msgspec.structs.replace(spec.engine, num_threads=threads)
         spec = msgspec.structs.replace(spec, engine=engine)
     spec = msgspec.structs.replace(spec, engine=msgspec.structs.replace(spec.engine, is_standby=is_standby))

@@ -20,6 +20,10 @@ class HostLost(HeadraceError):
     """A host is gone for good, and with it what it held."""
 
 
+class HostUnavailable(HostLost):
+    """Its connection broke: its process or its node is gone. One that is restarted comes again."""
+
+
 class HostSilent(HeadraceError):
     """A host has not answered within the limit. It may answer later."""
 

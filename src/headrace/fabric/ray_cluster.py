@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
+import importlib.metadata
 import logging
 import os
 import socket
@@ -21,7 +21,7 @@ import msgspec
 
 from headrace.api.config import split_host_port
 from headrace.api.messages import NodeNeeds, NodeState, ProcessSpec
-from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent, Reservation
+from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent, HostUnavailable, Reservation
 from headrace.fabric.node_choice import ACCELERATOR_PREFIX
 from headrace.fabric.ray_host import CONTROLLER_GROUP, END_LIMIT_S, ControllerActor, HostActor
 
@@ -130,7 +130,7 @@ class RayCluster:
         )
 
     async def call(self, key: str, method: str, *arguments: object, limit_s: float) -> bytes:
-        from ray.exceptions import RayActorError, RayError
+        from ray.exceptions import ActorUnavailableError, RayError
 
         actor = await self._find_actor(key)
         try:
@@ -139,7 +139,9 @@ class RayCluster:
                 return answer
         except TimeoutError:
             raise HostSilent(f"no answer within {limit_s:.1f} s") from None
-        except (RayActorError, RayError) as error:
+        except ActorUnavailableError as error:
+            raise HostUnavailable(reason_of(error)) from None
+        except RayError as error:
             raise HostLost(reason_of(error)) from None
 
     async def release(self, key: str) -> None:
@@ -291,13 +293,13 @@ def reason_of(error: BaseException) -> str:
 
 
 def _check_installed() -> None:
-    if importlib.util.find_spec("ray") is None:
-        raise ClusterUnavailable("ray is not installed; pip install headrace[ray]")
-    import ray
-
-    if not ray.__version__.startswith(f"{RAY_VERSION}."):
+    try:
+        version = importlib.metadata.version("ray")
+    except importlib.metadata.PackageNotFoundError:
+        raise ClusterUnavailable("ray is not installed; pip install headrace[ray]") from None
+    if not version.startswith(f"{RAY_VERSION}."):
         raise ClusterUnavailable(
-            f"ray {ray.__version__} is installed, and headrace is made for {RAY_VERSION}; "
+            f"ray {version} is installed, and headrace is made for {RAY_VERSION}; "
             "pip install headrace[ray], with the same version on the cluster"
         )
 

@@ -31,6 +31,7 @@ def needs_of(**endpoint: Any) -> list[NodeNeeds]:
 def test_a_native_replica_takes_as_many_cores_as_it_has_threads() -> None:
     assert needs_of() == [NodeNeeds({"CPU": 1.0})]
     assert needs_of(native={"num_threads": 4}) == [NodeNeeds({"CPU": 4.0})]
+    assert needs_of(native={"num_threads": 2, "tensor_parallel": 2}) == [NodeNeeds({"CPU": 4.0})]
     assert needs_of(nodes={"resources": {"CPU": 2, "GPU": 1}}) == [NodeNeeds({"CPU": 2.0, "GPU": 1.0})]
     assert needs_of(engine="simulated") == [NodeNeeds({"CPU": 0.1})]
 
