@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,27 @@ async def test_where_nobody_listens_who_leaves_need_not_wait_and_others_serve_on
     assert rig.keeper.serving == {"ep-chat/chat-2"}
     await rig.settle()
     assert rig.keeper.is_released("ep-chat/chat-1")
+
+
+async def test_a_full_disk_keeps_no_replica_from_haproxy_and_the_file_follows_when_there_is_room(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(short_dir)
+    await rig.settle()
+
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("headrace.gateway.servers.write_files", no_room)
+        rig.want(1)
+        for _ in range(3):
+            assert not await rig.keeper.run_round(), "the file is still to be written"
+        assert rig.keeper.serving == {"ep-chat/chat-1"}
+        assert "No space left" in rig.keeper.last_error
+    assert "chat-1" not in rig.config.read_text()
+    await rig.settle()
+    assert "chat-1" in rig.config.read_text()
 
 
 async def test_new_endpoints_mean_one_reload_that_is_tried_until_it_works(short_dir: Path) -> None:
