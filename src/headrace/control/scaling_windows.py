@@ -126,12 +126,13 @@ class DemandWindow:
         self._known_rates: dict[tuple[float, ...], list[tuple[float, float]]] = {}
         """By edges, since the last sample: many decisions are made between two."""
 
-    def add(self, num_requests: float, num_tokens: float, now_s: float) -> None:
-        """Take what arrived since the last call."""
+    def add(self, num_requests: float, num_tokens: float, now_s: float) -> tuple[float, float, float] | None:
+        """Take what arrived since the last call. Return a sample that is whole by now: requests, prompt
+        tokens, seconds."""
         self._open = (self._open[0] + num_requests, self._open[1] + num_tokens)
         step_s = now_s - self._times[-1]
         if step_s < SAMPLE_S:
-            return
+            return None
         requests, tokens = self._open
         self._open = (0.0, 0.0)
         self._known_rates.clear()
@@ -142,6 +143,7 @@ class DemandWindow:
         if len(self._times) > 2 * MAX_SAMPLES:
             for series in (self._times, self._requests, self._tokens):
                 del series[:-MAX_SAMPLES]
+        return requests, tokens, step_s
 
     @property
     def length_s(self) -> float:
@@ -246,6 +248,13 @@ class DurationBook:
 
     def p95_s(self) -> float:
         """Return the 95th percentile by nearest rank; the guess before anything was measured."""
+        return self._quantile_s(0.95)
+
+    def median_s(self) -> float:
+        """Return the median, likewise."""
+        return self._quantile_s(0.5)
+
+    def _quantile_s(self, part: float) -> float:
         if not self._last:
             return self._guess_s
-        return sorted(self._last)[math.ceil(0.95 * len(self._last)) - 1]
+        return sorted(self._last)[math.ceil(part * len(self._last)) - 1]
