@@ -12,7 +12,17 @@ from benchmarks.report import Skipped
 
 NAMES = (
     *("gateway", "tokens", "peers", "router", "placement", "fairness", "held"),
-    *("engine", "roofline", "prompts", "overhead", "speculation", "structured", "start", "memory"),
+    *(
+        "engine",
+        "roofline",
+        "prompts",
+        "overhead",
+        "speculation",
+        "structured",
+        "start",
+        "memory",
+        "parallel",
+    ),
     *("zero", "survive", "autoscaling", "vllm"),
 )
 WITH_PEERS = ("peers", "engine", "prompts")
