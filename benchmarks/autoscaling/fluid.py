@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.autoscaling.traces import Floats, Trace
 from headrace.api.messages import StepModel
-from headrace.policy.scaling_capacity import EngineLimits, RequestShape, capacity_of
+from headrace.policy.scaling_capacity import Capacity, EngineLimits, RequestShape, capacity_of
 
 WARM_S, WARM_UTILIZATION = 60, 0.7
 """Every policy begins with the replicas that the first minute keeps this busy, and watches that long."""
@@ -48,6 +48,7 @@ class World:
         self.capacity = capacity_of(kind.model, self.shape, EngineLimits(kind.max_running, itl_s=kind.itl_s))
         self.slack_s = max(0.1 * kind.ttft_s, kind.ttft_s - self.capacity.prefill_s)
         """What the SLO leaves for waiting."""
+        self._minutes = self._by_minute()
 
     def work(self) -> Floats:
         """Return the work that arrives in each second."""
@@ -55,14 +56,30 @@ class World:
         prompts = self.trace.prompt_tokens * self.capacity.prompt_token_s
         return prompts + self.trace.output_tokens * token_s
 
-    def in_flight(self, served_s: float, num_ready: int) -> float:
-        """Return the requests in the engines while they do `served_s` of work per second."""
+    def in_flight(self, second: int, served_s: float, num_ready: int) -> float:
+        """Return the requests in the engines while they do `served_s` of work per second, of requests as
+        they are in that minute."""
         if served_s <= 0 or num_ready == 0:
             return 0.0
-        per_s = served_s / self.capacity.mean_request_s
-        busy = min(0.999, per_s * self.capacity.work_s / num_ready)
-        decoding = per_s * self.shape.output_tokens * self.kind.model.a / (1 - busy)
-        return min(num_ready * self.capacity.max_batch, decoding)
+        shape, capacity = self._minutes[min(second // 60, len(self._minutes) - 1)]
+        per_s = served_s / capacity.mean_request_s
+        busy = min(0.999, per_s * capacity.work_s / num_ready)
+        decoding = per_s * shape.output_tokens * self.kind.model.a / (1 - busy)
+        return min(num_ready * capacity.max_batch, decoding)
+
+    def _by_minute(self) -> list[tuple[RequestShape, Capacity]]:
+        """Return the mean request of each minute, and what such requests cost."""
+        trace, limits = self.trace, EngineLimits(self.kind.max_running, itl_s=self.kind.itl_s)
+        starts = np.arange(0, trace.num_seconds, 60)
+        series = (trace.requests, trace.prompt_tokens, trace.output_tokens)
+        found, shape = [], self.shape
+        for requests, prompts, outputs in zip(
+            *(np.add.reduceat(each, starts) for each in series), strict=True
+        ):
+            if requests > 0:
+                shape = RequestShape(float(prompts / requests), 0.0, float(outputs / requests))
+            found.append((shape, capacity_of(self.kind.model, shape, limits)))
+        return found
 
 
 class Start(NamedTuple):
@@ -106,6 +123,13 @@ class Policy(Protocol):
 
 
 @runtime_checkable
+class Watching(Protocol):
+    """A policy that looks every second."""
+
+    def watch(self, view: View) -> None: ...
+
+
+@runtime_checkable
 class Fixed(Protocol):
     """A policy that never changes its count."""
 
@@ -139,10 +163,13 @@ def simulate(world: World, policy: Policy, seed: int = 7, *, is_lagging: bool = 
     num_changes, cost_s, head = 0, 0.0, 0
     wanted = policy.count if isinstance(policy, Fixed) else math.ceil(work[:WARM_S].mean() / WARM_UTILIZATION)
     view.ready = [Start(number, 0, 0.0) for number, _ in itertools.islice(starts, wanted)]
+    watching = policy if isinstance(policy, Watching) else None
     served_work, head_end = 0.0, done[0]
     outputs = world.trace.output_tokens.tolist()
     for second in range(size):
         view.second = second
+        if watching is not None:
+            watching.watch(view)
         if second % policy.period_s == 0:
             count = policy.decide(view)
             if count != wanted and second >= WARM_S:
@@ -167,7 +194,7 @@ def simulate(world: World, policy: Policy, seed: int = 7, *, is_lagging: bool = 
             head_end += done[head]
         view.oldest_s = second - head if view.backlog_s > 1e-6 else 0.0
         view.num_held = view.backlog_s / mean_s
-        view.in_flight = world.in_flight(served, ready)
+        view.in_flight = world.in_flight(second, served, ready)
         view.arrived += arrivals[second]
         view.arrived_prompt += tokens[second]
     return Outcome(

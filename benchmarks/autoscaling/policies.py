@@ -24,9 +24,10 @@ class Headrace:
 
     name = "headrace"
 
-    def __init__(self, world: World, target_utilization: float, down_after_s: float = 60.0) -> None:
-        self.setting = f"target_utilization {target_utilization:g}, down_after_s {down_after_s:g}"
-        self.period_s = world.period_s
+    period_s = 2
+
+    def __init__(self, world: World, attainment_ratio: float = 0.99, down_after_s: float = 60.0) -> None:
+        self.setting = f"attainment_ratio {attainment_ratio:g}, down_after_s {down_after_s:g}"
         self._world = world
         self._info = EngineReady("native", "m", 1, 1 << 20, 16, 0, world.kind.max_running, "", {})
         self.scaler = EndpointScaler(
@@ -36,16 +37,23 @@ class Headrace:
                     "max_open": 2 * world.kind.max_running,
                     "native": {"max_running": world.kind.max_running},
                     "replicas": {"min": 1, "max": MAX_REPLICAS},
-                    "slo": {"ttft_ms": 1e3 * world.kind.ttft_s, "itl_ms": 1e3 * world.kind.itl_s},
-                    "scaling": {"target_utilization": target_utilization, "down_after_s": down_after_s},
+                    "slo": {
+                        "ttft_ms": 1e3 * world.kind.ttft_s,
+                        "itl_ms": 1e3 * world.kind.itl_s,
+                        "attainment_ratio": attainment_ratio,
+                    },
+                    "scaling": {"down_after_s": down_after_s},
                 }
             )
         )
         self.decision = ScalingDecision(0, 0, "")
 
-    def decide(self, view: View) -> int:
+    def watch(self, view: View) -> None:
+        """Observe, as the controller does between decisions."""
         observation = ScalingObservation({"g1/1": self._demand(view)}, self._replicas(view))
         self.scaler.observe(observation, float(view.second))
+
+    def decide(self, view: View) -> int:
         self.decision = self.scaler.decide(float(view.second))
         return self.decision.count
 

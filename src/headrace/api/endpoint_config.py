@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, values cannot change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from headrace.api.node_config import NodeSettings
+from headrace.api.section import Section
 
 
 class Replicas(Section):
@@ -54,6 +51,8 @@ class Slo(Section):
     """Time to first token, in milliseconds."""
     itl_ms: Annotated[float, Field(ge=0, le=3_600_000)] = 0.0
     """Mean time between tokens, in milliseconds."""
+    attainment_ratio: Annotated[float, Field(ge=0.5, le=0.9999)] = 0.99
+    """Part of the requests that scaling is to keep within ttft_ms. More costs more replicas."""
 
 
 class CustomMetric(Section):
@@ -80,8 +79,9 @@ class CustomMetric(Section):
 class Scaling(Section):
     """How the number of replicas follows demand between replicas.min and replicas.max."""
 
-    target_utilization: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """Part of its engines' time that an endpoint is meant to use; lower where its SLO asks for it."""
+    target_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Most of its engines' time that an endpoint is meant to use. Left out: where slo.ttft_ms is set, as much
+    as slo.attainment_ratio allows, learned from demand; elsewhere, and until enough was seen, 0.7."""
     down_after_s: Annotated[float, Field(ge=0, le=86_400)] = 60.0
     """A lower count must have been enough for this long, or for what a start costs if that is longer."""
     idle_to_zero_s: Annotated[float, Field(ge=0, le=86_400)] = 300.0
@@ -234,6 +234,8 @@ class Endpoint(Section):
     scaling: Scaling = Scaling()
     rollout: Rollout = Rollout()
     streams: Streams = Streams()
+    nodes: NodeSettings = NodeSettings()
+    """Which nodes of a cluster its replicas may be on, with launcher ray."""
     max_open: Annotated[int, Field(ge=1, le=65536)] = 64
     """Most requests bound to one replica at a time, running or waiting in its engine."""
     drain_grace_s: Annotated[float, Field(ge=0, le=86_400)] = 30.0

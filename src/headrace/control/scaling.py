@@ -45,6 +45,7 @@ from headrace.policy.scaling_capacity import (
 from headrace.policy.scaling_forecast import NUM_PARTS, Forecast, forecast, window_s
 from headrace.policy.scaling_memory import CountKeeper
 from headrace.policy.scaling_metrics import MetricReading
+from headrace.policy.scaling_shadows import Sample, ShadowFleets, Terms
 
 FIRST_START_S = 15.0
 """What a start is taken to last before one was measured, and a promotion."""
@@ -121,6 +122,7 @@ class EndpointScaler:
         self._starts = DurationBook(FIRST_START_S)
         self._promotions = DurationBook(FIRST_PROMOTION_S)
         self._engines = _Engines()
+        self._shadows = ShadowFleets()
         self._keeper = CountKeeper()
         self._waiting = Waiting()
         self._held_tokens = 0.0
@@ -169,7 +171,9 @@ class EndpointScaler:
             self._shape.add(growth, self._time.now_s)
         if is_steady:
             tokens = sum(growth.prompt_tokens for growth in growths)
-            self._window.add(num_arrived, tokens, self._time.now_s)
+            sample = self._window.add(num_arrived, tokens, self._time.now_s)
+            if sample is not None:
+                self._observe_work(*sample)
         self._observe_waiting(observation.demands)
         if num_arrived or self._waiting.num_held or self._waiting.num_in_flight:
             self._used_s = self._time.now_s
@@ -203,6 +207,21 @@ class EndpointScaler:
         return ScalingDecision(count, standby, reason, need.numbers, history)
 
     # ---- what is seen
+
+    def _observe_work(self, num_requests: float, num_tokens: float, step_s: float) -> None:
+        """Let shadows take what arrived in the last `step_s`."""
+        capacity = self._capacity(self._shape.shape())
+        if capacity is None or self._limits.ttft_s <= 0:
+            return
+        work_s = num_requests * capacity.request_s + num_tokens * capacity.prompt_token_s
+        sample = Sample(work_s, num_requests, self._level(capacity, self.start_s), step_s)
+        self._shadows.observe(sample, self._terms(capacity), self._time.now_s)
+
+    def _terms(self, capacity: Capacity) -> Terms:
+        limits = self._limits
+        window_s = max(limits.down_after_s, self.start_s)
+        usual_s = self._starts.median_s()
+        return Terms(window_s, usual_s, limits.slack_s(capacity), limits.min_count, limits.max_count)
 
     def _observe_waiting(self, demands: Mapping[str, EndpointDemand]) -> None:
         held = in_flight = 0
@@ -282,6 +301,7 @@ class EndpointScaler:
             capacity=capacity,
             dispersion_s=self._window.dispersion_s(capacity.request_s, capacity.prompt_token_s),
             at_start=at_start,
+            learned=self._shadows.choose(self._limits.attainment_ratio, self._terms(capacity)),
             at_promotion=self._forecast(capacity, self.promotion_s) if self._limits.standby else None,
             waiting=replace(self._waiting, held_work_s=held_s),
         )
@@ -337,9 +357,10 @@ class EndpointScaler:
 
     def _reason(self, need: Need, count: int, observation: ScalingObservation) -> str:
         limits = self._limits
-        if need.count > count:
+        needed = max(need.count, need.hurried)
+        if needed > count:
             return f"{need.reason}; replicas.max is {limits.max_count}"
-        if count > max(need.floor, math.ceil(need.count - 1e-6)):
+        if count > max(need.floor, math.ceil(needed - 1e-6)):
             if not observation.is_complete:
                 return f"{need.reason}; none is taken away while a gateway is silent"
             window = self._keeper.window_s(limits, self.start_s)
@@ -364,4 +385,5 @@ def scaling_limits(endpoint: Endpoint) -> ScalingLimits:
         idle_to_zero_s=scaling.idle_to_zero_s,
         ttft_s=slo.ttft_ms / 1000,
         itl_s=slo.itl_ms / 1000,
+        attainment_ratio=slo.attainment_ratio,
     )

@@ -9,8 +9,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from headrace.api.messages import (
     EngineReady,
@@ -23,6 +29,7 @@ from headrace.api.messages import (
 from headrace.engine.adapter import BackendOutput, BackendStep, without_end
 from headrace.engine.last_words import LogMark
 from headrace.engine.model_files.resolve import resolve_model
+from headrace.engine.vllm_blocks import BlockNames
 from headrace.errors import ConfigError, EngineDead, HeadraceError, InvalidRequest
 
 OWN_ARGUMENTS: Mapping[str, str] = {
@@ -44,6 +51,8 @@ _VARIABLES = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 _MAX_ERROR_CHARACTERS = 1500
+_MAX_EVENTS_PER_STEP = 256
+"""Messages about the prefix cache read after a step; a step sends one."""
 _CLOSE_LIMIT_S = 1.0
 """For its processes to end by themselves; nothing runs there any more."""
 _FINISH_REASONS: Mapping[str, FinishReason] = {
@@ -58,8 +67,9 @@ _FINISH_REASONS: Mapping[str, FinishReason] = {
 class VllmBackend:
     """One engine core of vLLM's, in processes of its own."""
 
-    def __init__(self, llm: Any) -> None:
-        """`llm`: an AsyncLLM whose output handler does not run."""
+    def __init__(self, llm: Any, private: Path, events: str) -> None:
+        """`llm`: an AsyncLLM whose output handler does not run. `private`: a directory of its sockets,
+        removed at the end. `events`: where it tells of its prefix cache; empty: nowhere."""
         from vllm.sampling_params import SamplingParams as VllmSampling
         from vllm.sampling_params import StructuredOutputsParams
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -69,6 +79,8 @@ class VllmBackend:
         self._sampling_type = VllmSampling
         self._grammar_type = StructuredOutputsParams
         self._dead_error = EngineDeadError
+        self._private = private
+        self._cache_events = _CacheEvents(events) if events else None
         self.ready = _describe(llm.vllm_config)
 
     async def submit(self, request: GenerationRequest) -> None:
@@ -99,7 +111,10 @@ class VllmBackend:
             message = await self._core.get_output_async()
         except self._dead_error as error:
             raise _dead(error) from error
-        return read_step(message)
+        step = read_step(message)
+        if self._cache_events is not None:
+            step.evicted = self._cache_events.read()
+        return step
 
     async def check(self) -> None:
         try:
@@ -112,6 +127,7 @@ class VllmBackend:
             self._llm.shutdown(timeout=_CLOSE_LIMIT_S)
         finally:
             _kill_children()
+            shutil.rmtree(self._private, ignore_errors=True)
 
     def _sampling(self, request: GenerationRequest) -> Any:
         grammar = None
@@ -122,6 +138,38 @@ class VllmBackend:
         )
 
 
+class _CacheEvents:
+    """What vLLM tells of its prefix cache, beside its outputs."""
+
+    def __init__(self, address: str) -> None:
+        import zmq
+
+        self._socket = zmq.Context.instance().socket(zmq.SUB)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.subscribe(b"")
+        self._socket.connect(address)
+        self._nothing = zmq.Again
+        self._no_wait = zmq.NOBLOCK
+        self._names: BlockNames | None = BlockNames()
+
+    def read(self) -> list[bytes]:
+        """Return our hashes of the blocks that went since the last call."""
+        gone: list[bytes] = []
+        if self._names is None:
+            return gone
+        try:
+            for _ in range(_MAX_EVENTS_PER_STEP):
+                gone += self._names.read(self._socket.recv_multipart(self._no_wait)[-1])
+        except self._nothing:
+            pass
+        except msgspec.DecodeError as error:
+            # Where prompts go is decided without it; answers need none of it.
+            print(f"engine: vLLM's cache events are not as expected: {error}", file=sys.stderr, flush=True)
+            self._names = None
+            self._socket.close()
+        return gone
+
+
 def start_vllm(spec: EngineSpec, on_phase: Callable[[str], None]) -> VllmBackend:
     """Check the arguments, start vLLM's processes, wait until they are ready.
 
@@ -130,16 +178,37 @@ def start_vllm(spec: EngineSpec, on_phase: Callable[[str], None]) -> VllmBackend
     """
     on_phase("finding the model")
     arguments = {"model": _model_directory(spec.model), **_DEFAULTS, **checked_arguments(spec.vllm_args)}
-    for name, value in _VARIABLES.items():
+    private = Path(tempfile.mkdtemp(prefix="headrace-vllm-"))  # of this user alone
+    events = "" if "kv_events_config" in arguments else f"ipc://{private}/events"
+    if events:
+        arguments["kv_events_config"] = {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "endpoint": events,
+        }
+    for name, value in (_VARIABLES | {"VLLM_RPC_BASE_PATH": str(private)}).items():
         os.environ.setdefault(name, value)
+    try:
+        return VllmBackend(_start(arguments, on_phase), private, events)
+    except BaseException:  # a signal to end, too
+        _kill_children()
+        shutil.rmtree(private, ignore_errors=True)
+        raise
+
+
+def _start(arguments: Mapping[str, Any], on_phase: Callable[[str], None]) -> Any:
+    """Return an AsyncLLM. Raises ConfigError for arguments that vLLM refuses, EngineDead if it fails."""
     on_phase("importing vLLM")
+    from vllm.config import KVEventsConfig, StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     on_phase("checking vLLM's arguments")
+    sections = {"kv_events_config": KVEventsConfig, "structured_outputs_config": StructuredOutputsConfig}
     try:
-        config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
+        made = {name: make(**arguments[name]) for name, make in sections.items() if arguments.get(name)}
+        config = AsyncEngineArgs(**{**arguments, **made}).create_engine_config(UsageContext.ENGINE_CONTEXT)
     except MemoryError:
         raise
     except Exception as error:  # pydantic's, transformers', its own: it has no tree
@@ -147,13 +216,9 @@ def start_vllm(spec: EngineSpec, on_phase: Callable[[str], None]) -> VllmBackend
     on_phase("starting vLLM's engine core")
     log = LogMark()
     try:
-        return VllmBackend(AsyncLLM.from_vllm_config(config, usage_context=UsageContext.ENGINE_CONTEXT))
-    except BaseException as error:  # a signal to end, too
-        _kill_children()
-        cause = log.first_error() if isinstance(error, RuntimeError) else ""
-        if cause:
-            raise EngineDead(f"vLLM did not start: {cause}") from error
-        raise
+        return AsyncLLM.from_vllm_config(config, usage_context=UsageContext.ENGINE_CONTEXT)
+    except RuntimeError as error:
+        raise EngineDead(f"vLLM did not start: {log.first_error() or _brief(error)}") from error
 
 
 def checked_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -258,8 +258,10 @@ class Dispatcher:
         if request_id in self._flights.open:
             self._end_in_flight(request_id, TerminalState.ABORTED)
 
+    def is_open(self, request_id: str) -> bool:
+        return request_id in self._held or request_id in self._flights.open
+
     def is_held(self, request_id: str) -> bool:
-        """Whether it waits for a replica."""
         return request_id in self._held
 
     def own(self, request_id: str, owner: object) -> None:

@@ -37,7 +37,7 @@ from headrace.gateway.replicas import ReplicaTable
 from headrace.gateway.request_recorder import RequestRecorder
 from headrace.gateway.servers import ServerKeeper
 from headrace.gateway.spoe import Arguments, SpoeAgent, SpoeCall, SpoeConnection, text_argument
-from headrace.gateway.waiting import Waiting, WaitingRoom
+from headrace.gateway.waiting import LOST_CALL, Waiting, WaitingRoom
 from headrace.observability.line_log import BackgroundLog, RotatingFile
 from headrace.observability.request_record import RequestRecord
 from headrace.observability.request_statistics import RequestStatistics
@@ -73,7 +73,7 @@ class Router:
         self._request_log = BackgroundLog(
             RotatingFile(Path(self._paths.request_log), REQUEST_LOG_BYTES),
             "request-log",
-            stops_at_error=False,
+            stops_at_end=False,
         )
         self.recorder = RequestRecorder(spec.gateway_id, clock, self._on_record)
         self.dispatcher = Dispatcher(spec.endpoints, self.replicas, self.recorder, spec.tenants)
@@ -250,7 +250,8 @@ class Router:
     def _rejoin(self, waiting: Waiting, call: SpoeCall, request_id: str, endpoint: str) -> None:
         """A parked stream came again, from the relay."""
         if waiting.is_rejoined:
-            raise ProtocolError(f"request {request_id} came a third time")
+            call.answer(refusal(LOST_CALL))
+            return
         self.dispatcher.own(request_id, call.connection)
         waiting.rejoin(lambda decision: self._tell(call, request_id, endpoint, decision, PromptHead()))
 
@@ -296,6 +297,7 @@ class Router:
             self.recorder.tick(now_s)
             while self.recorder.hand_out(RECORDS_AT_A_TIME):  # noqa: ASYNC110, decisions come between
                 await asyncio.sleep(0)
+            self._waiting.sweep(now_s, self.dispatcher.is_open)
             for waiting in self._waiting.due(now_s, self.dispatcher.is_held):
                 waiting.park()
             if self.dispatcher.num_held:

@@ -6,15 +6,13 @@ Owns the needs of the last minutes. Must not know what they are made from.
 from __future__ import annotations
 
 import math
-from collections import deque
 
 from headrace.policy.autoscaling import MAX_COUNT, Need, ScalingLimits
+from headrace.policy.scaling_recent import Largest
 
 DOWN_MARGIN = 1.05
 """A lower count must suffice with so much to spare: a need that trembles at a whole number moves nothing."""
 _EPSILON = 1e-6
-_GRAIN = 32
-"""Needs are remembered in steps of 1/32, upwards: that bounds how many there are."""
 MAX_CAUTION = 2.0
 """Most that a count which went down too early may lengthen the time that the next one takes."""
 REGRET_WINDOWS = 2.0
@@ -30,8 +28,9 @@ class CountKeeper:
     def __init__(self) -> None:
         self.count: int | None = None
         self.caution = 1.0
-        self._needs: deque[tuple[float, float]] = deque()
-        """Times and needs, each larger than all after it: the first is the largest of the window."""
+        self._needs = Largest()
+        self._hurried = Largest()
+        """What was held for too long asks for replicas: once it is gone, they are kept for a start only."""
         self._seen_since_s = 0.0
         self._down_s = -math.inf
         self._calm_since_s = 0.0
@@ -47,6 +46,7 @@ class CountKeeper:
     def forget(self) -> None:
         """The user moved a bound: what is needed now decides, whatever was needed before."""
         self._needs.clear()
+        self._hurried.clear()
         self._seen_since_s = -math.inf
 
     def window_s(self, limits: ScalingLimits, start_s: float) -> float:
@@ -56,7 +56,7 @@ class CountKeeper:
 
     def most_needed(self) -> float:
         """Return the largest need of the last window."""
-        return self._needs[0][1] if self._needs else 0.0
+        return max(self._needs.value, self._hurried.value)
 
     def follow(
         self, need: Need, limits: ScalingLimits, start_s: float, now_s: float, *, may_fall: bool
@@ -64,10 +64,13 @@ class CountKeeper:
         """Take what is needed now and return the count. `may_fall` is False while not all gateways are heard:
         what is not known is no reason to take away."""
         assert self.count is not None
+        if need.is_learned:
+            self.caution = 1.0
         window_s = self.window_s(limits, start_s)
         own_window_s = window_s / self.caution
-        self._note(min(need.count, limits.max_count), now_s, window_s)
-        wanted = self._bounded(need.count, limits, need.floor)
+        self._needs.add(min(need.count, limits.max_count), now_s, window_s)
+        self._hurried.add(min(need.hurried, limits.max_count), now_s, min(start_s, window_s))
+        wanted = self._bounded(max(need.count, need.hurried), limits, need.floor)
         if wanted > self.count:
             self._rise(wanted, now_s, own_window_s)
         elif may_fall:
@@ -86,23 +89,15 @@ class CountKeeper:
 
     def _fall(self, need: Need, limits: ScalingLimits, now_s: float, window_s: float) -> None:
         assert self.count is not None
-        if need.floor == 0 and need.count <= 0:  # idle for as long as the user said
+        if need.floor == 0 and need.count <= 0 and need.hurried <= 0:  # idle for as long as the user said
             self.count = 0
             return
         if now_s - self._seen_since_s < window_s:
             return
-        sufficed = self._bounded(self.most_needed() * DOWN_MARGIN, limits, need.floor)
+        margin = 1.0 if need.is_learned else DOWN_MARGIN
+        sufficed = self._bounded(self.most_needed() * margin, limits, need.floor)
         if sufficed < self.count:
             self.count, self._down_s = sufficed, now_s
-
-    def _note(self, need: float, now_s: float, window_s: float) -> None:
-        needs = self._needs
-        need = math.ceil(min(need, float(MAX_COUNT)) * _GRAIN) / _GRAIN
-        while needs and needs[-1][1] <= need:
-            needs.pop()
-        needs.append((now_s, need))
-        while needs[0][0] < now_s - window_s:
-            needs.popleft()
 
     def _bounded(self, need: float, limits: ScalingLimits, floor: int) -> int:
         count = math.ceil(min(need, float(MAX_COUNT)) - _EPSILON)

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import math
 
-LATE_RATIO = 0.01
-"""Part of the requests that may wait longer than what the SLO leaves them."""
 _STEPS = 20
 
 
@@ -28,7 +26,7 @@ def late_ratio(num_replicas: float, demand: float, dispersion_s: float, slack_s:
     return waits * math.exp(-2 * (num_replicas - demand) * slack_s / dispersion_s)
 
 
-def replicas_within(demand: float, dispersion_s: float, slack_s: float, ratio: float = LATE_RATIO) -> float:
+def replicas_within(demand: float, dispersion_s: float, slack_s: float, ratio: float) -> float:
     """Return the least number of replicas, not rounded, of which at most `ratio` of the requests wait longer
     than `slack_s` (> 0)."""
     if demand <= 0 or dispersion_s <= 0:

@@ -119,6 +119,11 @@ class CarriedStream:
             f"CarriedStream({self.stream.request.request_id} at {place}, {len(self.stream.token_ids)} tokens)"
         )
 
+    @property
+    def is_catching_up(self) -> bool:
+        """A sibling has it, and it has given no token there yet."""
+        return bool(self.host) and self.gap_from_s is not None
+
     def is_on_trial(self) -> bool:
         """It is in an engine, suspected, and has given no token yet."""
         return self.host is not None and self.as_stranded(0.0).is_suspect

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmarks.autoscaling import A100, H100, cheapest
+from benchmarks.autoscaling.bounds import best_lagging, foreseen
 from benchmarks.autoscaling.fluid import Outcome, World, attainment, simulate
 from benchmarks.autoscaling.policies import Headrace, Knative, Oracle, RayServe, Static
 from benchmarks.autoscaling.traces import VARIABLE, Trace, azure_code, folder
@@ -57,9 +58,9 @@ def test_the_real_scaler_follows_a_step_in_the_fluid_queue() -> None:
         np.concatenate([low.output_tokens, high.output_tokens]),
     )
     world = World(trace, H100, 2)
-    policy = Headrace(world, 0.9)
+    policy = Headrace(world, 0.99)
     outcome = simulate(world, policy)
-    assert policy.decision.count in (7, 8)
+    assert 7 <= policy.decision.count <= 13, "a step that was late teaches room for another"
     assert outcome.attainment > 0.8
     assert outcome.num_changes <= 12
     oracle = simulate(world, Oracle(world, 1.0), is_lagging=False)
@@ -73,7 +74,7 @@ def test_the_peers_formulas_settle_where_their_target_says(peer: type[Knative] |
     world = steady(1800, 3.0)
     count = 0
     for candidate in range(3, 60):  # the fixed point: as many as their own requests ask for
-        if world.in_flight(3.0, candidate) / candidate <= 0.2 * world.capacity.max_batch:
+        if world.in_flight(0, 3.0, candidate) / candidate <= 0.2 * world.capacity.max_batch:
             count = candidate
             break
     outcome = simulate(world, peer(world, 0.2))
@@ -108,3 +109,16 @@ def test_azures_trace_is_read_whole() -> None:
     trace = azure_code(folder())
     assert trace.requests.sum() == 8819
     assert World(trace, A100, 2).work().sum() > 0
+
+
+def test_bounds_know_the_trace_and_pay_for_starts() -> None:
+    steps = np.concatenate([np.full(300, 2.0), np.full(300, 6.0)])
+    one = steady(600, 1.0).trace
+    trace = Trace("step", one.requests * steps, one.prompt_tokens * steps, one.output_tokens * steps)
+    world = World(trace, H100, 2)
+    ahead, behind = foreseen(world), best_lagging(world)
+    assert ahead is not None
+    assert behind is not None
+    least_hours = (2 * 300 + 6 * 300 + 4 * 48) / 3600
+    assert least_hours * 0.98 <= ahead.replica_hours <= 1.1 * least_hours
+    assert behind.replica_hours > 1.2 * ahead.replica_hours, "it must have the room before it needs it"

@@ -358,8 +358,49 @@ def test_before_any_observation_the_minimum_is_wanted() -> None:
 @pytest.mark.slow
 def test_long_runs_keep_their_windows_bounded() -> None:
     world = ScalingWorld()
-    for _ in range(9000):
-        world.arrive(5)
+    for step in range(9000):
+        world.arrive(5 + step % 7)
         world.tick(1.0)
     assert len(world.scaler._window._times) <= 4097
     assert len(world.scaler._keeper._needs) <= 32 * 16 + 1
+
+
+@pytest.mark.slow
+def test_with_an_slo_the_room_for_growth_is_learned_and_explained() -> None:
+    config = endpoint(scaling={"down_after_s": 20}, slo={"ttft_ms": 2000, "itl_ms": 50})
+    world = ScalingWorld(config, start_s=10.0)
+    world.run(100, world.replicas_worth(3.2))
+    assert numbers(world)["target_utilization"] == 0.7, "until enough was seen"
+    assert world.decision.count >= 5
+    world.run(500, world.replicas_worth(3.2))
+    assert numbers(world)["target_utilization"] == 1.0
+    assert numbers(world)["margin"] <= 0.1, "steady demand needs little"
+    assert world.decision.count == 4
+    assert "within the SLO" in world.decision.reason
+    assert numbers(world)["shadow_cost"] == pytest.approx(4 / 3.2, rel=0.1)
+
+
+def test_a_target_utilization_of_the_users_stays_the_most_with_an_slo_too() -> None:
+    config = endpoint(
+        scaling={"down_after_s": 10, "target_utilization": 0.5}, slo={"ttft_ms": 2000, "itl_ms": 50}
+    )
+    world = ScalingWorld(config, start_s=5.0)
+    world.run(150, world.replicas_worth(2.9), noise=False)
+    assert numbers(world)["target_utilization"] == 0.5
+    assert world.decision.count == 6
+
+
+def test_what_was_asked_for_in_a_hurry_goes_a_start_after_nothing_is_held_any_more() -> None:
+    world = ScalingWorld(endpoint(scaling={"down_after_s": 120, "target_utilization": 0.8}), start_s=5.0)
+    world.run(130, world.replicas_worth(1.4), noise=False)
+    assert world.decision.count == 2
+    world.demand = msgspec.structs.replace(
+        world.demand, num_held=400, oldest_held_s=6.0, held_prompt_tokens=200_000
+    )
+    world.tick()
+    assert world.decision.count == 4
+    assert "is held for" in world.decision.reason
+    world.demand = msgspec.structs.replace(world.demand, num_held=0, oldest_held_s=0.0, held_prompt_tokens=0)
+    counts = world.run(25, world.replicas_worth(1.4), noise=False)
+    assert counts[2] == 4
+    assert counts[-1] == 2, "long before down_after_s"

@@ -17,7 +17,7 @@ from headrace.policy.scaling_queue import late_ratio, replicas_within
 def test_the_least_number_keeps_the_bound_and_little_less_does_not(
     demand: float, dispersion_s: float, slack_s: float
 ) -> None:
-    count = replicas_within(demand, dispersion_s, slack_s)
+    count = replicas_within(demand, dispersion_s, slack_s, 0.01)
     assert count >= demand
     assert late_ratio(count, demand, dispersion_s, slack_s) <= 0.0101
     less = demand + 0.9 * (count - demand)
@@ -26,7 +26,7 @@ def test_the_least_number_keeps_the_bound_and_little_less_does_not(
 
 @given(demand=st.floats(0, 100), more=st.floats(0, 100), dispersion_s=st.floats(0, 10))
 def test_more_demand_never_needs_fewer(demand: float, more: float, dispersion_s: float) -> None:
-    counts = [replicas_within(each, dispersion_s, 1.0) for each in (demand, demand + more)]
+    counts = [replicas_within(each, dispersion_s, 1.0, 0.01) for each in (demand, demand + more)]
     assert counts[0] <= counts[1] + 0.01
 
 
@@ -34,8 +34,8 @@ def test_nothing_waits_without_demand_and_everything_without_room() -> None:
     assert late_ratio(1, 0, 1, 1) == 0
     assert late_ratio(1, 2, 1, 1) == 1
     assert late_ratio(2, 1, 0, 1) == 0
-    assert replicas_within(0, 1, 1) == 0
-    assert replicas_within(3, 0, 1) == 3
+    assert replicas_within(0, 1, 1, 0.01) == 0
+    assert replicas_within(3, 0, 1, 0.01) == 3
 
 
 @pytest.mark.slow
@@ -43,7 +43,7 @@ def test_nothing_waits_without_demand_and_everything_without_room() -> None:
 def test_a_simulated_queue_of_such_size_keeps_the_bound(demand: float) -> None:
     """Poisson arrivals, exponential service of one second: dispersion 2 s."""
     slack_s, seed = 1.5, 11
-    count = -(-replicas_within(demand, 2.0, slack_s) // 1)
+    count = -(-replicas_within(demand, 2.0, slack_s, 0.01) // 1)
     rng = random.Random(seed)
     free = [0.0] * int(count)
     now_s, late, number = 0.0, 0, 60_000
