@@ -13,6 +13,7 @@ from benchmarks.report import Skipped
 NAMES = (
     *("gateway", "tokens", "peers", "router", "placement", "fairness", "held"),
     *("engine", "roofline", "prompts", "overhead", "speculation", "structured", "start", "memory"),
+    "parallel",
     *("zero", "survive", "autoscaling", "simulation", "vllm"),
 )
 WITH_PEERS = ("peers", "engine", "prompts")
