@@ -104,7 +104,7 @@ class Front:
         )
         self.departure = Departure(clock, self._reporter, streams, spec.handover_after_s, spec.drain_grace_s)
         services = AnswerServices(self.keeper, self.ledger, self._metrics)
-        fingerprint = "headrace-simulated" if is_simulated else "headrace-native"
+        fingerprint = f"headrace-{spec.engine.kind}"
         self._generator: Generator = Generator(
             spec.endpoint, spec.max_open, fingerprint, services, self.engine, clock
         )
