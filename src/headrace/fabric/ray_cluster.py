@@ -336,7 +336,7 @@ def _check_reachable(address: str) -> None:
 
 def _check_token(address: str) -> None:
     """Ray's own connection tries for 20 s and then says only that it failed."""
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError, RayError
 
     try:
