@@ -154,6 +154,8 @@ class Controller:
         while True:
             async with asyncio.timeout(10):
                 event = await self._launcher.next_event()
+            if isinstance(event, Nodes):
+                self._state.nodes = event
             if isinstance(event, Processes):
                 break
         self._state.adopt(event.processes, self._clock.now_s())
