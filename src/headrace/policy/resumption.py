@@ -38,6 +38,7 @@ class Stranded:
     """A stream without an engine. Seconds on the clock."""
 
     stream_class: str
+    """Empty: it has no token yet, and any engine of its text may begin it."""
     num_attempts: int = 0
     """Engines that it was continued on so far because it had lost another."""
     num_crashes: int = 0
@@ -74,8 +75,9 @@ class SiblingView:
 class OwnEngine:
     """The engine of the stream's own front."""
 
-    state: Literal["ready", "starting", "gone"]
-    """starting: it will be ready, as far as is known. gone: asleep, stopped, or failed for good."""
+    state: Literal["ready", "starting", "gone", "none"]
+    """starting: it will be ready, as far as is known. gone: asleep, stopped, or failed for good. none: a durable
+    front's, which never has one: replicas come and go."""
     stream_class: str = ""
     is_leaving: bool = False
     """It is to be free of requests soon: siblings come first."""
@@ -120,6 +122,8 @@ def decide(
         return host
     if is_own_ready:
         return ContinueAt("", "no sibling has room, and its own engine is still there")
+    if own.state == "none":
+        return Wait("no replica can take it now")
     if own.state == "starting":
         return Wait("no sibling can take it now; its own engine is starting")
     alike = [each for each in siblings if each.stream_class in (stream.stream_class, "")]
@@ -138,7 +142,8 @@ def find_sibling(stream: Stranded, siblings: Sequence[SiblingView], now_s: float
         each
         for each in siblings
         if each.is_ready
-        and each.stream_class == stream.stream_class
+        and each.stream_class
+        and stream.stream_class in ("", each.stream_class)
         and each.has_room
         and stream.avoided.get(each.replica_id, now_s) <= now_s
     ]

@@ -35,6 +35,19 @@ class SamplingParams(Record, frozen=True):
     min_tokens: int = 0
 
 
+class Placed(Record, frozen=True):
+    """What a durable front tells a replica of a guest that a router placed there: the replica reports it as if
+    the client had come to its own front."""
+
+    request_id: str
+    """The client's request: several guests may be its choices."""
+    replica_id: str
+    """Where its place is. Another replica has it as a guest like any other."""
+    prefix_hashes: list[int] = []
+    """Of the prompt's head (`policy.prompt`), and its length."""
+    num_prompt_bytes: int = 0
+
+
 class GenerationRequest(Record, frozen=True):
     """One generation: token ids in. `resume_from` are tokens already emitted elsewhere: the next token has
     index len(resume_from), and max_tokens counts them."""
@@ -57,6 +70,8 @@ class GenerationRequest(Record, frozen=True):
     endpoint declared public. Blocks after them depend on cache_salt."""
     stream_class: str = ""
     """Of a guest: only an engine of this class continues it. Its host looks at it; engines do not."""
+    placed: Placed | None = None
+    """Of a durable front's guest. Engines do not see it."""
 
 
 class TokenLogprobs(Record, frozen=True):
