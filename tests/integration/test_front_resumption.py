@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from tests.integration.disturbed_answer import Answer, kill_engine, last_line, wait_new_engine
 from tests.integration.front_process import check_conservation
@@ -173,6 +174,25 @@ def test_a_host_that_is_killed_whole_loses_no_stream() -> None:
         fronts[fronts.wait_host()].process.kill()
         assert broken.text() == whole
         assert last_line(fronts[0], "hosts")["resumptions"] == 2
+
+
+def test_a_stream_that_lost_two_engines_and_its_home_is_tried_at_the_last_sibling() -> None:
+    slow = msgspec.structs.replace(ENGINE, simulated_prefill_token_s=0.1)
+    with sibling_fronts([slow] * 3, drain_grace_s=20.0, handover_after_s=0.0) as fronts:
+        fronts.wait_ready()
+        whole = Answer(fronts[0], "suspect", seed=16).text()
+        suspect = Answer(fronts[0], "suspect", seed=16)
+        fronts.controller(0).wait_for(
+            lambda report: report.engine is not None and report.engine.num_running == 1
+        )
+        kill_engine(fronts, 0)
+        host = fronts.wait_host()
+        kill_engine(fronts, host)
+        fronts[0].process.send_signal(signal.SIGTERM)
+        assert suspect.text() == whole
+        assert fronts[0].process.wait(10) == 0
+        hosts = last_line(fronts[0], "suspect", 2)["hosts"]
+        assert hosts == [f"chat-{host + 1}", f"chat-{4 - host}"]
 
 
 def test_a_notice_moves_streams_and_ends_the_replica_in_time(tmp_path: Path) -> None:

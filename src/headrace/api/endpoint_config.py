@@ -120,7 +120,7 @@ class Rollout(Section):
 class Streams(Section):
     """What becomes of open answers when their engine goes away."""
 
-    resume_attempts: Annotated[int, Field(ge=0, le=16)] = 3
+    resume_attempts: Annotated[int, Field(ge=0, le=16)] = 6
     """Engines that an answer may be continued on, one after another. 0: a lost engine ends its answers."""
     resume_limit_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
     """Longest time without an engine before an answer ends with an error."""

@@ -12,8 +12,12 @@ from typing import Literal
 
 SUSPECT_CRASHES = 2
 """Engines lost one after another with the stream in them, and no token of it in between: it may be what
-breaks them. From then on it is tried on no sibling, and only alone among its like."""
-MAX_CRASHES = 3
+breaks them. From then on it is tried at home if that is possible, and anywhere only alone among its like."""
+MAX_CRASHES = 4
+"""So many engines one request can break. Not fewer: what else kills engines may hit a stream twice before a
+token, and once more while it is tried."""
+SUSPECT_PATIENCE_RATIO = 0.25
+"""Of the longest wait: for so long a suspect waits for its own engine, before a sibling is risked."""
 RESERVE_RATIO = 0.125
 """Guests may fill a replica beyond its max_open by this part of it: a full fleet can lose one engine."""
 
@@ -27,7 +31,7 @@ def guest_room(max_open: int) -> int:
 class Limits:
     """An endpoint's `streams` section."""
 
-    max_attempts: int = 3
+    max_attempts: int = 6
     """Engines after the first that were lost or given up on, each, one stream may use."""
     max_wait_s: float = 60.0
     """Longest time without an engine since the stream's last token."""
@@ -65,6 +69,8 @@ class SiblingView:
     num_open: int
     """Requests and guests, and what was sent there since."""
     max_open: int
+    num_suspects: int = 0
+    """This front's streams in it that are suspected and have not given a token yet."""
 
     @property
     def has_room(self) -> bool:
@@ -113,15 +119,21 @@ def decide(
     """Say what becomes of a stream that has no engine."""
     if reason := _hopeless(stream, limits):
         return GiveUp(reason)
-    if stream.is_suspect:
-        return _decide_suspect(stream, own)
     is_own_ready = own.state == "ready" and own.stream_class == stream.stream_class
-    if is_own_ready and not own.is_leaving:
-        return ContinueAt("", "its own engine is ready")
+    may_use_own = is_own_ready and not (stream.is_suspect and own.num_suspects)
+    if may_use_own and not own.is_leaving:
+        return ContinueAt("", f"its own engine is ready{_suspicion(stream)}")
+    is_own_near = own.state == "starting" or (is_own_ready and not own.is_leaving)
+    if stream.is_suspect and is_own_near and stream.waited_s < limits.max_wait_s * SUSPECT_PATIENCE_RATIO:
+        return Wait(f"it waits for its own engine{_suspicion(stream)}")
     if host := find_sibling(stream, siblings, now_s):
         return host
+    if may_use_own:
+        return ContinueAt(
+            "", f"no sibling can take it, and its own engine is still there{_suspicion(stream)}"
+        )
     if is_own_ready:
-        return ContinueAt("", "no sibling has room, and its own engine is still there")
+        return Wait(f"another suspect is tried{_suspicion(stream)}")
     if own.state == "none":
         return Wait("no replica can take it now")
     if own.state == "starting":
@@ -136,8 +148,6 @@ def decide(
 
 def find_sibling(stream: Stranded, siblings: Sequence[SiblingView], now_s: float) -> ContinueAt | None:
     """Return the least loaded sibling that can continue `stream` bit for bit, if there is one."""
-    if stream.is_suspect:
-        return None
     hosts = [
         each
         for each in siblings
@@ -146,31 +156,24 @@ def find_sibling(stream: Stranded, siblings: Sequence[SiblingView], now_s: float
         and stream.stream_class in ("", each.stream_class)
         and each.has_room
         and stream.avoided.get(each.replica_id, now_s) <= now_s
+        and not (stream.is_suspect and each.num_suspects)
     ]
     if not hosts:
         return None
     best = min(hosts, key=lambda each: (each.num_open / max(1, each.max_open), each.replica_id))
-    return ContinueAt(
-        best.replica_id, f"least loaded of {len(hosts)}: {best.num_open} open of {best.max_open}"
-    )
+    load = f"least loaded of {len(hosts)}: {best.num_open} open of {best.max_open}"
+    return ContinueAt(best.replica_id, load + _suspicion(stream))
 
 
 def _hopeless(stream: Stranded, limits: Limits) -> str:
-    if stream.num_attempts >= limits.max_attempts:
-        return f"it was continued {stream.num_attempts} times, which is the limit"
     if stream.num_crashes >= MAX_CRASHES:
         return f"{stream.num_crashes} engines were lost with it and no token in between"
+    if stream.num_attempts >= limits.max_attempts:
+        return f"it was continued {stream.num_attempts} times, which is the limit"
     if stream.waited_s >= limits.max_wait_s:
         return f"no engine could continue it for {limits.max_wait_s:g} s"
     return ""
 
 
-def _decide_suspect(stream: Stranded, own: OwnEngine) -> ContinueAt | Wait | GiveUp:
-    lost = f"{stream.num_crashes} engines were lost with it"
-    if own.state == "gone" or (own.state == "ready" and own.stream_class != stream.stream_class):
-        return GiveUp(f"{lost}, and its own engine, where alone it may be tried, is gone")
-    if own.state == "starting":
-        return Wait(f"{lost}: it waits for its own engine")
-    if own.num_suspects:
-        return Wait(f"{lost}: it is tried after another one")
-    return ContinueAt("", f"{lost}: it is tried on its own engine")
+def _suspicion(stream: Stranded) -> str:
+    return f"; {stream.num_crashes} engines were lost with it" if stream.is_suspect else ""

@@ -5,6 +5,7 @@ Owns the sum of its engines' time and the gap in it. Must not know where it coul
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
 import msgspec
@@ -31,6 +32,20 @@ class Continuable(EngineStream, Protocol):
     def fail(self, error: RequestError) -> None:
         """It cannot go on."""
         ...
+
+
+@runtime_checkable
+class Triable(Protocol):
+    """A stream that may be suspected of breaking engines."""
+
+    def is_on_trial(self) -> bool:
+        """It is suspected, and has given no token in the engine that has it."""
+        ...
+
+
+def num_on_trial(streams: Iterable[EngineStream]) -> int:
+    """Count the suspects among an engine's streams, guests included."""
+    return sum([isinstance(stream, Triable) and stream.is_on_trial() for stream in streams])
 
 
 class CarriedStreamOwner(Protocol):
@@ -105,10 +120,13 @@ class CarriedStream:
         )
 
     def is_on_trial(self) -> bool:
-        """It is in its own engine, suspected, and has given no token yet."""
-        return self.host == "" and self.gap_from_s is not None and self.as_stranded(0.0).is_suspect
+        """It is in an engine, suspected, and has given no token yet."""
+        return self.host is not None and self.as_stranded(0.0).is_suspect
 
     def as_stranded(self, now_s: float) -> Stranded:
+        """Return what is known of it, as if it had no engine."""
+        if self._has_news():
+            return Stranded(self.stream_class, self.num_attempts)
         waited_s = self.waited_s + (now_s - self.stranded_at_s if self.host is None else 0.0)
         return Stranded(self.stream_class, self.num_attempts, self.num_crashes, waited_s, self.avoided)
 
@@ -119,10 +137,14 @@ class CarriedStream:
         self._engine_ns_before = self.stream.engine_ns
         if self.gap_from_s is None:
             self.gap_from_s = now_s
-        if len(self.stream.token_ids) > self.num_tokens:
+        if self._has_news():
             self.num_tokens = len(self.stream.token_ids)
             self.num_crashes, self.waited_s = 0, 0.0
             self.avoided.clear()
+
+    def _has_news(self) -> bool:
+        """Whether it gave a token since it was last stranded."""
+        return len(self.stream.token_ids) > self.num_tokens
 
     # ---- what engines and hosts tell
 

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol, cast
 
 import msgspec
@@ -29,6 +29,7 @@ from headrace.api.messages import (
 )
 from headrace.errors import Overloaded, ProtocolError
 from headrace.private_socket import bind_private_socket
+from headrace.replica.carried_stream import num_on_trial
 from headrace.replica.engine_client import EngineStream
 
 HEARTBEAT_S = 1.0
@@ -45,6 +46,9 @@ class HostEngine(Protocol):
     """The engine, as seen from here."""
 
     load: EngineLoad | None
+
+    @property
+    def streams(self) -> Mapping[str, EngineStream]: ...
 
     def submit(self, request: GenerationRequest, stream: EngineStream) -> None:
         """Raises Overloaded."""
@@ -127,6 +131,8 @@ class PeerServer:
         """Hand a guest to the engine; return why not, or nothing."""
         if reason := self._why_refused(request):
             return reason
+        if request.is_suspect and num_on_trial(self._engine.streams.values()):
+            return "another stream that may break engines is tried here"
         try:
             self._engine.submit(request, guest)
         except Overloaded as error:
@@ -155,15 +161,21 @@ class PeerServer:
 class Guest:
     """One stream of a sibling in this engine."""
 
-    __slots__ = ("_connection", "engine_id", "peer_id")
+    __slots__ = ("_connection", "_is_on_trial", "engine_id", "peer_id")
 
-    def __init__(self, connection: PeerConnection, peer_id: str, engine_id: str) -> None:
+    def __init__(self, connection: PeerConnection, peer_id: str, engine_id: str, *, is_suspect: bool) -> None:
         self._connection = connection
+        self._is_on_trial = is_suspect
         self.peer_id = peer_id
         """Its id, as its front calls it."""
         self.engine_id = engine_id
 
+    def is_on_trial(self) -> bool:
+        """It may be what broke engines before, and has given no token here."""
+        return self._is_on_trial
+
     def on_output(self, output: StepOutput, now_s: float) -> bool:
+        self._is_on_trial = self._is_on_trial and not output.token_ids
         return self._connection.add(self, output)
 
     def flush(self) -> None:
@@ -224,7 +236,7 @@ class PeerConnection(asyncio.Protocol):
         if peer_id in self._guests:
             raise ProtocolError(f"guest {peer_id!r} is here already; ids must be unique")
         # Other peers, and this front's own clients, may use the same ids.
-        guest = Guest(self, peer_id, f"guest{self._number}:{peer_id}")
+        guest = Guest(self, peer_id, f"guest{self._number}:{peer_id}", is_suspect=request.is_suspect)
         self._guests[peer_id] = guest
         renamed = msgspec.structs.replace(request, request_id=guest.engine_id)
         if reason := self._server.take(renamed, guest):

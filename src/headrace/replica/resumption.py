@@ -30,7 +30,7 @@ from headrace.policy.resumption import (
     decide,
     find_sibling,
 )
-from headrace.replica.carried_stream import CarriedStream, Continuable
+from headrace.replica.carried_stream import CarriedStream, Continuable, num_on_trial
 from headrace.replica.engine_client import EngineClient, EngineStream
 from headrace.replica.peer_link import HostedStream
 
@@ -199,7 +199,9 @@ class StreamKeeper:
         """Take a stream from a host that leaves, if there is another place."""
         own = self._own()
         target = find_sibling(carried.as_stranded(now_s), self._views(), now_s)
-        if own.state == "ready" and not own.is_leaving and own.stream_class == carried.stream_class:
+        is_own_free = not (carried.is_on_trial() and num_on_trial(self._engine.streams.values()))
+        is_own_ready = own.state == "ready" and own.stream_class == carried.stream_class
+        if is_own_ready and is_own_free and not own.is_leaving:
             target = ContinueAt("", "its host leaves, and its own engine is ready")
         if target is not None:
             self._peers.abort(carried.path, carried.engine_id)
@@ -213,8 +215,7 @@ class StreamKeeper:
     # ---- places
 
     def _place(self, carried: CarriedStream, now_s: float) -> None:
-        num_suspects = sum([each.is_on_trial() for each in self._carried.values()])
-        own = replace(self._own(), num_suspects=num_suspects)
+        own = replace(self._own(), num_suspects=num_on_trial(self._engine.streams.values()))
         decision = decide(carried.as_stranded(now_s), own, self._views(), self._limits, now_s)
         if isinstance(decision, ContinueAt):
             if carried.cause == "engine_lost":
@@ -242,6 +243,7 @@ class StreamKeeper:
             request_id=carried.engine_id,
             resume_from=list(stream.token_ids),
             stream_class=carried.stream_class,
+            is_suspect=carried.as_stranded(now_s).is_suspect,
         )
         carried.host = target.replica_id
         if target.replica_id:
@@ -290,6 +292,7 @@ class StreamKeeper:
             self._engine.abort(carried.engine_id)
 
     def _views(self) -> list[SiblingView]:
+        suspects = Counter([each.host for each in self._carried.values() if each.is_on_trial()])
         return [
             SiblingView(
                 sibling.replica_id,
@@ -298,6 +301,7 @@ class StreamKeeper:
                 may_become_ready=sibling.state == "starting",
                 num_open=sibling.num_open + self._sent[sibling.replica_id],
                 max_open=sibling.max_open,
+                num_suspects=suspects[sibling.replica_id],
             )
             for sibling in self._siblings.values()
         ]

@@ -6,12 +6,13 @@ from dataclasses import replace
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.policy.resumption import (
     MAX_CRASHES,
     SUSPECT_CRASHES,
+    SUSPECT_PATIENCE_RATIO,
     ContinueAt,
     GiveUp,
     Limits,
@@ -20,7 +21,6 @@ from headrace.policy.resumption import (
     Stranded,
     Wait,
     decide,
-    find_sibling,
     guest_room,
 )
 
@@ -52,7 +52,9 @@ def test_its_own_engine_comes_first_unless_it_is_to_be_freed() -> None:
     leaving = replace(READY, is_leaving=True)
     assert isinstance(choose(STREAM, leaving, sibling("a")), ContinueAt)
     assert choose(STREAM, leaving, sibling("a")).reason.startswith("least loaded")
-    assert choose(STREAM, leaving) == ContinueAt("", "no sibling has room, and its own engine is still there")
+    assert choose(STREAM, leaving) == ContinueAt(
+        "", "no sibling can take it, and its own engine is still there"
+    )
 
 
 def test_an_own_engine_that_computes_differently_now_is_none() -> None:
@@ -92,53 +94,117 @@ def test_attempts_time_and_crashes_are_bounded(stream: Stranded, reason: str) ->
     assert reason in decision.reason
 
 
-def test_what_may_break_engines_is_tried_on_its_own_alone() -> None:
-    suspect = replace(STREAM, num_crashes=SUSPECT_CRASHES)
-    assert isinstance(choose(suspect, STARTING, sibling("a")), Wait)
-    decision = choose(suspect, READY, sibling("a"))
-    assert isinstance(decision, ContinueAt)
-    assert decision.replica_id == ""
-    assert isinstance(choose(suspect, replace(READY, num_suspects=1), sibling("a")), Wait)
-    assert isinstance(choose(suspect, GONE, sibling("a")), GiveUp)
-    assert find_sibling(suspect, [sibling("a")], 0.0) is None
+SUSPECT = replace(STREAM, num_crashes=SUSPECT_CRASHES)
 
 
-def test_a_poisonous_request_costs_at_most_one_sibling_and_no_innocent_stream() -> None:
-    """Ten streams in one engine; one of them breaks every engine in whose step it is."""
-    streams = dict.fromkeys(range(10), STREAM)
-    in_engine: dict[str, set[int]] = {"own": set(streams), "a": set(), "b": set()}
-    broken, given_up = [], []
-    limits = Limits(10, 60.0)
-    for _ in range(30):
-        # Every engine takes a step: the one with stream 3 in it breaks, the others give a token each.
-        for engine, members in in_engine.items():
-            if 3 in members:
-                broken.append(engine)
-                for name in members:
-                    stream = streams[name]
-                    streams[name] = replace(
-                        stream,
-                        num_crashes=stream.num_crashes + 1,
-                        num_attempts=stream.num_attempts + 1,
-                        avoided={**stream.avoided, engine: 1e9} if engine != "own" else stream.avoided,
-                    )
-                members.clear()
-            else:
-                for name in members:
-                    streams[name] = replace(streams[name], num_crashes=0)
-        placed = set().union(*in_engine.values())
-        for name in sorted(set(streams) - placed - set(given_up)):
-            suspects = [other for other in in_engine["own"] if streams[other].is_suspect]
-            own = OwnEngine("ready", "A", is_leaving=not broken, num_suspects=len(suspects))
-            state: Literal["ready", "starting"] = "ready" if len(broken) != 1 else "starting"
-            views = [sibling(each, len(in_engine[each])) for each in ("a", "b")]
-            decision = decide(streams[name], replace(own, state=state), views, limits, 0.0)
+def test_what_may_break_engines_is_tried_at_home_and_alone() -> None:
+    assert isinstance(choose(SUSPECT, STARTING, sibling("a")), Wait)
+    decision = choose(SUSPECT, READY, sibling("a"))
+    assert decision == ContinueAt("", "its own engine is ready; 2 engines were lost with it")
+    assert isinstance(choose(SUSPECT, replace(READY, num_suspects=1), sibling("a")), Wait)
+
+
+def test_a_suspect_without_a_home_is_tried_at_a_sibling_that_tries_no_other() -> None:
+    busy = replace(sibling("a"), num_suspects=1)
+    leaving = replace(READY, is_leaving=True)
+    for own in (GONE, leaving, OwnEngine("ready", "B")):
+        decision = choose(SUSPECT, own, busy, sibling("b", 5))
+        assert isinstance(decision, ContinueAt)
+        assert decision.replica_id == "b"
+    assert isinstance(choose(SUSPECT, GONE, busy), Wait)
+    assert isinstance(choose(SUSPECT, GONE), GiveUp)
+    assert choose(SUSPECT, leaving, busy).reason.startswith("no sibling can take it")
+    assert isinstance(choose(SUSPECT, replace(leaving, num_suspects=1), busy), Wait)
+
+
+def test_a_suspect_waits_only_so_long_for_its_own_engine() -> None:
+    patience_s = LIMITS.max_wait_s * SUSPECT_PATIENCE_RATIO
+    for own in (STARTING, replace(READY, num_suspects=1)):
+        patient = replace(SUSPECT, waited_s=patience_s - 0.1)
+        assert isinstance(choose(patient, own, sibling("a")), Wait)
+        assert isinstance(choose(replace(SUSPECT, waited_s=patience_s), own, sibling("a")), ContinueAt)
+        assert isinstance(choose(replace(SUSPECT, waited_s=patience_s), own), Wait)
+
+
+class Fleet:
+    """Streams in their own engine and three siblings. Whatever has the poisonous one in a step breaks."""
+
+    def __init__(self, num_streams: int, poison: int) -> None:
+        self.streams = dict.fromkeys(range(num_streams), STREAM)
+        self.poison = poison
+        self.in_engine: dict[str, set[int]] = {"": set(self.streams), "a": set(), "b": set(), "c": set()}
+        self.broken: list[str] = []
+        self.given_up: list[int] = []
+
+    def step(self, engine: str) -> None:
+        """Let it break, or give a token to each of its streams."""
+        members = self.in_engine[engine]
+        if self.poison not in members:
+            for name in members:
+                self.streams[name] = replace(self.streams[name], num_crashes=0, waited_s=0.0, avoided={})
+            return
+        self.broken.append(engine)
+        for name in members:
+            stream = self.streams[name]
+            avoided = {**stream.avoided, engine: 1e9} if engine else stream.avoided
+            self.streams[name] = replace(stream, num_crashes=stream.num_crashes + 1, avoided=avoided)
+        members.clear()
+
+    def place(self, state: Literal["ready", "starting", "gone"], waited_s: float) -> None:
+        """Decide about each stream that has no engine, which has been so for `waited_s`."""
+        placed = set().union(*self.in_engine.values())
+        for name in sorted(set(self.streams) - placed - set(self.given_up)):
+            stream = replace(self.streams[name], waited_s=waited_s)
+            views = [
+                replace(sibling(each, len(self.in_engine[each])), num_suspects=self.num_suspects(each))
+                for each in ("a", "b", "c")
+            ]
+            own = OwnEngine(state, "A", num_suspects=self.num_suspects(""))
+            decision = decide(stream, own, views, Limits(), 0.0)
             if isinstance(decision, ContinueAt):
-                in_engine[decision.replica_id or "own"].add(name)
+                self.in_engine[decision.replica_id].add(name)
+                self.streams[name] = replace(stream, num_attempts=stream.num_attempts + 1)
             elif isinstance(decision, GiveUp):
-                given_up.append(name)
-    assert given_up == [3]
-    assert broken == ["own", broken[1], "own"]
+                self.given_up.append(name)
+
+    def num_suspects(self, engine: str) -> int:
+        return sum(self.streams[name].is_suspect for name in self.in_engine[engine])
+
+
+ROUNDS = st.lists(
+    st.tuples(
+        st.sampled_from(["ready", "starting", "gone"]),
+        st.floats(0, 59),
+        st.lists(st.sampled_from(["", "a", "b", "c"]), min_size=1, max_size=4),
+    ),
+    min_size=20,
+    max_size=30,
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=60)
+@given(ROUNDS, st.integers(1, 8), st.data())
+def test_a_poisonous_request_breaks_four_engines_and_costs_no_innocent_stream(
+    rounds: list[tuple[Literal["ready", "starting", "gone"], float, list[str]]],
+    num_streams: int,
+    data: st.DataObject,
+) -> None:
+    """Wherever streams wait, whichever engines are there, in whatever order engines step."""
+    fleet = Fleet(num_streams, data.draw(st.integers(0, num_streams - 1)))
+    for state, waited_s, steps in rounds:
+        for engine in steps:
+            fleet.step(engine)
+        fleet.place(state, waited_s)
+        assert all(fleet.num_suspects(engine) <= 1 for engine in fleet.in_engine)
+    for _ in range(10 * num_streams):  # then all goes well
+        for engine in fleet.in_engine:
+            fleet.step(engine)
+        fleet.place("ready", 0.0)
+    assert fleet.given_up == [fleet.poison]
+    assert len(fleet.broken) == MAX_CRASHES
+    at_siblings = [engine for engine in fleet.broken if engine]
+    assert len(at_siblings) == len(set(at_siblings)), "no sibling twice"
 
 
 VIEWS = st.lists(
@@ -150,6 +216,7 @@ VIEWS = st.lists(
         st.booleans(),
         st.integers(0, 20),
         st.integers(0, 12),
+        st.integers(0, 1),
     ),
     max_size=4,
 )
@@ -180,10 +247,13 @@ def test_whatever_is_observed_no_stream_goes_where_it_may_not(
         assert isinstance(decision, GiveUp)
     if isinstance(decision, ContinueAt) and not decision.replica_id:
         assert (own.state, own.stream_class) == ("ready", "A")
+        assert not (stream.is_suspect and own.num_suspects)
     elif isinstance(decision, ContinueAt):
-        assert not stream.is_suspect
         assert any(
-            view.is_ready and view.stream_class == "A" and view.num_open < guest_room(view.max_open)
+            view.is_ready
+            and view.stream_class == "A"
+            and view.num_open < guest_room(view.max_open)
+            and not (stream.is_suspect and view.num_suspects)
             for view in views
             if view.replica_id == decision.replica_id
         )

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+import msgspec
 import pytest
 from tests.unit.replica.fake_streams import FakeEngine, FakeStream
 
@@ -140,6 +141,23 @@ async def test_what_a_host_does_not_take_comes_back() -> None:
         await host.wait(lambda: stream.lost)
         assert stream.lost == ["given back: the engine is starting"]
         assert host.server.num_guests == 0
+
+
+async def test_a_host_tries_one_stream_at_a_time_that_may_break_engines_whoever_sent_it() -> None:
+    async with running() as host:
+        streams = [FakeStream(name) for name in ("a", "b")]
+        for stream in streams:
+            request = msgspec.structs.replace(stream.request, is_suspect=True)
+            host.pool.submit(host.path, request, stream)
+        innocent = host.send("c")
+        await host.wait(lambda: streams[1].lost)
+        assert streams[1].lost == ["given back: another stream that may break engines is tried here"]
+        await host.wait(lambda: host.server.num_guests == 2)
+        guest = host.guest("a")
+        host.engine.give(guest, StepOutput(guest, [1]))
+        host.pool.submit(host.path, msgspec.structs.replace(request, request_id="d"), FakeStream("d"))
+        await host.wait(lambda: host.server.num_guests == 3)
+        assert not innocent.lost
 
 
 async def test_a_host_that_cannot_be_reached_gives_back_and_one_that_leaves_too() -> None:

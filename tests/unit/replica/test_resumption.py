@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -265,13 +266,60 @@ async def test_suspects_come_home_one_after_another() -> None:
     world.tick()
     assert world.engine.num_requests == 2
     world.engine.die()
-    assert [stream.error is not None for stream in streams] == [False, True, False], "the one on trial"
+    world.engine.state = "ready"
+    world.tick()
+    assert world.engine.num_requests == 1, "the one on trial; the one that gave a token is at the sibling"
+    world.engine.die()
+    assert [stream.error is not None for stream in streams] == [False, True, False], "the one on trial twice"
+    assert "4 engines were lost with it" in str(streams[1].error)
+    world.close()
+
+
+async def test_suspects_without_a_home_are_tried_at_siblings_one_at_each() -> None:
+    world = World()
+    world.keeper.set_siblings([make_sibling("a")])
+    streams = [world.start(str(number)) for number in range(3)]
+    world.lose()
+    world.engine.state = "asleep"
+    world.peers.die("/a")
+    assert world.keeper.num_waiting == 3, "not where they were lost"
+    world.keeper.set_siblings([make_sibling("b"), make_sibling("c")])
+    assert [len(world.peers.at(path)) for path in ("/a", "/b", "/c")] == [0, 1, 1]
+    [at_b] = world.peers.at("/b")
+    assert at_b.is_suspect
+    world.peers.give("/b", output(at_b.request_id, 1))
+    world.tick()
+    assert [len(world.peers.at(path)) for path in ("/b", "/c")] == [2, 1]
+    for path in ("/b", "/c"):
+        for request in world.peers.at(path):
+            world.peers.give(path, output(request.request_id, 2, finish_reason="stop"))
+    assert [stream.finish_reason for stream in streams] == ["stop"] * 3
+    world.close()
+
+
+async def test_a_stream_that_gave_a_token_again_is_no_suspect_and_can_be_handed_over() -> None:
+    world = World()
+    world.keeper.set_siblings([make_sibling("a")])
+    stream = world.start()
+    world.lose()
+    world.peers.die("/a")
+    world.engine.state = "ready"
+    world.tick()
+    [name] = world.engine.streams
+    world.engine.give(name, output(name, 1))
+    world.keeper.set_siblings([make_sibling("b")])
+    assert world.keeper.hand_over() == 0
+    [request] = world.peers.at("/b")
+    assert not request.is_suspect
+    assert stream.hosts == ["a", "", "b"]
     world.close()
 
 
 EVENTS = st.one_of(
     st.tuples(st.sampled_from(["give", "end", "leave"]), st.integers(0, 2)),
-    st.tuples(st.sampled_from(["lose", "ready", "die a", "die b", "back a", "hand over", "drop a", "all"])),
+    st.tuples(
+        st.sampled_from(["lose", "ready", "asleep", "die a", "die b", "back a", "hand over", "drop a", "all"])
+    ),
     st.tuples(st.just("tick"), st.sampled_from([0.02, 0.3, 20.0])),
 )
 
@@ -297,6 +345,8 @@ def test_every_token_comes_once_in_order_and_every_stream_ends_once_whatever_hap
                     str(number) in world.keeper._carried and world.keeper._carried[str(number)].host is None
                 )
                 assert len(places) == (0 if is_over or waits else 1), (number, places)
+            tried = Counter(each.host for each in world.keeper._carried.values() if each.is_on_trial())
+            assert all(number == 1 for number in tried.values()), tried
         world.close()
 
     asyncio.run(run())
@@ -324,8 +374,9 @@ def play(world: World, event: tuple[Any, ...], left: set[int]) -> None:
         world.keeper.abort(str(event[1]))
     elif kind == "lose":
         world.lose()
-    elif kind == "ready":
-        world.engine.state = "ready"
+    elif kind in ("ready", "asleep"):
+        if kind == "ready" or not world.engine.num_requests:
+            world.engine.state = kind
     elif kind == "tick":
         world.tick(event[1])
     elif kind == "hand over":

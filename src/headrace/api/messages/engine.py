@@ -70,6 +70,8 @@ class GenerationRequest(Record, frozen=True):
     endpoint declared public. Blocks after them depend on cache_salt."""
     stream_class: str = ""
     """Of a guest: only an engine of this class continues it. Its host looks at it; engines do not."""
+    is_suspect: bool = False
+    """Of a guest: engines were lost with it, so a host tries one such stream at a time."""
     placed: Placed | None = None
     """Of a durable front's guest. Engines do not see it."""
 

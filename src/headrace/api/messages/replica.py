@@ -169,7 +169,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     """As in LoadReport, as far as the config decides it."""
     handover_after_s: float = 2.0
     """A draining replica hands what is then still open to siblings, and stops its engine."""
-    resume_attempts: int = 3
+    resume_attempts: int = 6
     """Most engines that one stream may be continued on after its first; 0: a lost engine ends its streams."""
     resume_limit_s: float = 60.0
     """Longest time without an engine before a stream is given up."""
