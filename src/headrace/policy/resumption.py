@@ -82,8 +82,8 @@ class OwnEngine:
     """The engine of the stream's own front."""
 
     state: Literal["ready", "starting", "gone", "none"]
-    """starting: it will be ready, as far as is known. gone: asleep, stopped, or failed for good. none: a durable
-    front's, which never has one: replicas come and go."""
+    """starting: it will be ready, as far as is known. gone: asleep, stopped, or failed for good. none: a
+    durable front's, which never has one: replicas come and go."""
     stream_class: str = ""
     is_leaving: bool = False
     """It is to be free of requests soon: siblings come first."""

@@ -50,7 +50,7 @@ from headrace.replica.restart import RestartPolicy
 from headrace.replica.resumption import EngineStreams, StreamKeeper
 from headrace.replica.routes import Routes
 from headrace.replica.standby import Standby
-from headrace.replica.stream_class import stream_class_of
+from headrace.replica.stream_class import stream_class_of, text_class_of
 from headrace.replica.text_model import PromptEncoder, TextModel, load_text_model
 
 _POLL_S = 0.01
@@ -99,7 +99,7 @@ class Front:
         self._keeper = StreamKeeper(
             self._engine, self._peers, self._own_engine, limits_of_streams, self._metrics, clock
         )
-        self._guests = PeerServer(self._engine, self._why_no_guest, self._reporter.notify)
+        self._guests = PeerServer(self._engine, self._why_no_guest, self._reporter.notify, self._digest)
         streams = EngineStreams(self._engine, self._keeper, lambda: self._generator.num_preparing)
         self._standby = Standby(
             self._engine,
@@ -177,6 +177,7 @@ class Front:
     def _make_report(self, finished: list[FinishedRequest], prefixes: PrefixNews) -> LoadReport:
         self._sequence += 1
         spec, engine, state = self._spec, self._engine, self.state()
+        placed = self._guests.placed
         return LoadReport(
             replica_id=spec.replica_id,
             endpoint=spec.endpoint,
@@ -189,7 +190,7 @@ class Front:
             phase=self._standby.error
             if state in ("ready", "standby") and self._standby.error
             else engine.phase,
-            num_open=self._ledger.num_open,
+            num_open=self._ledger.num_open + placed.num_requests,
             max_open=spec.max_open,
             engine=engine.load,
             engine_info=engine.info,
@@ -200,17 +201,18 @@ class Front:
             finished=finished,
             generation=spec.generation,
             socket_path=self._socket_path,
-            open_by_gateway=self._ledger.open_by_gateway(),
-            open_by_tenant=self._ledger.open_by_tenant(),
+            open_by_gateway=_add(self._ledger.open_by_gateway(), placed.by_gateway()),
+            open_by_tenant=_add(self._ledger.open_by_tenant(), placed.by_tenant()),
             prefix_epoch=prefixes.epoch,
             prefixes_added=prefixes.added,
             prefixes_removed=prefixes.removed,
             speaks_h2=True,
             peer_socket=self._peer_path,
             stream_class=self._stream_class(),
-            num_guests=self._guests.num_guests,
+            num_guests=self._guests.num_guests - placed.num_streams,
             num_hosted=self._keeper.num_hosted,
             leave_by_s=self._departure.left_s(),
+            text_class=text_class_of(spec.engine),
         )
 
     def _report_interval_s(self) -> float:
@@ -242,7 +244,11 @@ class Front:
             return f"this replica is {state}"
         if guest.stream_class != self._stream_class():
             return "this engine computes differently"
-        num_open = self._ledger.num_open + self._guests.num_guests
+        placed = self._guests.placed
+        if placed.has(guest.placed):
+            return ""
+        num_guests = self._guests.num_guests - placed.num_streams
+        num_open = self._ledger.num_open + placed.num_requests + num_guests
         if num_open >= guest_room(self._spec.max_open):
             return f"{num_open} requests and guests are here, which is all that it takes"
         return ""
@@ -362,3 +368,9 @@ class Front:
         # Conditions of several owners, at the end only: polling is simpler than an event in each.
         while not condition() and self._clock.now_s() < deadline_s:  # noqa: ASYNC110
             await asyncio.sleep(_POLL_S)
+
+
+def _add(counts: dict[str, int], others: dict[str, int]) -> dict[str, int]:
+    return (
+        {name: counts.get(name, 0) + others.get(name, 0) for name in (counts | others)} if others else counts
+    )

@@ -251,6 +251,9 @@ class SystemStatus(msgspec.Struct, frozen=True):
     """What somebody should look at, one line each."""
     gateways: list[GatewayStatus] = []
     rollouts: list[RolloutStatus] = []
+    durable_fronts: list[ReplicaStatus] = []
+    """Fronts without engines, of durable endpoints: num_open are requests, num_hosted their streams in replicas'
+    engines."""
 
 
 class AdminReply(Message, frozen=True):

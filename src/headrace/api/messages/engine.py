@@ -36,8 +36,8 @@ class SamplingParams(Record, frozen=True):
 
 
 class Placed(Record, frozen=True):
-    """What a durable front tells a replica of a guest that a router placed there: the replica reports it as if
-    the client had come to its own front."""
+    """What a durable front tells a replica of a guest that a router placed there: the replica reports it as
+    if the client had come to its own front."""
 
     request_id: str
     """The client's request: several guests may be its choices."""

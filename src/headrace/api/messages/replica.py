@@ -91,10 +91,9 @@ class LoadReport(Message, frozen=True):
     gateway_id: str = ""
     """Of a durable front: the gateway whose requests it takes. It has no engine, and is no replica."""
     text_class: str = ""
-    """What turns its texts into token ids and back: a durable front's streams go to replicas of its own."""
+    """What turns texts into its token ids: a durable front's streams go to replicas of its own."""
     moved: dict[str, str] = {}
-    """Of a durable front: open requests that another replica has than the one where they were placed, or moved
-    before."""
+    """Of a durable front: open requests whose place changed lately, and the replica that has them now."""
 
 
 class ReportAck(Message, frozen=True):
@@ -176,5 +175,5 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     notice_file: str = ""
     """A file that appears when this machine is about to go away; empty: none is looked for."""
     gateway_id: str = ""
-    """A durable front of this gateway: it starts no engine, and its streams go to replicas' engines, which its
-    `engine` describes. Empty: a replica."""
+    """A durable front of this gateway: it starts no engine, and its streams go to replicas' engines, which
+    its `engine` describes. Empty: a replica."""
