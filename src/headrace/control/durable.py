@@ -13,7 +13,7 @@ import msgspec
 
 from headrace.api.config import Config
 from headrace.api.messages import LoadReport, ProcessState
-from headrace.control.fleet import Fleet
+from headrace.control.fleet import Fleet, Slot
 from headrace.control.reconciler import (
     Action,
     DesiredEndpoint,
@@ -70,6 +70,11 @@ class DurableFronts:
 
     def __repr__(self) -> str:
         return f"DurableFronts({self.fleet})"
+
+    def endpoint_of(self, slot: Slot) -> str:
+        """Return the endpoint of a durable front, its group's name if it is not known."""
+        group = self._groups.get(slot.endpoint)
+        return group.endpoint if group is not None else self._served.get(slot.replica_id, slot.endpoint)
 
     def served(self) -> dict[str, str]:
         """Return the endpoint of each durable front that ever reported."""

@@ -9,6 +9,8 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import msgspec
+
 import headrace
 from headrace.api.config import Gateway
 from headrace.api.messages import EndpointStatus, GatewayStatus, ProcessStatus, ReplicaStatus, SystemStatus
@@ -45,7 +47,9 @@ def describe(state: SystemState, run_directory: Path, now_s: float) -> SystemSta
         tenants=tenant_statuses(state.gateway.demands(), state.config.tenants),
         warnings=sorted({d.certificate_problem for d in state.gateway.demands() if d.certificate_problem}),
         rollouts=state.rollouts.statuses(slots, counts, now_s),
-        durable_fronts=[_replica(slot, in_flight.get(slot.replica_id, 0), now_s) for slot in fronts],
+        durable_fronts=[
+            _durable_front(state, slot, in_flight.get(slot.replica_id, 0), now_s) for slot in fronts
+        ],
     )
 
 
@@ -135,6 +139,11 @@ def _replica(slot: Slot, num_in_flight: int, now_s: float) -> ReplicaStatus:
         num_guests=report.num_guests if report is not None else 0,
         num_hosted=report.num_hosted if report is not None else 0,
     )
+
+
+def _durable_front(state: SystemState, slot: Slot, num_in_flight: int, now_s: float) -> ReplicaStatus:
+    endpoint = state.durable.endpoint_of(slot)
+    return msgspec.structs.replace(_replica(slot, num_in_flight, now_s), endpoint=endpoint)
 
 
 def _ratio(part: int, whole: int) -> float:

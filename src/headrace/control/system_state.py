@@ -292,7 +292,7 @@ class SystemState:
     # ---- inside ----------------
 
     def _durable_versions(self, counts: Mapping[str, int]) -> dict[str, list[Config]]:
-        """Return the versions that replicas of durable endpoints have, or would have: each has durable fronts."""
+        """Return the versions that replicas of durable endpoints have, or would have."""
         rollouts = self.rollouts
         return {
             name: [

@@ -252,8 +252,7 @@ class SystemStatus(msgspec.Struct, frozen=True):
     gateways: list[GatewayStatus] = []
     rollouts: list[RolloutStatus] = []
     durable_fronts: list[ReplicaStatus] = []
-    """Fronts without engines, of durable endpoints: num_open are requests, num_hosted their streams in replicas'
-    engines."""
+    """Fronts without engines, of durable endpoints. Their num_hosted: streams in replicas' engines."""
 
 
 class AdminReply(Message, frozen=True):
