@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Literal
 
@@ -65,6 +66,17 @@ class StreamResult:
     comments: int = 0
     pieces: list[tuple[float, str]] = field(default_factory=list)
     """When each text came."""
+    replica_id: str = ""
+    """Whose front answers."""
+
+    def gap_after_s(self, moment_s: float) -> float | None:
+        """Return the time from a moment to the next text. None: none came any more."""
+        return next((at_s - moment_s for at_s, _ in self.pieces if at_s > moment_s), None)
+
+    def usual_gaps_s(self) -> list[float]:
+        """Return the times between texts, in rising order."""
+        times_s = [at_s for at_s, _ in self.pieces]
+        return sorted(later - earlier for earlier, later in pairwise(times_s))
 
     def outcome(self, right: StreamResult) -> Outcome:
         """Compare with the undisturbed answer to the same request."""
@@ -87,6 +99,7 @@ async def ask(
     try:
         async with client.stream("POST", f"{url}/chat/completions", json=request.body()) as answer:
             result.status = answer.status_code
+            result.replica_id = answer.headers.get("x-headrace-replica", "")
             if answer.status_code != 200:
                 result.error = (await answer.aread()).decode(errors="replace")[:300]
                 return result

@@ -8,8 +8,8 @@ from typing import Any
 
 import headrace
 from benchmarks.report import Aim, Report, Table
-from benchmarks.survive import replicas_of, wait_for
 from benchmarks.system import ENDPOINT, MODEL, free_port
+from benchmarks.watched_replicas import replicas_of, wait_for
 from benchmarks.watched_streams import Ask, StreamResult, ask, make_client
 from headrace.bench.statistics import percentile
 from headrace.control.serve import System

@@ -14,15 +14,15 @@ from headrace.errors import ProtocolError
 
 MessageT = TypeVar("MessageT")
 MAX_FRAME_BYTES = 64 * 1024 * 1024
-_HEADER_BYTES = 4
+FRAME_HEADER_BYTES = 4
 _encoder = msgspec.msgpack.Encoder()
 
 
 def encode_frame(message: Any) -> bytes:
     """Return `message` as one frame."""
-    frame = bytearray(_HEADER_BYTES)
-    _encoder.encode_into(message, frame, _HEADER_BYTES)
-    frame[:_HEADER_BYTES] = (len(frame) - _HEADER_BYTES).to_bytes(_HEADER_BYTES, "big")
+    frame = bytearray(FRAME_HEADER_BYTES)
+    _encoder.encode_into(message, frame, FRAME_HEADER_BYTES)
+    frame[:FRAME_HEADER_BYTES] = (len(frame) - FRAME_HEADER_BYTES).to_bytes(FRAME_HEADER_BYTES, "big")
     return bytes(frame)
 
 
@@ -43,16 +43,16 @@ class FrameDecoder(Generic[MessageT]):
         buffer += data
         start = 0
         try:
-            while len(buffer) - start >= _HEADER_BYTES:
-                length = int.from_bytes(buffer[start : start + _HEADER_BYTES], "big")
+            while len(buffer) - start >= FRAME_HEADER_BYTES:
+                length = int.from_bytes(buffer[start : start + FRAME_HEADER_BYTES], "big")
                 if length > self._max_frame_bytes:
                     raise ProtocolError(
                         f"a frame announces {length} bytes; at most {self._max_frame_bytes} are allowed"
                     )
-                end = start + _HEADER_BYTES + length
+                end = start + FRAME_HEADER_BYTES + length
                 if len(buffer) < end:
                     break
-                payload = bytes(buffer[start + _HEADER_BYTES : end])
+                payload = bytes(buffer[start + FRAME_HEADER_BYTES : end])
                 start = end
                 yield self._decode(payload)
         finally:

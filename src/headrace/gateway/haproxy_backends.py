@@ -15,7 +15,7 @@ from headrace.gateway.haproxy_identity import lookup
 from headrace.gateway.haproxy_words import bind_address, milliseconds, return_format, return_text
 from headrace.gateway.names import backend_name
 from headrace.gateway.paths import GatewayPaths
-from headrace.gateway.server import Server
+from headrace.gateway.server import Server, identity_options
 
 MAX_ROUTER_CONNECTIONS = 128
 """SPOE connections to the router. HAProxy wants more while many requests are held; it can do without."""
@@ -77,6 +77,13 @@ def endpoint_backend(
   timeout check 2s
   use-server %[var(txn.route.server)] if {{ var(txn.route.server) -m found }}
 {lines}"""
+
+
+def identity_backend(identity: str) -> str:
+    """Nobody is sent here: HAProxy takes a server at run time only with files that it read at its start."""
+    return f"""backend headrace-identity
+  server none 127.0.0.1:1 disabled {identity_options(identity)}
+"""
 
 
 def relay_backend(paths: GatewayPaths, timeout_s: float) -> str:

@@ -17,6 +17,7 @@ from headrace.gateway.haproxy_admin import admin_sections
 from headrace.gateway.haproxy_backends import (
     alive_section,
     endpoint_backend,
+    identity_backend,
     metrics_sections,
     relay_backend,
     router_backend,
@@ -109,6 +110,8 @@ def render_config(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -
     ]
     relay_timeout_s = relay_answer_timeout_s(spec) + 30
     sections += [internal_frontend(spec, paths), relay_backend(paths, relay_timeout_s)]
+    if spec.identity:
+        sections.append(identity_backend(spec.identity))
     if spec.admin_bind:
         sections.append(admin_sections(spec, paths))
     if spec.metrics_bind:

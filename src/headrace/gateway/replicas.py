@@ -93,6 +93,8 @@ class ReplicaTable:
     """Our own, to tell our requests from those of others in a replica's report."""
     uses_h2: bool = False
     """Replicas that speak HTTP/2 get a second server for it."""
+    identity: str = ""
+    """As in GatewaySpec."""
     replicas: dict[str, Replica] = field(default_factory=dict)
     known_paths: dict[str, float] = field(default_factory=dict)
     """Server path -> when its replica was last there; what the ServerKeeper may take away."""
@@ -122,7 +124,7 @@ class ReplicaTable:
             return None
         if not report.address and replica is None:
             return None  # still starting: the controller's business
-        server = _check(report, self.run_dir, replica.server if replica is not None else None)
+        server = _check(report, self.run_dir, self.identity, replica.server if replica is not None else None)
         if replica is None:
             if len(self.replicas) >= MAX_REPLICAS:
                 raise ProtocolError(f"more than {MAX_REPLICAS} replicas report")
@@ -280,7 +282,7 @@ def _cost(token_s: float) -> float:
     return token_s if math.isfinite(token_s) and 0 < token_s <= MAX_TOKEN_S else 0.0
 
 
-def _check(report: LoadReport, run_dir: str, known: Server | None) -> Server:
+def _check(report: LoadReport, run_dir: str, identity: str, known: Server | None) -> Server:
     """Return the report's server. Raises ProtocolError for what would be nonsense inside HAProxy."""
     if not 0 < report.lease_s <= MAX_LEASE_S:
         raise ProtocolError(f"lease_s is {report.lease_s}; it must be in (0, {MAX_LEASE_S:.0f}]")
@@ -304,4 +306,5 @@ def _check(report: LoadReport, run_dir: str, known: Server | None) -> Server:
     socket_path = front_socket_path(run_dir, report.replica_id)
     if report.socket_path != socket_path:
         socket_path = ""
-    return Server(report.endpoint, report.replica_id, host, port, report.max_open, socket_path)
+    server = Server(report.endpoint, report.replica_id, host, port, report.max_open, socket_path)
+    return replace(server, identity=identity)

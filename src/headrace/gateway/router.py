@@ -65,7 +65,9 @@ class Router:
         self._clock = clock
         self._paths = GatewayPaths(spec.run_dir, spec.gateway_id)
         runtime = HaproxyRuntime(self._paths.runtime_socket, self._paths.master_socket)
-        self.replicas = ReplicaTable(spec.run_dir, spec.gateway_id, uses_h2=spec.replica_protocol == "h2")
+        self.replicas = ReplicaTable(
+            spec.run_dir, spec.gateway_id, spec.replica_protocol == "h2", spec.identity
+        )
         self._num_answered_by_haproxy = 0
         self.statistics = RequestStatistics()
         self._request_log = BackgroundLog(

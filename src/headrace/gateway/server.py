@@ -17,6 +17,11 @@ UNIX_ADDRESS = "-:0"
 """How `show servers state` writes the address of a server on a UNIX socket."""
 
 
+def identity_options(identity: str) -> str:
+    """Return how a server of another host is reached: it must show the cluster's key, and we show ours."""
+    return f"ssl crt {identity} ca-file {identity} verify required"
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Server:
     """One replica as HAProxy sees it. `max_open` 0: unlimited."""
@@ -32,6 +37,9 @@ class Server:
 
     is_shared: bool = False
     """Reached on HTTP/2."""
+    identity: str = ""
+    """PEM file with which the hosts of a cluster know each other: what is not on this machine is reached with
+    it. Empty: plain TCP."""
     is_backup: bool = False
     """HAProxy by itself sends there only when there is no other kind; the router may at any time."""
 
@@ -73,6 +81,7 @@ class Server:
         """
         limit = f" maxconn {self.max_open}" if self.max_open else ""
         protocol = "proto h2 " if self.is_shared else ""
+        protocol += f"{identity_options(self.identity)} " if self.identity and not self.socket_path else ""
         backup = "backup " if self.is_backup else ""
         checks = "check inter 1s fastinter 200ms downinter 200ms fall 2 rise 1"
         return f"{protocol}{backup}{checks} {_ON_REFUSAL}{limit}"

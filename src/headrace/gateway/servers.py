@@ -71,7 +71,7 @@ def _removal(state: ServerState) -> list[ServerChange]:
     return [delete] if state.is_in_maintenance else [ServerChange("disable", state.path), delete]
 
 
-def server_of_state(state: ServerState, run_dir: str) -> Server | None:
+def server_of_state(state: ServerState, run_dir: str, identity: str = "") -> Server | None:
     """Return the server that HAProxy has, as if we had wanted it; None for the gateway's own."""
     backend, _, name = state.path.partition("/")
     endpoint = endpoint_of_backend(backend)
@@ -81,8 +81,8 @@ def server_of_state(state: ServerState, run_dir: str) -> Server | None:
     replica_id, is_shared = decode_name(name), is_shared_backend(backend)
     if state.address == UNIX_ADDRESS:
         socket_path = front_socket_path(run_dir, replica_id)
-        return Server(endpoint, replica_id, "", 0, socket_path=socket_path, is_shared=is_shared)
-    return Server(endpoint, replica_id, host.strip("[]"), int(port), is_shared=is_shared)
+        return Server(endpoint, replica_id, "", 0, 0, socket_path, is_shared, identity)
+    return Server(endpoint, replica_id, host.strip("[]"), int(port), 0, "", is_shared, identity)
 
 
 class ConfigFiles:
@@ -235,7 +235,7 @@ class ServerKeeper:
         wanted = dict(self._wanted)
         if self._now_s() - self._started_s < ADOPTION_S:
             for path, state in actual.items():
-                server = server_of_state(state, self._spec.run_dir)
+                server = server_of_state(state, self._spec.run_dir, self._spec.identity)
                 if server is not None and path not in self._known and not state.is_in_maintenance:
                     wanted.setdefault(path, server)
         return wanted

@@ -9,8 +9,10 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 from headrace.clock import Clock
+from headrace.cluster_tls import server_context
 from headrace.errors import RequestError
 from headrace.private_socket import bind_private_socket
 from headrace.replica.http2_connection import Http2Connection
@@ -47,11 +49,19 @@ class HttpServer:
     def __repr__(self) -> str:
         return f"HttpServer({len(self._connections)} connections)"
 
-    async def listen(self, host: str, port: int) -> str:
-        """Start to serve; return host:port with the real port. Raises OSError if the address is taken."""
+    async def listen(self, host: str, port: int, identity: str = "") -> str:
+        """Start to serve; return host:port with the real port. identity: as in ReplicaSpec.
+
+        Raises OSError if the address is taken, ConfigError for an identity that cannot be used.
+        """
         loop = asyncio.get_running_loop()
         server = await loop.create_server(
-            lambda: self._make_entry(is_trusted=False), host, port, backlog=1024
+            lambda: self._make_entry(is_trusted=bool(identity)),
+            host,
+            port,
+            backlog=1024,
+            ssl=server_context(Path(identity)) if identity else None,
+            ssl_handshake_timeout=self.limits.head_timeout_s if identity else None,
         )
         self._servers.append(server)
         name = server.sockets[0].getsockname()

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import FinishedRequest, LoadReport, ReportAck, SetSleep, Siblings
@@ -155,18 +156,34 @@ class ReportSink:
                     self._on_order(message)
 
 
-class Reporter:
-    """All listeners of one front."""
+class Listener(Protocol):
+    """A `ReportSink`, or what stands for one on a virtual clock."""
 
-    def __init__(
-        self,
-        paths: list[str],
-        make_report: MakeReport,
-        interval_s: Callable[[], float],
-        digest: PrefixDigest | None = None,
-        on_order: OnOrder | None = None,
-    ) -> None:
-        self.sinks = [ReportSink(path, make_report, interval_s, digest, on_order) for path in paths]
+    is_released: bool
+
+    @property
+    def is_router(self) -> bool: ...
+
+    @property
+    def is_connected(self) -> bool: ...
+
+    def tell(self, finished: FinishedRequest) -> None: ...
+
+    def notify(self) -> None: ...
+
+    def has_news(self) -> bool: ...
+
+    def ask_release(self, sequence: int) -> None: ...
+
+
+ListenerT = TypeVar("ListenerT", bound=Listener)
+
+
+class Listeners(Generic[ListenerT]):
+    """What all listeners of one front are told, and what they said together."""
+
+    def __init__(self, sinks: list[ListenerT]) -> None:
+        self.sinks = sinks
 
     def on_busy(self) -> None:
         """The replica was idle and is busy now: report at once, and often."""
@@ -198,6 +215,20 @@ class Reporter:
     def has_told_all(self) -> bool:
         """Whether every connected listener was sent every finished request."""
         return not any(sink.is_connected and sink.has_news() for sink in self.sinks)
+
+
+class Reporter(Listeners[ReportSink]):
+    """All listeners of one front, each with its connection."""
+
+    def __init__(
+        self,
+        paths: list[str],
+        make_report: MakeReport,
+        interval_s: Callable[[], float],
+        digest: PrefixDigest | None = None,
+        on_order: OnOrder | None = None,
+    ) -> None:
+        super().__init__([ReportSink(path, make_report, interval_s, digest, on_order) for path in paths])
 
     async def run(self) -> None:
         """Report until cancelled."""

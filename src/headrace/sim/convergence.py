@@ -81,7 +81,7 @@ def _fleet(world: World) -> Problem | None:
                 f"{desired.name}: {[front.name for front in fronts]} run, {desired.count} and "
                 f"{desired.num_standby} on standby are wanted",
             )
-        asleep = [front.name for front in fronts if world.fronts[front.name].state() == "standby"]
+        asleep = [front.name for front in fronts if world.fronts[front.name].view.state() == "standby"]
         if len(asleep) != desired.num_standby:
             return Problem(11, "standby is as wanted", f"{asleep} sleep, {desired.num_standby} are to")
     return None

@@ -273,7 +273,7 @@ class Breaker:
         return f"{action} {name}"
 
     def _give_notice(self, fault: Fault) -> str:
-        fronts = [front for front in self._fronts() if front.address and not front.is_paused]
+        fronts = [front for front in self._fronts() if front.view.address and not front.is_paused]
         if not fronts:
             return ""
         victim = fronts[int(fault.pick * len(fronts))]

@@ -1,7 +1,7 @@
 """The front of a simulated replica: the real engine client, stream keeper, guests, standby and departure.
 
-Stands for `replica.front`, and for the HTTP and text around it, which a simulation has not. Owns what the
-replica says about itself. Must not know what gateways decide.
+Stands for `replica.front`, and for the HTTP and text around it, which a simulation has not. Must not know
+what gateways decide.
 """
 
 from __future__ import annotations
@@ -11,11 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from headrace.api.messages import (
-    FinishedRequest,
-    GenerationRequest,
-    LoadReport,
     ReplicaSpec,
-    ReplicaState,
     SetSleep,
     Siblings,
     TerminalState,
@@ -23,16 +19,17 @@ from headrace.api.messages import (
 from headrace.api.run_paths import CONTROLLER_SOCKET, front_socket_path, peer_socket_path
 from headrace.errors import Overloaded
 from headrace.observability.front_metrics import FrontMetrics
-from headrace.policy.resumption import Limits, OwnEngine, guest_room
+from headrace.policy.resumption import Limits
 from headrace.replica.departure import Departure
 from headrace.replica.ledger import Ledger, RequestRecord
 from headrace.replica.peer_link import PeerPool
 from headrace.replica.peer_server import PeerServer
-from headrace.replica.prefix_digest import PrefixDigest, PrefixNews
+from headrace.replica.prefix_digest import PrefixDigest
 from headrace.replica.prompt_caching import PromptCaching
+from headrace.replica.report import Listeners
 from headrace.replica.resumption import EngineStreams, StreamKeeper
+from headrace.replica.self_view import FrontTraits, SelfView
 from headrace.replica.standby import Standby
-from headrace.replica.stream_class import stream_class_of
 from headrace.sim.engine_link import EngineLink
 from headrace.sim.engines import EngineBehaviour
 from headrace.sim.http import HttpError, HttpRequest
@@ -73,29 +70,32 @@ class FrontProcess(Process):
         self.process_loop.weather = weather
         self.spec = spec
         self.weather = weather
-        self._busy_interval_s = busy_interval_s
         self.metrics = FrontMetrics(spec.endpoint, spec.replica_id)
+        traits = FrontTraits(self.pid, 0, speaks_h2=False, busy_interval_s=busy_interval_s)
+        self.view = SelfView(spec, self, self.metrics, traits)
         self.digest = PrefixDigest()
+        self.reporter: Listeners[ReportSink] = Listeners([])
         self.caching = PromptCaching(spec.endpoint, self.digest)
-        self.ledger = Ledger(self.metrics, Silent(), host, self)
+        self.ledger = Ledger(self.metrics, Silent(), host, self.reporter)
         self.streams: dict[FrontStream, None] = {}
-        self.engine = EngineLink(self, weather, spec.engine, behaviour, self.digest, self.notify)
+        self.engine = EngineLink(self, weather, spec.engine, behaviour, self.digest, self.reporter.notify)
         self.peers = PeerPool(host)
         limits = Limits(spec.resume_attempts, spec.resume_limit_s)
-        self.keeper = StreamKeeper(self.engine, self.peers, self._own_engine, limits, self.metrics, host)
-        self.guests = PeerServer(self.engine, self._why_no_guest, self.notify)
+        self.keeper = StreamKeeper(self.engine, self.peers, self.view.own_engine, limits, self.metrics, host)
+        self.guests = PeerServer(self.engine, self.view.why_no_guest, self.reporter.notify)
         streams = EngineStreams(self.engine, self.keeper, lambda: 0)
-        self.standby = Standby(self.engine, streams, self._ask_release, self.is_released, self.notify)
-        self.departure = Departure(host, self, streams, spec.handover_after_s, spec.drain_grace_s)
-        self.sinks: list[ReportSink] = []
-        self.socket_path = front_socket_path(spec.run_dir, spec.replica_id)
-        self.peer_path = peer_socket_path(spec.run_dir, spec.replica_id)
-        self.address = ""
+        self.standby = Standby(
+            self.engine,
+            streams,
+            lambda: self.reporter.ask_release(self.view.next_sequence),
+            self.reporter.is_released,
+            self.reporter.notify,
+        )
+        self.departure = Departure(host, self.reporter, streams, spec.handover_after_s, spec.drain_grace_s)
         self.sleep_wish = 0
         """What the controller or the user asked for last."""
         self.is_closed = False
         self._is_leaving = False
-        self._sequence = 0
         self._has_model = False
 
     def begin(self) -> None:
@@ -103,36 +103,33 @@ class FrontProcess(Process):
         self.after(self.random.uniform(0.1, 0.6), self._listen, "front start")
 
     def _listen(self) -> None:
-        self.address = f"127.0.0.1:{20_000 + self.pid}"
-        self.listen(self.socket_path)
-        self.listen(self.peer_path)
+        view, spec = self.view, self.spec
+        view.address = f"127.0.0.1:{20_000 + self.pid}"
+        view.socket_path = front_socket_path(spec.run_dir, spec.replica_id)
+        view.peer_path = peer_socket_path(spec.run_dir, spec.replica_id)
+        self.listen(view.socket_path)
+        self.listen(view.peer_path)
         self.guests.beat()
-        for path in self.spec.report_sockets:
+        for path in spec.report_sockets:
             digest = None if path.endswith(CONTROLLER_SOCKET) else self.digest
-            sink = ReportSink(self, self.weather, path, self._make_report, self._interval_s, digest)
+            sink = ReportSink(self, self.weather, path, view.make_report, view.report_interval_s, digest)
             sink.on_message = self._on_order
-            self.sinks.append(sink)
+            self.reporter.sinks.append(sink)
         self.engine.start()
         self.after(self.random.uniform(0.05, 0.5), self._load_model, "front start")
 
     def _load_model(self) -> None:
         self._has_model = True
-        self.notify()
+        self.reporter.notify()
+
+    def has_model(self) -> bool:
+        return self._has_model
 
     # ---- what others ask
 
-    def state(self) -> ReplicaState:
-        if self.departure.has_begun:
-            return "draining"
-        if self.engine.state == "failed":
-            return "failed"
-        if self.engine.state == "asleep" or (self.standby.is_leaving and self.engine.state == "ready"):
-            return "standby"
-        return "ready" if self.engine.state == "ready" and self._has_model else "starting"
-
     def accept(self, address: str, connection: object) -> None:
         assert isinstance(connection, End)
-        if address == self.peer_path:
+        if address == self.view.peer_path:
             Pipe(connection, self.guests.make_connection())
         else:
             connection.on_message = lambda message: self._on_request(message, connection)
@@ -147,27 +144,7 @@ class FrontProcess(Process):
         if isinstance(order, SetSleep):
             self.set_sleep(order.level)
         elif isinstance(order, Siblings):
-            self.keeper.set_siblings([each for each in order.siblings if each.replica_id != self.name])
-
-    def _stream_class(self) -> str:
-        info = self.engine.info
-        return "" if info is None else stream_class_of(self.spec.stream_class, info)
-
-    def _own_engine(self) -> OwnEngine:
-        state = self.engine.state
-        is_leaving = self.departure.has_begun or self.standby.is_leaving
-        return OwnEngine(
-            state if state in ("ready", "starting") else "gone", self._stream_class(), is_leaving=is_leaving
-        )
-
-    def _why_no_guest(self, guest: GenerationRequest) -> str:
-        if (state := self.state()) != "ready":
-            return f"this replica is {state}"
-        if guest.stream_class != self._stream_class():
-            return "this engine computes differently"
-        if self.ledger.num_open + self.guests.num_guests >= guest_room(self.spec.max_open):
-            return "that is all that it takes"
-        return ""
+            self.view.follow(order)
 
     # ---- requests
 
@@ -217,73 +194,6 @@ class FrontProcess(Process):
     def stream_lost_engine(self, stream: FrontStream, reason: str) -> None:
         self.keeper.on_engine_lost(stream, reason)
 
-    # ---- reports
-
-    def on_busy(self) -> None:
-        """The ledger: the first request is open."""
-        self.notify()
-
-    def on_end(self, finished: FinishedRequest) -> None:
-        """The ledger: a request ended."""
-        for sink in self.sinks:
-            sink.tell(finished)
-
-    def notify(self) -> None:
-        for sink in self.sinks:
-            sink.notify()
-
-    def _interval_s(self) -> float:
-        is_busy = self.ledger.num_open > 0 or self.guests.num_guests > 0 or self.departure.has_begun
-        return self._busy_interval_s if is_busy else self.spec.lease_s / 3
-
-    def _make_report(self, finished: list[FinishedRequest], prefixes: PrefixNews) -> LoadReport:
-        self._sequence += 1
-        spec, engine = self.spec, self.engine
-        return LoadReport(
-            replica_id=spec.replica_id,
-            endpoint=spec.endpoint,
-            model=spec.engine.model,
-            address=self.address,
-            pid=self.pid,
-            sequence=self._sequence,
-            lease_s=spec.lease_s,
-            state=self.state(),
-            phase=self.standby.error or engine.phase,
-            num_open=self.ledger.num_open,
-            max_open=spec.max_open,
-            engine=engine.load,
-            engine_info=engine.info,
-            engine_pid=engine.pid,
-            engine_restarts=engine.num_restarts,
-            last_error=engine.last_error,
-            is_retryable=engine.is_retryable,
-            finished=finished,
-            generation=spec.generation,
-            socket_path=self.socket_path,
-            open_by_gateway=self.ledger.open_by_gateway(),
-            open_by_tenant=self.ledger.open_by_tenant(),
-            prefix_epoch=prefixes.epoch,
-            prefixes_added=prefixes.added,
-            prefixes_removed=prefixes.removed,
-            peer_socket=self.peer_path,
-            stream_class=self._stream_class(),
-            num_guests=self.guests.num_guests,
-            num_hosted=self.keeper.num_hosted,
-            leave_by_s=self.departure.left_s(),
-        )
-
-    def _ask_release(self) -> None:
-        """From the next report on, every router must release this replica anew."""
-        for sink in self.sinks:
-            sink.ask_release(self._sequence + 1)
-
-    def has_router(self) -> bool:
-        return any(sink.is_router and sink.is_connected for sink in self.sinks)
-
-    def is_released(self) -> bool:
-        """Whether every connected router will send no more requests."""
-        return all(sink.is_released for sink in self.sinks if sink.is_router and sink.is_connected)
-
     # ---- the end
 
     def on_notice(self, left_s: float) -> None:
@@ -296,7 +206,7 @@ class FrontProcess(Process):
         if self._is_leaving:
             return
         self._is_leaving = True
-        if self.address:
+        if self.view.address:
             self.process_loop.create_task(self._leave())
         else:
             self.exit(0)
@@ -305,7 +215,7 @@ class FrontProcess(Process):
         """Be released, hand over what stays open, free the engine, relay to the end, exit."""
         departure = self.departure
         await self.standby.stop()
-        self._ask_release()
+        self.reporter.ask_release(self.view.next_sequence)
         await departure.wait_for_release()
         self.is_closed = True
         if await departure.free_engine():
@@ -317,11 +227,8 @@ class FrontProcess(Process):
         self.keeper.close()
         self.peers.close()
         await self.engine.stop(ENGINE_STOP_S)
-        await self._wait_until(self._has_told_all, LAST_REPORTS_S)
+        await self._wait_until(self.reporter.has_told_all, LAST_REPORTS_S)
         self.exit(0)
-
-    def _has_told_all(self) -> bool:
-        return not any(sink.is_connected and sink.has_news() for sink in self.sinks)
 
     async def _wait_until(self, condition: Callable[[], bool], limit_s: float) -> None:
         deadline_s = self.host.now_s() + limit_s
@@ -336,8 +243,6 @@ class FrontProcess(Process):
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every request is counted, and is where it is said to be."""
-        self.ledger.check_integrity()
+        self.view.check_integrity()
         num_open, num_streams = self.ledger.num_open, len(self.streams)
         assert num_open == num_streams, f"{num_open} open in the ledger, {num_streams} streams"
-        self.guests.check_integrity()
-        self.keeper.check_integrity()

@@ -85,6 +85,9 @@ class GatewaySpec(Message, frozen=True):
     admin_bind: str = ""
     admin_key_hash: str = ""
     """SHA-256 of the admin API's key, 64 lower-case hex digits."""
+    identity: str = ""
+    """PEM file of the cluster's key and certificate: HAProxy shows it to replicas on other machines, and asks
+    for theirs. Empty: there are no other machines, or TCP is plain."""
 
 
 def router_name(gateway_id: str) -> str:

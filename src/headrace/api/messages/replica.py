@@ -174,6 +174,9 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     """Longest time without an engine before a stream is given up."""
     notice_file: str = ""
     """A file that appears when this machine is about to go away; empty: none is looked for."""
+    identity: str = ""
+    """PEM file of the cluster's key and certificate: the TCP address asks whoever connects for them, and
+    believes who has them as it believes the UNIX socket. Empty: plain TCP, which is not believed."""
     gateway_id: str = ""
     """A durable front of this gateway: it starts no engine, and its streams go to replicas' engines, which
     its `engine` describes. Empty: a replica."""
