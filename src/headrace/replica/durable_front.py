@@ -18,7 +18,7 @@ from headrace.api.messages import FinishedRequest, LoadReport, ReplicaSpec, Repl
 from headrace.api.openai import ModelCard
 from headrace.api.run_paths import front_socket_path
 from headrace.clock import Clock
-from headrace.errors import ModelError
+from headrace.errors import ConfigError, ModelError
 from headrace.observability.front_metrics import FrontMetrics
 from headrace.observability.line_log import BackgroundLog
 from headrace.policy.resumption import Limits
@@ -173,8 +173,8 @@ class DurableFront:
             loop.add_signal_handler(number, self._stop_requested.set)
         try:
             await self._listen()
-        except OSError as error:
-            print(f"front: {error.strerror or error}", file=sys.stderr)
+        except (OSError, ConfigError) as error:
+            print(f"front: {error}", file=sys.stderr)
             self._access_log.close()
             return 2
         _log.info("%s listens on %s", self._spec.replica_id, self._address)
@@ -196,10 +196,11 @@ class DurableFront:
         return 0
 
     async def _listen(self) -> None:
-        """Serve on loopback, and gateways of this machine on a UNIX socket. Raises OSError."""
+        """Serve on TCP, and the gateway, which is on this machine, on a UNIX socket. Raises OSError and
+        ConfigError."""
         spec = self._spec
         try:
-            self._address = await self._server.listen(spec.host, spec.port)
+            self._address = await self._server.listen(spec.host, spec.port, spec.identity)
         except OSError as error:
             raise OSError(f"cannot listen on {spec.host}:{spec.port}: {error.strerror or error}") from error
         path = front_socket_path(spec.run_dir, spec.replica_id)

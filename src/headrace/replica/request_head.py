@@ -1,6 +1,6 @@
 """What a request's headers say of it: its ids, whose it is, where a router placed it.
 
-Owns who is believed: identity and place come from a gateway, over the UNIX socket, or not at all.
+Owns who is believed: tenant and place come from a gateway, or not at all.
 Must not know bodies or engines.
 """
 
