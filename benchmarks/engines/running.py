@@ -111,7 +111,7 @@ def running_peer(
                 start_new_session=True,
             )
         try:
-            answer = _await_answer(
+            answer = await_answer(
                 url, engine.served_name(rig), engine.start_limit_s, lambda: _check_alive(tether, log_path)
             )
             yield RunningEngine(
@@ -141,7 +141,7 @@ def running_headrace(
     started_s = time.monotonic()
     with serve(endpoint) as system:
         url = system.front_urls[0]
-        answer = _await_answer(url, ENDPOINT, 60.0, lambda: None)
+        answer = await_answer(url, ENDPOINT, 60.0, lambda: None)
         yield RunningEngine(
             name=HEADRACE,
             title="headrace",
@@ -177,7 +177,9 @@ def _check_alive(tether: subprocess.Popen[bytes], log_path: Path) -> None:
         raise EngineFailed(f"it ended with {tether.returncode}: {_tail(log_path)}")
 
 
-def _await_answer(url: str, served_name: str, limit_s: float, check: Callable[[], None]) -> str:
+def await_answer(url: str, served_name: str, limit_s: float, check: Callable[[], None]) -> str:
+    """Ask QUESTION until it is answered; return the answer. `check` raises when there is no hope. Raises
+    EngineFailed."""
     body = {"model": served_name, "prompt": QUESTION, "max_tokens": 8, "temperature": 0}
     until_s = time.monotonic() + limit_s
     reason = "no answer"

@@ -190,6 +190,7 @@ def running_front(
     gateway_dir: str = "",
     replica_id: str = "chat-1",
     extra_sockets: Sequence[str] = (),
+    program: Sequence[str] = ("-m", "headrace.replica"),
     **spec_fields: Any,
 ) -> Iterator[RunningFront]:
     """Start a front with `engine`; at the end stop it and look for tracebacks in its log. `gateway_dir`: run
@@ -205,7 +206,7 @@ def running_front(
     log_path = run_dir / "front.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "headrace.replica", msgspec.json.encode(spec).decode()],
+            [sys.executable, *program, msgspec.json.encode(spec).decode()],
             env={**os.environ, "PYTHONPATH": str(SOURCE)},
             stdin=subprocess.DEVNULL,
             stdout=log,

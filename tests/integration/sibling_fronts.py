@@ -15,6 +15,8 @@ from tests.integration.front_process import FakeRouter, RunningFront, running_fr
 from headrace.api.framing import encode_frame
 from headrace.api.messages import EngineSpec, LoadReport, SetSleep, Sibling, Siblings
 
+QUICK_FRONT = str(Path(__file__).with_name("quick_front.py"))
+
 
 class Controller(FakeRouter):
     """Hears one front's reports, and tells it what it is told to."""
@@ -119,8 +121,8 @@ class Fronts:
 def sibling_fronts(
     engines: list[EngineSpec], first_fields: Mapping[str, Any] | None = None, **spec_fields: Any
 ) -> Iterator[Fronts]:
-    """Start a front for each engine. They are introduced to each other as they report. `first_fields`: of the
-    first one's spec alone."""
+    """Start a front for each engine. They are introduced to each other as they report, and start dead engines
+    again at once. `first_fields`: of the first one's spec alone."""
     fronts = Fronts()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headrace-siblings-")))
@@ -132,7 +134,9 @@ def sibling_fronts(
             controller = Controller(path)
             stack.callback(controller.close)
             fields = {**spec_fields, **(first_fields or {})} if number == 1 else spec_fields
-            front = running_front(engine, replica_id=replica_id, extra_sockets=[path], **fields)
+            front = running_front(
+                engine, replica_id=replica_id, extra_sockets=[path], program=[QUICK_FRONT], **fields
+            )
             running.append((replica_id, controller, stack.enter_context(front)))
         for replica_id, controller, process in running:
             fronts.fronts[replica_id] = process

@@ -192,6 +192,24 @@ async def test_a_controller_that_is_killed_is_started_again_and_nothing_else_is_
 
 
 @pytest.mark.slow
+async def test_a_controller_that_hangs_is_killed_and_started_again_and_one_that_speaks_is_not(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = await rig.start("worker", SLEEPER)
+    monkeypatch.setattr("headrace.fabric.supervisor.CONTROLLER_HUNG_S", 0.6)
+    for _ in range(10):  # the limit twice over
+        rig.launcher.list_processes()
+        assert isinstance(await rig.event(), Processes)
+        await asyncio.sleep(0.12)
+    ended = await rig.event()
+    assert isinstance(ended, ProcessEnded)
+    assert (ended.process.name, ended.process.exit_code) == ("controller", -signal.SIGKILL)
+    assert any("the controller has said nothing" in notice for notice in rig.notices)
+    assert not is_gone(worker)
+    await eventually(lambda: "controller" in rig.supervisor._children)
+
+
+@pytest.mark.slow
 async def test_a_stop_ends_everything_when_the_controller_ends_or_a_second_stop_comes(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     await rig.connect()

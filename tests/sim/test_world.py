@@ -7,8 +7,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from headrace.api.messages import StepOutput
@@ -19,6 +21,7 @@ from headrace.sim import __main__ as command
 from headrace.sim.scenario import Fault, draw
 from headrace.sim.shrink import Shrinker, describe
 from headrace.sim.streams import FrontStream
+from headrace.sim.summary import Record
 from headrace.sim.world import Outcome, World
 
 PRINT_HISTORIES = """
@@ -164,8 +167,16 @@ def test_a_killed_engine_costs_no_stream_where_it_may_be_continued() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_says_what_it_took(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--seeds", "2-4"]) == 0
+def test_the_command_says_what_it_took_and_keeps_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "record.jsonl"
+    for _ in range(2):
+        assert command.main(["--seeds", "2-4", "--record", str(path)]) == 0
+    records = [msgspec.json.decode(line, type=Record) for line in path.read_bytes().splitlines()]
+    assert [record.seeds for record in records] == [[2, 4], [2, 4]]
+    assert records[0].events == records[1].events
+    assert records[0].simulated_s > 60
     printed = capsys.readouterr().out
     assert "seeds: 3, of which 0 failed" in printed
     assert "hours per CPU second" in printed

@@ -5,7 +5,7 @@ Owns meaning, unit and default of each of these settings. Must not know files, t
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -178,6 +178,9 @@ class NativeEngine(Section):
     """Longest prompt plus answer. 0: what the model was trained for."""
     num_threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Threads of one engine's step. 0: the machine's cores divided by the local replicas."""
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that compute the model together, each a part of every matrix and of the KV heads: at most as
+    many as it has heads. They share num_threads. Pays where one process cannot reach all cores or memory."""
     dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
     """Arithmetic of the weights. auto: the fastest that keeps the model's quality on this machine."""
     kv_dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
@@ -195,6 +198,14 @@ class NativeEngine(Section):
         if value < 8 or value & (value - 1):
             raise ValueError(f"block_size is {value}; it must be a power of two >= 8")
         return value
+
+
+class VllmEngine(Section):
+    """Settings of vLLM (extra `headrace[vllm]`). `native` does not concern it."""
+
+    args: dict[str, Any] = {}
+    """Arguments of vLLM's engine by its own names (max_model_len, tensor_parallel_size, ...), checked by vLLM
+    when a replica starts. The model, its tokenizer and data parallelism are not among them."""
 
 
 class SimulatedEngine(Section):
@@ -225,10 +236,12 @@ class Endpoint(Section):
 
     model: Annotated[str, Field(min_length=1)]
     """A known name (smollm2-135m-instruct), a Hugging Face id, a directory, or a .gguf file."""
-    engine: Literal["native", "simulated"] = "native"
-    """simulated: a step-time model for tests and planning; its answers are not a model's."""
+    engine: Literal["native", "vllm", "simulated"] = "native"
+    """vllm: vLLM's engine, for models that the native one does not know; a Hugging Face id or a directory.
+    simulated: a step-time model for tests and planning; its answers are not a model's."""
     replicas: Replicas = Replicas()
     native: NativeEngine = NativeEngine()
+    vllm: VllmEngine = VllmEngine()
     simulated: SimulatedEngine = SimulatedEngine()
     queue: Queue = Queue()
     slo: Slo = Slo()
@@ -243,3 +256,17 @@ class Endpoint(Section):
     """prefix: weigh cached prefixes and sessions against load. The others look at load or turns alone."""
     shared_prefix: Annotated[str, Field(max_length=262_144)] = ""
     """System prompt whose KV blocks all tenants may share. Empty: tenants share nothing."""
+
+    @model_validator(mode="after")
+    def _check_vllm(self) -> Endpoint:
+        if self.engine == "vllm" and self.replicas.standby:
+            raise ValueError(
+                f"engine is vllm and replicas.standby is {self.replicas.standby}; vLLM engines cannot sleep, "
+                "so none can stand by: set standby to 0 and replicas.min higher"
+            )
+        if self.engine == "vllm" and self.shared_prefix:
+            raise ValueError(
+                "engine is vllm and shared_prefix is set; vLLM cannot share the first part of a prompt "
+                "between tenants: leave it out (one tenant's prompts share their prefixes anyway)"
+            )
+        return self

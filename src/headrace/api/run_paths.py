@@ -30,6 +30,11 @@ def alive_socket_path(run_dir: str, gateway_id: str) -> str:
     return f"{gateway_directory(run_dir, gateway_id)}/alive.sock"
 
 
+def runtime_socket_path(run_dir: str, gateway_id: str) -> str:
+    """Return the path of the UNIX socket of a HAProxy's runtime API."""
+    return f"{gateway_directory(run_dir, gateway_id)}/haproxy.sock"
+
+
 def relay_socket_path(run_dir: str, gateway_id: str) -> str:
     """Return the path of the UNIX socket on which a gateway's relay takes requests."""
     return f"{gateway_directory(run_dir, gateway_id)}/relay.sock"

@@ -39,12 +39,7 @@ from headrace.api.messages import (
     Shutdown,
     SleepReplica,
 )
-from headrace.api.run_paths import (
-    ADMIN_HTTP_SOCKET,
-    CONTROLLER_SOCKET,
-    alive_socket_path,
-    relay_socket_path,
-)
+from headrace.api.run_paths import ADMIN_HTTP_SOCKET, CONTROLLER_SOCKET
 from headrace.clock import Clock
 from headrace.control.applied import RolloutsFile, parse_applied, write_config
 from headrace.control.connections import Connections
@@ -52,7 +47,7 @@ from headrace.control.custom_metrics import CustomMetrics
 from headrace.control.drain import drain
 from headrace.control.essentials import Essential
 from headrace.control.identity import open_identity
-from headrace.control.probe import probe_gateway
+from headrace.control.probe import watch_gateway
 from headrace.control.reconciler import Action, PromoteReplica, RestReplica, StartReplica, StopReplica
 from headrace.control.specs import ADMIN_SOCKET, CONFIG_FILE, durable_process, gateway_specs, replica_process
 from headrace.control.status import describe
@@ -62,6 +57,8 @@ from headrace.fabric.channel import Channel, listen
 from headrace.fabric.launcher import Launcher
 
 TICK_S = 0.2
+HEARTBEAT_S = 1.0
+"""How often the launcher hears something: the supervisor kills a controller that says nothing for long."""
 KEYS_CHECK_S = 0.5
 """How often the key store is looked at: the CLI writes it by itself while no controller answers."""
 STOP_MARGIN_S = 15.0
@@ -103,6 +100,7 @@ class Controller:
         # The event loop must not wait long for another process that changes the keys.
         self._identity = open_identity(config, lock_limit_s=0.5)
         self._keys_checked_s = clock.now_s()
+        self._heartbeat_s = clock.now_s()
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
         self._connections = Connections()
@@ -130,7 +128,14 @@ class Controller:
                 events = group.create_task(self._take_events())
                 admin = group.create_task(self._serve_admin_http())
                 metrics = group.create_task(self._metrics.run())
-                probes = [group.create_task(self._probe(name)) for name in self._state.gateway.pairs]
+                probes = [
+                    group.create_task(
+                        watch_gateway(
+                            self._state.gateway, name, str(self._run_directory), self._wake, self._clock
+                        )
+                    )
+                    for name in self._state.gateway.pairs
+                ]
                 await self._tick_until_stopped()
                 for task in (metrics, *probes):
                     task.cancel()
@@ -172,19 +177,6 @@ class Controller:
             case Processes():
                 pass
 
-    async def _probe(self, gateway_id: str) -> None:
-        pair = self._state.gateway.pairs[gateway_id]
-        run_dir = str(self._run_directory)
-        sockets = alive_socket_path(run_dir, gateway_id), relay_socket_path(run_dir, gateway_id)
-        while True:
-            has_answered, has_relay_answered = await asyncio.gather(*map(probe_gateway, sockets))
-            if has_relay_answered:
-                pair.relay.heard_s = self._clock.now_s()
-            if has_answered != pair.has_answered:
-                self._wake.set()
-            self._state.gateway.on_probe(gateway_id, has_answered, self._clock.now_s())
-            await asyncio.sleep(1.0 if has_answered else 0.1)
-
     async def _tick_until_stopped(self) -> None:
         while not self._stop.is_set():
             self._wake.clear()
@@ -195,7 +187,11 @@ class Controller:
 
     def _tick(self) -> None:
         now_s = self._clock.now_s()
+        self._state.gateway.on_tick(now_s)
         self._tend_gateway(now_s)
+        if now_s - self._heartbeat_s >= HEARTBEAT_S:
+            self._heartbeat_s = now_s
+            self._launcher.list_processes()  # its answer is not needed: a supervisor hears that we live
         if now_s - self._keys_checked_s >= KEYS_CHECK_S:
             self._keys_checked_s = now_s
             if self._identity.refresh():
@@ -238,14 +234,10 @@ class Controller:
 
     def _tend_gateway(self, now_s: float) -> None:
         processes = self._state.gateway.processes.values()
-        for pair in self._state.gateway.pairs.values():
-            for essential in (pair.router, pair.relay):
-                if essential.is_hung(now_s):
-                    # A hung router's end costs no request: HAProxy balances by itself meanwhile. HAProxy is
-                    # never judged like this: at its limit of connections it answers no probe, and killing it
-                    # would cut all streams.
-                    _log.warning("%s has said nothing for a while: killing it", essential.name)
-                    self._stop_essential(essential, 0.0)
+        for essential in self._state.gateway.hung(now_s):
+            # A hung router's end costs no request: HAProxy balances by itself meanwhile.
+            _log.warning("%s has said nothing for a while: killing it", essential.name)
+            self._stop_essential(essential, 0.0)
         due = [essential for essential in processes if essential.is_due(now_s)]
         if not due:
             return

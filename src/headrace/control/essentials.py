@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from headrace.api.messages import ProcessState
 from headrace.control.slots import HEALTHY_AFTER_S, MAX_FAST_FAILURES, restart_delay_s
 
-HUNG_AFTER_S = 15.0
+HUNG_AFTER_S = 10.0
 """A live process that has not answered for this long is killed and started again."""
 
 

@@ -16,6 +16,10 @@ from headrace.control.version_counts import VersionCounts
 
 DEMAND_FRESH_S = 2.0
 """A Demand older than this says nothing about now."""
+MAX_SILENCES = 2
+"""A HAProxy that kept silent so often in a row hangs. Each takes two limits of a probe: 8 s in all."""
+STOOD_STILL_S = 2.0
+"""Between two ticks: a controller that did not run for longer has heard nobody."""
 
 
 @dataclass(slots=True)
@@ -30,12 +34,22 @@ class GatewayPair:
     demand_s: float = field(default=-math.inf)
     has_answered: bool = False
     """HAProxy answered its last probe."""
+    num_silences: int = 0
+    """HAProxy's last probes in a row to which it said nothing on any socket."""
 
     @classmethod
     def of(cls, gateway_id: str) -> GatewayPair:
         names = router_name(gateway_id), haproxy_name(gateway_id), relay_name(gateway_id)
         router, haproxy, relay = (Essential(name) for name in names)
         return cls(gateway_id, router, haproxy, relay)
+
+    def hung(self, now_s: float) -> list[Essential]:
+        """Return what must be killed. HAProxy is judged by its silences, not by time without an answer: at
+        its limit of connections it answers no probe, and killing it would cut all streams."""
+        found = [essential for essential in (self.router, self.relay) if essential.is_hung(now_s)]
+        if self.num_silences >= MAX_SILENCES and self.haproxy.is_alive and not self.haproxy.is_stopping:
+            found.append(self.haproxy)
+        return found
 
     def fresh_demand(self, now_s: float) -> Demand | None:
         """What the router said lately; None if it said nothing."""
@@ -53,6 +67,7 @@ class GatewayState:
             for essential in (pair.router, pair.haproxy, pair.relay)
         }
         self.version_counts = VersionCounts()
+        self._ticked_s = math.inf
 
     def __repr__(self) -> str:
         return f"GatewayState({', '.join(f'{p.name} {p.state}' for p in self.processes.values())})"
@@ -75,10 +90,24 @@ class GatewayState:
         pair.router.heard_s = now_s
         self.version_counts.observe(demand)
 
-    def on_probe(self, gateway_id: str, has_answered: bool, now_s: float) -> None:
-        """Take the result of asking a HAProxy something."""
+    def on_tick(self, now_s: float) -> None:
+        """A tick begins. After one that came late everybody has the time again to be heard: it was the
+        controller that stood still."""
+        late_s = now_s - self._ticked_s
+        self._ticked_s = now_s
+        if late_s > STOOD_STILL_S:
+            for essential in self.processes.values():
+                essential.heard_s = min(now_s, essential.heard_s + late_s)
+
+    def hung(self, now_s: float) -> list[Essential]:
+        """Return the processes that live and say nothing: to be killed, and started again when they ended."""
+        return [essential for pair in self.pairs.values() for essential in pair.hung(now_s)]
+
+    def on_probe(self, gateway_id: str, has_answered: bool, now_s: float, *, is_silent: bool = False) -> None:
+        """Take the result of asking a HAProxy something. is_silent: it said nothing on any of its sockets."""
         pair = self.pairs[gateway_id]
         pair.has_answered = has_answered
+        pair.num_silences = pair.num_silences + 1 if is_silent else 0
         if has_answered:
             pair.haproxy.heard_s = now_s
 
@@ -90,6 +119,7 @@ class GatewayState:
                 pair.demand = None
             elif name == pair.haproxy.name:
                 pair.has_answered = False
+                pair.num_silences = 0
 
     def demands(self) -> Iterator[Demand]:
         """Yield each router's last word."""

@@ -33,8 +33,18 @@ def check_models(config: Config) -> Config:
             problems.append(
                 f"{path}.engine: native needs torch; install it with: pip install headrace[engine]"
             )
+        if endpoint.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+            problems.append(
+                f"{path}.engine: vllm needs vLLM; install it with: pip install headrace[vllm] (for CPUs see "
+                "docs/guides/vllm.md)"
+            )
         try:
-            resolve_model(endpoint.model)
+            files = resolve_model(endpoint.model)
+            if endpoint.engine == "vllm" and files.format != "huggingface":
+                problems.append(
+                    f"{path}.model: {endpoint.model!r} is a {files.format} model; engine vllm takes a "
+                    "Hugging Face id, or a directory with config.json, tokenizer.json and *.safetensors"
+                )
         except ModelError as error:
             problems.append(f"{path}.model: {error}")
         endpoints[name] = endpoint.model_copy(update={"model": _absolute(endpoint.model)})
@@ -42,8 +52,8 @@ def check_models(config: Config) -> Config:
         raise ConfigError(problems)
     tls = config.gateway.tls
     if tls is not None:
-        files = {name: os.path.abspath(os.path.expanduser(path)) for name, path in tls.model_dump().items()}
-        tls = tls.model_copy(update=files)
+        paths = {name: os.path.abspath(os.path.expanduser(path)) for name, path in tls.model_dump().items()}
+        tls = tls.model_copy(update=paths)
     gateway = config.gateway.model_copy(update={"tls": tls})
     return config.model_copy(update={"endpoints": endpoints, "gateway": gateway})
 

@@ -21,6 +21,7 @@ MAX_STEP_S = 30.0
 SAMPLE_S = 1.0
 MAX_SAMPLES = 2048
 MAX_ROUTERS = 64
+MAX_KNOWN_RATES = 16
 MEMORY_REQUESTS = 256.0
 MEMORY_S = 120.0
 """A request counts a third in the mean shape once so many others have ended and so long has passed."""
@@ -122,6 +123,8 @@ class DemandWindow:
         self._spread = [0.0] * 5
         """Smoothed: variances and covariance of requests and tokens per second, and their means."""
         self._spread_weight = 0.0
+        self._known_rates: dict[tuple[float, ...], list[tuple[float, float]]] = {}
+        """By edges, since the last sample: many decisions are made between two."""
 
     def add(self, num_requests: float, num_tokens: float, now_s: float) -> None:
         """Take what arrived since the last call."""
@@ -131,6 +134,7 @@ class DemandWindow:
             return
         requests, tokens = self._open
         self._open = (0.0, 0.0)
+        self._known_rates.clear()
         self._times.append(now_s)
         self._requests.append(self._requests[-1] + requests)
         self._tokens.append(self._tokens[-1] + tokens)
@@ -146,6 +150,15 @@ class DemandWindow:
     def rates(self, edges: list[float]) -> list[tuple[float, float]]:
         """Return mean requests and prompt tokens per second between neighbours of `edges`, which are seconds
         before the last sample, oldest first."""
+        key = tuple(edges)
+        known = self._known_rates.get(key)
+        if known is None:
+            if len(self._known_rates) >= MAX_KNOWN_RATES:
+                self._known_rates.clear()
+            known = self._known_rates[key] = self._rates(edges)
+        return known
+
+    def _rates(self, edges: list[float]) -> list[tuple[float, float]]:
         times = self._times
         end_s = times[-1]
         points = []

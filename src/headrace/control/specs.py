@@ -88,6 +88,8 @@ def stream_class_of(endpoint: Endpoint) -> str:
     parts = [endpoint.engine, endpoint.model]
     if endpoint.engine == "native":
         parts += [native.dtype, native.kv_dtype, str(native.block_size)]
+    if endpoint.engine == "vllm":
+        parts.append(msgspec.json.encode(endpoint.vllm.args, order="sorted").decode())
     return sha256(msgspec.json.encode(parts)).hexdigest()[:12]
 
 
@@ -240,6 +242,7 @@ def _engine_spec(endpoint: Endpoint, state_dir: str) -> EngineSpec:
         kv_cache_bytes=native.kv_cache_mb * MIB,
         max_context_tokens=native.max_context_tokens,
         num_threads=native.num_threads,
+        tensor_parallel=native.tensor_parallel,
         dtype=native.dtype,
         kv_dtype=native.kv_dtype,
         speculation=native.speculation.method,
@@ -249,6 +252,7 @@ def _engine_spec(endpoint: Endpoint, state_dir: str) -> EngineSpec:
         simulated_step_s=simulated.step_ms / 1000,
         simulated_start_s=simulated.start_s,
         simulated_prefill_token_s=simulated.prefill_ms_per_token / 1000,
+        vllm_args=endpoint.vllm.args if endpoint.engine == "vllm" else {},
     )
 
 

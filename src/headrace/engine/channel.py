@@ -82,6 +82,10 @@ class FrontChannel:
                 break
         return commands
 
+    def fileno(self) -> int:
+        """The socket, for an event loop: readable when `receive(0)` gives something."""
+        return self._connection.fileno()
+
     def is_front_gone(self) -> bool:
         """Whether the other end is closed already, without reading anything."""
         return any(

@@ -56,6 +56,9 @@ class FakeRunner:
         """Raised by the next wake."""
         self.wake()
 
+    def check_health(self) -> None:
+        """Nothing that it computes with can be lost."""
+
     def sleep(self, level: Literal[1, 2]) -> None:
         """Forget all slots; a step would break."""
         self.sleep_level = level

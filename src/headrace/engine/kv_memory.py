@@ -27,6 +27,11 @@ def kv_bytes_per_token(h: Hyperparameters, bytes_per_number: int) -> int:
     return 2 * h.num_layers * h.num_kv_heads * h.head_dim * bytes_per_number
 
 
+def longest_context(spec: EngineSpec, h: Hyperparameters) -> int:
+    """Tokens that one request may have, if there is KV memory for them."""
+    return min(spec.max_context_tokens or h.context_length, h.context_length)
+
+
 def plan_kv_blocks(spec: EngineSpec, h: Hyperparameters, bytes_per_token: int) -> int:
     """Decide the number of KV blocks for `spec` on this machine. Raises ConfigError when it cannot fit.
 

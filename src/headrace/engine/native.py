@@ -187,6 +187,7 @@ class NativeEngine:
 
     def load(self) -> EngineLoad:
         scheduler, work, speculator = self._scheduler, self._work, self._speculator
+        self._runner.check_health()
         if not self._is_computing():
             work.rest(self._clock.now_ns())
         return EngineLoad(

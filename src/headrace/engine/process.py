@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -25,6 +26,7 @@ from headrace.api.messages import (
     Drain,
     EngineCommand,
     EngineFailed,
+    EngineReady,
     EngineSpec,
     EngineStarting,
     Sleep,
@@ -43,6 +45,9 @@ from headrace.engine.start_phases import StartPhases, describe_phases, process_a
 from headrace.engine.threads import limit_spinning
 from headrace.errors import ConfigError, HeadraceError, ModelChanged, ModelError, Overloaded, RequestError
 from headrace.lifetime import die_with_parent
+
+if TYPE_CHECKING:
+    from headrace.engine.workers.group import WorkerGroup
 
 HEARTBEAT_S = 1.0
 MAX_WAITING = 65536
@@ -190,7 +195,12 @@ def check_spec(spec: EngineSpec) -> None:
     problems = []
     if spec.block_size < 8 or spec.block_size & (spec.block_size - 1):
         problems.append(f"block_size is {spec.block_size}; it must be a power of two >= 8")
-    for name, least in (("max_running", 1), ("token_budget", 1), ("max_draft_tokens", 1)):
+    for name, least in (
+        ("max_running", 1),
+        ("token_budget", 1),
+        ("max_draft_tokens", 1),
+        ("tensor_parallel", 1),
+    ):
         if getattr(spec, name) < least:
             problems.append(f"{name} is {getattr(spec, name)}; it must be >= {least}")
     at_least_zero = (
@@ -227,14 +237,15 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
 
         read_ahead_all(Path(spec.packed_dir), str(files.path))
     limit_spinning()
+    group = start_ranks(spec, files)
     on_phase("importing torch")
     from headrace.engine.fused_sampling import load_fused_sampling
     from headrace.engine.native import NativeEngine
-    from headrace.engine.runner import load_runner
     from headrace.engine.sampler import Sampler
     from headrace.engine.speculation.select import load_speculator
+    from headrace.engine.workers.parallel_runner import load_any_runner
 
-    runner = load_runner(spec, files, on_phase)
+    runner = load_any_runner(spec, files, on_phase, group)
     grammars = GrammarQueue(lambda: compiler_for(files, runner.eos_token_ids))
     speculator = load_speculator(spec, files, runner, on_phase)
     sampler = Sampler(load_fused_sampling(runner.team))
@@ -245,6 +256,22 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
         engine.sleep(1)
     grammars.prepare_when(lambda: not engine.has_work())
     return engine
+
+
+def start_ranks(spec: EngineSpec, files: ModelFiles) -> WorkerGroup | None:
+    """Start the other ranks' processes, which import torch meanwhile.
+
+    Raises ConfigError where the model cannot be cut into so many parts, ModelError, OSError.
+    """
+    if spec.tensor_parallel == 1:
+        return None
+    from headrace.engine.model_files.metadata import read_metadata
+    from headrace.engine.operations.shard import cut
+    from headrace.engine.workers.group import WorkerGroup
+    from headrace.engine.workers.local import start_local_rank
+
+    cut(read_metadata(files).hyperparameters, spec.tensor_parallel)  # before anything is started in vain
+    return WorkerGroup(spec, start_local_rank)
 
 
 def compiler_for(files: ModelFiles, eos_token_ids: frozenset[int]) -> Compiler:
@@ -264,22 +291,39 @@ def is_retryable(error: BaseException) -> bool:
     )
 
 
-def serve(spec_json: str, channel: FrontChannel, drain: DrainSignal, clock: Clock) -> int:
+def run_engine(
+    spec: EngineSpec, channel: FrontChannel, drain: DrainSignal, clock: Clock, phases: StartPhases
+) -> None:
+    """Start an engine that this process steps, and run it to its end."""
+    engine = build_engine(spec, phases.begin, clock)
+    say_ready(engine.describe(), channel, drain, phases)
+    EngineLoop(engine, channel, drain, clock, phases).run()
+
+
+def say_ready(ready: EngineReady, channel: FrontChannel, drain: DrainSignal, phases: StartPhases) -> None:
+    """The start is over: tell the front, and what it took."""
+    ready = msgspec.structs.replace(ready, phases=phases.finish())
+    drain.is_starting = False
+    # What was imported stays: collections need not look at it again, which would take milliseconds.
+    gc.freeze()
+    gc.enable()
+    channel.send(ready)
+    print(f"engine: ready after {describe_phases(ready.phases)}", file=sys.stderr, flush=True)
+
+
+RunEngine = Callable[[EngineSpec, FrontChannel, DrainSignal, Clock, StartPhases], None]
+
+
+def serve(
+    spec_json: str, channel: FrontChannel, drain: DrainSignal, clock: Clock, run: RunEngine = run_engine
+) -> int:
     """Start the engine and run it to its end; return the exit status."""
     gc.disable()  # a tenth of the time that importing torch takes
     try:
         phases = StartPhases(
             lambda phase, elapsed_s: channel.send(EngineStarting(phase, elapsed_s)), clock, process_age_s()
         )
-        engine = build_engine(msgspec.json.decode(spec_json, type=EngineSpec), phases.begin, clock)
-        ready = msgspec.structs.replace(engine.describe(), phases=phases.finish())
-        drain.is_starting = False
-        # What was imported stays: collections need not look at it again, which would take milliseconds.
-        gc.freeze()
-        gc.enable()
-        channel.send(ready)
-        print(f"engine: ready after {describe_phases(ready.phases)}", file=sys.stderr, flush=True)
-        EngineLoop(engine, channel, drain, clock, phases).run()
+        run(msgspec.json.decode(spec_json, type=EngineSpec), channel, drain, clock, phases)
     except FrontGone as gone:
         print(f"engine: {gone}", file=sys.stderr)
         return 0
@@ -303,8 +347,9 @@ def report_failure(channel: FrontChannel, error: Exception) -> None:
         print(f"engine: {gone}", file=sys.stderr)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run an engine process; return its exit status: 0 drained or front gone, 1 failed, 2 wrong use."""
+def main(argv: Sequence[str] | None = None, run: RunEngine = run_engine) -> int:
+    """Run an engine process, whose engine `run` starts and runs to its end; return its exit status:
+    0 drained or front gone, 1 failed, 2 wrong use."""
     parser = argparse.ArgumentParser(prog="python -m headrace.engine", description="Started by a front.")
     parser.add_argument("--fd", type=int, required=True, help="inherited UNIX stream socket to the front")
     parser.add_argument("--spec", required=True, help="EngineSpec as JSON")
@@ -326,4 +371,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     if channel.is_front_gone():
         print("engine: the front is gone already", file=sys.stderr)
         return 0
-    return serve(arguments.spec, channel, drain, SystemClock())
+    return serve(arguments.spec, channel, drain, SystemClock(), run)

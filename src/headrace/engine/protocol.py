@@ -76,10 +76,22 @@ class StepInput:
     """[R + 1]: request r computes tokens [query_starts[r], query_starts[r + 1])."""
     context_lengths_R: Int32Array
     """Tokens that each request has after this step, its new ones included."""
-    block_tables: list[list[int]]
-    """R block tables; entry i holds the tokens [i * block_size, (i + 1) * block_size)."""
+    block_tables: list[list[int]] | Int32Array
+    """R block tables; entry i holds the tokens [i * block_size, (i + 1) * block_size). As an array they are
+    filled up to the longest."""
     sampled_rows_S: Int32Array
     """Rows of T whose logits are wanted, rising."""
+
+
+def padded_tables(tables: list[list[int]] | Int32Array) -> Int32Array:
+    """Block tables as one array, filled up with anything: [R, longest]."""
+    if isinstance(tables, np.ndarray):
+        return tables
+    longest = max(map(len, tables))
+    padded = np.zeros((len(tables), longest), np.int32)
+    for row, table in zip(padded, tables, strict=True):
+        row[: len(table)] = table
+    return padded
 
 
 class ModelRunner(Protocol):
@@ -97,6 +109,10 @@ class ModelRunner(Protocol):
     def execute(self, batch: StepInput) -> Any:
         """Compute one step, writing keys and values into their slots.
         Returns a float32 torch tensor [S, vocab_size] of logits, valid until the next call."""
+        ...
+
+    def check_health(self) -> None:
+        """Raise EngineDead if steps cannot be computed any more. Asked about once a second, and cheap."""
         ...
 
     def sleep(self, level: Literal[1, 2]) -> None:

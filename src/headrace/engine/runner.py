@@ -1,29 +1,44 @@
 """Builds a model from its files and computes steps: the ModelRunner of the native engine.
 
-Owns weights and KV memory. Must not know requests, sampling or sockets.
+Owns weights and KV memory, one rank's where several compute together. Must not know requests, sampling,
+sockets or processes.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from headrace.api.messages import EngineSpec
-from headrace.engine.kv_memory import does_not_fit, free_memory_bytes, plan_kv_blocks
+from headrace.engine.kv_memory import does_not_fit, free_memory_bytes, longest_context, plan_kv_blocks
 from headrace.engine.model_files.metadata import Hyperparameters, ModelMetadata, read_metadata
 from headrace.engine.model_files.resolve import ModelFiles
 from headrace.engine.models.decoder import Decoder
+from headrace.engine.operations.exchange import Exchange
 from headrace.engine.operations.interface import Operations
 from headrace.engine.operations.kernels import Team
 from headrace.engine.operations.memory import give_back
 from headrace.engine.operations.select import select_operations
+from headrace.engine.operations.shard import num_kv_heads_of_all
 from headrace.engine.protocol import StepInput
 from headrace.engine.weights.loading import Packing, check_free, check_unchanged, load_tensors
 from headrace.engine.weights.stamp import stamp_files
+
+
+class Seat(Protocol):
+    """A rank's place in its group, while it loads (`engine.workers`)."""
+
+    def join(self, h: Hyperparameters) -> Exchange:
+        """Become one of the ranks that compute this model. Raises ConfigError where it cannot be cut so."""
+        ...
+
+    def agree_on_blocks(self, plan: Callable[[], int]) -> int:
+        """Return the number of KV blocks that all ranks have: rank 0 plans it."""
+        ...
 
 
 class DecoderRunner:
@@ -43,13 +58,21 @@ class DecoderRunner:
         spec: EngineSpec,
         operations: Operations,
         on_phase: Callable[[str], None] = lambda _phase: None,
+        seat: Seat | None = None,
     ) -> None:
+        """With `seat`, one rank of spec.tensor_parallel."""
         h = metadata.hyperparameters
         self.vocab_size = h.vocab_size
         self.block_size = spec.block_size
-        bytes_per_token = -(-operations.kv_block_bytes(h, spec.block_size) // spec.block_size)
-        self.num_blocks = plan_kv_blocks(spec, h, bytes_per_token)
-        self._kv_bytes = self.num_blocks * self.block_size * bytes_per_token
+        block_bytes = operations.kv_block_bytes(h, spec.block_size)
+        num_kv_heads = h.num_kv_heads if seat is None else num_kv_heads_of_all(h, spec.tensor_parallel)
+
+        def plan() -> int:
+            all_bytes = block_bytes * num_kv_heads // operations.num_kv_heads(h)
+            return plan_kv_blocks(spec, h, -(-all_bytes // spec.block_size))
+
+        self.num_blocks = plan() if seat is None else seat.agree_on_blocks(plan)
+        self._kv_bytes = self.num_blocks * block_bytes
         self.max_context_tokens = min(longest_context(spec, h), self.num_blocks * self.block_size)
         self.eos_token_ids = metadata.eos_token_ids
         self.architecture: str = h.architecture
@@ -62,13 +85,15 @@ class DecoderRunner:
         try:
             self._caches = self._decoder.new_kv_caches(self.num_blocks, self.block_size)
         except MemoryError as error:  # a limit that free memory does not show, such as ulimit -v
-            block_bytes = bytes_per_token * self.block_size
             raise does_not_fit(self._kv_bytes, free_memory_bytes(), block_bytes) from error
 
     def __repr__(self) -> str:
         return (
             f"<DecoderRunner {self.architecture} {self.path}, {self.num_blocks} blocks of {self.block_size}>"
         )
+
+    def check_health(self) -> None:
+        """Raise EngineDead if steps cannot be computed any more: never, in one process."""
 
     @torch.inference_mode()
     def execute(self, batch: StepInput) -> Tensor:
@@ -92,24 +117,27 @@ class DecoderRunner:
         self._decoder = decoder
 
 
-def longest_context(spec: EngineSpec, h: Hyperparameters) -> int:
-    """Tokens that one request may have, if there is KV memory for them."""
-    return min(spec.max_context_tokens or h.context_length, h.context_length)
-
-
-def load_runner(spec: EngineSpec, files: ModelFiles, on_phase: Callable[[str], None]) -> DecoderRunner:
-    """Read metadata and weights, pack them, allocate KV memory. `on_phase` hears what begins.
+def load_runner(
+    spec: EngineSpec, files: ModelFiles, on_phase: Callable[[str], None], seat: Seat | None = None
+) -> DecoderRunner:
+    """Read metadata and weights, pack them, allocate KV memory. `on_phase` hears what begins. With `seat`,
+    one rank's part.
 
     Sets torch's thread count for this process. Raises ModelError for files that cannot be served, ConfigError
     for KV memory that does not fit.
     """
     on_phase("reading metadata")
     metadata = read_metadata(files)
-    torch.set_num_threads(spec.num_threads or len(os.sched_getaffinity(0)))
+    num_threads = spec.num_threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(num_threads if seat is None else max(1, num_threads // spec.tensor_parallel))
     h = metadata.hyperparameters
-    operations = select_operations(spec.dtype, spec.kv_dtype, torch.get_num_threads(), h)
+    exchange = None if seat is None else seat.join(h)
+    operations = select_operations(spec.dtype, spec.kv_dtype, torch.get_num_threads(), h, exchange)
     packing = Packing(
-        operations.arithmetic, operations.packed_version, operations.bytes_per_weight, operations.pack
+        f"{operations.arithmetic} {operations.shard_name}".rstrip(),
+        operations.packed_version,
+        operations.bytes_per_weight / (1 if seat is None else spec.tensor_parallel),
+        operations.pack,
     )
 
     stamps = stamp_files(files)
@@ -121,4 +149,4 @@ def load_runner(spec: EngineSpec, files: ModelFiles, on_phase: Callable[[str], N
         return Decoder(h.num_layers, operations.load(h, tensors, longest_context(spec, h)))
 
     with torch.inference_mode():
-        return DecoderRunner(metadata, load_decoder, spec, operations, on_phase)
+        return DecoderRunner(metadata, load_decoder, spec, operations, on_phase, seat)

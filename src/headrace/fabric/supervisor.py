@@ -31,6 +31,10 @@ SUPERVISOR_SOCKET = "supervisor.sock"
 CONTROLLER_NAME = "controller"
 CONTROLLER_SILENCE_S = 5.0
 """While stopping, the controller says something every second; after this long it is taken for hung."""
+CONTROLLER_HUNG_S = 10.0
+"""At other times too; one that says nothing for this long is killed and started again."""
+STOOD_STILL_S = 2.0
+"""A supervisor whose watch is so late did not run itself, and has heard nobody."""
 STOP_GRACE_S = 5.0
 """How long processes may take to end when the supervisor stops them itself."""
 FIRST_RESTART_DELAY_S = 0.2
@@ -61,6 +65,7 @@ class Supervisor:
         self._stop_began_s: float | None = None
         self._is_stopping_all = False
         self._last_word_s = 0.0
+        self._watched_s = 0.0
         self._controller_started_s = 0.0
         self._finished = asyncio.Event()
         self.controller_failures = 0
@@ -77,6 +82,8 @@ class Supervisor:
         server = await listen(path, lambda: Channel(LauncherCommand, self._on_command, self._on_close))
         try:
             self._start_controller()
+            self._watched_s = self._clock.now_s()
+            self._watch_controller()
             await self._finished.wait()
         finally:
             server.close()
@@ -97,25 +104,33 @@ class Supervisor:
             self._stop_all(STOP_GRACE_S)
             return
         controller.signal(self._controller.stop_signal)
-        self._watch_controller()
 
     # ---- the controller ----------------
 
     def _start_controller(self) -> None:
         if self._stop_began_s is None:
-            self._controller_started_s = self._clock.now_s()
+            self._controller_started_s = self._last_word_s = self._clock.now_s()
             self._start(self._controller)
 
     def _watch_controller(self) -> None:
-        """While stopping: a controller that says nothing for a while is killed, and we stop the rest."""
+        """Kill a controller that says nothing for a while; while stopping, stop the rest ourselves then."""
         if self._finished.is_set() or self._is_stopping_all:
             return
-        silence_s = self._clock.now_s() - self._last_word_s
-        if silence_s > CONTROLLER_SILENCE_S:
+        now_s = self._clock.now_s()
+        if now_s - self._watched_s > STOOD_STILL_S:
+            self._last_word_s = now_s
+        self._watched_s = now_s
+        silence_s = now_s - self._last_word_s
+        controller = self._children.get(CONTROLLER_NAME)
+        if self._stop_began_s is not None and silence_s > CONTROLLER_SILENCE_S:
             self._on_notice(f"the controller has said nothing for {silence_s:.0f} s: stopping without it")
             self._stop_all(STOP_GRACE_S)
-        else:
-            asyncio.get_running_loop().call_later(_WATCH_INTERVAL_S, self._watch_controller)
+            return
+        if controller is not None and self._stop_began_s is None and silence_s > CONTROLLER_HUNG_S:
+            self._on_notice(f"the controller has said nothing for {silence_s:.0f} s: killing it")
+            self._last_word_s = now_s
+            controller.kill_group()
+        asyncio.get_running_loop().call_later(_WATCH_INTERVAL_S, self._watch_controller)
 
     def _on_controller_end(self, exit_code: int | None, last_output: str) -> None:
         if self._stop_began_s is not None or exit_code == 0:

@@ -12,6 +12,7 @@ from headrace.api.run_paths import (
     gateway_directory,
     relay_socket_path,
     router_socket_path,
+    runtime_socket_path,
 )
 from headrace.errors import ConfigError
 
@@ -75,7 +76,7 @@ class GatewayPaths:
 
     @property
     def runtime_socket(self) -> str:
-        return self.path("haproxy.sock")
+        return runtime_socket_path(self.run_dir, self.gateway_id)
 
     @property
     def master_socket(self) -> str:

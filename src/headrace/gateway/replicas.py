@@ -177,10 +177,11 @@ class ReplicaTable:
             self._forget_choices()
             del self.replicas[replica.replica_id]
             self._note_paths(replica.server, now_s)
-        live = {path for replica in self.replicas.values() for path in replica.paths}
-        for path, seen_s in list(self.known_paths.items()):
-            if path not in live and now_s - seen_s > FORGET_AFTER_S:
-                del self.known_paths[path]
+        if len(self.known_paths) > 2 * len(self.replicas):  # all of the living are known
+            live = {path for replica in self.replicas.values() for path in replica.paths}
+            for path, seen_s in list(self.known_paths.items()):
+                if path not in live and now_s - seen_s > FORGET_AFTER_S:
+                    del self.known_paths[path]
         return gone
 
     def mark_serving(self, paths: frozenset[str]) -> None:

@@ -36,6 +36,7 @@ from headrace.errors import Overloaded
 from headrace.replica.aborted_ids import AbortedIds
 from headrace.replica.engine_process import EngineProcess
 from headrace.replica.restart import EngineEnd, RestartPolicy
+from headrace.replica.sleep_change import SleepChange, sleep_phase
 
 _log = logging.getLogger(__name__)
 EngineState = Literal["starting", "ready", "asleep", "failed", "stopped"]
@@ -91,18 +92,6 @@ class EngineTimeLimits:
     """For falling asleep and for waking, which may read the weights again."""
 
 
-@dataclass(frozen=True, slots=True)
-class _SleepChange:
-    """A Sleep or Wake that the engine has not answered yet."""
-
-    level: int
-    done: asyncio.Future[str]
-
-    def is_reached(self, level: int) -> bool:
-        """Whether a load that tells of `level` was sent after the change."""
-        return level >= self.level if self.level else level == 0
-
-
 class EngineClient:
     """Talks to the one engine process of this replica. `on_change` is called after each change of state."""
 
@@ -130,11 +119,13 @@ class EngineClient:
         self._timers: list[asyncio.TimerHandle] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended = asyncio.Event()
+        self._settled = asyncio.Event()
+        """It is not starting: it is there, or never will be."""
         self._ready_at_s: float | None = None
         self._last_event_s = clock.now_s()
         self._error = ""
         self._is_retryable_end = True
-        self._sleep_change: _SleepChange | None = None
+        self._sleep_change: SleepChange | None = None
         self.state: EngineState = "starting"
         self.phase = "starting the engine"
         self.info: EngineReady | None = None
@@ -186,16 +177,22 @@ class EngineClient:
     async def set_sleep(self, level: int) -> str:
         """Put the engine to sleep (1, 2) or wake it (0). Return why it could not be done; empty: it was.
 
-        From the call on no request is taken, until it is awake. One call at a time.
+        From the call on no request is taken, until it is awake. One call at a time. An engine that is being
+        started is waited for, and is started anew as it then shall be.
         """
         assert self._sleep_change is None, "one change of sleep at a time"
+        while self.state == "starting":
+            self._is_sleep_wanted = level > 0
+            await self._settled.wait()
+        if self.state == "ready" and not level:
+            return ""
         if self.state not in ("ready", "asleep") or self._process is None:
             return self.why_not_ready()
         if level and self._streams:
             return f"it cannot sleep: {len(self._streams)} requests are open"
         self._set_state("asleep", f"falling asleep to level {level}" if level else "waking")
         done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._sleep_change = _SleepChange(level, done)
+        self._sleep_change = SleepChange(level, done)
         self._process.send(Sleep(1 if level == 1 else 2) if level else Wake())
         try:
             async with asyncio.timeout(self._time_limits.sleep_s):
@@ -227,6 +224,7 @@ class EngineClient:
     async def stop(self, grace_s: float) -> None:
         """Let the engine finish for `grace_s`, then kill it. Returns when it is gone."""
         self.state = "stopped"
+        self._settled.set()
         for timer in self._timers:
             timer.cancel()
         for task in list(self._tasks):
@@ -293,6 +291,10 @@ class EngineClient:
         if self.state == "stopped":
             return
         self.state, self.phase = state, phase
+        if state == "starting":
+            self._settled.clear()
+        else:
+            self._settled.set()
         if error is not None:
             self.last_error, self.is_retryable = error, is_retryable
         self._on_change()
@@ -322,7 +324,7 @@ class EngineClient:
         if self._cache_watcher is not None:
             self._cache_watcher.on_ready(event.block_size)
         self.load = EngineLoad(sleep_level=event.sleep_level)
-        self._set_state("asleep" if event.sleep_level else "ready", _sleep_phase(event.sleep_level))
+        self._set_state("asleep" if event.sleep_level else "ready", sleep_phase(event.sleep_level))
 
     def _follow_sleep(self) -> None:
         """Be in the state that the engine's last load tells of; tell whoever waits for a change."""
@@ -335,7 +337,7 @@ class EngineClient:
             return
         state: EngineState = "asleep" if load.sleep_level else "ready"
         self._is_sleep_wanted = state == "asleep"
-        phase = _sleep_phase(load.sleep_level)
+        phase = sleep_phase(load.sleep_level)
         if (state, phase) != (self.state, self.phase):
             self._set_state(state, phase)
 
@@ -394,7 +396,3 @@ class EngineClient:
         self.num_restarts += 1
         self._set_state("starting", "restarting the engine", error=error)
         self._schedule(decision.delay_s, self._start_process)
-
-
-def _sleep_phase(level: int) -> str:
-    return f"asleep at level {level}" if level else ""

@@ -20,6 +20,8 @@ from headrace.api.messages import EngineCommand, EngineEvent, EngineSpec
 from headrace.errors import ProtocolError
 
 _SOCKET_BUFFER_BYTES = 1 << 20
+_MODULES = {"vllm": "headrace.engine.adapted"}
+"""What is run for engines that are not headrace's own."""
 
 
 class EngineProcessOwner(Protocol):
@@ -65,7 +67,8 @@ class EngineProcess(asyncio.Protocol):
             # Takes a millisecond (vfork), and asyncio's own subprocesses cannot be given a process group.
             self._process = subprocess.Popen(  # noqa: ASYNC220
                 [
-                    *(sys.executable, "-m", "headrace.engine", "--fd", str(theirs.fileno())),
+                    *(sys.executable, "-m", _MODULES.get(spec.kind, "headrace.engine")),
+                    *("--fd", str(theirs.fileno())),
                     *("--spec", msgspec.json.encode(spec).decode(), "--title", title),
                 ],
                 stdin=subprocess.DEVNULL,
@@ -88,8 +91,10 @@ class EngineProcess(asyncio.Protocol):
             self._transport.write(encode_frame(command))
 
     def terminate(self) -> None:
-        """Ask it to finish what runs and exit."""
-        self._signal(signal.SIGTERM)
+        """Ask it to finish what runs and exit. Alone: what it started, it ends when nothing runs there."""
+        process = self._process
+        if process is not None and process.returncode is None:
+            os.kill(process.pid, signal.SIGTERM)
 
     def kill(self, reason: str) -> None:
         """Kill it and all of its process group."""
@@ -115,6 +120,8 @@ class EngineProcess(asyncio.Protocol):
 
     def _on_exit(self) -> None:
         assert self._process is not None
+        # Not reaped yet: whatever it started and left behind goes with it.
+        self._kill_group()
         status = self._process.poll()
         if status is None:
             return
@@ -129,18 +136,18 @@ class EngineProcess(asyncio.Protocol):
         if self._is_lost:
             return
         self._is_lost = True
-        self._signal(signal.SIGKILL)
+        self._kill_group()
         if self._transport is not None:
             self._transport.abort()
         self._owner.on_lost(reason)
 
-    def _signal(self, number: signal.Signals) -> None:
+    def _kill_group(self) -> None:
         process = self._process
         if process is None or process.returncode is not None:
             return
         # Not reaped yet, so the id still belongs to it; the group may have more members.
         try:
-            os.killpg(process.pid, number)
+            os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
 

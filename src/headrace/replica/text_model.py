@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from headrace.api.messages import EngineSpec
+from headrace.engine.model_files.resolve import ModelFiles
 from headrace.errors import ModelError
 from headrace.replica.chat import SIMULATED_TEMPLATE, ChatTemplate
 from headrace.replica.tokenizer import ByteTokenizer, ModelTokenizer, TextTokenizer, load_tokenizer_json
@@ -35,6 +36,8 @@ def load_text_model(spec: EngineSpec) -> TextModel:
     from headrace.engine.model_files.metadata import read_metadata
     from headrace.engine.model_files.resolve import resolve_model
 
+    if spec.kind == "vllm":
+        return _load_foreign(resolve_model(spec.model))
     metadata = read_metadata(resolve_model(spec.model))
     if metadata.gguf_tokenizer is not None:
         from headrace.replica.gguf_tokenizer import build_gguf_tokenizer
@@ -49,6 +52,17 @@ def load_text_model(spec: EngineSpec) -> TextModel:
     source = metadata.chat_template
     template = ChatTemplate(source, metadata.bos_token, metadata.eos_token) if source else None
     return TextModel(ModelTokenizer(tokenizer), template)
+
+
+def _load_foreign(files: ModelFiles) -> TextModel:
+    """Load a model's text side, whatever its architecture."""
+    from headrace.engine.model_files.huggingface_metadata import read_huggingface_text
+
+    text = read_huggingface_text(files)
+    template = (
+        ChatTemplate(text.chat_template, text.bos_token, text.eos_token) if text.chat_template else None
+    )
+    return TextModel(ModelTokenizer(load_tokenizer_json(text.tokenizer_json)), template)
 
 
 class PromptEncoder:

@@ -199,10 +199,9 @@ class ControllerProcess(Process):
         self._launcher.send(command)
 
     def _tend_gateway(self, state: SystemState, now_s: float) -> None:
-        for pair in state.gateway.pairs.values():
-            for essential in (pair.router, pair.relay):
-                if essential.is_hung(now_s):
-                    self._stop_essential(essential, 0.0)
+        state.gateway.on_tick(now_s)
+        for essential in state.gateway.hung(now_s):
+            self._stop_essential(essential, 0.0)
         for essential in state.gateway.processes.values():
             if essential.is_due(now_s):
                 essential.on_start(now_s)

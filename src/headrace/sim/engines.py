@@ -119,7 +119,7 @@ class EngineProcess(Process):
         self._loop: EngineLoop | None = None
         self._is_in_step = False
         self._next_turn: Timer | None = None
-        self._num_turns = 0
+        self._num_turns = self._checked_at = 0
         self.engine: SimulatedEngine | NativeEngine | None = None
         self.end: End | None = None
 
@@ -148,7 +148,8 @@ class EngineProcess(Process):
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every block is accounted for. Looks every few steps."""
-        if self.engine is not None and self._num_turns % CHECK_EVERY == 0:
+        if self.engine is not None and self._num_turns >= self._checked_at + CHECK_EVERY:
+            self._checked_at = self._num_turns
             self.engine.check_integrity()
 
     # ---- start

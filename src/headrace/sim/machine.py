@@ -62,6 +62,24 @@ class Registry:
         """Of coroutines, that nobody took."""
 
 
+class ProcessTimer(Timer):
+    """One event to come of one process."""
+
+    __slots__ = ("_process", "_wish")
+
+    def __init__(self, process: Process, wish: Call, kind: str) -> None:
+        super().__init__(0.0, self._run, kind)
+        self._process = process
+        self._wish = wish
+
+    def _run(self) -> None:
+        self._process.run(self._happen)
+
+    def _happen(self) -> None:
+        if not self.is_cancelled:  # it may have been, while this process was stopped
+            self._wish()
+
+
 class Process:
     """One process of the world. Subclasses are its program."""
 
@@ -92,12 +110,9 @@ class Process:
 
     def after(self, delay_s: float, call: Call, kind: str) -> Timer:
         """Let `call` happen in this process; later if it is stopped then, never if it is dead."""
-
-        def happen() -> None:
-            if not timer.is_cancelled:  # it may have been, while this process was stopped
-                call()
-
-        timer = self.timeline.after(delay_s, lambda: self.run(happen), kind)
+        timer = ProcessTimer(self, call, kind)
+        timeline = self.timeline
+        timeline.put(timer, timeline.now_s + delay_s)
         return timer
 
     def run(self, call: Call) -> None:

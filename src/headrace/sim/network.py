@@ -80,11 +80,11 @@ class Connection:
         if self._is_cut:
             return
         to.num_unread += 1
-        self._schedule(to, lambda: self._deliver(to, message), "message")
+        self._schedule(to, partial(self._deliver, to, message), "message")
 
     def carry_close(self, to: End) -> None:
         if not self._is_cut:
-            self._schedule(to, lambda: _hear_close(to), "close")
+            self._schedule(to, partial(_hear_close, to), "close")
 
     def stall(self, seconds: float) -> None:
         """Nothing travels for a while; what is sent meanwhile arrives afterwards."""
@@ -109,7 +109,7 @@ class Connection:
         delay_s = self._weather.latency_s * self._random.uniform(0.5, 2.0)
         when_s = max(timeline.now_s + delay_s, self._stalled_until_s, to.arrival_s)
         to.arrival_s = when_s
-        timeline.at(when_s, lambda: to.process.run(call), kind)
+        timeline.at(when_s, partial(to.process.run, call), kind)
 
     def _deliver(self, to: End, message: object) -> None:
         to.num_unread -= 1

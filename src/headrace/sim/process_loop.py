@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextvars import Context, copy_context
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from headrace.sim.network import End, Weather, connect
@@ -75,7 +76,7 @@ class ProcessLoop:
         context = context or copy_context()
         handle = LoopTimer(self.time() + delay_s, callback, args, self)
         handle.timer = self._process.after(
-            max(0.0, delay_s), lambda: _run(context, callback, args), "coroutine"
+            max(0.0, delay_s), partial(context.run, callback, *args), "coroutine"
         )
         return handle
 
@@ -148,7 +149,3 @@ class Pipe(asyncio.Transport):
 
     def _on_close(self) -> None:
         self._protocol.connection_lost(None)
-
-
-def _run(context: Context, callback: Callable[..., object], args: Any) -> None:
-    context.run(callback, *args)

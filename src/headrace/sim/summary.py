@@ -5,10 +5,43 @@ Must not know how a seed is run.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
+import msgspec
+
+import headrace
 from headrace.sim.world import Outcome
+
+
+class Record(msgspec.Struct, frozen=True):
+    """One run of some seeds, as it is kept and added up over many."""
+
+    seeds: list[int]
+    """The first and the last."""
+    code: str
+    """Digest of the package's sources: seeds mean something only together with it."""
+    cpu_s: float
+    simulated_s: float
+    failed: list[int]
+    events: dict[str, int]
+    faults: dict[str, int]
+    requests: dict[str, int]
+    num_resumed: int
+    """Streams that were continued in another engine."""
+    slowest_s: float
+    """Longest way back to rest after the last fault."""
+
+
+def code_digest() -> str:
+    """Return what all Python sources of headrace come to, in ten hexadecimal digits."""
+    digest = hashlib.sha256()
+    root = Path(headrace.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:10]
 
 
 class Summary:
@@ -34,6 +67,21 @@ class Summary:
         self.slowest_s = max(self.slowest_s, outcome.converged_s)
         if outcome.violation is not None:
             self.failed.append(outcome.seed)
+
+    def record(self, seeds: range, cpu_s: float) -> Record:
+        """Return the figures for programs. cpu_s: what all of it took."""
+        return Record(
+            seeds=[seeds.start, seeds.stop - 1],
+            code=code_digest(),
+            cpu_s=cpu_s,
+            simulated_s=self.simulated_s,
+            failed=self.failed,
+            events=dict(self.events),
+            faults=dict(self.faults),
+            requests=dict(self.requests),
+            num_resumed=self.num_resumed,
+            slowest_s=self.slowest_s,
+        )
 
     def lines(self, cpu_s: float) -> Iterator[str]:
         """Yield the summary. cpu_s: what all of it took."""

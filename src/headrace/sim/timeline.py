@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from random import Random
 
-Call = Callable[[], None]
+Call = Callable[[], object]
 
 
 class Timer:
@@ -51,10 +51,16 @@ class Timeline:
 
     def at(self, when_s: float, call: Call, kind: str) -> Timer:
         """Let `call` happen at `when_s`, or now if that is past."""
-        timer = Timer(max(when_s, self.now_s), call, kind)
-        self._order += 1
-        heapq.heappush(self._heap, (timer.when_s, self._order, timer))
+        timer = Timer(when_s, call, kind)
+        self.put(timer, when_s)
         return timer
+
+    def put(self, timer: Timer, when_s: float) -> None:
+        """Let `timer` happen at `when_s`, or now if that is past."""
+        now_s = self.now_s
+        timer.when_s = when_s if when_s > now_s else now_s
+        self._order = order = self._order + 1
+        heapq.heappush(self._heap, (timer.when_s, order, timer))
 
     def after(self, delay_s: float, call: Call, kind: str) -> Timer:
         return self.at(self.now_s + delay_s, call, kind)

@@ -46,6 +46,20 @@ def test_a_native_engine_without_torch_says_what_to_install(monkeypatch: pytest.
     check_models(config())
 
 
+def test_vllm_must_be_installed_and_is_given_hugging_face_models_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "m.gguf").touch()
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else real(name))
+    with pytest.raises(ConfigError) as caught:
+        check_models(config(a={"model": str(tmp_path / "m.gguf"), "engine": "vllm"}))
+    missing, wrong = caught.value.problems
+    assert "pip install headrace[vllm]" in missing
+    assert wrong.startswith("endpoints.a.model: ")
+    assert "a gguf model; engine vllm takes a Hugging Face id, or a directory" in wrong
+
+
 def test_port_zero_becomes_a_free_port() -> None:
     bind = check_address(config()).gateway.bind
     assert bind.startswith("127.0.0.1:")

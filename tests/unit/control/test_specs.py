@@ -10,9 +10,16 @@ import pytest
 
 from headrace.api.config import Config, Gateway, Tenant, Tls
 from headrace.api.config_loader import parse_config
+from headrace.api.endpoint_config import Endpoint
 from headrace.api.messages import ReplicaSpec, TenantRule
 from headrace.control import specs
-from headrace.control.specs import gateway_spec, generation_of, replica_process, threads_per_engine
+from headrace.control.specs import (
+    gateway_spec,
+    generation_of,
+    replica_process,
+    stream_class_of,
+    threads_per_engine,
+)
 from headrace.control.status import gateway_url
 
 
@@ -117,3 +124,21 @@ def test_packed_weights_lie_in_the_state_directory_if_nothing_else_is_said(
     tree = config(native={"packed_dir": setting}).model_copy(update={"state_dir": state_dir})
     process = replica_process(tree, "chat", "chat-1", Path("/run/x"))
     assert msgspec.json.decode(process.argv[-1], type=ReplicaSpec).engine.packed_dir == packed_dir
+
+
+def test_vllms_arguments_reach_its_engines_and_decide_their_class() -> None:
+    def specs(engine: str, **args: object) -> tuple[ReplicaSpec, Endpoint]:
+        tree = {"model": "m/m", "engine": engine, "vllm": {"args": args}}
+        config = parse_config({"endpoints": {"chat": tree}})
+        process = replica_process(config, "chat", "chat-1", Path("/run"))
+        return msgspec.json.decode(process.argv[-1], type=ReplicaSpec), config.endpoints["chat"]
+
+    spec, endpoint = specs("vllm", max_model_len=512, dtype="bfloat16")
+    assert (spec.engine.kind, spec.engine.vllm_args) == ("vllm", {"max_model_len": 512, "dtype": "bfloat16"})
+    same, reordered = specs("vllm", dtype="bfloat16", max_model_len=512)
+    assert stream_class_of(endpoint) == stream_class_of(reordered) == same.stream_class
+    other, _ = specs("vllm", dtype="float16", max_model_len=512)
+    assert other.stream_class != spec.stream_class
+    assert other.generation != spec.generation
+    native, _ = specs("native", dtype="float16")
+    assert native.engine.vllm_args == {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -159,7 +159,7 @@ class EngineLoad(Record, frozen=True):
 class EngineSpec(msgspec.Struct, frozen=True):
     """What to start an engine process with. Zeros mean: the engine measures or decides."""
 
-    kind: Literal["native", "simulated"]
+    kind: Literal["native", "vllm", "simulated"]
     model: str
     max_running: int = 32
     """Most requests in one step's batch."""
@@ -170,6 +170,9 @@ class EngineSpec(msgspec.Struct, frozen=True):
     kv_cache_bytes: int = 0
     max_context_tokens: int = 0
     num_threads: int = 0
+    """Of all ranks together."""
+    tensor_parallel: int = 1
+    """Processes that compute the model together, each a part of every matrix."""
     dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
     kv_dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
     speculation: Literal["off", "ngram", "draft"] = "off"
@@ -185,6 +188,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     simulated_start_s: float = 0.0
     simulated_prefill_token_s: float = 0.0
     """Added to a step per uncached prompt token in it."""
+    vllm_args: dict[str, Any] = {}
+    """Of kind vllm: arguments of its engine, by vLLM's names. What is above does not concern it."""
 
 
 class Submit(Message, frozen=True):

@@ -88,12 +88,12 @@ size_t kv_block_bytes(const AttentionShape& shape, int block_size) {
 
 void attention(Team& team, const AttentionShape& shape, const AttentionStep& step, const float* qkv,
                const float* q_norm, const float* k_norm, const float* cos, const float* sin, void* cache,
-               float* out) {
+               float* out, int64_t out_stride) {
   const AttentionCode& code = code_for_this_machine();
   const AttentionTask task{shape,  step,   kv_layout(shape, step.block_size), shape.num_heads / shape.num_kv_heads,
                            qkv,    q_norm, k_norm,
                            cos,    sin,    static_cast<uint8_t*>(cache),
-                           out};
+                           out,    out_stride};
   const int num_tokens = step.num_tokens;
   team.parallel_for((num_tokens + kWritesPerPiece - 1) / kWritesPerPiece, [&](int piece) {
     code.write(task, piece * kWritesPerPiece, std::min(num_tokens, (piece + 1) * kWritesPerPiece));
@@ -119,7 +119,9 @@ HEADRACE_EXPORT void headrace_attention(void* team, const headrace::AttentionSha
                                         const headrace::AttentionStep* step, const float* qkv,
                                         const float* q_norm, const float* k_norm, const float* cos,
                                         const float* sin, void* cache, float* out) {
-  headrace::attention(*static_cast<headrace::Team*>(team), *shape, *step, qkv, q_norm, k_norm, cos, sin, cache, out);
+  const int64_t stride = static_cast<int64_t>(shape->num_heads) * shape->head_dim;
+  headrace::attention(*static_cast<headrace::Team*>(team), *shape, *step, qkv, q_norm, k_norm, cos, sin, cache, out,
+                      stride);
 }
 
 HEADRACE_EXPORT void headrace_attention_exp2(const float* x, float* y, int count) {

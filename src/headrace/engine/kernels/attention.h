@@ -32,10 +32,10 @@ struct AttentionShape {
 };
 
 // qkv [T, (H + 2K) * D]; q_norm, k_norm [D] or null; cos, sin [max_position, D / 2]; cache: one layer's KV memory
-// in a layout of this function's own, 64-byte aligned; out [T, H * D].
+// in a layout of this function's own, 64-byte aligned; out [T, H * D], rows `out_stride` apart.
 void attention(Team& team, const AttentionShape& shape, const AttentionStep& step, const float* qkv,
                const float* q_norm, const float* k_norm, const float* cos, const float* sin, void* cache,
-               float* out);
+               float* out, int64_t out_stride);
 
 // Bytes of one block in one layer's KV memory; 0 where this code cannot serve the shape: head_dim must be a
 // multiple of 16 up to 256, block_size a power of two >= 8, num_heads a multiple of num_kv_heads.

@@ -50,6 +50,7 @@ struct AttentionTask {
   const float *qkv, *q_norm, *k_norm, *cos, *sin;
   uint8_t* cache;
   float* out;
+  int64_t out_stride;
 };
 
 // Queries [first_query, end_query) of a request's new tokens, for KV heads [first_head, end_head).

@@ -241,7 +241,7 @@ class HeadOfPiece {
     for (int row = 0; row < num_rows(); ++row) {
       const int token = first_token_ + row / task_.group;
       const size_t query_head = size_t(head_) * task_.group + row % task_.group;
-      float* out = task_.out + (size_t(token) * task_.shape.num_heads + query_head) * head_dim;
+      float* out = task_.out + size_t(token) * task_.out_stride + query_head * head_dim;
       const float* from = rows_.out + size_t(row) * head_dim;
       const F factor = splat(1.0f / reduce_add(rows_.sums[row]));
       // Plus 0: a sum of nothing but zeros has one sign, whichever of them were left out.

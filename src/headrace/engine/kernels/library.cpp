@@ -1,4 +1,5 @@
-// The C functions that `operations/int8.py` calls. Each returns 0, or 1 where memory ran out.
+// The C functions that `operations/int8.py` calls. Each returns 0, 1 where memory ran out, 2 where a rank was
+// lost, or 3 where one did not come in time.
 #include <exception>
 
 #include "blocks.h"
@@ -13,6 +14,8 @@ int guarded(const F& f) {
   try {
     f();
     return 0;
+  } catch (const RanksApart& apart) {
+    return static_cast<int>(apart.why);
   } catch (const std::exception&) {
     return 1;
   }
@@ -25,23 +28,25 @@ HEADRACE_EXPORT void* headrace_workspace_new() { return new (std::nothrow) Works
 HEADRACE_EXPORT void headrace_workspace_free(void* workspace) { delete static_cast<Workspace*>(workspace); }
 
 HEADRACE_EXPORT int headrace_attention_block(Team* team, Workspace* workspace, const AttentionBlock* block,
-                                             const AttentionStep* step, void* cache, float* x) {
-  return guarded([&] { attention_block(*team, *workspace, *block, *step, cache, x); });
+                                             const AttentionStep* step, void* cache, float* x,
+                                             const RankPart* part) {
+  return guarded([&] { attention_block(*team, *workspace, *block, *step, cache, x, part); });
 }
 
 HEADRACE_EXPORT int headrace_mlp_block(Team* team, Workspace* workspace, const MlpBlock* block, int num_rows,
-                                       float* x) {
-  return guarded([&] { mlp_block(*team, *workspace, *block, num_rows, x); });
+                                       float* x, const RankPart* part) {
+  return guarded([&] { mlp_block(*team, *workspace, *block, num_rows, x, part); });
 }
 
 HEADRACE_EXPORT int headrace_head(Team* team, Workspace* workspace, const float* norm, float norm_eps,
-                                  const Matrix* matrix, int num_rows, const float* x, float* logits) {
-  return guarded([&] { head(*team, *workspace, norm, norm_eps, *matrix, num_rows, x, logits); });
+                                  const Matrix* matrix, int num_rows, const float* x, float* logits,
+                                  int64_t stride) {
+  return guarded([&] { head(*team, *workspace, norm, norm_eps, *matrix, num_rows, x, logits, stride); });
 }
 
-HEADRACE_EXPORT void headrace_embed(Team* team, const Matrix* matrix, const int32_t* indices, int num_rows,
-                                    float factor, float* x) {
-  embed(*team, *matrix, indices, num_rows, factor, x);
+HEADRACE_EXPORT void headrace_embed(Team* team, const Matrix* matrix, const int32_t* indices, int first,
+                                    int num_rows, float factor, float* x) {
+  embed(*team, *matrix, indices, first, num_rows, factor, x);
 }
 
 // weight [out_features, in_features] -> to [panels, in_features / 4, 32, 4], scale [panels * 32]

@@ -17,7 +17,9 @@ from headrace.engine.model_files.metadata import (
     Hyperparameters,
     ModelMetadata,
     RopeScaling,
+    TextMetadata,
 )
+from headrace.engine.model_files.resolve import ModelFiles
 from headrace.errors import ModelError
 
 _MAX_JSON_BYTES = 16 * 1024 * 1024
@@ -54,6 +56,23 @@ def read_huggingface_metadata(name: str, directory: Path) -> ModelMetadata:
             repetition_penalty=generation.number("repetition_penalty"),
         ),
         tokenizer_json=tokenizer_json if tokenizer_json.is_file() else None,
+    )
+
+
+def read_huggingface_text(files: ModelFiles) -> TextMetadata:
+    """Read what turns messages into tokens and back, whatever the architecture. Raises ModelError."""
+    if files.format != "huggingface":
+        raise ModelError(f"model {files.name!r} is {files.format}; a Hugging Face directory is needed here")
+    directory = files.path
+    tokenizer_json = directory / "tokenizer.json"
+    if not tokenizer_json.is_file():
+        raise ModelError(f"{directory}: has no tokenizer.json; the front needs it")
+    tokenizer = _Section(directory / "tokenizer_config.json")
+    return TextMetadata(
+        tokenizer_json=tokenizer_json,
+        bos_token=_token_text(tokenizer, "bos_token"),
+        eos_token=_token_text(tokenizer, "eos_token"),
+        chat_template=files.chat_template or _chat_template(directory, tokenizer),
     )
 
 

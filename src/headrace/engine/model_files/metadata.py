@@ -122,6 +122,17 @@ class ModelMetadata:
     """Set for Hugging Face directories: the file for `tokenizers.Tokenizer.from_file`."""
 
 
+@dataclass(frozen=True, slots=True)
+class TextMetadata:
+    """What a front needs of a model whose architecture is another engine's business."""
+
+    tokenizer_json: Path
+    bos_token: str
+    eos_token: str
+    chat_template: str | None = field(repr=False)
+    """Jinja source, untrusted, as in ModelMetadata."""
+
+
 def read_metadata(files: ModelFiles) -> ModelMetadata:
     """Read what the files of a model say about it, in well under 0.3 s.
 

@@ -9,17 +9,17 @@ Shapes: T tokens of a step, R requests, S rows sampled, D head_dim. Panels are 3
 from __future__ import annotations
 
 from collections.abc import Mapping
-from ctypes import byref, c_float, c_int, c_size_t, c_void_p
+from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from headrace.engine.model_files.metadata import Hyperparameters
 from headrace.engine.models.rotary import RotaryTable
-from headrace.engine.operations.interface import Read, check_packed
+from headrace.engine.operations.exchange import LATE, LOST, Exchange, part_pointer
+from headrace.engine.operations.interface import Read, check_packed, read_rows
 from headrace.engine.operations.kernel_structures import (
     AttentionBlock,
     AttentionShape,
@@ -29,7 +29,8 @@ from headrace.engine.operations.kernel_structures import (
 )
 from headrace.engine.operations.kernels import Library
 from headrace.engine.operations.memory import lazy_zeros
-from headrace.engine.protocol import StepInput
+from headrace.engine.operations.shard import Shard, whole
+from headrace.engine.protocol import StepInput, padded_tables
 
 _PANEL = 32
 _GATE_CHANNELS = 16
@@ -62,9 +63,17 @@ class Int8Operations:
     arithmetic = "int8"
     bytes_per_weight = 1.05
 
-    def __init__(self, library: Library, num_threads: int, kv_kind: KvKind = "bfloat16") -> None:
-        """Raises OSError when there are no more threads."""
+    def __init__(
+        self,
+        library: Library,
+        num_threads: int,
+        kv_kind: KvKind = "bfloat16",
+        exchange: Exchange | None = None,
+    ) -> None:
+        """With `exchange`, one rank of several. Raises OSError when there are no more threads."""
         self.library = library
+        self.exchange = exchange
+        self.shard_name = "" if exchange is None else exchange.shard.name
         self.packed_version = f"1-{library.built_from}"
         self._kv_kind = kv_kind
         self._kv_block_bytes = library.function("headrace_kv_block_bytes", [c_void_p, c_int], c_size_t)
@@ -75,6 +84,7 @@ class Int8Operations:
 
     def pack(self, h: Hyperparameters, read: Read) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
+        read = read_rows(read, self.shard(h))
 
         def matrix(name: str, weight: Tensor) -> None:
             tensors[name], tensors[name + ".scale"] = self.pack_matrix(weight)
@@ -97,6 +107,10 @@ class Int8Operations:
             matrix("output", get("output"))
         return tensors
 
+    def shard(self, h: Hyperparameters) -> Shard:
+        """What is computed here."""
+        return whole(h) if self.exchange is None else self.exchange.shard
+
     def pack_matrix(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Pack float32 [out_features, in_features]: bytes [panels, in_features / 4, 32, 4] and float32 scales
         [panels * 32]."""
@@ -117,13 +131,16 @@ class Int8Operations:
 
     def load(self, h: Hyperparameters, tensors: Mapping[str, Tensor], max_context_tokens: int) -> Int8Blocks:
         expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for name, (out_features, in_features) in _matrices(h).items():
+        for name, (out_features, in_features) in _matrices(h, self.shard(h)).items():
             panels = -(-out_features // _PANEL)
             expected[name] = ((panels, in_features // 4, _PANEL, 4), torch.uint8)
             expected[name + ".scale"] = ((panels * _PANEL,), torch.float32)
         expected |= {name: ((size,), torch.float32) for name, size in _vectors(h).items()}
         check_packed(expected, tensors)
         return Int8Blocks(h, tensors, self, max_context_tokens)
+
+    def num_kv_heads(self, h: Hyperparameters) -> int:
+        return len(self.shard(h).kv_heads)
 
     def kv_block_bytes(self, h: Hyperparameters, block_size: int) -> int:
         return h.num_layers * self.kv_layer_block_bytes(h, block_size)
@@ -137,9 +154,10 @@ class Int8Operations:
     def attention_shape(self, h: Hyperparameters, layer: int) -> AttentionShape:
         """What attention in `layer` must know."""
         slides = bool(h.sliding_window and h.is_sliding_by_layer and h.is_sliding_by_layer[layer])
+        shard = self.shard(h)
         return AttentionShape(
-            h.num_heads,
-            h.num_kv_heads,
+            len(shard.heads),
+            len(shard.kv_heads),
             h.head_dim,
             h.sliding_window if slides else 0,
             h.attention_scale or h.head_dim**-0.5,
@@ -148,18 +166,18 @@ class Int8Operations:
         )
 
 
-def _matrices(h: Hyperparameters) -> dict[str, tuple[int, int]]:
+def _matrices(h: Hyperparameters, shard: Shard) -> dict[str, tuple[int, int]]:
     """Name -> (out_features, in_features) of every packed matrix."""
-    query_size, kv_size = h.num_heads * h.head_dim, h.num_kv_heads * h.head_dim
-    shapes = {"embedding": (h.vocab_size, h.hidden_size)}
+    num_qkv_heads = len(shard.heads) + 2 * len(shard.kv_heads)
+    shapes = {"embedding": (len(shard.vocab), h.hidden_size)}
     for index in range(h.num_layers):
         at = f"layers.{index}."
-        shapes[at + "qkv"] = (query_size + 2 * kv_size, h.hidden_size)
-        shapes[at + "o"] = (h.hidden_size, query_size)
-        shapes[at + "gate_up"] = (2 * h.intermediate_size, h.hidden_size)
-        shapes[at + "down"] = (h.hidden_size, h.intermediate_size)
+        shapes[at + "qkv"] = (num_qkv_heads * h.head_dim, h.hidden_size)
+        shapes[at + "o"] = (len(shard.hidden), h.num_heads * h.head_dim)
+        shapes[at + "gate_up"] = (2 * len(shard.inner), h.hidden_size)
+        shapes[at + "down"] = (len(shard.hidden), h.intermediate_size)
     if not h.is_tied:
-        shapes["output"] = (h.vocab_size, h.hidden_size)
+        shapes["output"] = (len(shard.vocab), h.hidden_size)
     return shapes
 
 
@@ -195,14 +213,17 @@ class Int8Blocks:
         self._h = h
         self._kept = dict(tensors)
         self._operations, self._team = operations, operations.team
+        self._exchange, self._shard = operations.exchange, operations.shard(h)
+        self._part = part_pointer(self._exchange)
+        self._shapes = _matrices(h, self._shard)
         library = operations.library
         self._declare(library)
         self._workspace = c_void_p(library.function("headrace_workspace_new", [], c_void_p)())
         self._free = library.function("headrace_workspace_free", [c_void_p])
         if not self._workspace.value:
             raise MemoryError("no memory for the kernels' workspace")
-        self._embedding = self._matrix("embedding", h.vocab_size, h.hidden_size)
-        self._head = self._embedding if h.is_tied else self._matrix("output", h.vocab_size, h.hidden_size)
+        self._embedding = self._matrix("embedding")
+        self._head = self._embedding if h.is_tied else self._matrix("output")
         rotary = self._rotary_tables(max_context_tokens)
         self._attention_blocks = [self._attention_block(index, rotary) for index in range(h.num_layers)]
         self._mlp_blocks = [self._mlp_block(index) for index in range(h.num_layers)]
@@ -216,18 +237,19 @@ class Int8Blocks:
 
     def _declare(self, library: Library) -> None:
         pointer = c_void_p
-        self._embed = library.function("headrace_embed", [pointer, pointer, pointer, c_int, c_float, pointer])
-        self._attend = library.function("headrace_attention_block", [pointer] * 6, c_int)
-        self._mlp = library.function("headrace_mlp_block", [pointer] * 3 + [c_int, pointer], c_int)
+        self._embed = library.function("headrace_embed", [pointer] * 3 + [c_int, c_int, c_float, pointer])
+        self._attend = library.function("headrace_attention_block", [pointer] * 7, c_int)
+        self._mlp = library.function("headrace_mlp_block", [pointer] * 3 + [c_int, pointer, pointer], c_int)
         self._head_rows = library.function(
-            "headrace_head", [pointer] * 3 + [c_float, pointer, c_int, pointer, pointer], c_int
+            "headrace_head", [pointer] * 3 + [c_float, pointer, c_int, pointer, pointer, c_int64], c_int
         )
 
     def _pointer(self, name: str) -> int | None:
         tensor = self._kept.get(name)
         return None if tensor is None else tensor.data_ptr()
 
-    def _matrix(self, name: str, out_features: int, in_features: int) -> Matrix:
+    def _matrix(self, name: str) -> Matrix:
+        out_features, in_features = self._shapes[name]
         return Matrix(self._pointer(name), self._pointer(name + ".scale"), in_features, out_features)
 
     def _rotary_tables(self, max_context_tokens: int) -> dict[bool, tuple[int, int]]:
@@ -248,14 +270,13 @@ class Int8Blocks:
 
     def _attention_block(self, index: int, rotary: dict[bool, tuple[int, int]]) -> AttentionBlock:
         h, at = self._h, f"layers.{index}."
-        query_size, kv_size = h.num_heads * h.head_dim, h.num_kv_heads * h.head_dim
         shape = self._operations.attention_shape(h, index)
         return AttentionBlock(
             self._pointer(at + "attention_norm"),
-            self._matrix(at + "qkv", query_size + 2 * kv_size, h.hidden_size),
+            self._matrix(at + "qkv"),
             self._pointer(at + "q_norm"),
             self._pointer(at + "k_norm"),
-            self._matrix(at + "o", h.hidden_size, query_size),
+            self._matrix(at + "o"),
             self._pointer(at + "post_attention_norm"),
             *rotary[bool(shape.window)],
             shape,
@@ -265,8 +286,8 @@ class Int8Blocks:
         h, at = self._h, f"layers.{index}."
         return MlpBlock(
             self._pointer(at + "mlp_norm"),
-            self._matrix(at + "gate_up", 2 * h.intermediate_size, h.hidden_size),
-            self._matrix(at + "down", h.hidden_size, h.intermediate_size),
+            self._matrix(at + "gate_up"),
+            self._matrix(at + "down"),
             self._pointer(at + "post_mlp_norm"),
             h.norm_eps,
             h.activation == "gelu_tanh",
@@ -279,17 +300,13 @@ class Int8Blocks:
         return [lazy_zeros((num_bytes,), torch.uint8) for _ in range(h.num_layers)]
 
     def prepare(self, batch: StepInput) -> _Step:
-        num_requests = len(batch.block_tables)
-        stride = max(len(table) for table in batch.block_tables)
-        tables = np.zeros((num_requests, stride), np.int32)
-        for row, table in enumerate(batch.block_tables):
-            tables[row, : len(table)] = table
+        tables = padded_tables(batch.block_tables)
         arrays = (batch.query_starts, batch.context_lengths_R, tables, batch.positions_T, batch.slots_T)
         step = AttentionStep(
             len(batch.token_ids_T),
-            num_requests,
+            tables.shape[0],
             self._block_size,
-            stride,
+            tables.shape[1],
             *(array.ctypes.data for array in arrays),
         )
         return _Step(batch.token_ids_T, step, arrays)
@@ -299,19 +316,25 @@ class Int8Blocks:
         if self._x.shape[0] < num_rows:
             self._x = torch.empty((num_rows, self._h.hidden_size))
         x = self._x[:num_rows]
+        # Of several ranks each knows some tokens' embeddings.
+        rows = x if self._exchange is None else self._exchange.rows("output", num_rows, x.shape[1])
         self._embed(
             self._team.handle,
             byref(self._embedding),
             step.token_ids_T.ctypes.data,
+            self._shard.vocab.start,
             num_rows,
             self._h.embedding_scale,
-            x.data_ptr(),
+            rows.data_ptr(),
         )
+        if self._exchange is not None:
+            self._exchange.meet()
+            x.copy_(rows)
         return x
 
     def attend(self, layer: int, x: Tensor, step: _Step, cache: Tensor) -> Tensor:
         block = self._attention_blocks[layer]
-        _check(
+        self._check(
             self._attend(
                 self._team.handle,
                 self._workspace,
@@ -319,35 +342,47 @@ class Int8Blocks:
                 byref(step.attention),
                 cache.data_ptr(),
                 x.data_ptr(),
+                self._part,
             )
         )
         return x
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         block = self._mlp_blocks[layer]
-        _check(self._mlp(self._team.handle, self._workspace, byref(block), x.shape[0], x.data_ptr()))
+        team, workspace = self._team.handle, self._workspace
+        self._check(self._mlp(team, workspace, byref(block), x.shape[0], x.data_ptr(), self._part))
         return x
 
     def head(self, x: Tensor) -> Tensor:
-        num_rows, h = x.shape[0], self._h
-        if self._logits.shape[0] < num_rows:
-            self._logits = torch.empty((num_rows, h.vocab_size))
-        logits = self._logits[:num_rows]
-        _check(
+        logits = self._logit_rows(x.shape[0])
+        self._check(
             self._head_rows(
                 self._team.handle,
                 self._workspace,
                 self._pointer("final_norm"),
-                h.norm_eps,
+                self._h.norm_eps,
                 byref(self._head),
-                num_rows,
+                x.shape[0],
                 x.data_ptr(),
-                logits.data_ptr(),
+                logits.data_ptr() + logits.element_size() * self._shard.vocab.start,
+                self._h.vocab_size,
             )
         )
+        if self._exchange is not None:
+            self._exchange.meet()
         return logits
 
+    def _logit_rows(self, num_rows: int) -> Tensor:
+        size = self._h.vocab_size
+        if self._exchange is not None:
+            return self._exchange.rows("logits", num_rows, size)
+        if self._logits.shape[0] < num_rows:
+            self._logits = torch.empty((num_rows, size))
+        return self._logits[:num_rows]
 
-def _check(status: int) -> None:
-    if status:
+    def _check(self, status: int) -> None:
+        if status == 0:
+            return
+        if status in (LOST, LATE) and self._exchange is not None:
+            self._exchange.check(status)
         raise MemoryError("no memory for a step; set token_budget to fewer tokens")

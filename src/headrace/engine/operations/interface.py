@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from headrace.engine.model_files.metadata import Hyperparameters
+from headrace.engine.operations.shard import Shard
 from headrace.engine.protocol import StepInput
 from headrace.errors import ModelError
 
@@ -64,15 +65,21 @@ class Operations(Protocol):
     packed_version: str
     """Changes when what `pack` returns does."""
     bytes_per_weight: float
-    """About, once packed."""
+    """About, once packed; of the whole model, also where this rank has a part of it."""
+    shard_name: str
+    """Which part of every matrix is packed and computed here; empty: all of it."""
 
     def pack(self, h: Hyperparameters, read: Read) -> dict[str, Tensor]:
         """Read every tensor of the model once and pack it. Returns contiguous tensors by name; at most a few
         tensors' originals are in memory at a time."""
         ...
 
+    def num_kv_heads(self, h: Hyperparameters) -> int:
+        """KV heads that are kept here."""
+        ...
+
     def kv_block_bytes(self, h: Hyperparameters, block_size: int) -> int:
-        """KV memory of one block in all layers."""
+        """KV memory of one block in all layers, of this rank's KV heads."""
         ...
 
     def load(self, h: Hyperparameters, tensors: Mapping[str, Tensor], max_context_tokens: int) -> Blocks:
@@ -80,6 +87,16 @@ class Operations(Protocol):
         has them. It may be read-only mapped memory, aligned to 64 bytes. Raises ModelError where names or
         shapes differ."""
         ...
+
+
+def read_rows(read: Read, shard: Shard) -> Read:
+    """Return a reader that gives this rank's rows of each tensor only."""
+
+    def read_own(name: str, dtype: torch.dtype) -> Tensor:
+        rows, tensor = shard.rows(name), read(name, dtype)
+        return tensor if rows is None else tensor[rows.start : rows.stop]
+
+    return read_own if not shard.is_whole else read
 
 
 def check_packed(

@@ -59,6 +59,25 @@ class MlpBlock(Structure):
     ]
 
 
+class RankPart(Structure):
+    """kernels/ranks.h."""
+
+    _fields_ = [
+        ("state", c_void_p),
+        ("watched", c_void_p),
+        ("num_watched", c_int32),
+        ("rank", c_int32),
+        ("num_ranks", c_int32),
+        ("limit_ms", c_int32),
+        ("attended", c_void_p),
+        ("inner", c_void_p),
+        ("output", c_void_p),
+        ("first_attended", c_int32),
+        ("first_inner", c_int32),
+        ("first_output", c_int32),
+    ]
+
+
 class AttentionStep(Structure):
     """kernels/attention.h."""
 

@@ -19,7 +19,9 @@ from torch.nn import functional
 from headrace.engine.kv_memory import kv_bytes_per_token
 from headrace.engine.model_files.metadata import Activation, Hyperparameters
 from headrace.engine.models.rotary import RotaryTable
-from headrace.engine.operations.interface import Read, check_packed
+from headrace.engine.operations.exchange import Exchange
+from headrace.engine.operations.interface import Read, check_packed, read_rows
+from headrace.engine.operations.shard import Shard, whole
 from headrace.engine.protocol import StepInput
 from headrace.engine.weights.names import expected_shapes
 
@@ -105,8 +107,11 @@ class Primitives(Protocol):
 class TorchOperations:
     """Operations in torch. Packed tensors are the model's own in the primitives' dtype, q, k and v as one."""
 
-    def __init__(self, primitives: Primitives) -> None:
+    def __init__(self, primitives: Primitives, exchange: Exchange | None = None) -> None:
+        """With `exchange`, one rank of several."""
         self._primitives = primitives
+        self._exchange = exchange
+        self.shard_name = "" if exchange is None else exchange.shard.name
         self.description = primitives.description
         self.arithmetic = str(primitives.dtype).removeprefix("torch.")
         self.packed_version = "2"
@@ -114,7 +119,8 @@ class TorchOperations:
 
     def pack(self, h: Hyperparameters, read: Read) -> dict[str, Tensor]:
         tensors = {}
-        for name in _packed_shapes(h):
+        read = read_rows(read, self._shard(h))
+        for name in _packed_shapes(h, self._shard(h)):
             prefix, _, part = name.rpartition(".")
             if part == "qkv":
                 tensors[name] = torch.cat([read(f"{prefix}.{each}", self._primitives.dtype) for each in part])
@@ -123,17 +129,27 @@ class TorchOperations:
         return tensors
 
     def kv_block_bytes(self, h: Hyperparameters, block_size: int) -> int:
-        return block_size * kv_bytes_per_token(h, self._primitives.dtype.itemsize)
+        num_bytes = block_size * kv_bytes_per_token(h, self._primitives.dtype.itemsize)
+        return num_bytes * self.num_kv_heads(h) // h.num_kv_heads
+
+    def num_kv_heads(self, h: Hyperparameters) -> int:
+        return len(self._shard(h).kv_heads)
+
+    def _shard(self, h: Hyperparameters) -> Shard:
+        return whole(h) if self._exchange is None else self._exchange.shard
 
     def load(self, h: Hyperparameters, tensors: Mapping[str, Tensor], max_context_tokens: int) -> TorchBlocks:
-        dtype = self._primitives.dtype
-        check_packed({name: (shape, dtype) for name, shape in _packed_shapes(h).items()}, tensors)
-        return TorchBlocks(h, tensors, self._primitives)
+        dtype, shapes = self._primitives.dtype, _packed_shapes(h, self._shard(h))
+        check_packed({name: (shape, dtype) for name, shape in shapes.items()}, tensors)
+        return TorchBlocks(h, tensors, self._primitives, self._exchange)
 
 
-def _packed_shapes(h: Hyperparameters) -> dict[str, tuple[int, ...]]:
-    """The model's own tensors, with q, k and v as one."""
+def _packed_shapes(h: Hyperparameters, shard: Shard) -> dict[str, tuple[int, ...]]:
+    """The model's own tensors, with q, k and v as one; of each matrix the shard's rows."""
     shapes = expected_shapes(h)
+    for name, (_, *others) in shapes.items():
+        if (rows := shard.rows(name)) is not None:
+            shapes[name] = (len(rows), *others)
     for layer in range(h.num_layers):
         at = f"layers.{layer}."
         num_rows = sum(shapes.pop(at + part)[0] for part in "qkv")
@@ -173,11 +189,19 @@ class _Step:
 class TorchBlocks:
     """A model's weights in the primitives' packing."""
 
-    def __init__(self, h: Hyperparameters, tensors: Mapping[str, Tensor], primitives: Primitives) -> None:
+    def __init__(
+        self,
+        h: Hyperparameters,
+        tensors: Mapping[str, Tensor],
+        primitives: Primitives,
+        exchange: Exchange | None = None,
+    ) -> None:
         self._h = h
         self._primitives = primitives
+        self._exchange = exchange
+        self._shard = shard = whole(h) if exchange is None else exchange.shard
         self._shape = AttentionShape(
-            h.num_heads, h.num_kv_heads, h.head_dim, h.attention_scale or h.head_dim**-0.5
+            len(shard.heads), len(shard.kv_heads), h.head_dim, h.attention_scale or h.head_dim**-0.5
         )
         self._is_sliding = h.is_sliding_by_layer if h.sliding_window and h.is_sliding_by_layer else ()
         full = RotaryTable(h.head_dim, h.rope_theta, h.rope_scaling, tensors.get("rope_divisors"))
@@ -211,43 +235,72 @@ class TorchBlocks:
     def prepare(self, batch: StepInput) -> _Step:
         starts, contexts = batch.query_starts.tolist(), batch.context_lengths_R.tolist()
         positions, slots = torch.from_numpy(batch.positions_T), torch.from_numpy(batch.slots_T).long()
+        tables = batch.block_tables
+        lists: list[list[int]] = tables if isinstance(tables, list) else tables.tolist()
         by_kind = {}
         for kind in set(self._is_sliding or (False,)):
             cos, sin = self._rotary[kind].at(positions, self._primitives.dtype)
-            layout = StepLayout(starts, contexts, batch.block_tables, self._h.sliding_window if kind else 0)
+            layout = StepLayout(starts, contexts, lists, self._h.sliding_window if kind else 0)
             by_kind[kind] = _LayerKind(
                 cos, sin, self._primitives.plan(layout, slots, self._block_size, self._shape)
             )
         return _Step(torch.from_numpy(batch.token_ids_T), by_kind)
 
     def embed(self, step: _Step) -> Tensor:
-        x = functional.embedding(step.token_ids_T, self._embedding)
+        x = self._look_up(step.token_ids_T)
         # The scale is rounded to the weights' precision, as the model was trained.
         return x * torch.tensor(self._h.embedding_scale, dtype=x.dtype) if self._h.embedding_scale != 1 else x
+
+    def _look_up(self, token_ids_T: Tensor) -> Tensor:
+        """Embeddings. Of several ranks each knows some tokens'."""
+        if self._exchange is None:
+            return functional.embedding(token_ids_T, self._embedding)
+        size = (len(token_ids_T), self._h.hidden_size)
+        rows = self._exchange.rows("output", *size, self._embedding.dtype)
+        vocab = self._shard.vocab
+        own = torch.nonzero((token_ids_T >= vocab.start) & (token_ids_T < vocab.stop)).squeeze(1)
+        rows[own] = self._embedding[token_ids_T[own] - vocab.start]
+        self._exchange.meet()
+        return rows.clone()
 
     def attend(self, layer: int, x: Tensor, step: _Step, cache: Tensor) -> Tensor:
         h, primitives, weights = self._h, self._primitives, self._layers[layer]
         kind = step.by_kind[bool(self._is_sliding) and self._is_sliding[layer]]
         normed = primitives.rms_norm(x, weights.attention_norm, h.norm_eps)
-        qkv = weights.qkv(normed).view(-1, h.num_heads + 2 * h.num_kv_heads, h.head_dim)
-        num_rotated = h.num_heads + h.num_kv_heads
+        num_heads, num_kv_heads = self._shape.num_heads, self._shape.num_kv_heads
+        qkv = weights.qkv(normed).view(-1, num_heads + 2 * num_kv_heads, h.head_dim)
+        num_rotated = num_heads + num_kv_heads
         qk, v = qkv[:, :num_rotated], qkv[:, num_rotated:]
         if weights.q_norm is not None and weights.k_norm is not None:
-            q = primitives.rms_norm(qk[:, : h.num_heads], weights.q_norm, h.norm_eps)
-            k = primitives.rms_norm(qk[:, h.num_heads :], weights.k_norm, h.norm_eps)
+            q = primitives.rms_norm(qk[:, :num_heads], weights.q_norm, h.norm_eps)
+            k = primitives.rms_norm(qk[:, num_heads:], weights.k_norm, h.norm_eps)
             qk = torch.cat((q, k), dim=1)
         qk = primitives.rotate(qk, kind.cos_T1D, kind.sin_T1D)
-        attended = primitives.attend(qk[:, : h.num_heads], qk[:, h.num_heads :], v, cache, kind.plan)
-        if weights.post_attention_norm is None:
-            return weights.o.add_to(attended, x)
-        return x + primitives.rms_norm(weights.o(attended), weights.post_attention_norm, h.norm_eps)
+        attended = primitives.attend(qk[:, :num_heads], qk[:, num_heads:], v, cache, kind.plan)
+        if self._exchange is not None:
+            heads = self._shard.heads
+            columns = range(heads.start * h.head_dim, heads.stop * h.head_dim)
+            attended = self._exchange.gather("attended", columns, attended, h.num_heads * h.head_dim)
+        return self._add(weights.o, attended, weights.post_attention_norm, x)
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
-        primitives, weights, eps = self._primitives, self._layers[layer], self._h.norm_eps
-        gated = weights.gated(primitives.rms_norm(x, weights.mlp_norm, eps))
-        if weights.post_mlp_norm is None:
-            return weights.down.add_to(gated, x)
-        return x + primitives.rms_norm(weights.down(gated), weights.post_mlp_norm, eps)
+        h, weights = self._h, self._layers[layer]
+        gated = weights.gated(self._primitives.rms_norm(x, weights.mlp_norm, h.norm_eps))
+        if self._exchange is not None:
+            gated = self._exchange.gather("inner", self._shard.inner, gated, h.intermediate_size)
+        return self._add(weights.down, gated, weights.post_mlp_norm, x)
+
+    def _add(self, linear: Linear, inner: Tensor, post_norm: Tensor | None, x: Tensor) -> Tensor:
+        """x + linear(inner), normed before it is added where the model has such a norm."""
+        if self._exchange is None and post_norm is None:
+            return linear.add_to(inner, x)
+        y = linear(inner)
+        if self._exchange is not None:
+            y = self._exchange.gather("output", self._shard.hidden, y, self._h.hidden_size)
+        return x + (y if post_norm is None else self._primitives.rms_norm(y, post_norm, self._h.norm_eps))
 
     def head(self, x: Tensor) -> Tensor:
-        return self._head(self._primitives.rms_norm(x, self._final_norm, self._h.norm_eps)).float()
+        logits = self._head(self._primitives.rms_norm(x, self._final_norm, self._h.norm_eps)).float()
+        if self._exchange is None:
+            return logits
+        return self._exchange.gather("logits", self._shard.vocab, logits, self._h.vocab_size)

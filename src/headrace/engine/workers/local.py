@@ -1,0 +1,65 @@
+"""Starts ranks as child processes of the engine, on its machine.
+
+They are in the engine's process group and die with it (`lifetime`). Must not know what they compute.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+from headrace.engine.workers.messages import RankChannel
+
+_END_LIMIT_S = 5.0
+_OUR_TITLES = "headrace: "
+
+
+class LocalRank:
+    """One child process."""
+
+    def __init__(self, rank: int) -> None:
+        """Start it. Raises OSError."""
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "headrace.engine.workers", "--fd", str(theirs.fileno())]
+        with theirs:
+            self._process = subprocess.Popen(
+                [*command, "--title", _title(rank)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            )
+        self.channel = RankChannel(ours)
+
+    def __repr__(self) -> str:
+        return f"<LocalRank pid {self._process.pid}>"
+
+    def describe_end(self) -> str:
+        try:
+            status = self._process.wait(_END_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return f"pid {self._process.pid} closed its socket and lives"
+        how = f"signal {-status}" if status < 0 else f"status {status}"
+        return f"pid {self._process.pid} ended with {how}"
+
+    def close(self) -> None:
+        self.channel.close()
+        self._process.kill()
+        try:
+            self._process.wait(_END_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            pass  # in the kernel's hands: it ends when a system call does
+
+
+def start_local_rank(rank: int) -> LocalRank:
+    """A `RankStarter`: start `rank` beside this process. Raises OSError."""
+    return LocalRank(rank)
+
+
+def _title(rank: int) -> str:
+    """The engine's own title, where it has one, and the rank."""
+    from setproctitle import getproctitle
+
+    title = getproctitle()
+    return f"{title if title.startswith(_OUR_TITLES) else _OUR_TITLES + 'engine'} rank {rank}"

@@ -1,0 +1,55 @@
+"""Who of a gateway hangs: HAProxy by its silences, the others by time, and nobody because we stood still."""
+
+from __future__ import annotations
+
+import pytest
+
+from headrace.control.essentials import HUNG_AFTER_S, Essential
+from headrace.control.gateway_state import MAX_SILENCES, STOOD_STILL_S, GatewayState
+
+
+@pytest.fixture
+def state() -> GatewayState:
+    state = GatewayState(["g1", "g2"])
+    for essential in state.processes.values():
+        essential.on_start(0.0)
+    return state
+
+
+def names(found: list[Essential]) -> list[str]:
+    return [essential.name for essential in found]
+
+
+def test_a_haproxy_that_is_silent_twice_in_a_row_hangs(state: GatewayState) -> None:
+    for _ in range(MAX_SILENCES):
+        assert state.hung(1.0) == []
+        state.on_probe("g2", False, 1.0, is_silent=True)
+    assert names(state.hung(1.0)) == ["haproxy-g2"]
+    state.pairs["g2"].haproxy.is_stopping = True
+    assert state.hung(1.0) == [], "it is being killed"
+    state.on_ended("haproxy-g2", "killed", 2.0)
+    state.pairs["g2"].haproxy.on_start(2.0)
+    assert state.hung(2.0) == [], "the next one has said nothing yet"
+
+
+def test_a_haproxy_that_only_takes_no_probe_is_never_killed(state: GatewayState) -> None:
+    state.on_probe("g1", False, 1.0, is_silent=True)
+    for second in range(1, 8):
+        state.on_probe("g1", False, float(second), is_silent=False)
+        assert state.hung(float(second)) == []
+
+
+def test_a_controller_that_stood_still_takes_nobody_for_hung(state: GatewayState) -> None:
+    state.on_tick(0.0)
+    state.on_tick(STOOD_STILL_S)
+    late_s = 10 * HUNG_AFTER_S
+    state.on_tick(late_s)
+    assert state.hung(late_s) == []
+    heard_s = state.pairs["g1"].router.heard_s
+    now_s = late_s
+    while now_s <= heard_s + HUNG_AFTER_S:
+        state.on_tick(now_s)
+        assert "router-g1" not in names(state.hung(now_s))
+        now_s += 0.5
+    state.on_tick(now_s)
+    assert names(state.hung(now_s)) == ["router-g1", "relay-g1", "router-g2", "relay-g2"]
