@@ -24,4 +24,6 @@ def stream_class_of(configured: str, info: EngineReady) -> str:
 
 def text_class_of(spec: EngineSpec) -> str:
     """Return what turns texts into an engine's token ids: streams may pass from front to engine within it."""
-    return "bytes" if spec.kind == "simulated" else sha256(spec.model.encode()).hexdigest()[:12]
+    if spec.kind == "simulated":
+        return "bytes"
+    return sha256(f"{spec.kind} {spec.model}".encode()).hexdigest()[:12]
