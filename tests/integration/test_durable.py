@@ -30,7 +30,12 @@ DURABLE = {"durable": True, "handover_after_s": 0.2}
 TREE: dict[str, Any] = {
     "endpoints": {
         "chat": {**SIMULATED, "replicas": {"min": 2, "max": 2}, "streams": DURABLE},
-        "lazy": {**SIMULATED, "replicas": {"min": 0, "max": 1}, "streams": DURABLE},
+        "lazy": {
+            **SIMULATED,
+            "replicas": {"min": 0, "max": 1},
+            "streams": DURABLE,
+            "queue": {"tell_after_s": 0},  # the relay's head would say nothing of who serves
+        },
         "small": {
             **SIMULATED,
             "replicas": {"min": 2, "max": 2},
