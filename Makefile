@@ -12,7 +12,7 @@ PEERS ?= ray-serve vllm-router smg $(ENGINES)
 # Other engines, and the packages that carry Gemma.
 ENGINES := vllm llama-cpp transformers gemma3-270m
 
-.PHONY: help up test check lint format type imports unit fuzz integration e2e sim test-slow bench bench-engine peers docs kernels clean
+.PHONY: help up test check lint format type imports unit fuzz integration e2e cluster sim test-slow bench bench-engine peers docs kernels clean
 help:
 	@echo "make up      install, then serve SmolLM2-135M-Instruct at http://127.0.0.1:8000/v1"
 	@echo "make test    everything that CI runs: check, unit, integration, end to end"
@@ -37,13 +37,13 @@ $(INSTALLED): pyproject.toml constraints.txt $(KERNEL_SOURCES)
 	@touch $@
 
 $(INSTALLED_TEST): $(INSTALLED)
-	$(PIP) install -q -c constraints.txt -e ".[engine,client,test]"
+	$(PIP) install -q -c constraints.txt -e ".[engine,client,ray,test]"
 	@touch $@
 
 up: $(INSTALLED)
 	$(BIN)/headrace up examples/quickstart.yaml
 
-test: check unit fuzz integration e2e sim
+test: check unit fuzz integration e2e cluster sim
 
 check: lint type imports
 
@@ -75,6 +75,10 @@ integration: $(INSTALLED_TEST)
 e2e: $(INSTALLED_TEST)
 	$(BIN)/pytest tests/e2e
 
+# A real Ray cluster on this machine, where namespaces are allowed in some of its own.
+cluster: $(INSTALLED_TEST)
+	sh tests/cluster/in_namespaces.sh $(BIN)/pytest tests/cluster
+
 # SEEDS of them, from FIRST on. The default takes a minute of one core.
 SEEDS ?= 120
 FIRST ?= 1
@@ -84,12 +88,13 @@ sim: $(INSTALLED_TEST)
 
 # Tests with engines and packages that the others do without, in environments of their own; minutes.
 test-slow: $(INSTALLED_TEST) $(VENV)-vllm/.installed .peers/ray-serve/.installed
-	$(BIN)/pytest tests/slow -k "not vllm"
+	$(BIN)/pytest tests/slow -k "not vllm and not nodes_from_zero"
+	sh tests/cluster/in_namespaces.sh $(BIN)/pytest tests/slow -k nodes_from_zero
 	$(VENV)-vllm/bin/python -m pytest tests/slow -k vllm
 
 # vLLM for CPUs beside headrace. Its wheel goes in without what it names (benchmarks/peers/requirements-vllm-no-deps.txt
 # says why); headrace, too: what it needs is named here, and llguidance is the one that vLLM wants.
-$(VENV)-vllm/.installed: benchmarks/peers/requirements-vllm.txt benchmarks/peers/requirements-vllm-no-deps.txt constraints.txt
+$(VENV)-vllm/.installed: $(addprefix benchmarks/peers/requirements-vllm,.txt -no-deps.txt -headrace.txt)
 	@echo "installing vLLM and headrace into $(VENV)-vllm (about 3 GB)"
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install -q -r benchmarks/peers/requirements-vllm.txt

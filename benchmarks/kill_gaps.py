@@ -20,8 +20,9 @@ from headrace.bench.statistics import percentile
 from headrace.control.serve import System
 
 CONTEXTS = (100, 500, 1500)
-"""Prompt tokens, about: a word is about three."""
-TOKENS_PER_WORD = 3.2
+"""Prompt tokens, about."""
+TOKENS_PER_WORD = 4.87
+NUM_TEMPLATE_TOKENS = 35
 NUM_TOKENS = 60
 MOST_BEFORE_KILL = 30
 """The kill comes after 1 to so many texts."""
@@ -54,7 +55,7 @@ def measure_kills(system: System, count: int, is_begun: bool) -> list[Kill]:
 
 
 async def _one_kill(system: System, context: int, is_begun: bool, seed: int, chance: random.Random) -> Kill:
-    num_words = int(context / TOKENS_PER_WORD)
+    num_words = int((context - NUM_TEMPLATE_TOKENS) / TOKENS_PER_WORD)
     async with make_client(1) as client:
         calm = await ask(client, system.url, Ask(seed, num_words, NUM_TOKENS))
         usual_s = percentile(calm.usual_gaps_s(), 0.5) if is_begun else calm.first_s - calm.begin_s

@@ -51,9 +51,9 @@ def run(*, is_quick: bool) -> Report:
         f"{MODEL}, native engine, two replicas on this machine, through the gateway. First one stream at a "
         "time: the engine that serves it is killed (SIGKILL), in the middle of its answer or before its "
         "first text; the gap is the time from the kill to the next text that the client sees. Then a storm: "
-        "streams all the time, greedy and seeded, while engines are killed, replicas drained (scaled down "
-        "and up), and versions rolled out, by turns. Every stream's text and usage is compared with that of "
-        "an undisturbed run.",
+        "streams all the time, greedy and seeded, while engines are killed, one or both, replicas drained "
+        "(scaled down and up), and versions rolled out, by turns. Every stream's text and usage is compared "
+        "with that of an undisturbed run.",
     )
     with headrace.serve(config_of(2)) as system:
         kills = measure_kills(system, 3 if is_quick else 40, is_begun=True)
@@ -109,7 +109,14 @@ def measure_storm(duration_s: float) -> Storm:
         _check(right)
         began_s = time.monotonic()
         with SteadyLoad(system.url, asks, right, num_streams=12) as load:
-            events: list[Callable[[System, Storm], None]] = [kill_engine, kill_engine, drain, roll_out]
+            events: list[Callable[[System, Storm], None]] = [
+                kill_engine,
+                kill_engine,
+                drain,
+                kill_engine,
+                kill_both,
+                roll_out,
+            ]
             for number in range(10**6):
                 if time.monotonic() - began_s > duration_s:
                     break
@@ -125,12 +132,23 @@ def measure_storm(duration_s: float) -> Storm:
 
 def kill_engine(system: System, storm: Storm) -> None:
     """Kill the engine with the most streams."""
-    victim = max(replicas_of(system), key=lambda replica: replica.num_running)
-    if victim.engine_pid:
-        storm.events["engine killed"] += 1
-        storm.streams_hit += victim.num_running + victim.num_waiting
-        storm.kills_s.append((time.monotonic(), victim.replica_id))
-        os.kill(victim.engine_pid, signal.SIGKILL)
+    _kill(system, storm, [max(replicas_of(system), key=lambda replica: replica.num_running)])
+
+
+def kill_both(system: System, storm: Storm) -> None:
+    """Kill all engines: streams wait for the first one that is back."""
+    _kill(system, storm, replicas_of(system))
+
+
+def _kill(system: System, storm: Storm, victims: list[ReplicaStatus]) -> None:
+    pids = {victim.engine_pid for victim in victims if victim.engine_pid}
+    for victim in victims:
+        if victim.engine_pid:
+            storm.events["engine killed"] += 1
+            storm.streams_hit += victim.num_running + victim.num_waiting
+            storm.kills_s.append((time.monotonic(), victim.replica_id))
+            os.kill(victim.engine_pid, signal.SIGKILL)
+    wait_for(system, lambda replicas: not pids & {r.engine_pid for r in replicas if r.state == "ready"})
 
 
 def drain(system: System, storm: Storm) -> None:

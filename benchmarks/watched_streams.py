@@ -183,8 +183,12 @@ class SteadyLoad:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
+        self.end()
         self._thread.join(2 * LIMIT_S)
+
+    def end(self) -> None:
+        """Begin no further stream; those that are open end in their time."""
+        self._stop.set()
 
     def outcomes(self) -> Counter[Outcome]:
         """Count how the streams ended."""

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from headrace.api import config, endpoint_config
+from headrace.api import config, endpoint_config, node_config
 
 PAGE = Path(__file__).parent / "reference" / "config.md"
 HEAD = """# Config reference
@@ -34,10 +34,13 @@ SECTIONS = [
     ("endpoints.NAME.scaling.metrics", endpoint_config.CustomMetric),
     ("endpoints.NAME.rollout", endpoint_config.Rollout),
     ("endpoints.NAME.streams", endpoint_config.Streams),
+    ("endpoints.NAME.nodes", node_config.NodeSettings),
+    ("endpoints.NAME.nodes.prefer", node_config.NodeChoice),
     ("endpoints.NAME.native", endpoint_config.NativeEngine),
     ("endpoints.NAME.native.speculation", endpoint_config.Speculation),
     ("endpoints.NAME.vllm", endpoint_config.VllmEngine),
     ("endpoints.NAME.simulated", endpoint_config.SimulatedEngine),
+    ("ray", node_config.Ray),
     ("gateway", config.Gateway),
     ("tenants.NAME", config.Tenant),
     ("tenants.NAME.limits", config.Limits),

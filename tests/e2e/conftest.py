@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,20 @@ def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any
 
 
 class RunningSystem:
-    """`headrace up` as a child process, in its own runtime directory."""
+    """`headrace up` as a child process, in its own runtime directory. prefix: words before its command."""
 
-    def __init__(self, runtime_dir: Path, *arguments: str) -> None:
+    def __init__(self, runtime_dir: Path, *arguments: str, prefix: Sequence[str] = ()) -> None:
         self.runtime_dir = runtime_dir
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/v1"
         self.environment = self.environment_of(runtime_dir)
         self.log = runtime_dir / "up.log"
+        self.command_prefix: Sequence[str] = ()
+        """Words before each other command about it."""
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [
+                    *prefix,
                     *(sys.executable, "-m", "headrace", "up"),
                     *arguments,
                     *("--set", f"gateway.bind=127.0.0.1:{self.port}"),
@@ -76,7 +79,7 @@ class RunningSystem:
     def command(self, *arguments: str, timeout_s: float = 30) -> subprocess.CompletedProcess[str]:
         """Run one `headrace` command against this system."""
         return subprocess.run(
-            [sys.executable, "-m", "headrace", *arguments],
+            [*self.command_prefix, sys.executable, "-m", "headrace", *arguments],
             env=self.environment,
             capture_output=True,
             text=True,

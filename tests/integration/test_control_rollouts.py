@@ -164,6 +164,33 @@ async def test_a_version_that_cannot_start_never_gets_a_request_and_is_taken_bac
     assert f"old {rollout.old}: 1 replica ready, 100% of the requests" in words
 
 
+async def test_a_version_that_is_never_ready_and_one_that_is_too_slow_are_taken_back(
+    serve: Callable[..., System],
+) -> None:
+    rules = {"min_requests": 3, "stage_s": 60, "traffic": [0.5, 1.0]}
+    slo = {"itl_ms": 200}
+    system = await asyncio.to_thread(serve, slo=slo, rollout=rules)
+    before = [replica.pid for replica in system.status().replicas]
+    never_ready = tree(slo=slo, rollout={**rules, "start_limit_s": 2}, simulated={"start_s": 600})
+    too_slow = tree(slo=slo, rollout=rules, simulated={"step_ms": 300})
+
+    async def taken_back(reason: str) -> None:
+        def is_back(status: SystemStatus) -> bool:
+            rollout = rollout_of(status)
+            is_over = has_ended(status, "rolled_back") and len(status.replicas) == 1
+            return is_over and rollout is not None and reason in rollout.reason
+
+        status = await asyncio.to_thread(wait, system, is_back)
+        assert [replica.pid for replica in status.replicas] == before
+
+    async with load(system, 3) as outcomes:
+        system.apply(never_ready)
+        await taken_back("start_limit_s")
+        system.apply(too_slow)
+        await taken_back("slo.itl_ms")
+    assert set(outcomes) == {"finished"}, outcomes
+
+
 async def test_with_room_for_one_requests_are_held_while_versions_swap_and_a_bad_one_swaps_back(
     serve: Callable[..., System], tmp_path: Path
 ) -> None:

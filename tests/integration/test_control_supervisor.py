@@ -126,6 +126,13 @@ async def test_a_started_process_is_listed_and_its_end_is_pushed_with_its_last_l
 
 
 @pytest.mark.slow
+async def test_a_process_whose_log_cannot_be_opened_runs_without_one(rig: Rig) -> None:
+    spec = python("worker", SLEEPER, rig.directory / "missing")
+    rig.launcher.start(spec)
+    assert isinstance(await rig.event(), ProcessStarted)
+
+
+@pytest.mark.slow
 async def test_bad_commands_get_an_error_and_change_nothing(rig: Rig) -> None:
     await rig.start("worker", SLEEPER)
     rig.launcher.start(python("worker", SLEEPER, rig.directory))

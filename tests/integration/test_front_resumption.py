@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
+import psutil
 import pytest
 from tests.integration.disturbed_answer import Answer, kill_engine, last_line, wait_new_engine
 from tests.integration.front_process import check_conservation
@@ -186,6 +190,74 @@ def test_a_stream_that_lost_two_engines_and_its_home_is_tried_at_the_last_siblin
         assert fronts[0].process.wait(10) == 0
         hosts = last_line(fronts[0], "suspect", 2)["hosts"]
         assert hosts == [f"chat-{host + 1}", f"chat-{4 - host}"]
+
+
+def test_a_stopped_engine_is_found_within_seconds_and_its_late_tokens_belong_to_nobody(
+    ready: Fronts,
+) -> None:
+    fields: dict[str, Any] = {"seed": 17, "max_tokens": 300}
+    whole = Answer(ready[0], "stopped", **fields).text()
+    stopped = ready.report(0).engine_pid
+    began: list[float] = []
+
+    def stop_engine() -> None:
+        os.kill(stopped, signal.SIGSTOP)
+        began.append(time.monotonic())
+
+    num_restarts = ready.report(0).engine_restarts
+    broken = Answer(ready[0], "stopped", 100, stop_engine, **fields)
+    assert broken.text() == whole
+    assert time.monotonic() - began[0] < 15, "not the minute that the longest of steps may take"
+    line = last_line(ready[0], "stopped")
+    assert (line["resumptions"], line["hosts"], line["output_tokens"]) == (1, ["chat-2"], 300)
+    with suppress(ProcessLookupError):
+        os.kill(stopped, signal.SIGCONT)  # it was killed: there is nothing to go on
+    wait_new_engine(ready, 0, num_restarts)
+    assert not psutil.pid_exists(stopped)
+
+
+def test_an_engine_that_is_stopped_for_a_moment_goes_on_and_gives_no_token_twice(ready: Fronts) -> None:
+    fields: dict[str, Any] = {"seed": 18, "max_tokens": 300}
+    whole = Answer(ready[0], "paused", **fields).text()
+    report = ready.report(0)
+
+    def pause() -> None:
+        os.kill(report.engine_pid, signal.SIGSTOP)
+        threading.Timer(1.0, os.kill, (report.engine_pid, signal.SIGCONT)).start()
+
+    assert Answer(ready[0], "paused", 100, pause, **fields).text() == whole
+    assert ready.report(0).engine_pid == report.engine_pid
+    assert check_conservation(ready[0])["requests_total failed"] == 0
+
+
+def test_a_long_step_is_no_hang() -> None:
+    slow = msgspec.structs.replace(ENGINE, simulated_step_s=0.002, simulated_prefill_token_s=0.01)
+    with sibling_fronts([slow]) as fronts:
+        fronts[0].wait_ready()
+        whole = Answer(fronts[0], "first", seed=19, max_tokens=200).text()  # its steps are known from here on
+        assert whole
+        prompt = "x" * 700
+        long = Answer(fronts[0], "long", seed=20, max_tokens=2, prompt=prompt).text()
+        assert long.endswith("data: [DONE]")
+        report = fronts.report(0)
+        assert report.engine is not None
+        assert (report.engine_restarts, report.last_error) == (0, "")
+        finished = fronts[0].router.wait_finished("long")
+        assert finished.ttft_s > 5.0, "longer than the least silence that counts as a hang"
+
+
+def test_a_front_that_is_stopped_goes_on_where_its_streams_are(ready: Fronts) -> None:
+    """Its streams are a sibling's guests: the host outlasts the pause, or they go on elsewhere."""
+    fields: dict[str, Any] = {"seed": 21, "max_tokens": 500}
+    whole = Answer(ready[0], "asleep", **fields).text()
+    num_restarts = ready.report(0).engine_restarts
+    broken = Answer(ready[0], "asleep", 20, lambda: kill_engine(ready, 0), **fields)
+    ready.controller(0).wait_for(lambda report: report.num_hosted == 1)
+    ready[0].process.send_signal(signal.SIGSTOP)
+    threading.Timer(6.0, ready[0].process.send_signal, (signal.SIGCONT,)).start()
+    assert broken.text() == whole
+    wait_new_engine(ready, 0, num_restarts)
+    check_conservation(ready[0])
 
 
 def test_a_notice_moves_streams_and_ends_the_replica_in_time(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from tests.integration.front_process import RunningFront, check_conservation, running_front
 from tests.slow.vllm_rig import START_LIMIT_S, is_gone, processes_below, spec_of, wait_until, write_model
@@ -80,6 +81,19 @@ def test_a_prompt_that_came_before_is_cached(front: RunningFront) -> None:
     complete(front, LONG)
     usage = complete(front, LONG)["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] >= 128
+
+
+def test_routers_hear_what_is_cached_and_what_was_evicted(front: RunningFront) -> None:
+    """Twice as many tokens as the cache holds, in prompts that differ from their beginning."""
+    info = front.router.latest.engine_info
+    assert info is not None
+    for number in range(2 * info.num_total_blocks * info.block_size // 800):
+        complete(front, f"{number} " + "one two three four " * 200, max_tokens=1)
+    reports = front.router.reports
+    added = {prefix for report in reports for prefix in report.prefixes_added}
+    removed = {prefix for report in reports for prefix in report.prefixes_removed}
+    assert removed
+    assert removed < added
 
 
 def test_the_same_seed_gives_the_same_answer_and_another_another(front: RunningFront) -> None:
@@ -162,7 +176,8 @@ def test_a_client_that_leaves_frees_its_place(front: RunningFront) -> None:
 def test_an_answer_goes_on_after_the_engine_core_was_killed(front: RunningFront) -> None:
     """The front starts another engine, and the stream continues there: greedy, the same text."""
     undisturbed, _ = stream(front, max_tokens=200, ignore_eos=True)
-    old = processes_below(front.process.pid)
+    leader = psutil.Process(front.router.latest.engine_pid)
+    old = [leader, *processes_below(leader.pid)]
     (core,) = [process for process in old if "EngineCore" in process.name() + " ".join(process.cmdline())]
     found: list[str] = []
     thread = threading.Thread(target=lambda: found.append(stream(front, max_tokens=200, ignore_eos=True)[0]))
@@ -175,7 +190,7 @@ def test_an_answer_goes_on_after_the_engine_core_was_killed(front: RunningFront)
 
 
 def test_stopping_drains_and_leaves_nothing_behind(front: RunningFront) -> None:
-    left = processes_below(front.process.pid)
+    left = processes_below(front.process.pid)  # of the front's own, too
     assert len(left) >= 2
     found: list[str] = []
     thread = threading.Thread(target=lambda: found.append(stream(front, max_tokens=60, ignore_eos=True)[0]))

@@ -37,12 +37,29 @@ def test_config_snippets_of_the_guides_load() -> None:
             assert parse_config(yaml.safe_load(block)).endpoints
 
 
-def test_every_test_that_the_invariants_name_exists() -> None:
-    names = re.findall(r"`(tests/[\w/.]+)(?:::(\w+))?`", (ROOT / "INVARIANTS.md").read_text())
-    assert names
-    for path, function in names:
-        assert (ROOT / path).is_file(), path
-        assert not function or f"def {function}(" in (ROOT / path).read_text(), f"{path}::{function}"
+def invariants() -> dict[str, list[tuple[str, str]]]:
+    """Return the tests that each entry names, as (file, function); without a function the whole file."""
+    rows = [
+        line
+        for line in (ROOT / "INVARIANTS.md").read_text().splitlines()
+        if re.match(r"\| \w+ \| \*\*", line)
+    ]
+    return {row: re.findall(r"`(tests/[\w/.]+)(?:::(\w+))?`", row.rsplit(" | ", 1)[1]) for row in rows}
+
+
+def test_every_invariant_names_tests_and_each_of_them_runs() -> None:
+    entries = invariants()
+    assert len(entries) > 50
+    for row, tests in entries.items():
+        assert tests, f"names no test: {row}"
+        for path, function in tests:
+            assert (ROOT / path).is_file(), path
+            assert Path(path).name.startswith("test_"), f"{path} is not collected"
+            if function:
+                # A test, or what hypothesis checks after each of its steps.
+                runs = rf"(^(async )?def test_|@invariant\(\)\n    def ){function.removeprefix('test_')}\("
+                text = (ROOT / path).read_text()
+                assert re.search(runs, text, re.MULTILINE), f"{path}::{function} is no test"
 
 
 def test_decisions_are_numbered_one_page_and_complete() -> None:

@@ -12,7 +12,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from headrace.api.endpoint_config import Endpoint, Section
+from headrace.api.endpoint_config import Endpoint
+from headrace.api.node_config import Ray
+from headrace.api.section import Section
+from headrace.errors import ConfigError
 
 ENDPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
 TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -118,8 +121,10 @@ class Config(Section):
     notice_file: str = ""
     """A file that appears when this machine is about to go away; in it {"deadline_s": seconds since 1970}, or
     nothing, which means 30 s. Replicas then hand over their streams and leave. Empty: none is looked for."""
-    launcher: Literal["local"] = "local"
-    """Where replicas run. local: child processes of `headrace up`."""
+    launcher: Literal["local", "ray"] = "local"
+    """Where replicas run. local: child processes of `headrace up`. ray: on the nodes of a Ray cluster."""
+    ray: Ray = Ray()
+    """The Ray cluster."""
 
     @model_validator(mode="after")
     def _check_tenants(self) -> Config:
@@ -195,6 +200,14 @@ def is_loopback(address: str) -> bool:
     """Whether `host:port` can be reached from its own machine only."""
     host, _ = split_address(address)
     return host == "localhost" or ipaddress.ip_address(host).is_loopback
+
+
+def split_host_port(value: str, field: str) -> tuple[str, int]:
+    """Split `host:port` of somebody else, whose host may be a name. Raises ConfigError."""
+    host, separator, port = value.rpartition(":")
+    if not separator or not host or not port.isdigit() or not 0 < int(port) <= 65535:
+        raise ConfigError(f"{field} is {value!r}; it must be host:port, for example 10.0.0.1:6379, or auto")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def split_address(value: str) -> tuple[str, int]:

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, values cannot change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from headrace.api.node_config import NodeSettings
+from headrace.api.section import Section
 
 
 class Replicas(Section):
@@ -248,6 +245,8 @@ class Endpoint(Section):
     scaling: Scaling = Scaling()
     rollout: Rollout = Rollout()
     streams: Streams = Streams()
+    nodes: NodeSettings = NodeSettings()
+    """Which nodes of a cluster its replicas may be on, with launcher ray."""
     max_open: Annotated[int, Field(ge=1, le=65536)] = 64
     """Most requests bound to one replica at a time, running or waiting in its engine."""
     drain_grace_s: Annotated[float, Field(ge=0, le=86_400)] = 30.0

@@ -8,6 +8,11 @@ MAX_SOCKET_PATH_BYTES = 100
 """The kernel takes 107 (unix(7), sun_path); HAProxy wants room for a suffix."""
 
 
+RUN_DIR_PLACEHOLDER = "@RUN_DIR@"
+"""Stands in a ProcessSpec for the run directory of the host that gets it, which puts its own in."""
+PYTHON_PLACEHOLDER = "@PYTHON@"
+"""Stands for the host's own Python."""
+
 CONTROLLER_SOCKET = "controller.sock"
 ADMIN_HTTP_SOCKET = "admin-http.sock"
 LOG_DIRECTORY = "logs"

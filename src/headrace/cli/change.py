@@ -9,18 +9,17 @@ from typing import Annotated
 
 import typer
 
-from headrace.cli.options import DEFAULT_NAME, ConfigPath, Name, Settings, find_run_directory, load
+from headrace.cli.options import DEFAULT_NAME, ConfigPath, Name, Settings, ask_system, load
 
 
 def apply(config: ConfigPath = None, settings: Settings = None, name: Name = DEFAULT_NAME) -> None:
     """Give a running system a new config. Replicas that it changes are replaced step by step: see
     `headrace rollout`."""
     from headrace.api.messages import ApplyConfig
-    from headrace.control.admin import ask
     from headrace.control.preflight import check_keys, check_models
 
     checked = check_keys(check_models(load(config, settings)))
-    reply = ask(find_run_directory(name), ApplyConfig(checked.model_dump_json()))
+    reply = ask_system(name, ApplyConfig(checked.model_dump_json()))
     for note in reply.notes:
         typer.echo(note)
 
@@ -34,9 +33,8 @@ def scale(
 ) -> None:
     """Set how many replicas an endpoint has. Those that are too many finish what is open and leave."""
     from headrace.api.messages import ScaleEndpoint
-    from headrace.control.admin import ask
 
-    reply = ask(find_run_directory(name), ScaleEndpoint(endpoint, replicas))
+    reply = ask_system(name, ScaleEndpoint(endpoint, replicas))
     for note in reply.notes:
         typer.echo(note)
 
@@ -65,8 +63,7 @@ def _set_sleep(replica: str, level: int, name: str) -> None:
     import msgspec
 
     from headrace.api.messages import SleepReplica
-    from headrace.control.admin import ask
 
     command = msgspec.convert({"type": "SleepReplica", "replica_id": replica, "level": level}, SleepReplica)
-    for note in ask(find_run_directory(name), command).notes:
+    for note in ask_system(name, command).notes:
         typer.echo(note)

@@ -17,10 +17,9 @@ if TYPE_CHECKING:
 def ask_explanation(endpoint: str, name: str) -> Explanation:
     """Ask a running system. Raises HeadraceError."""
     from headrace.api.messages import ExplainEndpoint
-    from headrace.cli.options import find_run_directory
-    from headrace.control.admin import ask
+    from headrace.cli.options import ask_system
 
-    reply = ask(find_run_directory(name), ExplainEndpoint(endpoint))
+    reply = ask_system(name, ExplainEndpoint(endpoint))
     assert reply.explanation is not None
     return reply.explanation
 

@@ -20,6 +20,7 @@ EXIT_FAILED = 1
 EXIT_MISTAKE = 2
 COMMANDS = {
     "up": ("headrace.cli.up", "up"),
+    "down": ("headrace.cli.down", "down"),
     "apply": ("headrace.cli.change", "apply"),
     "scale": ("headrace.cli.change", "scale"),
     "sleep": ("headrace.cli.change", "sleep"),

@@ -14,6 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from headrace.api.config import Config
+    from headrace.api.messages import AdminCommand, AdminReply
 
 DEFAULT_NAME = "default"
 CONFIG_HELP = "The config, a YAML file. Without it only the environment and --set count."
@@ -23,6 +24,9 @@ Settings = Annotated[
     typer.Option(
         "--set", metavar="SECTION.FIELD=VALUE", help="Override one field of the config; repeatable."
     ),
+]
+Address = Annotated[
+    str, typer.Option("--address", help="host:port of the Ray cluster's head. Without it RAY_ADDRESS counts.")
 ]
 Name = Annotated[str, typer.Option("--name", help="Which running system, when there are several.")]
 
@@ -39,7 +43,35 @@ def load(path: Path | None, settings: Sequence[str] | None) -> Config:
 
 
 def find_run_directory(name: str) -> Path:
-    """Return where the running system called `name` keeps its files."""
+    """Return where the system called `name` keeps its files: one that this machine holds, or one of a cluster
+    whose controller is here."""
+    from headrace.fabric.run_directory import default_run_directory
+    from headrace.fabric.shared_run_directory import find_host_run_directory
+
+    default = default_run_directory(name)
+    return default if default.is_dir() else find_host_run_directory(name) or default
+
+
+def find_local_run_directory(name: str) -> Path | None:
+    """Return where the system called `name` keeps its files, if this machine holds it."""
     from headrace.fabric.run_directory import default_run_directory
 
-    return default_run_directory(name)
+    default = default_run_directory(name)
+    return default if default.is_dir() else None
+
+
+def ask_system(name: str, command: AdminCommand) -> AdminReply:
+    """Ask the controller of the system called `name`: through its socket if it is on this machine, else
+    through the cluster that RAY_ADDRESS says. Raises NotRunning or CommandRefused."""
+    from headrace.control.admin import ask
+    from headrace.control.specs import ADMIN_SOCKET
+
+    path = find_run_directory(name)
+    address = os.environ.get("RAY_ADDRESS", "")
+    if (path / ADMIN_SOCKET).exists() or not address:
+        return ask(path, command)
+    import asyncio
+
+    from headrace.control.cluster_system import ask_once
+
+    return asyncio.run(ask_once(name, address, command))

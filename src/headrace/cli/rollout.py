@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from headrace.cli.options import DEFAULT_NAME, Name, find_run_directory
+from headrace.cli.options import DEFAULT_NAME, Name, ask_system
 
 if TYPE_CHECKING:
     from headrace.api.messages import RolloutStatus
@@ -31,10 +31,9 @@ def status(
 ) -> None:
     """Show where each endpoint's last change of version stands, and why."""
     from headrace.api.messages import GetStatus
-    from headrace.control.admin import ask
     from headrace.errors import ConfigError
 
-    system = ask(find_run_directory(name), GetStatus()).status
+    system = ask_system(name, GetStatus()).status
     assert system is not None
     names = sorted(known.name for known in system.endpoints)
     if endpoint and endpoint not in names:
@@ -94,7 +93,6 @@ def describe(rollout: RolloutStatus) -> list[str]:
 
 def _change(endpoint: str, action: Literal["pause", "resume", "promote", "undo"], name: str) -> None:
     from headrace.api.messages import ChangeRollout
-    from headrace.control.admin import ask
 
-    for note in ask(find_run_directory(name), ChangeRollout(endpoint, action)).notes:
+    for note in ask_system(name, ChangeRollout(endpoint, action)).notes:
         typer.echo(note)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from headrace.cli.options import DEFAULT_NAME, Name, find_run_directory
+from headrace.cli.options import DEFAULT_NAME, Name, ask_system, find_run_directory
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -68,9 +68,8 @@ def _explain(endpoint: str, name: str, *, as_json: bool) -> None:
 
 def _ask(name: str) -> SystemStatus:
     from headrace.api.messages import GetStatus
-    from headrace.control.admin import ask
 
-    reply = ask(find_run_directory(name), GetStatus())
+    reply = ask_system(name, GetStatus())
     assert reply.status is not None
     return reply.status
 
@@ -106,6 +105,8 @@ def render(system: SystemStatus) -> RenderableType:
     head = f"{system.url}  {state}, up {format_seconds(system.uptime_s)}, {system.run_dir}"
     notes = Text("\n".join(_notes(system)))
     tables = [_endpoints(system), _gateways(system), _replicas(system), _processes(system)]
+    if system.nodes:
+        tables.insert(2, _nodes(system))
     if any(tenant.tenant for tenant in system.tenants):
         tables.insert(1, _tenants(system))
     if system.durable_fronts:
@@ -168,6 +169,20 @@ def _gateways(system: SystemStatus) -> Table:
             str(gateway.num_in_flight),
             str(gateway.num_serving),
         )
+    return table
+
+
+def _nodes(system: SystemStatus) -> Table:
+    table = _table("node", "address", "state", "free", "replicas", "labels")
+    for node in system.nodes:
+        free = ", ".join(
+            f"{name} {node.available.get(name, 0.0):g}/{total:g}"
+            for name, total in sorted(node.total.items())
+            if name not in ("memory", "object_store_memory")
+        )
+        labels = ", ".join(f"{name}={value}" for name, value in node.labels.items() if "ray.io/" not in name)
+        state = "alive" if node.is_alive else "[red]gone[/red]"
+        table.add_row(node.node_id[:8], node.address, state, free, " ".join(node.replicas), labels)
     return table
 
 

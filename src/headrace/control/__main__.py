@@ -1,4 +1,5 @@
-"""`python -m headrace.control RUN_DIR`: the controller process, started and restarted by the supervisor.
+"""`python -m headrace.control RUN_DIR [SYSTEM]`: the controller process, started and restarted by the
+supervisor, or with a SYSTEM by its keeper on a cluster.
 
 Exit status 0: it was asked to end and has drained. Anything else: the supervisor starts it again.
 """
@@ -16,17 +17,26 @@ from setproctitle import setproctitle
 from headrace.clock import SystemClock
 from headrace.control.app import Controller, ProcessSources
 from headrace.control.applied import read_config
+from headrace.control.specs import cluster_replica_process
 from headrace.errors import HeadraceError
+from headrace.fabric.launcher import Launcher
 from headrace.fabric.local import LocalLauncher
+from headrace.fabric.run_directory import only_controller
 from headrace.gateway.process import prepare, process_specs
 
 
-async def _run(run_directory: Path) -> None:
+async def _run(run_directory: Path, system: str) -> None:
     config = read_config(run_directory)
-    launcher = await LocalLauncher.connect(run_directory)
-    controller = Controller(
-        run_directory, config, launcher, ProcessSources(prepare, process_specs), SystemClock()
-    )
+    launcher: Launcher
+    if system:
+        from headrace.control.cluster_system import connect_launcher
+
+        launcher = await connect_launcher(config, system)
+        sources = ProcessSources(prepare, process_specs, cluster_replica_process)
+    else:
+        launcher = await LocalLauncher.connect(run_directory)
+        sources = ProcessSources(prepare, process_specs)
+    controller = Controller(run_directory, config, launcher, sources, SystemClock())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, controller.stop)
@@ -45,7 +55,9 @@ def main() -> int:
     setproctitle("headrace: controller")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
     try:
-        asyncio.run(_run(Path(sys.argv[1])))
+        run_directory, system = Path(sys.argv[1]), "".join(sys.argv[2:3])
+        with only_controller(run_directory):
+            asyncio.run(_run(run_directory, system))
     except Exception as error:
         message = _message_of(error)
         if message is None:

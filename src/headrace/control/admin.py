@@ -40,7 +40,7 @@ def ask(run_directory: Path, command: AdminCommand, limit_s: float = ANSWER_LIMI
             connection.sendall(encode_frame(command))
             while data := connection.recv(_READ_BYTES):
                 for reply in decoder.feed(data):
-                    return _checked(reply)
+                    return checked_reply(reply)
     except OSError as error:
         raise _not_running(run_directory, error) from None
     raise NoAnswer(f"the controller of {run_directory} closed the connection without an answer; try again")
@@ -58,7 +58,7 @@ async def ask_async(
                 writer.write(encode_frame(command))
                 while data := await reader.read(_READ_BYTES):
                     for reply in decoder.feed(data):
-                        return _checked(reply)
+                        return checked_reply(reply)
             finally:
                 writer.transport.abort()
     except OSError as error:  # TimeoutError is one
@@ -66,7 +66,8 @@ async def ask_async(
     raise NoAnswer(f"the controller of {run_directory} closed the connection without an answer; try again")
 
 
-def _checked(reply: AdminReply) -> AdminReply:
+def checked_reply(reply: AdminReply) -> AdminReply:
+    """Return `reply`. Raises CommandRefused if it says so."""
     if reply.error:
         raise CommandRefused(reply.error)
     return reply

@@ -29,10 +29,12 @@ from headrace.api.messages import (
     LauncherEvent,
     ListKeys,
     LoadReport,
+    Nodes,
     ProcessEnded,
     Processes,
     ProcessSpec,
     ProcessStarted,
+    ProcessWaiting,
     ReportAck,
     RevokeKey,
     ScaleEndpoint,
@@ -154,7 +156,7 @@ class Controller:
             if isinstance(event, Processes):
                 break
         self._state.adopt(event.processes, self._clock.now_s())
-        _log.info("found %s", ", ".join(process.name for process in event.processes))
+        _log.info("found %s", ", ".join(process.name for process in event.processes) or "nothing running")
 
     # ---- loops ----------------
 
@@ -174,6 +176,10 @@ class Controller:
             case LauncherError(name, error):
                 _log.warning("%s: %s", name, error)
                 self._state.on_refused(name, error, now_s)
+            case ProcessWaiting(name, reason):
+                self._state.on_waiting(name, reason, now_s)
+            case Nodes():
+                self._state.nodes = event
             case Processes():
                 pass
 

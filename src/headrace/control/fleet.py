@@ -60,6 +60,10 @@ class Slot:
     change_phase: str = ""
     """What it said of its sleep when it was asked."""
     no_change_before_s: float = -math.inf
+    node: str = ""
+    """Id of the node that its process is on; empty: this machine."""
+    waiting_for: str = ""
+    """What its start waits for, or why nothing is heard of it, in the launcher's words."""
     has_started: bool = False
     """Its process was ready, or asleep, once."""
     is_adopted: bool = False
@@ -108,7 +112,7 @@ class Fleet:
             slot = Slot(process.name, endpoint, generations.get(endpoint, ""), 30.0, now_s, pid=process.pid)
             slot.lease_ends_s = now_s + FIRST_REPORT_LIMIT_S
             slot.phase_since_s = now_s
-            slot.is_adopted = True
+            slot.is_adopted, slot.node = True, process.node
             self.slots[process.name] = slot
             self._adopted.add(process.name)
         self._adopted_s = now_s
@@ -122,8 +126,18 @@ class Fleet:
         if slot is None:
             return
         slot.pid = process.pid
+        slot.node, slot.waiting_for = process.node, ""
         if slot.report is not None and slot.report.pid != process.pid:
             slot.report = None  # a last word of the process before this one
+
+    def on_waiting(self, name: str, reason: str, now_s: float) -> None:
+        """The launcher waits for a place for it, or hears nothing of where it is."""
+        slot = self.slots.get(name)
+        if slot is None or not slot.is_alive:
+            return
+        slot.waiting_for = reason
+        if slot.pid == 0:
+            slot.lease_ends_s = now_s + FIRST_REPORT_LIMIT_S
 
     def on_report(self, report: LoadReport, now_s: float) -> None:
         """Take a load report. One of an unknown, ended or earlier process is ignored."""
@@ -133,7 +147,7 @@ class Fleet:
         self._adopted.discard(report.replica_id)
         self._follow_sleep(slot, report, now_s)
         _count_hits(slot, report, now_s)
-        slot.report = report
+        slot.report, slot.waiting_for = report, ""
         slot.endpoint = report.endpoint
         slot.generation = report.generation
         slot.lease_ends_s = now_s + report.lease_s
@@ -176,6 +190,7 @@ class Fleet:
         slot.is_alive = slot.is_stopping = slot.keeps_slot = False
         slot.ended_s = now_s
         slot.pid = 0
+        slot.node = slot.waiting_for = ""
         slot.report = None
         slot.ready_since_s = None
         slot.change_since_s = None
@@ -360,6 +375,8 @@ def _lost_tokens(slot: Slot, now_s: float) -> float:
 
 def _describe_end(process: ProcessState) -> str:
     code = process.exit_code
+    if code is None and process.last_output:
+        return process.last_output  # it was not seen to end: what held it is gone
     if code is not None and code < 0:
         ending = f"ended by signal {-code}"
     else:

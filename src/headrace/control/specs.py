@@ -15,8 +15,23 @@ import msgspec
 
 from headrace.api.config import Config, Tenant, split_address
 from headrace.api.endpoint_config import Endpoint
-from headrace.api.messages import EndpointRule, EngineSpec, GatewaySpec, ProcessSpec, ReplicaSpec, TenantRule
-from headrace.api.run_paths import CONTROLLER_SOCKET, LOG_DIRECTORY, router_socket_path
+from headrace.api.messages import (
+    EndpointRule,
+    EngineSpec,
+    GatewaySpec,
+    NodeNeeds,
+    Place,
+    ProcessSpec,
+    ReplicaSpec,
+    TenantRule,
+)
+from headrace.api.run_paths import (
+    CONTROLLER_SOCKET,
+    LOG_DIRECTORY,
+    PYTHON_PLACEHOLDER,
+    RUN_DIR_PLACEHOLDER,
+    router_socket_path,
+)
 from headrace.units import MIB
 
 ADMIN_SOCKET = "admin.sock"
@@ -26,6 +41,8 @@ MAX_DURABLE_OPEN = 4000
 """Requests of one durable front: its server takes a few connections more."""
 PRIORITIES = ("high", "normal", "low")
 """Bands, from the one that is served first."""
+SIMULATED_CPUS = 0.1
+"""Of a core, for the placement of a replica that computes nothing."""
 LEASE_S = 3.0
 """How long a replica counts as present after its last load report."""
 
@@ -40,13 +57,59 @@ def controller_process(run_directory: Path) -> ProcessSpec:
     return python_process("controller", "headrace.control", str(run_directory), run_directory)
 
 
+def cluster_controller_process(config: Config, system: str) -> ProcessSpec:
+    """Return the spec of the controller of `system` for a host of a cluster, with its first config."""
+    spec = controller_process(Path(RUN_DIR_PLACEHOLDER))
+    argv = [PYTHON_PLACEHOLDER, *spec.argv[1:], system]
+    files = {CONFIG_FILE: config.model_dump_json()}
+    return msgspec.structs.replace(spec, argv=argv, files=files, is_restarted=True)
+
+
+def cluster_replica_process(
+    config: Config, endpoint: str, replica_id: str, run_directory: Path, is_standby: bool = False
+) -> ProcessSpec:
+    """Like `replica_process`, for whichever host of a cluster gets it."""
+    spec = replica_process(config, endpoint, replica_id, Path(RUN_DIR_PLACEHOLDER), is_standby)
+    argv = [PYTHON_PLACEHOLDER, *spec.argv[1:]]
+    return msgspec.structs.replace(spec, argv=argv, place=place_of(config.endpoints[endpoint]))
+
+
+def place_of(endpoint: Endpoint) -> Place:
+    """Return where on a cluster a replica of `endpoint` may be."""
+    nodes = endpoint.nodes
+    resources = {"CPU": _cpus_of(endpoint), **nodes.resources}
+    base = NodeNeeds(resources, nodes.labels, nodes.accelerator_type)
+    choices = [
+        msgspec.structs.replace(
+            base,
+            labels={**nodes.labels, **choice.labels},
+            accelerator_type=choice.accelerator_type or nodes.accelerator_type,
+            wait_s=choice.wait_s,
+        )
+        for choice in nodes.prefer
+    ]
+    return Place(choices or [base], nodes.strategy)
+
+
+def _cpus_of(endpoint: Endpoint) -> float:
+    """What a replica takes of its node's cores if its section does not say."""
+    if endpoint.engine == "simulated":
+        return SIMULATED_CPUS
+    native = endpoint.native
+    return float((native.num_threads or 1) * native.tensor_parallel) if endpoint.engine == "native" else 1.0
+
+
 def replica_process(
     config: Config, endpoint: str, replica_id: str, run_directory: Path, is_standby: bool = False
 ) -> ProcessSpec:
     """Return what one replica's front is started with. is_standby: its engine sleeps once it is ready."""
     spec = _replica_spec(config, endpoint, replica_id, run_directory)
     if spec.engine.num_threads == 0:
-        engine = msgspec.structs.replace(spec.engine, num_threads=threads_per_engine(config))
+        threads = threads_per_engine(config)
+        if config.launcher == "ray":  # the cores that it is given, wherever it is
+            cpus = place_of(config.endpoints[endpoint]).choices[0].resources["CPU"]
+            threads = max(1, int(cpus) // config.endpoints[endpoint].native.tensor_parallel)
+        engine = msgspec.structs.replace(spec.engine, num_threads=threads)
         spec = msgspec.structs.replace(spec, engine=engine)
     spec = msgspec.structs.replace(spec, engine=msgspec.structs.replace(spec.engine, is_standby=is_standby))
     return python_process(replica_id, "headrace.replica", msgspec.json.encode(spec).decode(), run_directory)
@@ -78,7 +141,8 @@ def durable_generation_of(config: Config, endpoint: str) -> str:
 def generation_of(config: Config, endpoint: str) -> str:
     """Hash of everything that a replica of `endpoint` is started with and that the user decides."""
     spec = msgspec.structs.replace(_replica_spec(config, endpoint, "", Path()), generation="")
-    return sha256(msgspec.json.encode(spec)).hexdigest()[:12]
+    place = [place_of(config.endpoints[endpoint])] if config.launcher == "ray" else []
+    return sha256(b"".join(map(msgspec.json.encode, [spec, *place]))).hexdigest()[:12]
 
 
 def stream_class_of(endpoint: Endpoint) -> str:

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 import headrace
 from headrace.api.config import Gateway
-from headrace.api.messages import EndpointStatus, GatewayStatus, ProcessStatus, ReplicaStatus, SystemStatus
+from headrace.api.messages import (
+    EndpointStatus,
+    GatewayStatus,
+    NodeStatus,
+    ProcessStatus,
+    ReplicaStatus,
+    SystemStatus,
+)
 from headrace.control.durable import is_durable_front
 from headrace.control.fleet import Slot
 from headrace.control.gateway_state import GatewayPair
@@ -47,6 +55,7 @@ def describe(state: SystemState, run_directory: Path, now_s: float) -> SystemSta
         tenants=tenant_statuses(state.gateway.demands(), state.config.tenants),
         warnings=sorted({d.certificate_problem for d in state.gateway.demands() if d.certificate_problem}),
         rollouts=state.rollouts.statuses(slots, counts, now_s),
+        nodes=_nodes(state, slots),
         durable_fronts=[
             _durable_front(state, slot, in_flight.get(slot.replica_id, 0), now_s) for slot in fronts
         ],
@@ -117,7 +126,7 @@ def _replica(slot: Slot, num_in_flight: int, now_s: float) -> ReplicaStatus:
         replica_id=slot.replica_id,
         endpoint=slot.endpoint,
         state=slot.phase,
-        phase=report.phase if report is not None else "",
+        phase=slot.waiting_for or (report.phase if report is not None else ""),
         address=report.address if report is not None else "",
         pid=slot.pid,
         engine_pid=report.engine_pid if report is not None else 0,
@@ -138,6 +147,7 @@ def _replica(slot: Slot, num_in_flight: int, now_s: float) -> ReplicaStatus:
         generation=slot.generation,
         num_guests=report.num_guests if report is not None else 0,
         num_hosted=report.num_hosted if report is not None else 0,
+        node=slot.node,
     )
 
 
@@ -146,13 +156,36 @@ def _durable_front(state: SystemState, slot: Slot, num_in_flight: int, now_s: fl
     return msgspec.structs.replace(_replica(slot, num_in_flight, now_s), endpoint=endpoint)
 
 
+def _nodes(state: SystemState, slots: Sequence[Slot]) -> list[NodeStatus]:
+    """Nodes that are there, and those that are gone but had replicas that are still spoken of."""
+    by_node: dict[str, list[str]] = {}
+    for slot in slots:
+        if slot.node:
+            by_node.setdefault(slot.node, []).append(slot.replica_id)
+    return [
+        NodeStatus(
+            node.node_id,
+            node.address,
+            node.is_alive,
+            node.total,
+            node.available,
+            node.labels,
+            by_node.get(node.node_id, []),
+        )
+        for node in state.nodes.nodes
+        if node.is_alive or node.node_id in by_node
+    ]
+
+
 def _ratio(part: int, whole: int) -> float:
     return min(1.0, max(0.0, part / whole)) if whole > 0 else 0.0
 
 
 def _processes(state: SystemState) -> list[ProcessStatus]:
     processes = [
-        ProcessStatus("up", os.getppid(), "running", 0, resident_bytes(os.getppid())),
+        ProcessStatus(
+            "keeper" if state.nodes.nodes else "up", os.getppid(), "running", 0, resident_bytes(os.getppid())
+        ),
         ProcessStatus("controller", os.getpid(), "running", 0, resident_bytes(os.getpid())),
     ]
     for essential in state.gateway.processes.values():
@@ -162,14 +195,14 @@ def _processes(state: SystemState) -> list[ProcessStatus]:
         processes.append(ProcessStatus(name, pid, essential.state, restarts, memory, error))
     for slot in sorted(state.slots, key=_slot_order):
         restarts = slot.num_starts - 1
-        memory = resident_bytes(slot.pid)
+        is_here = slot.node in ("", state.nodes.own_node_id)
+        memory = resident_bytes(slot.pid) if is_here else 0
         processes.append(ProcessStatus(f"front {slot.replica_id}", slot.pid, slot.phase, restarts, memory))
         if slot.report is not None and slot.report.engine_pid:
             pid = slot.report.engine_pid
             name = f"engine {slot.replica_id}"
-            processes.append(
-                ProcessStatus(name, pid, slot.phase, slot.report.engine_restarts, resident_bytes(pid))
-            )
+            memory = resident_bytes(pid) if is_here else 0
+            processes.append(ProcessStatus(name, pid, slot.phase, slot.report.engine_restarts, memory))
     return processes
 
 

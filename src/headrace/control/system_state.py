@@ -15,6 +15,7 @@ from headrace.api.messages import (
     EndpointOutlook,
     Explanation,
     LoadReport,
+    Nodes,
     ProcessEnded,
     ProcessStarted,
     ProcessState,
@@ -56,6 +57,8 @@ class SystemState:
         self.rollouts = Rollouts(config, self.gateway.version_counts)
         self.notes: list[str] = []
         """What happened by itself since somebody looked, for the log."""
+        self.nodes = Nodes([])
+        """Of the cluster, as the launcher last said; none: there is this machine only."""
         self.metrics: Mapping[str, Sequence[MetricReading]] = {}
         """Custom metrics by endpoint, as they were last read."""
         self._scalers: dict[str, EndpointScaler] = {}
@@ -98,6 +101,14 @@ class SystemState:
             self.gateway.on_ended(process.name, f"exit code {process.exit_code}: {last_line[0]}", now_s)
         else:
             self.fleet_of(process.name).on_ended(process, now_s)
+
+    def on_waiting(self, name: str, reason: str, now_s: float) -> None:
+        """A process that was told to start waits for a place."""
+        essential = self.gateway.processes.get(name)
+        if essential is not None:
+            essential.heard_s = now_s
+        else:
+            self.fleet_of(name).on_waiting(name, reason, now_s)
 
     def on_refused(self, name: str, error: str, now_s: float) -> None:
         """The launcher could not start or stop a process."""

@@ -7,6 +7,7 @@ this process, nothing that vLLM started outlives it.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from headrace.engine.channel import FrontChannel
     from headrace.engine.process import DrainSignal
     from headrace.engine.start_phases import StartPhases
+
+_SPAWNER = "HEADRACE_SPAWNER_PID"
 
 
 def run_adapted(
@@ -43,16 +46,28 @@ def run_adapted(
         backend.close()
 
 
+def become_spawner() -> None:
+    """What is spawned from now on knows by whom."""
+    os.environ[_SPAWNER] = str(os.getpid())
+
+
 def die_with_spawner() -> None:
     """In a spawned process: die with the one that spawned it, or now if that is gone already."""
-    import multiprocessing
-    import os
-
     from headrace.lifetime import die_with_parent
 
-    spawner = multiprocessing.parent_process()
-    if not die_with_parent() or (spawner is not None and os.getppid() != spawner.pid):
-        os._exit(1)
+    die_with_parent()
+    spawner = os.environ.get(_SPAWNER, "")
+    if spawner != str(os.getppid()) and spawner.isdecimal() and not _is_alive(int(spawner)):
+        os._exit(1)  # it died before the kernel was asked
+    become_spawner()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except OSError:
+        return False
 
 
 if __name__ == "__mp_main__":
@@ -60,4 +75,5 @@ if __name__ == "__mp_main__":
 if __name__ == "__main__":
     from headrace.engine.process import main
 
+    become_spawner()
     sys.exit(main(run=run_adapted))

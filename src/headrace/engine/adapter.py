@@ -27,7 +27,7 @@ from headrace.clock import Clock
 from headrace.engine.request import check_request
 from headrace.engine.step_model import StepContents
 from headrace.engine.work import WorkAccount, decode_part, prompt_part
-from headrace.errors import InvalidRequest
+from headrace.errors import EngineDead, InvalidRequest
 
 _SEED_BITS = 63
 
@@ -260,6 +260,9 @@ class AdaptedEngine:
         item = self._open.get(output.request_id)
         if item is None:
             return None
+        if output.finish_reason == "aborted":
+            # Nobody asked for it: it is being shut down. With it lost, its streams go on elsewhere.
+            raise EngineDead(f"{self._ready.kind} gave up a request by itself: it is shutting down")
         item.num_context += len(output.token_ids)
         if output.finish_reason is not None:
             del self._open[output.request_id]

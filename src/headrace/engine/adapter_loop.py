@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 from collections.abc import Coroutine
 
 import msgspec
@@ -28,7 +27,7 @@ from headrace.api.messages import (
 from headrace.clock import Clock
 from headrace.engine.adapter import AdaptedEngine
 from headrace.engine.channel import FrontChannel
-from headrace.engine.process import HEARTBEAT_S, MAX_WAITING, DrainSignal
+from headrace.engine.process import HEARTBEAT_S, MAX_WAITING, DrainSignal, say
 from headrace.errors import Overloaded, RequestError
 
 _NO_SLEEP = "an engine of this kind has no sleep; set replicas.standby to 0 and start replicas instead"
@@ -139,7 +138,7 @@ class AdapterLoop:
 
     def _begin_drain(self) -> None:
         if not self._drain.is_set:
-            print(f"engine: draining, {self._engine!r}", file=sys.stderr, flush=True)
+            say(f"draining, {self._engine!r}")
         self._drain.is_set = True
         self._end_if_drained()
 

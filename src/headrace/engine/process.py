@@ -7,6 +7,7 @@ One thread. Must not know text, HTTP, or what a step computes; imports torch onl
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import os
 import signal
@@ -164,11 +165,7 @@ class EngineLoop:
         level = self._engine.load().sleep_level
         what = f"asleep at level {level}" if level else "awake"
         spent = f" after {describe_phases(self._phases.finish())}" if self._phases is not None else ""
-        print(
-            f"engine: {what}{spent}{self._sleep_error and ': '}{self._sleep_error}",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"{what}{spent}{self._sleep_error and ': '}{self._sleep_error}")
 
     def _check_open(self) -> None:
         if self._drain.is_set:
@@ -308,7 +305,13 @@ def say_ready(ready: EngineReady, channel: FrontChannel, drain: DrainSignal, pha
     gc.freeze()
     gc.enable()
     channel.send(ready)
-    print(f"engine: ready after {describe_phases(ready.phases)}", file=sys.stderr, flush=True)
+    say(f"ready after {describe_phases(ready.phases)}")
+
+
+def say(text: str) -> None:
+    """Write a line to the log. One that cannot be written, on a full disk, is lost: no reason to end."""
+    with contextlib.suppress(OSError):
+        print(f"engine: {text}", file=sys.stderr, flush=True)
 
 
 RunEngine = Callable[[EngineSpec, FrontChannel, DrainSignal, Clock, StartPhases], None]
@@ -325,7 +328,7 @@ def serve(
         )
         run(msgspec.json.decode(spec_json, type=EngineSpec), channel, drain, clock, phases)
     except FrontGone as gone:
-        print(f"engine: {gone}", file=sys.stderr)
+        say(f"{gone}")
         return 0
     except Exception as error:  # whatever it is, the front must be told before this process ends
         report_failure(channel, error)
@@ -337,14 +340,14 @@ def report_failure(channel: FrontChannel, error: Exception) -> None:
     """Say why the engine ends: to the front, and in full to the log."""
     is_explained = isinstance(error, HeadraceError | msgspec.DecodeError)
     if is_explained:
-        print(f"engine: {error}", file=sys.stderr)
+        say(f"{error}")
     else:
         traceback.print_exception(error)
     text = str(error) if is_explained else f"{type(error).__name__}: {error}"
     try:
         channel.send(EngineFailed(text, is_retryable(error)))
     except FrontGone as gone:
-        print(f"engine: {gone}", file=sys.stderr)
+        say(f"{gone}")
 
 
 def main(argv: Sequence[str] | None = None, run: RunEngine = run_engine) -> int:
@@ -365,10 +368,10 @@ def main(argv: Sequence[str] | None = None, run: RunEngine = run_engine) -> int:
     try:
         connection = socket.socket(fileno=arguments.fd)
     except OSError as error:
-        print(f"engine: --fd {arguments.fd} is not a socket: {error}", file=sys.stderr)
+        say(f"--fd {arguments.fd} is not a socket: {error}")
         return 2
     channel = FrontChannel(connection, drain.wakeup_fd)
     if channel.is_front_gone():
-        print("engine: the front is gone already", file=sys.stderr)
+        say("the front is gone already")
         return 0
     return serve(arguments.spec, channel, drain, SystemClock(), run)

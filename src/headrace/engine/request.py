@@ -107,6 +107,7 @@ class EngineRequest:
         "end_token_ids",
         "engine_ns",
         "has_output",
+        "is_resumed",
         "max_total_tokens",
         "num_admissions",
         "num_cached_tokens",
@@ -136,8 +137,10 @@ class EngineRequest:
         self.request_id = request.request_id
         self.sampling = sampling
         self.arrival = arrival
-        self.order = (-request.priority, arrival)
-        """Sort key: higher priority first, then the earlier arrival."""
+        self.is_resumed = bool(request.resume_from or request.stream_class)
+        """It ran in another engine before: its client has waited already."""
+        self.order = (-request.priority, not self.is_resumed, arrival)
+        """Sort key: higher priority first, then what is resumed, then the earlier arrival."""
         self.token_ids = [*request.prompt_token_ids, *request.resume_from]
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.max_total_tokens = min(self.num_prompt_tokens + sampling.max_tokens, max_context_tokens)

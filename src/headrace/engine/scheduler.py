@@ -63,12 +63,12 @@ def _all(streams: Streams) -> int:
 
 
 class Scheduler:
-    """Running requests first, by priority and arrival; then waiting ones, as room and budget allow."""
+    """Running requests first, by their order; then waiting ones, as room and budget allow."""
 
     def __init__(self, pool: BlockPool, block_size: int, max_running: int, token_budget: int) -> None:
         self.pool = pool
         self.running: list[EngineRequest] = []
-        """By (priority, arrival). The last one is the first to be preempted."""
+        """By their order. The last one is the first to be preempted."""
         self.waiting: list[EngineRequest] = []
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
@@ -187,20 +187,25 @@ class Scheduler:
 
     def _streams(self) -> Streams:
         """Say what runs and what waits. Looks at each running request: only where there are prompts."""
-        num_decoding = num_kv_tokens = 0
+        num_decoding = num_kv_tokens = num_resumed = 0
         num_before: int | None = None
         for request in self.running:
             num_tokens, num_computed = len(request.token_ids), request.num_computed_tokens
             if num_tokens - num_computed == 1:
                 num_decoding += 1
                 num_kv_tokens += num_tokens
-            elif num_before is None:
+                continue
+            num_resumed += request.is_resumed
+            if num_before is None:
                 num_before = num_computed
         num_running = len(self.running)
         num_to_admit = min(len(self.waiting), self._max_running - num_running)
-        return Streams(
-            num_decoding, num_kv_tokens, num_running - num_decoding + num_to_admit, num_before or 0
-        )
+        for request in self.waiting[:num_to_admit]:
+            if not request.is_resumed:
+                break  # as all behind it, or of a lower priority
+            num_resumed += 1
+        num_prompts = num_running - num_decoding + num_to_admit
+        return Streams(num_decoding, num_kv_tokens, num_prompts, num_before or 0, num_resumed)
 
     def _advance(self, request: EngineRequest, num_new_tokens: int) -> None:
         shift = self._block_shift

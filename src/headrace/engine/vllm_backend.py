@@ -320,9 +320,8 @@ def _lark_of(grammar: str) -> str:
 
 
 def _describe(config: Any) -> EngineReady:
-    from vllm.platforms import current_platform
-
     import vllm
+    from vllm.platforms import current_platform
 
     model, cache = config.model_config, config.cache_config
     dtype = str(model.dtype).removeprefix("torch.")

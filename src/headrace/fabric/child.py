@@ -48,10 +48,7 @@ class Child:
     def __init__(self, spec: ProcessSpec) -> None:
         """Start it. Raises OSError when the program cannot be started."""
         self.spec = spec
-        self._log_start = _rotate(spec.log_path)
-        log: int | None = None
-        if spec.log_path:
-            log = os.open(spec.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._log_start, log = _open_log(spec.log_path)
         try:
             self._process = subprocess.Popen(
                 spec.argv,
@@ -115,11 +112,22 @@ def _open_pidfd(pid: int) -> int:
     return int(fd)
 
 
-def _rotate(log_path: str) -> int:
-    """Set a long log aside. Returns where this run's output begins in the log."""
+def _open_log(log_path: str) -> tuple[int, int | None]:
+    """Return where this run's output begins in its log, and the open log; None: there is to be none.
+
+    Where a full disk takes no new file, the output is lost: a process that cannot log is better than none.
+    """
     if not log_path:
-        return 0
-    path = Path(log_path)
+        return 0, None
+    try:
+        start = _rotate(Path(log_path))
+        return start, os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return 0, os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+
+
+def _rotate(path: Path) -> int:
+    """Set a long log aside. Returns where this run's output begins in the log. Raises OSError."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:

@@ -13,11 +13,13 @@ import re
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from headrace.errors import HeadraceError
 
 SYSTEM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}")
+CONTROLLER_LOCK = "controller.lock"
 MAX_RUN_DIRECTORY_BYTES = 70
 """A UNIX socket's path has at most 107 bytes; our longest file name, with HAProxy's suffix, takes 37."""
 _CREATE_ATTEMPTS = 20
@@ -39,10 +41,26 @@ def default_run_directory(name: str) -> Path:
     if runtime and os.path.isdir(runtime):
         parents.insert(0, Path(runtime) / "headrace")
     candidates = [parent / name for parent in parents]
-    return next((path for path in candidates if _is_short_enough(path)), candidates[0])
+    return next((path for path in candidates if is_short_enough(path)), candidates[0])
 
 
-def _is_short_enough(path: Path) -> bool:
+@contextlib.contextmanager
+def only_controller(run_directory: Path) -> Iterator[None]:
+    """Hold what only one controller of a run directory may hold. Raises RunDirectoryError if one has it."""
+    path = run_directory / CONTROLLER_LOCK
+    lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunDirectoryError(f"another controller of {run_directory} runs; there can be one") from None
+        yield
+    finally:
+        os.close(lock_fd)
+
+
+def is_short_enough(path: Path) -> bool:
+    """Whether UNIX sockets in `path` can have their names."""
     return len(os.fsencode(path)) <= MAX_RUN_DIRECTORY_BYTES
 
 
@@ -62,20 +80,15 @@ class RunDirectory:
 
         Raises RunDirectoryError if a live system has it, or if others could write to it.
         """
-        if not _is_short_enough(path):
-            raise RunDirectoryError(
-                f"run directory {path} has {len(os.fsencode(path))} bytes; UNIX sockets in it allow at most "
-                f"{MAX_RUN_DIRECTORY_BYTES}. Use a shorter --name, or set XDG_RUNTIME_DIR or TMPDIR "
-                "to a shorter directory."
-            )
+        check_length(path)
         for _ in range(_CREATE_ATTEMPTS):
             # A system that ends between our steps removes what we just made: then simply begin again.
             with contextlib.suppress(FileNotFoundError):
-                _make_private_directory(path.parent)
-                _make_private_directory(path)
+                make_private_directory(path.parent)
+                make_private_directory(path)
                 lock_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
                 if _lock(lock_fd, path):
-                    _empty(path)
+                    empty_directory(path)
                     (path / "logs").mkdir(mode=0o700)
                     return cls(path, lock_fd)
         raise RunDirectoryError(f"{path}: other systems keep removing it; try again")
@@ -88,7 +101,18 @@ class RunDirectory:
         os.close(self._lock_fd)
 
 
-def _make_private_directory(path: Path) -> None:
+def check_length(path: Path) -> None:
+    """Raise RunDirectoryError if `path` is too long for UNIX sockets in it."""
+    if not is_short_enough(path):
+        raise RunDirectoryError(
+            f"run directory {path} has {len(os.fsencode(path))} bytes; UNIX sockets in it allow at most "
+            f"{MAX_RUN_DIRECTORY_BYTES}. Use a shorter --name, or set XDG_RUNTIME_DIR or TMPDIR "
+            "to a shorter directory."
+        )
+
+
+def make_private_directory(path: Path) -> None:
+    """Make `path` with mode 0700, or check that it is ours alone. Raises RunDirectoryError."""
     if path.parent != path and not path.parent.exists():
         raise RunDirectoryError(f"{path.parent}: no such directory; set TMPDIR or XDG_RUNTIME_DIR to one")
     try:
@@ -123,7 +147,8 @@ def _lock(lock_fd: int, path: Path) -> bool:
     return same
 
 
-def _empty(path: Path) -> None:
+def empty_directory(path: Path) -> None:
+    """Remove everything in `path`."""
     for entry in path.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import select
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,12 +19,13 @@ from headrace.api.messages import (
     Processes,
     ProcessSpec,
     ProcessStarted,
+    ProcessState,
     StartProcess,
     StopProcess,
 )
 from headrace.clock import Clock, SystemClock
 from headrace.fabric.channel import Channel, listen
-from headrace.fabric.child import Child
+from headrace.fabric.children import Children
 
 SUPERVISOR_SOCKET = "supervisor.sock"
 CONTROLLER_NAME = "controller"
@@ -41,7 +41,6 @@ FIRST_RESTART_DELAY_S = 0.2
 MAX_RESTART_DELAY_S = 10.0
 HEALTHY_AFTER_S = 60.0
 """A controller that ran this long starts again without an increased delay."""
-_REAP_LIMIT_S = 5.0
 _WATCH_INTERVAL_S = 0.25
 
 
@@ -59,8 +58,7 @@ class Supervisor:
         self._controller = controller
         self._on_notice = on_notice
         self._clock = clock or SystemClock()
-        self._children: dict[str, Child] = {}
-        self._kills: dict[str, asyncio.TimerHandle] = {}
+        self._children = Children(self._on_exit)
         self._channels: set[Channel] = set()
         self._stop_began_s: float | None = None
         self._is_stopping_all = False
@@ -89,7 +87,9 @@ class Supervisor:
             server.close()
             for channel in list(self._channels):
                 channel.close()
-            self._kill_all_and_reap()
+            self._children.kill_all_and_reap()
+            with contextlib.suppress(OSError):
+                (self._run_directory / SUPERVISOR_SOCKET).unlink()
 
     def stop(self, reason: str) -> None:
         """First call: let the controller drain everything and end. Second call: kill everything."""
@@ -99,18 +99,17 @@ class Supervisor:
             return
         self._on_notice(reason)
         self._stop_began_s = self._last_word_s = self._clock.now_s()
-        controller = self._children.get(CONTROLLER_NAME)
-        if controller is None:
+        if CONTROLLER_NAME not in self._children:
             self._stop_all(STOP_GRACE_S)
             return
-        controller.signal(self._controller.stop_signal)
+        self._children.signal(CONTROLLER_NAME, self._controller.stop_signal)
 
     # ---- the controller ----------------
 
     def _start_controller(self) -> None:
         if self._stop_began_s is None:
             self._controller_started_s = self._last_word_s = self._clock.now_s()
-            self._start(self._controller)
+            self._children.start(self._controller)
 
     def _watch_controller(self) -> None:
         """Kill a controller that says nothing for a while; while stopping, stop the rest ourselves then."""
@@ -121,15 +120,15 @@ class Supervisor:
             self._last_word_s = now_s
         self._watched_s = now_s
         silence_s = now_s - self._last_word_s
-        controller = self._children.get(CONTROLLER_NAME)
         if self._stop_began_s is not None and silence_s > CONTROLLER_SILENCE_S:
             self._on_notice(f"the controller has said nothing for {silence_s:.0f} s: stopping without it")
             self._stop_all(STOP_GRACE_S)
             return
-        if controller is not None and self._stop_began_s is None and silence_s > CONTROLLER_HUNG_S:
+        is_there = CONTROLLER_NAME in self._children
+        if is_there and self._stop_began_s is None and silence_s > CONTROLLER_HUNG_S:
             self._on_notice(f"the controller has said nothing for {silence_s:.0f} s: killing it")
             self._last_word_s = now_s
-            controller.kill_group()
+            self._children.kill(CONTROLLER_NAME)
         asyncio.get_running_loop().call_later(_WATCH_INTERVAL_S, self._watch_controller)
 
     def _on_controller_end(self, exit_code: int | None, last_output: str) -> None:
@@ -161,10 +160,10 @@ class Supervisor:
             case StartProcess(spec):
                 self._on_start(channel, spec)
             case StopProcess(name, grace_s):
-                if name == CONTROLLER_NAME or not self._stop_child(name, grace_s):
+                if name == CONTROLLER_NAME or not self._children.stop(name, grace_s):
                     channel.send(LauncherError(name, "no such process"))
             case ListProcesses():
-                channel.send(Processes([child.state() for child in self._children.values()]))
+                channel.send(Processes(self._children.states()))
 
     def _on_start(self, channel: Channel, spec: ProcessSpec) -> None:
         if self._stop_began_s is not None:
@@ -173,52 +172,21 @@ class Supervisor:
             channel.send(LauncherError(spec.name, "a process of this name is running"))
         else:
             try:
-                child = self._start(spec)
+                state = self._children.start(spec)
             except OSError as error:
                 channel.send(LauncherError(spec.name, f"{spec.argv[0]} cannot be started: {error}"))
             else:
-                channel.send(ProcessStarted(child.state()))
+                channel.send(ProcessStarted(state))
 
     def _on_close(self, channel: Channel, reason: str) -> None:
         self._channels.discard(channel)
 
     # ---- children ----------------
 
-    def _start(self, spec: ProcessSpec) -> Child:
-        child = Child(spec)
-        self._children[spec.name] = child
-        asyncio.get_running_loop().add_reader(child.pidfd, self._on_exit, child)
-        return child
-
-    def _stop_child(self, name: str, grace_s: float) -> bool:
-        """Signal a child and set its deadline; again: only an earlier deadline counts."""
-        child = self._children.get(name)
-        if child is None:
-            return False
-        loop = asyncio.get_running_loop()
-        pending = self._kills.get(name)
-        if pending is None:
-            child.signal(child.spec.stop_signal)
-        elif pending.when() <= loop.time() + grace_s:
-            return True
-        else:
-            pending.cancel()
-        if grace_s <= 0:
-            child.kill_group()
-        self._kills[name] = loop.call_later(max(grace_s, 0), child.kill_group)
-        return True
-
-    def _on_exit(self, child: Child) -> None:
-        asyncio.get_running_loop().remove_reader(child.pidfd)
-        name = child.spec.name
-        pending = self._kills.pop(name, None)
-        if pending is not None:
-            pending.cancel()
-        del self._children[name]
-        ended = child.reap()
+    def _on_exit(self, ended: ProcessState) -> None:
         for channel in self._channels:
             channel.send(ProcessEnded(ended))
-        if name == CONTROLLER_NAME:
+        if ended.name == CONTROLLER_NAME:
             self._on_controller_end(ended.exit_code, ended.last_output)
         if self._stop_began_s is not None and not self._children:
             self._finished.set()
@@ -226,29 +194,8 @@ class Supervisor:
     def _stop_all(self, grace_s: float) -> None:
         """Stop everything without the controller."""
         self._is_stopping_all = True
-        controller = self._children.get(CONTROLLER_NAME)
-        if controller is not None:
-            controller.kill_group()
-        for name in list(self._children):
-            self._stop_child(name, grace_s)
+        self._children.kill(CONTROLLER_NAME)
+        for name in self._children.names():
+            self._children.stop(name, grace_s)
         if not self._children:
             self._finished.set()
-
-    def _kill_all_and_reap(self) -> None:
-        """The last resort when `run` is left early: nothing may outlive it."""
-        loop = asyncio.get_running_loop()
-        for child in self._children.values():
-            loop.remove_reader(child.pidfd)
-            child.kill_group()
-        deadline_s = self._clock.now_s() + _REAP_LIMIT_S
-        while self._children and self._clock.now_s() < deadline_s:
-            by_fd = {child.pidfd: name for name, child in self._children.items()}
-            poll = select.poll()
-            for fd in by_fd:
-                poll.register(fd, select.POLLIN)
-            for fd, _ in poll.poll(100):
-                self._children.pop(by_fd[fd]).reap()
-        for handle in self._kills.values():
-            handle.cancel()
-        with contextlib.suppress(OSError):
-            (self._run_directory / SUPERVISOR_SOCKET).unlink()

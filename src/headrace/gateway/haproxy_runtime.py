@@ -23,6 +23,10 @@ class HaproxyUnavailable(HeadraceError):
     """HAProxy does not answer on its socket: it is not running, restarting, or stopped."""
 
 
+class HaproxyGone(HaproxyUnavailable):
+    """Nobody listens on its socket: it is not running, or it stopped listening to end."""
+
+
 class HaproxyRefused(HeadraceError):
     """HAProxy answered that it did not do it."""
 
@@ -126,7 +130,9 @@ class HaproxyRuntime:
                     return await _exchange(socket or self._runtime_socket, command)
             except (OSError, TimeoutError) as error:
                 reason = str(error) or type(error).__name__
-                raise HaproxyUnavailable(f"{command.split()[0]}: {reason}") from error
+                is_gone = isinstance(error, ConnectionRefusedError | FileNotFoundError)
+                kind = HaproxyGone if is_gone else HaproxyUnavailable
+                raise kind(f"{command.split()[0]}: {reason}") from error
 
 
 async def _exchange(socket: str, command: str) -> str:

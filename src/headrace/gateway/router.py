@@ -73,7 +73,7 @@ class Router:
         self._request_log = BackgroundLog(
             RotatingFile(Path(self._paths.request_log), REQUEST_LOG_BYTES),
             "request-log",
-            stops_at_error=False,
+            stops_at_end=False,
         )
         self.recorder = RequestRecorder(spec.gateway_id, clock, self._on_record)
         self.dispatcher = Dispatcher(spec.endpoints, self.replicas, self.recorder, spec.tenants)

@@ -18,7 +18,13 @@ from headrace.api.run_paths import front_socket_path
 from headrace.errors import HeadraceError
 from headrace.gateway.files import write_files
 from headrace.gateway.haproxy_config import render_files
-from headrace.gateway.haproxy_runtime import HaproxyRefused, HaproxyRuntime, HaproxyUnavailable, ServerState
+from headrace.gateway.haproxy_runtime import (
+    HaproxyGone,
+    HaproxyRefused,
+    HaproxyRuntime,
+    HaproxyUnavailable,
+    ServerState,
+)
 from headrace.gateway.names import ENDPOINT_PREFIX, decode_name, endpoint_of_backend, is_shared_backend
 from headrace.gateway.rounds import repeat_rounds
 from headrace.gateway.server import UNIX_ADDRESS, Server
@@ -29,6 +35,8 @@ VERIFY_PERIOD_S = 1.0
 """How often HAProxy is compared with what is wanted when nothing seems to have changed."""
 ABSENT_AFTER_S = 2.0
 """HAProxy counts as gone when it gave no answer for this long."""
+GONE_ROUNDS = 2
+"""When nobody listens on its socket in so many rounds in a row, it sends nobody a request."""
 RELOAD_PAUSE_S = 5.0
 """Between two tries of a reload that HAProxy refuses or does not answer."""
 ADOPTION_S = 5.0
@@ -130,6 +138,7 @@ class ServerKeeper:
         self._present: frozenset[str] | None = None  # what HAProxy may send a request to; None: not known yet
         self._revision = 0
         self._published_revision = -1
+        self._num_gone = 0
         self.num_failures = 0
         self.num_reloads = 0
         self.last_error = ""
@@ -179,14 +188,15 @@ class ServerKeeper:
         try:
             actual = await self._runtime.show_servers()
             wanted = self._adopt(actual)
-            self._write(wanted.values())
-            if self._needs_reload and await self._reload():
+            is_written = self._try_to_write(wanted.values())
+            if self._needs_reload and is_written and await self._reload():
                 actual = await self._runtime.show_servers()
             changes = plan_changes(wanted.values(), actual)
-            is_settled = await self._apply(changes) and not self._needs_reload
+            is_settled = await self._apply(changes) and is_written and not self._needs_reload
             self._publish(await self._runtime.show_servers() if changes else actual, revision)
         except HaproxyUnavailable as error:
             self._note_failure(error)
+            self._num_gone = self._num_gone + 1 if isinstance(error, HaproxyGone) else 0
             self._survive_without_haproxy()
             return False
         except (HeadraceError, OSError) as error:
@@ -242,6 +252,7 @@ class ServerKeeper:
 
     def _publish(self, actual: Mapping[str, ServerState], revision: int) -> None:
         self._reached_s = self._now_s()
+        self._num_gone = 0
         present = frozenset(path for path, state in actual.items() if not state.is_in_maintenance)
         serving = present & self._wanted.keys()
         self._set_published(present, serving, revision)
@@ -258,14 +269,22 @@ class ServerKeeper:
         now_s = self._now_s()
         if now_s - self._reached_s > ABSENT_AFTER_S:
             self._set_published(frozenset(), frozenset(), self._revision)
+        elif (
+            self._num_gone >= GONE_ROUNDS
+        ):  # who leaves need not wait; another one will have those that serve
+            self._set_published(frozenset(), self.serving & self._wanted.keys(), self._revision)
         if now_s - self._started_s >= ADOPTION_S:
-            try:
-                self._write(self._wanted.values())
-            except (HeadraceError, OSError) as error:
-                self._note_failure(error)
+            self._try_to_write(self._wanted.values())
 
-    def _write(self, servers: Iterable[Server]) -> None:
-        self._files.write(self._spec, servers, self._fd_limit)
+    def _try_to_write(self, servers: Iterable[Server]) -> bool:
+        """Make the files those of these servers. False: they are not (a full disk); the running HAProxy need
+        not wait for that, and the next round tries again."""
+        try:
+            self._files.write(self._spec, servers, self._fd_limit)
+        except (HeadraceError, OSError) as error:
+            self._note_failure(error)
+            return False
+        return True
 
     def _note_failure(self, error: Exception) -> None:
         self.num_failures += 1

@@ -56,12 +56,12 @@ class RotatingFile:
 
 
 class BackgroundLog:
-    """Writes lines to `sink` in the background, until closed. `stops_at_error`: nobody reads any more, as
-    with a pipe; else the lines are counted as dropped and later ones tried."""
+    """Writes lines to `sink` in the background, until closed. What cannot be written (a full disk) is counted
+    as dropped, and later lines are tried. `stops_at_end`: not once the sink is closed, or nobody reads it."""
 
-    def __init__(self, sink: LineSink, name: str, *, stops_at_error: bool = True) -> None:
+    def __init__(self, sink: LineSink, name: str, *, stops_at_end: bool = True) -> None:
         self._sink = sink
-        self._stops_at_error = stops_at_error
+        self._stops_at_end = stops_at_end
         self._encode = msgspec.json.Encoder().encode
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._closing = threading.Event()
@@ -100,7 +100,8 @@ class BackgroundLog:
             try:
                 self._sink.write(b"".join(whole))
                 self._sink.flush()
-            except (OSError, ValueError):
+            except (OSError, ValueError) as error:
                 self.num_dropped += len(whole)
-                if self._stops_at_error:
+                is_over = not isinstance(error, OSError) or isinstance(error, BrokenPipeError)
+                if self._stops_at_end and is_over:
                     return  # nobody reads any more; the bound keeps the queue small

@@ -120,6 +120,11 @@ class CarriedStream:
             f"CarriedStream({self.stream.request.request_id} at {place}, {len(self.stream.token_ids)} tokens)"
         )
 
+    @property
+    def is_catching_up(self) -> bool:
+        """A sibling has it, and it has given no token there yet."""
+        return bool(self.host) and self.gap_from_s is not None
+
     def is_on_trial(self) -> bool:
         """It is in an engine, suspected, and has given no token yet."""
         is_suspect = self.num_crashes >= SUSPECT_CRASHES and not self._has_news()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import msgspec
@@ -35,7 +34,8 @@ from headrace.clock import Clock
 from headrace.errors import Overloaded
 from headrace.replica.aborted_ids import AbortedIds
 from headrace.replica.engine_process import EngineProcess
-from headrace.replica.restart import EngineEnd, RestartPolicy
+from headrace.replica.engine_silence import EngineTimeLimits, SilenceWatch
+from headrace.replica.restart import START_HOLD_S, START_HOLD_TICK_S, EngineEnd, RestartPolicy
 from headrace.replica.sleep_change import SleepChange, sleep_phase
 
 _log = logging.getLogger(__name__)
@@ -79,19 +79,6 @@ class CacheWatcher(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class EngineTimeLimits:
-    """How long an engine may say nothing before it is killed and started again."""
-
-    silence_s: float = 60.0
-    """While it serves: it sends one batch per step, and one per second while idle."""
-    start_phase_s: float = 900.0
-    """Within one phase of its start: a large model may take minutes to read."""
-    check_s: float = 1.0
-    sleep_s: float = 60.0
-    """For falling asleep and for waking, which may read the weights again."""
-
-
 class EngineClient:
     """Talks to the one engine process of this replica. `on_change` is called after each change of state."""
 
@@ -104,7 +91,9 @@ class EngineClient:
         time_limits: EngineTimeLimits | None = None,
         restart_policy: RestartPolicy | None = None,
         cache_watcher: CacheWatcher | None = None,
+        is_untimely: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`is_untimely`: whether a new engine would disturb those that go on with the last one's work."""
         self._spec = spec
         self._title = title
         self._clock = clock
@@ -112,6 +101,7 @@ class EngineClient:
         self._time_limits = time_limits or EngineTimeLimits()
         self._restart_policy = restart_policy or RestartPolicy()
         self._cache_watcher = cache_watcher
+        self._is_untimely = is_untimely
         self._is_sleep_wanted = spec.is_standby
         self._streams: dict[str, EngineStream] = {}
         self._aborted = AbortedIds()
@@ -122,7 +112,7 @@ class EngineClient:
         self._settled = asyncio.Event()
         """It is not starting: it is there, or never will be."""
         self._ready_at_s: float | None = None
-        self._last_event_s = clock.now_s()
+        self._silence = SilenceWatch(spec, self._time_limits, clock.now_s())
         self._error = ""
         self._is_retryable_end = True
         self._sleep_change: SleepChange | None = None
@@ -159,6 +149,7 @@ class EngineClient:
             raise Overloaded(self.why_not_ready(), retry_after_s=1.0)
         assert request.request_id not in self._streams, f"request id {request.request_id!r} is in use"
         self._streams[request.request_id] = stream
+        self._silence.sent(len(request.prompt_token_ids) + len(request.resume_from))
         self._process.send(Submit(request))
 
     def abort(self, request_id: str) -> None:
@@ -193,6 +184,7 @@ class EngineClient:
         self._set_state("asleep", f"falling asleep to level {level}" if level else "waking")
         done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._sleep_change = SleepChange(level, done)
+        self._silence.is_changing = True
         self._process.send(Sleep(1 if level == 1 else 2) if level else Wake())
         try:
             async with asyncio.timeout(self._time_limits.sleep_s):
@@ -201,6 +193,7 @@ class EngineClient:
             return f"the engine did not answer within {self._time_limits.sleep_s:g} s"
         finally:
             self._sleep_change = None
+            self._silence.is_changing = False
             self._follow_sleep()
 
     def has_request(self, request_id: str) -> bool:
@@ -249,7 +242,7 @@ class EngineClient:
     def _start_process(self) -> None:
         self._ready_at_s = None
         self._error, self._is_retryable_end = "", True
-        self._last_event_s = self._clock.now_s()
+        self._silence = SilenceWatch(self._spec, self._time_limits, self._clock.now_s())
         self._process = process = self.make_process()
         task = asyncio.get_running_loop().create_task(self._run_start(process))
         self._tasks.add(task)
@@ -279,11 +272,11 @@ class EngineClient:
 
     def _check_silence(self) -> None:
         self._schedule(self._time_limits.check_s, self._check_silence)
-        limits, process = self._time_limits, self._process
-        limit_s = limits.start_phase_s if self._ready_at_s is None else limits.silence_s
-        if process is not None and self._clock.now_s() - self._last_event_s > limit_s:
-            self._last_event_s = self._clock.now_s()
-            process.kill(f"the engine said nothing for {limit_s:g} s")
+        watch, process = self._silence, self._process
+        if watch.check(self._clock.now_s()) and process is not None:
+            reason = f"the engine said nothing for {watch.silent_s:.1f} s, which no step takes"
+            self._silence = SilenceWatch(self._spec, self._time_limits, self._clock.now_s())
+            process.kill(reason)
 
     def _set_state(
         self, state: EngineState, phase: str, error: str | None = None, is_retryable: bool = True
@@ -302,7 +295,8 @@ class EngineClient:
     # ---- what the process tells
 
     def on_event(self, event: EngineEvent) -> None:
-        now_s = self._last_event_s = self._clock.now_s()
+        now_s = self._clock.now_s()
+        self._silence.heard(now_s, event.load if isinstance(event, StepBatch) else None)
         if isinstance(event, StepBatch):
             self._hand_out(event, now_s)
         elif isinstance(event, EngineStarting):
@@ -324,6 +318,7 @@ class EngineClient:
         if self._cache_watcher is not None:
             self._cache_watcher.on_ready(event.block_size)
         self.load = EngineLoad(sleep_level=event.sleep_level)
+        self._silence.heard(now_s, self.load)
         self._set_state("asleep" if event.sleep_level else "ready", sleep_phase(event.sleep_level))
 
     def _follow_sleep(self) -> None:
@@ -395,4 +390,11 @@ class EngineClient:
             return
         self.num_restarts += 1
         self._set_state("starting", "restarting the engine", error=error)
-        self._schedule(decision.delay_s, self._start_process)
+        now_s = self._clock.now_s()
+        self._schedule(decision.delay_s, lambda: self._start_in_time(now_s + START_HOLD_S))
+
+    def _start_in_time(self, latest_s: float) -> None:
+        if self._is_untimely() and self._clock.now_s() < latest_s:
+            self._schedule(START_HOLD_TICK_S, lambda: self._start_in_time(latest_s))
+        else:
+            self._start_process()

@@ -24,7 +24,8 @@ from headrace.observability.line_log import BackgroundLog
 from headrace.policy.resumption import Limits
 from headrace.replica.answer import AnswerServices
 from headrace.replica.departure import Departure
-from headrace.replica.engine_client import EngineClient, EngineTimeLimits
+from headrace.replica.engine_client import EngineClient
+from headrace.replica.engine_silence import EngineTimeLimits
 from headrace.replica.generation import Generator
 from headrace.replica.grammar_checker import GrammarChecker
 from headrace.replica.http_messages import AnswerHeads, HttpLimits
@@ -85,10 +86,11 @@ class Front:
             limits.engine,
             RestartPolicy(),
             self._digest,
+            lambda: self.keeper.are_others_catching_up(),
         )
         self._peers = PeerPool(clock)
         limits_of_streams = Limits(spec.resume_attempts, spec.resume_limit_s)
-        self.keeper = StreamKeeper(
+        self.keeper: StreamKeeper = StreamKeeper(
             self.engine, self._peers, self.view.own_engine, limits_of_streams, self._metrics, clock
         )
         self.guests = PeerServer(self.engine, self.view.why_no_guest, self._reporter.notify, self._digest)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+START_HOLD_S = 1.0
+"""A lost engine's successor is started at most so much later for the streams that siblings take over."""
+START_HOLD_TICK_S = 0.02
+
 
 @dataclass(frozen=True, slots=True)
 class EngineEnd:

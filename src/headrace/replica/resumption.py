@@ -107,6 +107,10 @@ class StreamKeeper:
     def num_hosted(self) -> int:
         return sum([bool(carried.host) for carried in self._carried.values()])
 
+    def are_others_catching_up(self) -> bool:
+        """Whether siblings compute again what the own engine lost, and nobody waits for that one."""
+        return not self.num_waiting and any(each.is_catching_up for each in self._carried.values())
+
     # ---- what answers ask
 
     def submit(self, request: GenerationRequest, stream: Continuable) -> None:

@@ -15,6 +15,7 @@ from headrace.api.messages import (
     ChangeRollout,
     Demand,
     GatewaySpec,
+    LauncherError,
     LauncherEvent,
     ListProcesses,
     LoadReport,
@@ -115,10 +116,10 @@ class ControllerProcess(Process):
                 self.state.on_started(event)
             case ProcessEnded():
                 self.state.on_ended(event, now_s)
-            case Processes():
-                pass
-            case _:
+            case LauncherError():
                 self.state.on_refused(event.name, event.error, now_s)
+            case _:
+                pass
         self.wake()
 
     def _adopt(self, event: Processes, now_s: float) -> None:

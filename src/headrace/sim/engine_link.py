@@ -10,8 +10,9 @@ import signal
 from collections.abc import Callable
 
 from headrace.api.messages import EngineCommand, EngineEvent, EngineSpec
-from headrace.replica.engine_client import EngineClient, EngineTimeLimits
+from headrace.replica.engine_client import EngineClient
 from headrace.replica.engine_process import EngineProcess as RealEngineProcess
+from headrace.replica.engine_silence import EngineTimeLimits
 from headrace.replica.prefix_digest import PrefixDigest
 from headrace.replica.restart import RestartPolicy
 from headrace.sim.engines import EngineBehaviour, EngineProcess
@@ -90,8 +91,11 @@ class EngineLink(EngineClient):
         behaviour: EngineBehaviour,
         digest: PrefixDigest,
         on_change: Callable[[], None],
+        is_untimely: Callable[[], bool],
     ) -> None:
-        super().__init__(spec, front.name, front.host, on_change, TIME_LIMITS, RestartPolicy(), digest)
+        super().__init__(
+            spec, front.name, front.host, on_change, TIME_LIMITS, RestartPolicy(), digest, is_untimely
+        )
         self.front = front
         self.weather = weather
         self.behaviour = behaviour

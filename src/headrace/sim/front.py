@@ -78,10 +78,20 @@ class FrontProcess(Process):
         self.caching = PromptCaching(spec.endpoint, self.digest)
         self.ledger = Ledger(self.metrics, Silent(), host, self.reporter)
         self.streams: dict[FrontStream, None] = {}
-        self.engine = EngineLink(self, weather, spec.engine, behaviour, self.digest, self.reporter.notify)
+        self.engine = EngineLink(
+            self,
+            weather,
+            spec.engine,
+            behaviour,
+            self.digest,
+            self.reporter.notify,
+            lambda: self.keeper.are_others_catching_up(),
+        )
         self.peers = PeerPool(host)
         limits = Limits(spec.resume_attempts, spec.resume_limit_s)
-        self.keeper = StreamKeeper(self.engine, self.peers, self.view.own_engine, limits, self.metrics, host)
+        self.keeper: StreamKeeper = StreamKeeper(
+            self.engine, self.peers, self.view.own_engine, limits, self.metrics, host
+        )
         self.guests = PeerServer(self.engine, self.view.why_no_guest, self.reporter.notify)
         streams = EngineStreams(self.engine, self.keeper, lambda: 0)
         self.standby = Standby(

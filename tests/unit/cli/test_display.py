@@ -13,6 +13,7 @@ from rich.console import Console
 from headrace.api.messages import (
     EndpointStatus,
     GatewayStatus,
+    NodeStatus,
     ProcessStatus,
     ReplicaStatus,
     RolloutStatus,
@@ -248,3 +249,28 @@ def test_the_status_has_standby_and_rollouts_where_there_are_any_and_says_when_a
         "  new bbb: 1 replica ready, 10% of the requests",
         "  7 of 20 requests",
     ]
+
+
+def draw(status: SystemStatus) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    console.print(render(status))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_nodes_of_a_cluster_are_shown_with_what_is_free_and_who_is_there() -> None:
+    labels = {"ray.io/node-id": "x", "zone": "a"}
+    nodes = [
+        NodeStatus("0123456789abcdef", "10.0.0.1", True, {"CPU": 4.0}, {"CPU": 1.5}, labels, ["chat-1"]),
+        NodeStatus("fedcba9876543210", "10.0.0.2", False, {}, {}, {}, ["chat-2"]),
+    ]
+    waits = replica("chat-2", "starting", phase="waits for room: CPU 4 is asked")
+    shown = draw(msgspec.structs.replace(system(replica("chat-1", "ready"), waits), nodes=nodes))
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["01234567", "10.0.0.1", "alive", "CPU", "1.5/4", "chat-1", "zone=a"] in lines
+    assert ["fedcba98", "10.0.0.2", "gone", "chat-2"] in lines
+    assert "chat-2: waits for room: CPU 4 is asked" in shown
+
+
+def test_one_machine_has_no_table_of_nodes() -> None:
+    assert "labels" not in draw(system(replica("chat-1", "ready")))

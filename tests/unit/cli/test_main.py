@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Callable
@@ -126,6 +127,34 @@ def test_a_bad_name_is_a_mistake(run: Run) -> None:
     status, _, err = run("status", "--name", "a/b")
     assert status == 1
     assert "letters" in err
+
+
+def test_only_a_cluster_can_be_left_running(run: Run, config: str) -> None:
+    status, _, err = run("up", config, "--detach")
+    assert status == 2
+    assert "--detach needs launcher ray" in err
+
+
+def test_a_cluster_needs_a_port_that_is_known_beforehand(run: Run, config: str) -> None:
+    status, _, err = run("up", config, "--launcher", "ray", "--set", "gateway.bind=127.0.0.1:0")
+    assert status == 2
+    assert "with launcher ray choose a port" in err
+
+
+def test_a_cluster_that_is_not_there_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    for command in ("down", "status"):
+        status, _, err = run(command)
+        assert status == 1
+        assert "127.0.0.1:1 cannot be reached" in err
+
+
+def test_another_version_of_ray_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.59.1")
+    status, _, err = run("down")
+    assert status == 1
+    assert "ray 2.59.1 is installed, and headrace is made for 2.60" in err
 
 
 def test_watch_and_json_exclude_each_other(run: Run) -> None:

@@ -140,7 +140,7 @@ async def test_an_address_that_gives_nothing_usable_says_so(answer: bytes, word:
 async def test_an_address_that_hangs_or_drips_ends_with_the_limit_and_harms_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(custom_metrics, "READ_LIMIT_S", 0.2)
+    monkeypatch.setattr(custom_metrics, "READ_LIMIT_S", 1.0)
     released = asyncio.Event()
 
     async def drip(writer: asyncio.StreamWriter) -> None:

@@ -134,3 +134,23 @@ def test_another_version_in_a_slot_did_nothing_wrong_yet() -> None:
     fleet.on_ended(ended(1, pid=8), 4.0)
     fleet.start(StartReplica("chat-1", "chat", "test", "other"), 5.0, 5.0)
     assert fleet.slots["chat-1"].failures == 0
+
+
+def test_a_replica_that_waits_for_a_place_is_not_lost_and_says_what_it_waits_for() -> None:
+    fleet = Fleet()
+    fleet.start(StartReplica("chat-1", "chat", "wanted", "a"), 30.0, 0.0)
+    for now_s in range(1, 100):
+        fleet.on_waiting("chat-1", "waits for a node", float(now_s))
+        fleet.observe(float(now_s))
+        assert fleet.slots["chat-1"].phase == "starting"
+    assert fleet.slots["chat-1"].waiting_for == "waits for a node"
+    fleet.on_started(ProcessState("chat-1", 7, True, node="there"))
+    assert (fleet.slots["chat-1"].waiting_for, fleet.slots["chat-1"].node) == ("", "there")
+
+
+def test_a_replica_whose_host_is_gone_says_why() -> None:
+    fleet = Fleet()
+    fleet.start(StartReplica("chat-1", "chat", "wanted", "a"), 30.0, 0.0)
+    fleet.on_started(ProcessState("chat-1", 7, True, node="there"))
+    fleet.on_ended(ProcessState("chat-1", 7, False, None, "its node is gone", "there"), 1.0)
+    assert (fleet.slots["chat-1"].last_error, fleet.slots["chat-1"].node) == ("its node is gone", "")

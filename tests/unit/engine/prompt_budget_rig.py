@@ -25,6 +25,8 @@ class Arrival(NamedTuple):
     at_s: float
     num_prompt: int
     num_output: int
+    is_resumed: bool = False
+    """It was a stream in another engine."""
 
 
 class Answer(NamedTuple):
@@ -86,4 +88,6 @@ def step_s(decision: Decision) -> float:
 def _request(index: int, arrival: Arrival) -> EngineRequest:
     sampling = SamplingParams(max_tokens=arrival.num_output, ignore_eos=True)
     prompt = [index + 1] * arrival.num_prompt  # none shares another's prefix
-    return EngineRequest(GenerationRequest(str(index), prompt, sampling), index, frozenset(), 1 << 16)
+    stream_class = "A" if arrival.is_resumed else ""
+    request = GenerationRequest(str(index), prompt, sampling, stream_class=stream_class)
+    return EngineRequest(request, index, frozenset(), 1 << 16)

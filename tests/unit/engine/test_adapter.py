@@ -223,6 +223,16 @@ async def test_a_warm_up_ends_with_its_answer() -> None:
     assert backend.submitted[0].sampling.num_logprobs == 1
 
 
+async def test_a_backend_that_gives_a_request_up_by_itself_is_lost_and_one_that_was_told_to_is_not() -> None:
+    rig = Rig()
+    await rig.submit("told")
+    await rig.submit("not told")
+    await rig.engine.abort("told")
+    await rig.step(BackendStep([BackendOutput("told", [], "aborted")]))
+    with pytest.raises(EngineDead, match="gave up a request by itself"):
+        await rig.step(BackendStep([BackendOutput("not told", [], "aborted")]))
+
+
 def test_a_continued_generation_is_its_tokens_as_a_prompt_and_counts_what_is_left() -> None:
     sampling = SamplingParams(max_tokens=8, min_tokens=3, seed=5)
     original = GenerationRequest("a", [1, 2], sampling, resume_from=[3, 4], cache_salt="s", priority=2)

@@ -9,7 +9,13 @@ from statistics import mean
 import pytest
 from tests.unit.engine.prompt_budget_rig import MAX_RUNNING, MODEL, TOKEN_BUDGET, Answer, Arrival, play
 
-from headrace.engine.prompt_budget import LEAST_TOKENS, STREAMS_PER_PROMPT, Streams, prompt_budget
+from headrace.engine.prompt_budget import (
+    LEAST_TOKENS,
+    RESUMED_WEIGHT,
+    STREAMS_PER_PROMPT,
+    Streams,
+    prompt_budget,
+)
 
 
 def by_rule(streams: Streams) -> int:
@@ -31,10 +37,15 @@ def more_s(streams: Streams, num_tokens: int) -> float:
     return b * num_tokens + q * num_tokens * (streams.num_before + (num_tokens + 1) / 2)
 
 
+def weight(streams: Streams) -> int:
+    """Prompts that wait; who waited before counts as several."""
+    return streams.num_prompts + (RESUMED_WEIGHT - 1) * streams.num_resumed
+
+
 def cost(streams: Streams, lateness_s: float) -> float:
     """What a step of that lateness costs all who wait, per second of prompts' work."""
     step_s, num_decoding = alone_s(streams), streams.num_decoding
-    waiting = streams.num_prompts * step_s / lateness_s
+    waiting = weight(streams) * step_s / lateness_s
     return waiting + num_decoding * lateness_s / (STREAMS_PER_PROMPT * step_s)
 
 
@@ -45,6 +56,8 @@ SITUATIONS = [
     Streams(16, 16 * 150, 16, 64),
     Streams(31, 31 * 200, 1, 0),
     Streams(2, 16_000, 4, 8_000),
+    Streams(8, 8 * 200, 1, 0, 1),
+    Streams(8, 8 * 200, 12, 0, 8),
 ]
 
 
@@ -60,8 +73,8 @@ def test_no_other_number_of_tokens_costs_those_who_wait_less(streams: Streams) -
 @pytest.mark.parametrize("streams", SITUATIONS, ids=str)
 def test_a_stream_waits_no_longer_than_is_said(streams: Streams) -> None:
     lateness = more_s(streams, by_rule(streams)) / alone_s(streams)
-    assert lateness <= (STREAMS_PER_PROMPT * streams.num_prompts / streams.num_decoding) ** 0.5 * 1.001
-    assert lateness <= (STREAMS_PER_PROMPT * (MAX_RUNNING - 1)) ** 0.5
+    assert lateness <= (STREAMS_PER_PROMPT * weight(streams) / streams.num_decoding) ** 0.5 * 1.001
+    assert lateness <= (STREAMS_PER_PROMPT * RESUMED_WEIGHT * (MAX_RUNNING - 1)) ** 0.5
 
 
 def test_one_prompt_beside_eight_streams_gets_little_and_a_burst_beside_one_stream_much() -> None:
@@ -112,6 +125,24 @@ def test_a_long_prompt_makes_no_gap_of_eight_streams_twice_as_long() -> None:
     assert during < 2 * before
     [alone] = play([Arrival(0.0, 2_000, 1)], by_rule)
     assert prompt.ttft_s < 2.5 * alone.ttft_s, "the prompt gets nearly half of the engine's time"
+
+
+def test_a_stream_that_lost_its_engine_is_caught_up_sooner_than_a_new_one_begins() -> None:
+    streams = [Arrival(0.0, 64, 400)] * 8
+    [alone] = play([Arrival(0.0, 500, 1)], by_rule)
+    *_, new = play([*streams, Arrival(1.5, 500, 1)], by_rule)
+    *others, resumed = play([*streams, Arrival(1.5, 500, 1, is_resumed=True)], by_rule)
+    assert resumed.ttft_s < 0.8 * new.ttft_s
+    assert resumed.ttft_s < 1.75 * alone.ttft_s
+    before = max(gap_s for answer in others for gap_s in answer.gaps_s(1.0, 1.4))
+    assert max(gap_s for answer in others for gap_s in answer.gaps_s(1.5)) < 3 * before
+
+
+def test_resumed_streams_go_before_new_prompts_of_a_burst() -> None:
+    new = [Arrival(0.0, 300, 10)] * 8
+    *_, last = play([*new, Arrival(0.01, 300, 10)], by_rule)
+    *_, resumed = play([*new, Arrival(0.01, 300, 10, is_resumed=True)], by_rule)
+    assert resumed.ttft_s < 0.5 * last.ttft_s
 
 
 @pytest.mark.parametrize("rate_per_s", [2.0, 4.0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from headrace.api.messages import GenerationRequest, SamplingParams
@@ -22,10 +23,13 @@ class World:
         self.scheduler = Scheduler(BlockPool(num_blocks), BLOCK_SIZE, max_running, token_budget)
         self._arrivals = 0
 
-    def add(self, request_id: str, num_prompt_tokens: int, priority: int = 0) -> EngineRequest:
+    def add(
+        self, request_id: str, num_prompt_tokens: int, priority: int = 0, resume_from: tuple[int, ...] = ()
+    ) -> EngineRequest:
         self._arrivals += 1
         prompt = [self._arrivals] * num_prompt_tokens
         request = GenerationRequest(request_id, prompt, SamplingParams(max_tokens=999), priority=priority)
+        request = msgspec.structs.replace(request, resume_from=list(resume_from))
         state = EngineRequest(request, self._arrivals, frozenset(), 4096)
         self.scheduler.add(state)
         return state
@@ -42,6 +46,19 @@ class World:
 
 def parts(decision: Decision) -> list[tuple[str, int]]:
     return [(item.request.request_id, item.num_new_tokens) for item in decision.scheduled]
+
+
+def test_what_ran_elsewhere_comes_before_new_prompts_but_not_before_a_higher_priority() -> None:
+    world = World(token_budget=8)
+    world.add("new", 8)
+    world.add("high", 4, priority=1)
+    world.add("resumed", 6, resume_from=(5, 6))
+    assert parts(world.step()) == [("high", 4), ("resumed", 4)]
+    assert parts(world.step()) == [("high", 1), ("resumed", 4), ("new", 3)]
+    seen: list[Streams] = []
+    world.add("again", 3, resume_from=(1,))
+    world.scheduler.schedule(lambda streams: seen.append(streams) or 1)  # type: ignore[func-returns-value]
+    assert (seen[0].num_prompts, seen[0].num_resumed) == (2, 1)
 
 
 def test_a_long_prompt_is_computed_in_chunks_next_to_running_requests() -> None:

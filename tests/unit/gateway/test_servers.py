@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from headrace.api.messages import EndpointRule, GatewaySpec
 from headrace.gateway.haproxy_runtime import (
+    HaproxyGone,
     HaproxyRefused,
     HaproxyRuntime,
     HaproxyUnavailable,
@@ -223,6 +225,45 @@ async def test_with_haproxy_gone_the_file_is_ready_and_servers_count_as_absent_a
     assert rig.keeper.serving == frozenset()
     assert "chat-2" in rig.config.read_text()
     assert rig.keeper.is_released("ep-chat/chat-1")
+
+
+async def test_where_nobody_listens_who_leaves_need_not_wait_and_others_serve_on(
+    short_dir: Path,
+) -> None:
+    rig = Rig(short_dir)
+    rig.want(1, 2)
+    await rig.settle()
+    rig.want(2, known=(1,))
+    rig.haproxy.failures = [HaproxyGone("gone"), HaproxyUnavailable("late"), *[HaproxyGone("gone")] * 2]
+    for _ in range(3):
+        assert not await rig.keeper.run_round()
+        assert not rig.keeper.is_released("ep-chat/chat-1"), "it may be a moment's"
+    assert not await rig.keeper.run_round()
+    assert rig.keeper.is_released("ep-chat/chat-1")
+    assert rig.keeper.serving == {"ep-chat/chat-2"}
+    await rig.settle()
+    assert rig.keeper.is_released("ep-chat/chat-1")
+
+
+async def test_a_full_disk_keeps_no_replica_from_haproxy_and_the_file_follows_when_there_is_room(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(short_dir)
+    await rig.settle()
+
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("headrace.gateway.servers.write_files", no_room)
+        rig.want(1)
+        for _ in range(3):
+            assert not await rig.keeper.run_round(), "the file is still to be written"
+        assert rig.keeper.serving == {"ep-chat/chat-1"}
+        assert "No space left" in rig.keeper.last_error
+    assert "chat-1" not in rig.config.read_text()
+    await rig.settle()
+    assert "chat-1" in rig.config.read_text()
 
 
 async def test_new_endpoints_mean_one_reload_that_is_tried_until_it_works(short_dir: Path) -> None:

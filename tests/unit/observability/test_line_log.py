@@ -65,7 +65,7 @@ class StuckSink:
 
 def test_a_hanging_or_full_disk_costs_lines_but_no_time_and_no_memory() -> None:
     sink = StuckSink()
-    log = BackgroundLog(sink, "test", stops_at_error=False)
+    log = BackgroundLog(sink, "test", stops_at_end=False)
     log.write({"n": -1})
     deadline_s = time.monotonic() + 5
     while log._lines.qsize() and time.monotonic() < deadline_s:

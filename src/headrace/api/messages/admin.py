@@ -184,6 +184,8 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     num_guests: int = 0
     """Streams of siblings in its engine, and own streams that siblings' engines continue."""
     num_hosted: int = 0
+    node: str = ""
+    """Id of the node that it is on; empty: this machine."""
 
 
 class EndpointStatus(msgspec.Struct, frozen=True):
@@ -235,6 +237,18 @@ class GatewayStatus(msgspec.Struct, frozen=True):
     """Replicas that it sends requests to."""
 
 
+class NodeStatus(msgspec.Struct, frozen=True):
+    """A node of the cluster, and what of this system is on it."""
+
+    node_id: str
+    address: str
+    is_alive: bool
+    total: dict[str, float]
+    available: dict[str, float]
+    labels: dict[str, str]
+    replicas: list[str]
+
+
 class SystemStatus(msgspec.Struct, frozen=True):
     version: str
     url: str
@@ -251,6 +265,8 @@ class SystemStatus(msgspec.Struct, frozen=True):
     """What somebody should look at, one line each."""
     gateways: list[GatewayStatus] = []
     rollouts: list[RolloutStatus] = []
+    nodes: list[NodeStatus] = []
+    """Of a cluster; empty: one machine."""
     durable_fronts: list[ReplicaStatus] = []
     """Fronts without engines, of durable endpoints. Their num_hosted: streams in replicas' engines."""
 

@@ -207,3 +207,8 @@ class Demand(Message, frozen=True):
     certificate_problem: str = ""
     """Why the certificate's files cannot be used, or that it is about to expire; empty: all is well."""
     versions: list[VersionDemand] = []
+
+
+def gateway_group(gateway_id: str) -> str:
+    """Return what a gateway's processes are called together: they are always on one node."""
+    return f"gateway-{gateway_id}"

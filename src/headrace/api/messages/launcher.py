@@ -1,12 +1,35 @@
-"""What a controller asks of the supervisor, and what comes back."""
+"""What a controller asks of its launcher, and what comes back."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from headrace.api.messages.base import Message, Record
 
 
+class NodeNeeds(Record, frozen=True):
+    """What a node must have free to get a process."""
+
+    resources: dict[str, float]
+    """Amount of each resource, in Ray's words: CPU, GPU, memory (bytes), or a name of the cluster's own."""
+    labels: dict[str, str] = {}
+    """Labels of the node, each with its value."""
+    accelerator_type: str = ""
+    wait_s: float = 0.0
+    """After so long without such a node the next choice is tried; 0: waited for without a limit."""
+
+
+class Place(Record, frozen=True):
+    """Where a process may run: choices in the order of preference, the first that can be had."""
+
+    choices: list[NodeNeeds]
+    strategy: Literal["spread", "pack"] = "spread"
+    """Among nodes that would do: the one with fewest processes of the same family, or with most. Of one
+    family are those whose names differ in the number at the end only: an endpoint's replicas."""
+
+
 class ProcessSpec(Record, frozen=True):
-    """One child process. It dies with its supervisor."""
+    """One process. It dies with what holds it: the supervisor, or its host on a cluster."""
 
     name: str
     """Unique among live processes: `router`, `haproxy`, `chat-1`."""
@@ -15,6 +38,14 @@ class ProcessSpec(Record, frozen=True):
     log_path: str = ""
     """Where stdout and stderr go; empty: inherited."""
     stop_signal: int = 15
+    place: Place | None = None
+    """None: beside the controller. The local launcher has one place only, and does not look at it."""
+    group: str = ""
+    """Processes of one group are always on one node and share what holds them there; empty: alone."""
+    files: dict[str, str] = {}
+    """Files of the run directory that are written before the start unless they are there: name -> text."""
+    is_restarted: bool = False
+    """What holds it starts it again, after a growing pause, when it ends with another code than 0."""
 
 
 class ProcessState(Record, frozen=True):
@@ -27,6 +58,8 @@ class ProcessState(Record, frozen=True):
     """Negative: the signal that ended it."""
     last_output: str = ""
     """The last lines of its log, after its end."""
+    node: str = ""
+    """Id of the node that it is on; empty: this machine."""
 
 
 class StartProcess(Message, frozen=True):
@@ -66,4 +99,31 @@ class LauncherError(Message, frozen=True):
     error: str
 
 
-LauncherEvent = Processes | ProcessStarted | ProcessEnded | LauncherError
+class ProcessWaiting(Message, frozen=True):
+    """A process that is to be started waits for a place; repeated while it does."""
+
+    name: str
+    reason: str
+    """What it waits for, and what would fit."""
+
+
+class NodeState(Record, frozen=True):
+    """A node of the cluster."""
+
+    node_id: str
+    address: str
+    is_alive: bool = True
+    total: dict[str, float] = {}
+    available: dict[str, float] = {}
+    labels: dict[str, str] = {}
+
+
+class Nodes(Message, frozen=True):
+    """All nodes; sent when something about them changed."""
+
+    nodes: list[NodeState]
+    own_node_id: str = ""
+    """The controller's."""
+
+
+LauncherEvent = Processes | ProcessStarted | ProcessEnded | LauncherError | ProcessWaiting | Nodes

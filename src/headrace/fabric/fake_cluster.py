@@ -1,0 +1,114 @@
+"""A cluster without Ray, for tests: nodes that tests add and take away, hosts that they make.
+
+Must not know: what hosts hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from headrace.api.messages import NodeNeeds, NodeState
+from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent, Reservation
+
+
+class FakeCluster:
+    """Places are given out at once where a node has room. `make_host` returns what has a host's methods."""
+
+    def __init__(self, make_host: Callable[[str, NodeState], Any], nodes: list[NodeState]) -> None:
+        """make_host: group and node -> host. The first node is ours."""
+        self._make_host = make_host
+        self._nodes = {node.node_id: node for node in nodes}
+        self._reserved: dict[str, tuple[NodeNeeds, str]] = {}
+        self.running: dict[str, tuple[Any, str]] = {}
+        """Hosts with their nodes."""
+        self.silent: set[str] = set()
+        """Nodes that do not answer."""
+        self.liked: list[str] = []
+        """Nodes that places were asked on."""
+        self.failure = ""
+        """Why the cluster does not answer at all."""
+        self.own_node_id = nodes[0].node_id
+        self.own_address = nodes[0].address
+
+    def __repr__(self) -> str:
+        return f"FakeCluster({len(self._nodes)} nodes, {len(self.running)} hosts)"
+
+    # ---- what tests do ----------------
+
+    def add_node(self, node: NodeState) -> None:
+        self._nodes[node.node_id] = node
+
+    def lose_node(self, node_id: str) -> None:
+        """It is gone with everything on it."""
+        self._nodes[node_id] = msgspec.structs.replace(self._nodes[node_id], is_alive=False, available={})
+        self.running = {key: entry for key, entry in self.running.items() if entry[1] != node_id}
+
+    # ---- the seam ----------------
+
+    async def nodes(self) -> list[NodeState]:
+        self._check()
+        return [msgspec.structs.replace(node, available=self._free(node)) for node in self._nodes.values()]
+
+    async def reserve(self, key: str, needs: NodeNeeds, likes_node: str) -> None:
+        self._check()
+        self.liked.append(likes_node)
+        self._reserved[key] = (needs, "")
+
+    async def reservation(self, key: str) -> Reservation:
+        self._check()
+        if key not in self._reserved:
+            return Reservation(is_gone=True)
+        needs, node_id = self._reserved[key]
+        for node in self._nodes.values():
+            free, has_room = self._free(node), not node_id and node.is_alive
+            is_right = all(node.labels.get(name) == value for name, value in needs.labels.items())
+            if has_room and is_right and all(free.get(n, 0.0) >= a for n, a in needs.resources.items()):
+                node_id = node.node_id
+        self._reserved[key] = (needs, node_id)
+        return Reservation(node_id)
+
+    async def start_host(self, key: str, needs: NodeNeeds | None) -> None:
+        self._check()
+        node_id = self._reserved[key][1] if needs is not None else self.own_node_id
+        self.running[key] = (self._make_host(key.rpartition("#")[0], self._nodes[node_id]), node_id)
+
+    async def call(self, key: str, method: str, *arguments: object, limit_s: float) -> bytes:
+        if key not in self.running:
+            raise HostLost("its node is gone")
+        host, node_id = self.running[key]
+        if node_id in self.silent:
+            await asyncio.sleep(limit_s)
+            raise HostSilent(f"no answer within {limit_s:.1f} s")
+        try:
+            answer: bytes = await asyncio.to_thread(getattr(host, method), *arguments)
+        except RuntimeError as error:
+            raise HostLost(str(error) if key in self.running else "its node is gone") from None
+        if key not in self.running:
+            raise HostLost("its node is gone")
+        return answer
+
+    async def release(self, key: str) -> None:
+        self._check()
+        self._reserved.pop(key, None)
+        host, _ = self.running.pop(key, (None, ""))
+        if host is not None:
+            await asyncio.to_thread(host.end)
+
+    async def hosts(self) -> list[str]:
+        self._check()
+        return sorted({*self.running, *self._reserved})
+
+    def _check(self) -> None:
+        if self.failure:
+            raise ClusterUnavailable(self.failure)
+
+    def _free(self, node: NodeState) -> dict[str, float]:
+        taken = [needs for needs, node_id in self._reserved.values() if node_id == node.node_id]
+        return {
+            name: total - sum(needs.resources.get(name, 0.0) for needs in taken)
+            for name, total in (node.total if node.is_alive else {}).items()
+        }

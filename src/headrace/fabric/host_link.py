@@ -1,0 +1,279 @@
+"""One group of processes on a cluster, from the launcher's side: its place, its host, its events.
+
+Owns the group's course: reserve a place, start the host, pass commands on, follow what happens, give the
+place back. Must not know: Ray, or what the processes do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+import headrace
+from headrace.api.messages import (
+    LauncherCommand,
+    LauncherError,
+    LauncherEvent,
+    NodeNeeds,
+    ProcessEnded,
+    ProcessSpec,
+    ProcessStarted,
+    ProcessState,
+    ProcessWaiting,
+    StartProcess,
+    StopProcess,
+)
+from headrace.clock import Clock
+from headrace.fabric.cluster import Cluster, ClusterUnavailable, HostLost, HostSilent
+from headrace.fabric.host_messages import HostEvents, HostReport
+from headrace.fabric.node_choice import choose_node, explain_wait
+
+POLL_S = 1.0
+"""A host answers a poll after this long when nothing happens."""
+SILENT_AFTER_S = 2.0
+"""A host that has not answered a poll for so long is told of as silent. Its process may live on: it is not
+ended yet, and routers leave it alone by themselves when its load reports stay away."""
+LOST_AFTER_S = 10.0
+"""A host that is silent for so long is given up."""
+HOST_START_LIMIT_S = 60.0
+"""Ray starts a Python process and imports headrace; the first time on a node, from a cold disk."""
+COMMAND_LIMIT_S = 10.0
+WAITING_PERIOD_S = 1.0
+_PLACE_POLL_S = 0.05
+_MAX_PLACE_POLL_S = 0.5
+
+
+class HostLink:
+    """One group. `run` is its whole life; `on_event` gets what happens to its processes."""
+
+    def __init__(
+        self,
+        key: str,
+        cluster: Cluster,
+        clock: Clock,
+        on_event: Callable[[LauncherEvent], None],
+        count_family: Callable[[str], Mapping[str, int]],
+    ) -> None:
+        """count_family: how many processes of the family of a name each node has."""
+        self.key = key
+        self.node_id = ""
+        self.processes: dict[str, ProcessState] = {}
+        """Started and not ended."""
+        self.is_over = False
+        """Nothing can be started here any more."""
+        self._waiting: dict[str, StartProcess] = {}
+        """Told to start, not heard of."""
+        self._cluster = cluster
+        self._clock = clock
+        self._on_event = on_event
+        self._count_family = count_family
+        self._commands: asyncio.Queue[LauncherCommand] = asyncio.Queue()  # bounded by who may be named in it
+        self._sequence = 0
+
+    def __repr__(self) -> str:
+        return f"HostLink({self.key}, {', '.join(self.names()) or 'empty'})"
+
+    @property
+    def group(self) -> str:
+        return self.key.rpartition("#")[0]
+
+    def names(self) -> list[str]:
+        return [*self.processes, *self._waiting]
+
+    # ---- what is asked ----------------
+
+    def start(self, spec: ProcessSpec) -> None:
+        """Start a process of a name that none here has."""
+        self._waiting[spec.name] = StartProcess(spec)
+        self._commands.put_nowait(self._waiting[spec.name])
+
+    def stop(self, name: str, grace_s: float) -> None:
+        """Stop a process of this group. One that has no place yet simply is not started."""
+        if self.node_id:
+            self._commands.put_nowait(StopProcess(name, grace_s))
+        elif self._waiting.pop(name, None) is not None:
+            self._on_event(ProcessEnded(ProcessState(name, 0, False, last_output="it never had a place")))
+
+    # ---- its life ----------------
+
+    async def adopt(self) -> None:
+        """Take over a host that an earlier controller started. Raises HostLost or HostSilent."""
+        report = await self._describe(COMMAND_LIMIT_S / 2)
+        self._take(report)
+
+    def assume(self) -> None:
+        """Take it over unheard: it is silent now, and may hold what its group is named after."""
+        self.processes[self.group] = ProcessState(self.group, 0, is_alive=True)
+
+    async def run(self, *, is_adopted: bool = False) -> None:
+        """Live until no process is left, or the host is lost. Its place is given back in any case."""
+        reason = "the launcher was closed"
+        try:
+            if not is_adopted and not await self._begin():
+                return
+            await self._follow()
+            reason = ""
+        except (HostLost, ClusterUnavailable) as error:
+            reason = str(error)
+        finally:
+            self.is_over = True
+            if reason != "the launcher was closed":
+                self._end_all(reason)
+                with contextlib.suppress(ClusterUnavailable):
+                    await self._cluster.release(self.key)
+
+    async def _begin(self) -> bool:
+        """Get a place and start the host there. False: nobody wants it any more."""
+        place = next(iter(self._waiting.values())).spec.place if self._waiting else None
+        needs: NodeNeeds | None = None
+        if place is not None:
+            needs = await self._find_place()
+            if needs is None:
+                return False
+        self.node_id = self.node_id or self._cluster.own_node_id
+        await self._cluster.start_host(self.key, needs)
+        self._take(await self._describe(HOST_START_LIMIT_S))
+        return True
+
+    async def _find_place(self) -> NodeNeeds | None:
+        """Try the choices in their order, the last one without a limit. None: nobody wants it any more."""
+        place = next(iter(self._waiting.values())).spec.place
+        assert place is not None
+        for index, needs in enumerate(place.choices):
+            nodes = await self._cluster.nodes()
+            liked = choose_node(nodes, needs, place.strategy, self._count_family(self.group))
+            await self._cluster.reserve(self.key, needs, liked)
+            is_last = index == len(place.choices) - 1
+            if await self._await_place(needs, 0.0 if is_last else needs.wait_s):
+                return needs
+            await self._cluster.release(self.key)
+            if not self._waiting:
+                return None
+        return None
+
+    async def _await_place(self, needs: NodeNeeds, limit_s: float) -> bool:
+        """Whether the place was had within limit_s; 0: no limit. Says meanwhile why it takes long."""
+        began_s = told_s = self._clock.now_s()
+        pause_s = _PLACE_POLL_S
+        while self._waiting:
+            reservation = await self._cluster.reservation(self.key)
+            if reservation.is_gone:
+                raise HostLost("its place was taken away before it was used")
+            if reservation.node_id:
+                self.node_id = reservation.node_id
+                return True
+            now_s = self._clock.now_s()
+            if limit_s and now_s - began_s >= limit_s:
+                return False
+            if now_s - told_s >= WAITING_PERIOD_S:
+                told_s = now_s
+                self._tell_waiting(explain_wait(await self._cluster.nodes(), needs))
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _MAX_PLACE_POLL_S)
+        return False
+
+    async def _describe(self, limit_s: float) -> HostReport:
+        try:
+            answer = await self._cluster.call(self.key, "describe", limit_s=limit_s)
+        except HostSilent as error:
+            raise HostLost(f"its host did not start within {limit_s:.0f} s: {error}") from None
+        report = msgspec.msgpack.decode(answer, type=HostReport)
+        if report.error:
+            raise HostLost(f"node {report.node_id[:8]}: {report.error}")
+        if report.version != headrace.__version__:
+            raise HostLost(
+                f"node {report.node_id[:8]} has headrace {report.version}, and the controller has "
+                f"{headrace.__version__}; install the same version on all nodes"
+            )
+        if report.address != self._cluster.own_address:
+            # Its sockets would be where nobody looks: it is refused before anything is started there.
+            raise HostLost(
+                f"node {report.node_id[:8]} is another machine ({report.address}) than the controller's "
+                f"({self._cluster.own_address}), and this version serves on that one only; ask for its nodes "
+                "with endpoints.NAME.nodes.labels"
+            )
+        return report
+
+    def _take(self, report: HostReport) -> None:
+        self.node_id = report.node_id
+        self._sequence = report.sequence
+        self.processes = {state.name: self._located(state) for state in report.processes}
+
+    async def _follow(self) -> None:
+        """Pass commands on and follow events until no process is left."""
+        sender = asyncio.create_task(self._send_commands())
+        try:
+            heard_s = self._clock.now_s()
+            while self.processes or self._waiting:
+                try:
+                    await self._poll()
+                    heard_s = self._clock.now_s()
+                except HostSilent:
+                    silent_s = self._clock.now_s() - heard_s
+                    if silent_s >= LOST_AFTER_S:
+                        raise HostLost(f"{self._where()} has not answered for {silent_s:.0f} s") from None
+                    self._tell_waiting(f"{self._where()} has not answered for {silent_s:.1f} s")
+                if sender.done():
+                    sender.result()
+        finally:
+            sender.cancel()
+            await asyncio.gather(sender, return_exceptions=True)
+
+    async def _poll(self) -> None:
+        answer = await self._cluster.call(self.key, "poll", self._sequence, POLL_S, limit_s=SILENT_AFTER_S)
+        told = msgspec.msgpack.decode(answer, type=HostEvents)
+        self._sequence = told.sequence
+        for event in told.events:
+            self._pass_on(event)
+
+    async def _send_commands(self) -> None:
+        while True:
+            command = await self._commands.get()
+            if isinstance(command, StartProcess) and command.spec.name not in self._waiting:
+                continue  # it was stopped before it had a place
+            message = msgspec.msgpack.encode(command)
+            while True:
+                with contextlib.suppress(HostSilent):  # it is polled as well, and given up if it stays silent
+                    await self._cluster.call(self.key, "obey", message, limit_s=COMMAND_LIMIT_S)
+                    break
+
+    # ---- what happens ----------------
+
+    def _pass_on(self, event: LauncherEvent) -> None:
+        match event:
+            case ProcessStarted(state):
+                self._waiting.pop(state.name, None)
+                self.processes[state.name] = self._located(state)
+                self._on_event(ProcessStarted(self.processes[state.name]))
+            case ProcessEnded(state):
+                self.processes.pop(state.name, None)
+                self._on_event(ProcessEnded(self._located(state)))
+            case LauncherError(name):
+                if name not in self.processes:
+                    self._waiting.pop(name, None)
+                self._on_event(event)
+            case _:
+                pass
+
+    def _end_all(self, reason: str) -> None:
+        """The host is gone, and its processes with it."""
+        for state in self.processes.values():
+            ended = ProcessState(state.name, state.pid, False, None, reason, self.node_id)
+            self._on_event(ProcessEnded(ended))
+        for name in self._waiting:
+            self._on_event(LauncherError(name, reason))
+        self.processes.clear()
+        self._waiting.clear()
+
+    def _tell_waiting(self, reason: str) -> None:
+        for name in self.names():
+            self._on_event(ProcessWaiting(name, reason))
+
+    def _located(self, state: ProcessState) -> ProcessState:
+        return msgspec.structs.replace(state, node=self.node_id)
+
+    def _where(self) -> str:
+        return f"its host on node {self.node_id[:8]}"

@@ -1,0 +1,175 @@
+"""`python -m headrace.fabric.keeper FD RUN_DIR NAME`: holds the processes of one host for its actor.
+
+An actor's process has many threads and cannot fork as `headrace.fabric.child` needs it: so it has this child.
+Owns the processes, their restarts, and a part in the host's run directory. Ends, and everything with it, when
+the socket `FD` closes: the actor died, was killed, or lost its node. Must not know: Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from pathlib import Path
+
+import msgspec
+from setproctitle import setproctitle
+
+from headrace.api.messages import (
+    LauncherCommand,
+    LauncherError,
+    LauncherEvent,
+    ListProcesses,
+    ProcessEnded,
+    Processes,
+    ProcessSpec,
+    ProcessStarted,
+    ProcessState,
+    StartProcess,
+    StopProcess,
+)
+from headrace.api.run_paths import PYTHON_PLACEHOLDER, RUN_DIR_PLACEHOLDER
+from headrace.fabric.channel import Channel
+from headrace.fabric.children import Children
+from headrace.fabric.run_directory import RunDirectoryError
+from headrace.fabric.shared_run_directory import SharedRunDirectory
+
+FIRST_RESTART_DELAY_S = 0.2
+MAX_RESTART_DELAY_S = 10.0
+HEALTHY_AFTER_S = 60.0
+"""A process that ran this long starts again without an increased delay."""
+
+
+def localize(spec: ProcessSpec, run_dir: str, python: str) -> ProcessSpec:
+    """Return `spec` with this host's run directory and Python in their places. Pure."""
+
+    def put(text: str) -> str:
+        return text.replace(RUN_DIR_PLACEHOLDER, run_dir).replace(PYTHON_PLACEHOLDER, python)
+
+    return msgspec.structs.replace(
+        spec,
+        argv=[put(argument) for argument in spec.argv],
+        environment={name: put(value) for name, value in spec.environment.items()},
+        log_path=put(spec.log_path),
+    )
+
+
+class Keeper:
+    """Holds processes until the other side of `connection` is gone."""
+
+    def __init__(self, run_directory: SharedRunDirectory) -> None:
+        self._run_directory = run_directory
+        self._children = Children(self._on_ended)
+        self._restarted: dict[str, ProcessSpec] = {}
+        self._failures: dict[str, int] = {}
+        self._started_s: dict[str, float] = {}
+        self._stopping: set[str] = set()
+        self._gone = asyncio.Event()
+        self._channel = Channel(LauncherCommand, self._on_command, self._on_close)
+
+    def __repr__(self) -> str:
+        return f"Keeper({self._run_directory.path}, {self._children})"
+
+    async def run(self, connection: socket.socket) -> None:
+        """Obey until the connection closes; nothing is left afterwards."""
+        loop = asyncio.get_running_loop()
+        await loop.create_unix_connection(lambda: self._channel, sock=connection)
+        self._say(Processes([]))
+        try:
+            await self._gone.wait()
+        finally:
+            self._children.kill_all_and_reap()
+
+    def _on_command(self, channel: Channel, command: LauncherCommand) -> None:
+        match command:
+            case StartProcess(spec):
+                self._on_start(localize(spec, str(self._run_directory.path), sys.executable))
+            case StopProcess(name, grace_s):
+                self._stopping.add(name)
+                if not self._children.stop(name, grace_s) and not self._was_waiting(name):
+                    self._stopping.discard(name)
+                    self._say(LauncherError(name, "no such process"))
+            case ListProcesses():
+                self._say(Processes(self._children.states()))
+
+    def _on_start(self, spec: ProcessSpec) -> None:
+        if spec.name in self._children or spec.name in self._restarted:
+            self._say(LauncherError(spec.name, "a process of this name is running"))
+            return
+        try:
+            self._write_files(spec)
+            self._start(spec)
+        except OSError as error:
+            self._say(LauncherError(spec.name, f"{spec.argv[0]} cannot be started: {error}"))
+            return
+        if spec.is_restarted:
+            self._restarted[spec.name] = spec
+
+    def _start(self, spec: ProcessSpec) -> None:
+        state = self._children.start(spec)
+        self._started_s[spec.name] = asyncio.get_running_loop().time()
+        self._say(ProcessStarted(state))
+
+    def _was_waiting(self, name: str) -> bool:
+        """Whether `name` waited for its next start, which now is not to come."""
+        if self._restarted.pop(name, None) is None:
+            return False
+        self._say(ProcessEnded(ProcessState(name, 0, False)))
+        return True
+
+    def _on_ended(self, ended: ProcessState) -> None:
+        name = ended.name
+        lived_s = asyncio.get_running_loop().time() - self._started_s.pop(name)
+        spec = self._restarted.get(name)
+        self._say(ProcessEnded(ended))
+        if spec is None or name in self._stopping or ended.exit_code == 0:
+            self._restarted.pop(name, None)
+            self._stopping.discard(name)
+            return
+        self._failures[name] = 1 if lived_s >= HEALTHY_AFTER_S else self._failures.get(name, 0) + 1
+        delay_s = min(FIRST_RESTART_DELAY_S * 2 ** (self._failures[name] - 1), MAX_RESTART_DELAY_S)
+        asyncio.get_running_loop().call_later(delay_s, self._restart, name)
+
+    def _restart(self, name: str) -> None:
+        spec = self._restarted.get(name)
+        if spec is None or self._gone.is_set():
+            return
+        try:
+            self._start(spec)
+        except OSError as error:
+            self._say(LauncherError(name, str(error)))
+            asyncio.get_running_loop().call_later(MAX_RESTART_DELAY_S, self._restart, name)
+
+    def _write_files(self, spec: ProcessSpec) -> None:
+        for name, text in spec.files.items():
+            path = self._run_directory.path / name
+            if not path.exists():
+                with open(path, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                    file.write(text)
+
+    def _say(self, event: LauncherEvent) -> None:
+        self._channel.send(event)
+
+    def _on_close(self, channel: Channel, reason: str) -> None:
+        self._gone.set()
+
+
+def main() -> int:
+    fd, path, name = sys.argv[1:]
+    setproctitle(f"headrace: keeper {name}")
+    connection = socket.socket(fileno=int(fd))
+    try:
+        run_directory = SharedRunDirectory.join(Path(path))
+    except (RunDirectoryError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    try:
+        asyncio.run(Keeper(run_directory).run(connection))
+    finally:
+        run_directory.leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

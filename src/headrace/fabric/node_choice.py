@@ -1,0 +1,123 @@
+"""Which node a process goes to, and why it has to wait for one. Pure.
+
+Must not know: how places are had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from headrace.api.messages import NodeNeeds, NodeState
+
+ACCELERATOR_PREFIX = "accelerator_type:"
+"""A node with an accelerator offers a resource of this name and its type."""
+_EPSILON = 1e-6
+_SHOWN_NODES = 3
+
+
+def choose_node(
+    nodes: Sequence[NodeState],
+    needs: NodeNeeds,
+    strategy: Literal["spread", "pack"],
+    num_same: Mapping[str, int],
+) -> str:
+    """Return the id of the node to ask for; empty: none has room now, whoever comes next will do.
+
+    num_same: processes of the same family by node id. Among nodes with as many, spread takes the emptier one
+    and pack the fuller one.
+    """
+    sign = 1 if strategy == "spread" else -1
+    fitting = [
+        node for node in nodes if node.is_alive and _is_right(node, needs) and _has(node.available, needs)
+    ]
+    fitting.sort(
+        key=lambda node: (sign * num_same.get(node.node_id, 0), -sign * _free_ratio(node), node.node_id)
+    )
+    return fitting[0].node_id if fitting else ""
+
+
+def explain_wait(nodes: Sequence[NodeState], needs: NodeNeeds) -> str:
+    """Say what is asked, why no node gives it now, and what would."""
+    asked = describe_needs(needs)
+    alive = [node for node in nodes if node.is_alive]
+    right = [node for node in alive if _is_right(node, needs)]
+    if any(_has(node.total, needs) for node in right):
+        full = [node for node in right if _has(node.total, needs)]
+        return f"waits for room: {asked} is asked, and {_describe_free(full, needs)}"
+    if right:
+        return (
+            f"waits for a node: {asked} is asked, and no node has that much; "
+            f"{_describe_largest(right, needs)}. Ask for no more than that, or add such a node to the cluster"
+        )
+    what = "none" if not alive else f"none of the {len(alive)} nodes"
+    return (
+        f"waits for a node: {asked} is asked, and {what} has {_describe_kind(needs)}. Ask for what there is "
+        f"({_describe_labels(alive)}), or add such a node to the cluster"
+    )
+
+
+def describe_needs(needs: NodeNeeds) -> str:
+    """Return `CPU 1, GPU 2 on H100 with market=spot`."""
+    amounts = ", ".join(f"{name} {amount:g}" for name, amount in sorted(needs.resources.items()))
+    kind = _describe_kind(needs)
+    return f"{amounts} with {kind}" if kind else amounts
+
+
+def _describe_kind(needs: NodeNeeds) -> str:
+    kinds = [f"{name}={value}" for name, value in sorted(needs.labels.items())]
+    return ", ".join([*([needs.accelerator_type] if needs.accelerator_type else []), *kinds])
+
+
+def _is_right(node: NodeState, needs: NodeNeeds) -> bool:
+    """Whether it is of the kind asked for, with or without room."""
+    if needs.accelerator_type and f"{ACCELERATOR_PREFIX}{needs.accelerator_type}" not in node.total:
+        return False
+    return all(node.labels.get(name) == value for name, value in needs.labels.items())
+
+
+def _has(amounts: Mapping[str, float], needs: NodeNeeds) -> bool:
+    return all(amounts.get(name, 0.0) + _EPSILON >= amount for name, amount in needs.resources.items())
+
+
+def _free_ratio(node: NodeState) -> float:
+    """Part of what it has of the scarcest of CPU and GPU that is free."""
+    return min(
+        (node.available.get(name, 0.0) / node.total[name] for name in ("CPU", "GPU") if node.total.get(name)),
+        default=0.0,
+    )
+
+
+def _describe_free(nodes: Sequence[NodeState], needs: NodeNeeds) -> str:
+    parts = [
+        f"{node.node_id[:8]} has "
+        + ", ".join(
+            f"{name} {node.available.get(name, 0.0):g} of {node.total.get(name, 0.0):g}"
+            for name in sorted(needs.resources)
+        )
+        for node in nodes[:_SHOWN_NODES]
+    ]
+    more = f" and {len(nodes) - _SHOWN_NODES} more are full" if len(nodes) > _SHOWN_NODES else ""
+    return f"free on {'; '.join(parts)}{more}"
+
+
+def _describe_largest(nodes: Sequence[NodeState], needs: NodeNeeds) -> str:
+    most = {name: max(node.total.get(name, 0.0) for node in nodes) for name in sorted(needs.resources)}
+    return "the most that one has is " + ", ".join(f"{name} {amount:g}" for name, amount in most.items())
+
+
+def _describe_labels(nodes: Sequence[NodeState]) -> str:
+    """The kinds of nodes that there are, without the labels that Ray gives every node."""
+    labels = {
+        f"{name}={value}"
+        for node in nodes
+        for name, value in node.labels.items()
+        if not name.startswith("ray.io/")
+    }
+    accelerators = {
+        name.removeprefix(ACCELERATOR_PREFIX)
+        for node in nodes
+        for name in node.total
+        if name.startswith(ACCELERATOR_PREFIX)
+    }
+    return ", ".join([*sorted(accelerators), *sorted(labels)][:8]) or "no labels and no accelerators"

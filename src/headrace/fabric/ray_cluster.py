@@ -1,0 +1,394 @@
+"""A Ray cluster behind the seam `Cluster`: placement groups, detached actors, nodes. The only user of Ray's
+API, with `headrace.fabric.ray_host`, which runs inside the actors.
+
+Owns the connection, the limit of every call, and Ray's words. Ray's calls block, so they run in threads of
+ours. Must not know: what hosts hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import os
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from headrace.api.config import split_host_port
+from headrace.api.messages import NodeNeeds, NodeState, ProcessSpec
+from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent, HostUnavailable, Reservation
+from headrace.fabric.node_choice import ACCELERATOR_PREFIX
+from headrace.fabric.ray_host import CONTROLLER_GROUP, END_LIMIT_S, ControllerActor, HostActor
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
+RAY_VERSION = "2.60"
+REACH_LIMIT_S = 4.0
+CONNECT_LIMIT_S = 40.0
+CALL_LIMIT_S = 15.0
+MAX_CONCURRENCY = 16
+"""Threads of a host: one poll, commands, questions, and polls of callers that gave up."""
+_ACCELERATOR_SHARE = 0.001
+_MAX_REASON_CHARACTERS = 400
+ResultT = TypeVar("ResultT")
+
+
+class RayCluster:
+    """The connection of one system to a Ray cluster. Made by `connect`; one per process."""
+
+    def __init__(self, system: str, address: str) -> None:
+        self._system = system
+        self.address = address
+        self._executor = ThreadPoolExecutor(8, thread_name_prefix="ray")
+        self._actors: dict[str, Any] = {}
+        self._groups: dict[str, PlacementGroup] = {}
+        self._own_node_id = self._own_address = ""
+
+    def __repr__(self) -> str:
+        return f"RayCluster({self._system}, {len(self._actors)} hosts known)"
+
+    @classmethod
+    async def connect(cls, system: str, address: str) -> RayCluster:
+        """Connect to the cluster at `address`, host:port of its head; `auto`: the one of this machine.
+
+        Raises ClusterUnavailable, within seconds, with what to do.
+        """
+        _check_installed()
+        address = _resolve_address(address)
+        await asyncio.to_thread(_check_reachable, address)
+        await asyncio.to_thread(_check_token, address)
+        cluster = cls(system, address)
+        await cluster._connect(address)
+        return cluster
+
+    @property
+    def own_node_id(self) -> str:
+        return self._own_node_id
+
+    @property
+    def own_address(self) -> str:
+        return self._own_address
+
+    def close(self) -> None:
+        """Leave the cluster; what runs there goes on."""
+        import ray
+
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        ray.shutdown()
+
+    # ---- the seam ----------------
+
+    async def nodes(self) -> list[NodeState]:
+        return await self._run(_read_nodes)
+
+    async def reserve(self, key: str, needs: NodeNeeds, likes_node: str) -> None:
+        from ray.util.placement_group import placement_group
+
+        def ask() -> Any:
+            return placement_group(
+                [_bundle(needs)],
+                strategy="STRICT_PACK",
+                name=self._group_name(key),
+                lifetime="detached",
+                bundle_label_selector=[dict(needs.labels)] if needs.labels else None,
+                _soft_target_node_id=likes_node or None,
+            )
+
+        self._groups[key] = await self._run(ask)
+
+    async def reservation(self, key: str) -> Reservation:
+        from ray.util.placement_group import placement_group_table
+
+        group = self._groups[key]
+        entry = await self._run(placement_group_table, group)
+        if entry.get("state") == "CREATED":
+            return Reservation(node_id=next(iter(entry["bundles_to_node_id"].values())))
+        return Reservation(is_gone=entry.get("state") == "REMOVED")
+
+    async def start_host(self, key: str, needs: NodeNeeds | None) -> None:
+        from ray.util.scheduling_strategies import (
+            NodeAffinitySchedulingStrategy,
+            PlacementGroupSchedulingStrategy,
+        )
+
+        options: dict[str, Any] = {"num_cpus": 0}
+        if needs is None:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(self._own_node_id, soft=False)
+        else:
+            options = _actor_options(needs)
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                self._groups[key], placement_group_bundle_index=0
+            )
+        await self._start_actor(
+            HostActor, key, options, (self._system, key.rpartition("#")[0]), max_restarts=0
+        )
+
+    async def call(self, key: str, method: str, *arguments: object, limit_s: float) -> bytes:
+        from ray.exceptions import ActorUnavailableError, RayError
+
+        actor = await self._find_actor(key)
+        try:
+            async with asyncio.timeout(limit_s):
+                answer: bytes = await asyncio.wrap_future(getattr(actor, method).remote(*arguments).future())
+                return answer
+        except TimeoutError:
+            raise HostSilent(f"no answer within {limit_s:.1f} s") from None
+        except ActorUnavailableError as error:
+            raise HostUnavailable(reason_of(error)) from None
+        except RayError as error:
+            raise HostLost(reason_of(error)) from None
+
+    async def release(self, key: str) -> None:
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        with contextlib.suppress(HostLost, HostSilent):
+            await self.call(key, "end", limit_s=END_LIMIT_S)  # killed by Ray, it could not clean up
+        actor = self._actors.pop(key, None)
+        group = self._groups.pop(key, None)
+
+        def end() -> None:
+            with contextlib.suppress(ValueError):  # it is gone
+                ray.kill(actor or ray.get_actor(key), no_restart=True)
+            with contextlib.suppress(ValueError):
+                remove_placement_group(group or ray.util.get_placement_group(self._group_name(key)))
+
+        await self._run(end)
+
+    async def hosts(self) -> list[str]:
+        import ray
+        from ray.util.placement_group import placement_group_table
+
+        prefix = self._group_name("")
+
+        def find() -> set[str]:
+            groups = placement_group_table().values()
+            reserved = {
+                entry["name"].removeprefix(prefix)
+                for entry in groups
+                if entry["name"].startswith(prefix) and entry["state"] != "REMOVED"
+            }
+            return reserved | {name for name in ray.util.list_named_actors() if "#" in name}
+
+        return sorted(await self._run(find))
+
+    # ---- the controller ----------------
+
+    async def start_controller(self, spec: ProcessSpec) -> None:
+        """Start the controller's host on the cluster's head. Raises ClusterUnavailable if there is one."""
+        from ray.exceptions import ActorAlreadyExistsError
+
+        options: dict[str, Any] = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
+        arguments = (self._system, msgspec.msgpack.encode(spec))
+        try:
+            await self._start_actor(ControllerActor, CONTROLLER_GROUP, options, arguments, max_restarts=-1)
+        except ActorAlreadyExistsError:
+            raise ClusterUnavailable(
+                f"a system called {self._system!r} already runs on this cluster. "
+                f"Stop it (headrace down --name {self._system}), or give this one another --name."
+            ) from None
+
+    async def has_controller(self) -> bool:
+        """Whether the system's controller has a host."""
+        import ray
+
+        return CONTROLLER_GROUP in await self._run(ray.util.list_named_actors)
+
+    # ---- inside ----------------
+
+    async def _connect(self, address: str) -> None:
+        import ray
+
+        def connect() -> None:
+            logging.getLogger("ray").setLevel(logging.ERROR)
+            ray.init(
+                address=address,
+                namespace=f"headrace-{self._system}",
+                log_to_driver=False,
+                configure_logging=False,
+                logging_level=logging.ERROR,
+            )
+            self._own_node_id = ray.get_runtime_context().get_node_id()
+            self._own_address = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+        try:
+            await self._run(connect, limit_s=CONNECT_LIMIT_S)
+        except ClusterUnavailable as error:
+            raise ClusterUnavailable(f"the Ray cluster at {address} cannot be used: {error}") from None
+
+    async def _start_actor(
+        self,
+        kind: type,
+        name: str,
+        options: dict[str, Any],
+        arguments: tuple[object, ...],
+        *,
+        max_restarts: int,
+    ) -> None:
+        import ray
+
+        def start() -> Any:
+            return (
+                ray.remote(kind)
+                .options(
+                    name=name,
+                    lifetime="detached",
+                    max_restarts=max_restarts,
+                    max_concurrency=MAX_CONCURRENCY,
+                    **options,
+                )
+                .remote(*arguments)
+            )
+
+        self._actors[name] = await self._run(start)
+
+    async def _find_actor(self, key: str) -> Any:
+        import ray
+
+        actor = self._actors.get(key)
+        if actor is None:
+            try:
+                actor = await self._run(ray.get_actor, key)
+            except ValueError:
+                raise HostLost("Ray has no such actor") from None
+            self._actors[key] = actor
+        return actor
+
+    async def _run(
+        self, function: Callable[..., ResultT], *arguments: object, limit_s: float = CALL_LIMIT_S
+    ) -> ResultT:
+        """Run one of Ray's blocking calls in a thread."""
+        from ray.exceptions import ActorAlreadyExistsError, RayError
+
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(limit_s):
+                return await loop.run_in_executor(self._executor, function, *arguments)
+        except TimeoutError:
+            raise ClusterUnavailable(f"Ray has not answered for {limit_s:.0f} s") from None
+        except ActorAlreadyExistsError:
+            raise
+        except (RayError, RuntimeError, OSError) as error:
+            raise ClusterUnavailable(reason_of(error)) from None
+
+    def _group_name(self, key: str) -> str:
+        return f"headrace-{self._system}/{key}"
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what matters of one of Ray's errors, in one line: they have many."""
+    text = str(error) or type(error).__name__
+    for mark in ("The actor is dead because ", "ModuleNotFoundError: ", "Version mismatch: "):
+        if mark in text:
+            text = mark + text.split(mark, 1)[1]
+            break
+    line = " ".join(text.split())
+    return line if len(line) <= _MAX_REASON_CHARACTERS else line[:_MAX_REASON_CHARACTERS] + "…"
+
+
+def _check_installed() -> None:
+    try:
+        version = importlib.metadata.version("ray")
+    except importlib.metadata.PackageNotFoundError:
+        raise ClusterUnavailable("ray is not installed; pip install headrace[ray]") from None
+    if not version.startswith(f"{RAY_VERSION}."):
+        raise ClusterUnavailable(
+            f"ray {version} is installed, and headrace is made for {RAY_VERSION}; "
+            "pip install headrace[ray], with the same version on the cluster"
+        )
+
+
+def _resolve_address(address: str) -> str:
+    """Return host:port of the cluster's head."""
+    if address not in ("", "auto"):
+        return address
+    import ray._private.services as services
+
+    found = os.environ.get("RAY_ADDRESS", "")
+    if found and found != "auto":
+        return found
+    try:
+        return str(services.canonicalize_bootstrap_address_or_die("auto"))
+    except (ConnectionError, ValueError):
+        raise ClusterUnavailable(
+            "no Ray cluster runs on this machine. Start one (ray start --head), or say where it is: "
+            "--address HOST:PORT, or ray.address in the config"
+        ) from None
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself takes long to say that nobody listens."""
+    host, port = split_host_port(address, "ray.address")
+    try:
+        socket.create_connection((host, port), REACH_LIMIT_S).close()
+    except OSError as error:
+        raise ClusterUnavailable(
+            f"the Ray cluster at {address} cannot be reached: {error.strerror or error}. Check --address "
+            "(host:port of the head, usually port 6379), and that the cluster runs"
+        ) from None
+
+
+def _check_token(address: str) -> None:
+    """Ray's own connection tries for 20 s and then says only that it failed."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import AuthenticationError, RayError
+
+    try:
+        GcsClient(address=address)
+    except AuthenticationError:
+        mode = os.environ.get("RAY_AUTH_MODE", "") or "not set"
+        raise ClusterUnavailable(
+            f"the Ray cluster at {address} does not accept our token (RAY_AUTH_MODE is {mode}). Put the "
+            "cluster's token into ~/.ray/auth_token, or set RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
+        ) from None
+    except (RayError, RuntimeError, OSError) as error:
+        raise ClusterUnavailable(f"the Ray cluster at {address} cannot be used: {reason_of(error)}") from None
+
+
+def _bundle(needs: NodeNeeds) -> dict[str, float]:
+    accelerator = {f"{ACCELERATOR_PREFIX}{needs.accelerator_type}": _ACCELERATOR_SHARE}
+    return {**needs.resources, **(accelerator if needs.accelerator_type else {})}
+
+
+def _actor_options(needs: NodeNeeds) -> dict[str, Any]:
+    """The actor takes all of its bundle, so that Ray shows it the GPUs that it has."""
+    rest = _bundle(needs)
+    options: dict[str, Any] = {"num_cpus": rest.pop("CPU", 0), "num_gpus": rest.pop("GPU", 0)}
+    if memory := rest.pop("memory", 0):
+        options["memory"] = memory
+    return {**options, "resources": rest}
+
+
+def _read_nodes() -> list[NodeState]:
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    available = available_resources_per_node()  # type: ignore[no-untyped-call]
+    return [
+        NodeState(
+            node_id=node["NodeID"],
+            address=node["NodeManagerAddress"],
+            is_alive=node["Alive"],
+            total=_counted(node["Resources"]),
+            available=_counted(available.get(node["NodeID"], {})),
+            labels=dict(node["Labels"]),
+        )
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+    ]
+
+
+def _counted(resources: dict[str, float]) -> dict[str, float]:
+    """Without what Ray adds for itself: names of nodes and of placement groups."""
+    return {
+        name: amount
+        for name, amount in resources.items()
+        if not name.startswith(("node:", "bundle_"))
+        and "_group_" not in name
+        and name != "object_store_memory"
+    }

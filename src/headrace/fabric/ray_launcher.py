@@ -1,0 +1,189 @@
+"""The launcher for a cluster: every group of processes has a host of its own, where the cluster places it.
+
+Owns the links to the hosts. What it starts outlives it: a later launcher of the same system finds the hosts
+and goes on. Must not know: what the processes do, and Ray, which is behind `Cluster`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections import Counter
+from collections.abc import Mapping
+
+from headrace.api.messages import (
+    LauncherError,
+    LauncherEvent,
+    Nodes,
+    NodeState,
+    Processes,
+    ProcessSpec,
+)
+from headrace.clock import Clock
+from headrace.fabric.cluster import Cluster, ClusterUnavailable, HostLost, HostSilent
+from headrace.fabric.host_link import HostLink
+from headrace.fabric.local import LauncherLost
+
+MAX_QUEUED_EVENTS = 10_000
+MAX_HOSTS = 2048
+NODES_PERIOD_S = 1.0
+RELEASE_LIMIT_S = 15.0
+
+
+class RayLauncher:
+    """The Launcher over a Cluster. Made by `connect`."""
+
+    def __init__(self, cluster: Cluster, clock: Clock) -> None:
+        self._cluster = cluster
+        self._clock = clock
+        self._events: asyncio.Queue[LauncherEvent | None] = asyncio.Queue(MAX_QUEUED_EVENTS)
+        self._links: dict[str, HostLink] = {}
+        """By group."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._nodes: list[NodeState] = []
+        self._lost_reason = ""
+
+    def __repr__(self) -> str:
+        return f"RayLauncher({len(self._links)} hosts, {len(self._nodes)} nodes)"
+
+    @classmethod
+    async def connect(cls, cluster: Cluster, clock: Clock) -> RayLauncher:
+        """Find the hosts of the system that are there. Raises LauncherLost."""
+        launcher = cls(cluster, clock)
+        try:
+            await launcher._adopt_all()
+        except ClusterUnavailable as error:
+            raise LauncherLost(str(error)) from error
+        launcher._spawn(launcher._watch_nodes())
+        return launcher
+
+    def start(self, spec: ProcessSpec) -> None:
+        if self._link_of(spec.name) is not None:
+            self._put(LauncherError(spec.name, "a process of this name is running"))
+            return
+        group = spec.group or spec.name
+        link = self._links.get(group)
+        if link is None or link.is_over:
+            if len(self._links) >= MAX_HOSTS:
+                self._put(
+                    LauncherError(spec.name, f"there are {MAX_HOSTS} hosts already, the most there may be")
+                )
+                return
+            link = self._links[group] = self._make_link(f"{group}#{_incarnation()}")
+            link.start(spec)
+            self._spawn(self._live(link))
+        else:
+            link.start(spec)
+
+    def stop(self, name: str, grace_s: float) -> None:
+        link = self._link_of(name)
+        if link is None:
+            self._put(LauncherError(name, "no such process"))
+        else:
+            link.stop(name, grace_s)
+
+    def list_processes(self) -> None:
+        self._put(Processes([state for link in self._links.values() for state in link.processes.values()]))
+
+    async def next_event(self) -> LauncherEvent:
+        event = None if self._lost_reason and self._events.empty() else await self._events.get()
+        if event is None:
+            raise LauncherLost(self._lost_reason)
+        return event
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    # ---- hosts ----------------
+
+    def _make_link(self, key: str) -> HostLink:
+        return HostLink(key, self._cluster, self._clock, self._put, self._count_family)
+
+    async def _adopt_all(self) -> None:
+        """Of several hosts of one group, the newest is it; the others were given up and are released."""
+        newest: dict[str, str] = {}
+        for key in sorted(await self._cluster.hosts(), key=lambda key: key.rpartition("#")[2]):
+            group = key.rpartition("#")[0]
+            if group in newest:
+                self._spawn(self._release(newest[group]))
+            newest[group] = key
+        await asyncio.gather(*(self._adopt(key) for key in newest.values()))
+
+    async def _adopt(self, key: str) -> None:
+        link = self._make_link(key)
+        try:
+            await link.adopt()
+        except HostSilent:
+            link.assume()
+        except HostLost:
+            self._spawn(self._release(key))
+            return
+        if not link.processes:  # nothing alive is in it
+            self._spawn(self._release(key))
+            return
+        self._links[link.group] = link
+        self._spawn(self._live(link, is_adopted=True))
+
+    async def _live(self, link: HostLink, *, is_adopted: bool = False) -> None:
+        try:
+            await link.run(is_adopted=is_adopted)
+        finally:
+            if self._links.get(link.group) is link:
+                del self._links[link.group]
+
+    async def _release(self, key: str) -> None:
+        with contextlib.suppress(ClusterUnavailable, TimeoutError):
+            async with asyncio.timeout(RELEASE_LIMIT_S):
+                await self._cluster.release(key)
+
+    def _link_of(self, name: str) -> HostLink | None:
+        return next((link for link in self._links.values() if name in link.names()), None)
+
+    def _count_family(self, name: str) -> Mapping[str, int]:
+        family = name.rpartition("-")[0]
+        return Counter(
+            link.node_id
+            for link in self._links.values()
+            if link.node_id and link.group.rpartition("-")[0] == family
+        )
+
+    # ---- events ----------------
+
+    async def _watch_nodes(self) -> None:
+        while True:
+            with contextlib.suppress(ClusterUnavailable):  # the next try may find it
+                nodes = await self._cluster.nodes()
+                if nodes != self._nodes:
+                    self._nodes = nodes
+                    self._put(Nodes(nodes, self._cluster.own_node_id))
+            await asyncio.sleep(NODES_PERIOD_S)
+
+    def _spawn(self, coroutine: object) -> None:
+        assert asyncio.iscoroutine(coroutine)
+        task: asyncio.Task[None] = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_done)
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._lose(f"the launcher broke: {error!r}")  # our own bug: the next controller adopts all
+
+    def _put(self, event: LauncherEvent) -> None:
+        if self._events.full():
+            self._lose("more events than the controller takes")
+        else:
+            self._events.put_nowait(event)
+
+    def _lose(self, reason: str) -> None:
+        self._lost_reason = reason
+        if not self._events.full():
+            self._events.put_nowait(None)
+
+
+def _incarnation() -> str:
+    """Later ones sort after earlier ones, and no two are the same."""
+    return f"{time.time_ns():020d}-{secrets.token_hex(3)}"

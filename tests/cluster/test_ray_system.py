@@ -1,0 +1,228 @@
+"""A whole system on a real Ray cluster: it serves, survives what Ray's parts do, and leaves nothing.
+
+One cluster for the module; tests leave it as they found it. `make cluster` gives it namespaces of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import psutil
+import pytest
+
+from headrace.api.messages import GetStatus
+from headrace.control.admin import NotRunning, ask
+from tests.cluster.ray_rig import RayCluster, free_port, ray_cluster
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+READY_LIMIT_S = 90.0
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    with ray_cluster("--num-cpus=2", "--labels=kind=head") as running:
+        yield running
+
+
+class System:
+    """A system under test, from outside."""
+
+    def __init__(self, cluster: RayCluster, process: subprocess.Popen[bytes], port: int) -> None:
+        self.cluster, self.process, self.port = cluster, process, port
+
+    def status(self) -> dict[str, Any]:
+        """As `headrace status --json`, without the start of a process each time."""
+        for path in self.cluster.directory.glob("headrace-*/ray-*"):
+            with contextlib.suppress(NotRunning):
+                reply = ask(path, GetStatus())
+                return msgspec.json.decode(msgspec.json.encode(reply.status))
+        return {}
+
+    def ask(self) -> httpx.Response:
+        body = {"model": "chat", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]}
+        return httpx.post(f"http://127.0.0.1:{self.port}/v1/chat/completions", json=body, timeout=60)
+
+    def wait(
+        self, condition: Callable[[dict[str, Any]], bool], limit_s: float = READY_LIMIT_S
+    ) -> dict[str, Any]:
+        deadline_s = time.monotonic() + limit_s
+        while True:
+            status = self.status()
+            if status and condition(status):
+                return status
+            assert time.monotonic() < deadline_s, (status, (self.cluster.directory / "up.log").read_text())
+            time.sleep(0.1)
+
+    def interrupt(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        assert self.process.wait(60) == 0, (self.cluster.directory / "up.log").read_text()
+
+
+def write_config(cluster: RayCluster, port: int, **endpoint: object) -> Path:
+    chat = {
+        "model": "smollm2-135m-instruct",
+        "engine": "simulated",
+        "replicas": {"min": 1, "max": 4},
+        **endpoint,
+    }
+    path = cluster.directory / "config.yaml"
+    path.write_text(json.dumps({"endpoints": {"chat": chat}, "gateway": {"bind": f"127.0.0.1:{port}"}}))
+    return path
+
+
+@contextmanager
+def running(cluster: RayCluster, **endpoint: object) -> Iterator[System]:
+    """A system that serves; it is stopped at the end, and then nothing of it is left."""
+    port = free_port()
+    config = write_config(cluster, port, **endpoint)
+    process = cluster.begin("up", str(config), "--launcher", "ray", "--address", cluster.address)
+    system = System(cluster, process, port)
+    try:
+        system.wait(lambda status: bool(status["is_ready"]))
+        yield system
+        system.interrupt()
+        deadline_s = time.monotonic() + 10
+        while left := left_over(cluster):
+            assert time.monotonic() < deadline_s, left
+            time.sleep(0.1)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            cluster.headrace("down", "--now", "--address", cluster.address)
+            process.wait(30)
+
+
+def left_over(cluster: RayCluster) -> list[str]:
+    processes = [
+        process.name()
+        for process in psutil.process_iter()
+        if process.name().startswith("headrace") and process.status() != psutil.STATUS_ZOMBIE
+    ]
+    return processes + [str(path) for path in cluster.directory.glob("headrace-*/*")]
+
+
+def pid_of(status: dict[str, Any], name: str) -> int:
+    return next(process["pid"] for process in status["processes"] if process["name"] == name)
+
+
+def test_a_system_serves_scales_and_leaves_nothing(cluster: RayCluster) -> None:
+    with running(cluster) as system:
+        assert system.ask().status_code == 200
+        status = system.status()
+        assert [node["replicas"] for node in status["nodes"]] == [["chat-1"]]
+        assert status["replicas"][0]["node"] == status["nodes"][0]["node_id"]
+        again = cluster.headrace(
+            "up", str(cluster.directory / "config.yaml"), "--launcher", "ray", "--address", cluster.address
+        )
+        assert again.returncode == 1
+        assert "a system called 'default' already runs on this cluster" in again.stderr
+        assert cluster.headrace("scale", "chat", "2").returncode == 0
+        system.wait(lambda status: status["endpoints"][0]["ready"] == 2)
+        assert cluster.headrace("scale", "chat", "1").returncode == 0
+        system.wait(lambda status: len(status["replicas"]) == 1)
+        assert system.ask().status_code == 200
+
+
+def test_what_dies_is_replaced_and_nothing_healthy_is_touched(cluster: RayCluster) -> None:
+    with running(cluster) as system:
+        before = system.status()
+        psutil.Process(pid_of(before, "controller")).kill()
+        after = system.wait(lambda status: pid_of(status, "controller") != pid_of(before, "controller"))
+        after = system.wait(lambda status: bool(status["is_ready"]))
+        keeper = psutil.Process(pid_of(after, "keeper"))
+        actor = keeper.parent()
+        assert actor is not None
+        actor.kill()
+        system.wait(lambda status: pid_of(status, "keeper") != keeper.pid)
+        after = system.wait(lambda status: bool(status["is_ready"]))
+        for name in ("front chat-1", "engine chat-1", "router-g1", "haproxy-g1"):
+            assert pid_of(after, name) == pid_of(before, name), name
+        assert system.ask().status_code == 200
+        host = psutil.Process(pid_of(after, "front chat-1")).parent()
+        assert host is not None
+        killed_s, killed = time.monotonic(), host.parent()
+        assert killed is not None
+        killed.kill()
+        status = system.wait(lambda status: pid_of(status, "front chat-1") != pid_of(after, "front chat-1"))
+        print(f"a killed host was noticed within {time.monotonic() - killed_s:.2f} s")
+        assert "The actor is dead" in status["replicas"][0]["last_error"]
+        system.wait(lambda status: bool(status["is_ready"]))
+        assert system.ask().status_code == 200
+        cluster.remove_placement_group("headrace-default/chat-1#")
+        status = system.wait(lambda status: "placement group" in status["replicas"][0]["last_error"])
+        system.wait(lambda status: bool(status["is_ready"]))
+        assert system.ask().status_code == 200
+
+
+def test_what_fits_nowhere_is_said_and_a_node_that_comes_is_used_and_missed(cluster: RayCluster) -> None:
+    with running(cluster, nodes={"resources": {"CPU": 0.1}}) as system:
+        config = write_config(cluster, system.port, nodes={"resources": {"CPU": 3}})
+        assert cluster.headrace("apply", str(config)).returncode == 0
+        waits = system.wait(lambda status: any("CPU 3 is asked" in r["phase"] for r in status["replicas"]))
+        phase = next(r["phase"] for r in waits["replicas"] if r["phase"])
+        assert "the most that one has is CPU 2" in phase
+        assert system.ask().status_code == 200
+        node = cluster.add_node("--num-cpus=3")
+        status = system.wait(
+            lambda status: (
+                len(status["nodes"]) == 2 and bool(status["is_ready"]) and len(status["replicas"]) == 1
+            )
+        )
+        large = next(entry["node_id"] for entry in status["nodes"] if entry["total"]["CPU"] == 3)
+        assert status["replicas"][0]["node"] == large
+        lost_s = time.monotonic()
+        node.kill()
+        status = system.wait(lambda status: status["replicas"][0]["last_error"] != "")
+        print(f"a killed node was noticed within {time.monotonic() - lost_s:.2f} s")
+        assert cluster.headrace("apply", str(write_config(cluster, system.port))).returncode == 0
+        system.wait(lambda status: bool(status["is_ready"]) and len(status["replicas"]) == 1)
+        assert system.ask().status_code == 200
+
+
+def test_down_ends_a_detached_system_from_anywhere(cluster: RayCluster) -> None:
+    config = write_config(cluster, free_port())
+    done = cluster.headrace(
+        "up", str(config), "--launcher", "ray", "--address", cluster.address, "--detach", "--name", "other"
+    )
+    assert done.returncode == 0, done.stderr
+    elsewhere = {"TMPDIR": "/var/tmp", "RAY_ADDRESS": cluster.address}
+    asked = cluster.headrace("status", "--json", "--name", "other", **elsewhere)
+    assert json.loads(asked.stdout)["is_ready"]
+    ended = cluster.headrace("down", "--name", "other", "--address", cluster.address)
+    assert (ended.returncode, ended.stdout) == (0, "stopped\n"), ended.stderr
+    again = cluster.headrace("down", "--name", "other", "--address", cluster.address)
+    assert again.returncode == 1
+    assert "no system called 'other'" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "address", "words"),
+    [
+        ({}, "127.0.0.1:1", "cannot be reached: Connection refused"),
+        ({"RAY_AUTH_TOKEN": "0" * 64}, "", "oken"),
+        ({"RAY_AUTH_MODE": "disabled"}, "", "oken"),
+        ({}, "nonsense", "is neither auto nor host:port"),
+    ],
+)
+def test_a_cluster_that_cannot_be_used_is_told_within_seconds(
+    cluster: RayCluster, change: dict[str, str], address: str, words: str
+) -> None:
+    config = write_config(cluster, free_port())
+    began_s = time.monotonic()
+    done = cluster.headrace(
+        "up", str(config), "--launcher", "ray", "--address", address or cluster.address, **change
+    )
+    print(f"told within {time.monotonic() - began_s:.1f} s: {done.stderr}")
+    assert done.returncode in (1, 2)
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr

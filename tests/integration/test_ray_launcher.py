@@ -1,0 +1,304 @@
+"""The launcher for clusters with real hosts, keepers and processes, on a cluster that tests play."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from headrace.api.messages import (
+    LauncherError,
+    LauncherEvent,
+    NodeNeeds,
+    Nodes,
+    NodeState,
+    Place,
+    ProcessEnded,
+    Processes,
+    ProcessSpec,
+    ProcessStarted,
+    ProcessWaiting,
+)
+from headrace.api.run_paths import PYTHON_PLACEHOLDER, RUN_DIR_PLACEHOLDER
+from headrace.clock import SystemClock
+from headrace.fabric import host_link
+from headrace.fabric.fake_cluster import FakeCluster
+from headrace.fabric.local import LauncherLost
+from headrace.fabric.ray_host import Host
+from headrace.fabric.ray_launcher import RayLauncher
+
+LIMIT_S = 20.0
+SLEEPER = [PYTHON_PLACEHOLDER, "-S", "-c", "import time; time.sleep(600)"]
+HERE = NodeState("here", "10.0.0.1", True, {"CPU": 2.0}, {}, {"kind": "head"})
+THERE = NodeState("there", "10.0.0.1", True, {"CPU": 2.0}, {}, {"kind": "spot"})
+
+
+@pytest.fixture(autouse=True)
+def short_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with tempfile.TemporaryDirectory(prefix="hr-", dir="/tmp") as directory:
+        monkeypatch.setattr(tempfile, "tempdir", directory)
+        yield
+
+
+def make_cluster(*nodes: NodeState) -> FakeCluster:
+    return FakeCluster(lambda group, node: Host("demo", group, node.node_id, node.address), list(nodes))
+
+
+@asynccontextmanager
+async def launched(cluster: FakeCluster) -> AsyncIterator[RayLauncher]:
+    """A launcher; at the end its hosts are released, and nothing of them is left."""
+    launcher = await RayLauncher.connect(cluster, SystemClock())
+    try:
+        yield launcher
+    finally:
+        launcher.close()
+        cluster.failure = ""
+        for key in await cluster.hosts():
+            await cluster.release(key)
+        parent = Path(tempfile.gettempdir())
+        await until(lambda: not any(parent.glob("headrace-*/*")))
+
+
+async def until(condition: object) -> None:
+    assert callable(condition)
+    async with asyncio.timeout(LIMIT_S):
+        while not condition():  # noqa: ASYNC110, processes of other programs raise no events here
+            await asyncio.sleep(0.02)
+
+
+async def take(launcher: RayLauncher, kind: type) -> LauncherEvent:
+    """The next event of `kind`; what is told of nodes and waits in between is let go."""
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            event = await launcher.next_event()
+            if isinstance(event, kind):
+                return event
+            assert isinstance(event, Nodes | ProcessWaiting), event
+
+
+def sleeper(name: str, *choices: NodeNeeds, group: str = "", **fields: object) -> ProcessSpec:
+    place = Place(list(choices)) if choices else None
+    return msgspec.structs.replace(ProcessSpec(name, SLEEPER, place=place, group=group), **fields)
+
+
+async def started(launcher: RayLauncher, spec: ProcessSpec) -> int:
+    launcher.start(spec)
+    event = await take(launcher, ProcessStarted)
+    assert isinstance(event, ProcessStarted)
+    assert event.process.name == spec.name
+    return event.process.pid
+
+
+@pytest.mark.slow
+async def test_replicas_of_an_endpoint_are_spread_over_the_nodes() -> None:
+    cluster = make_cluster(HERE, THERE)
+    async with launched(cluster) as launcher:
+        for number in (1, 2):
+            await started(launcher, sleeper(f"chat-{number}", NodeNeeds({"CPU": 1.0})))
+        assert sorted(cluster.liked) == ["here", "there"]
+        launcher.list_processes()
+        event = await take(launcher, Processes)
+        assert isinstance(event, Processes)
+        assert sorted(process.name for process in event.processes) == ["chat-1", "chat-2"]
+
+
+@pytest.mark.slow
+async def test_a_process_gets_the_run_directory_and_the_python_of_its_host(tmp_path: Path) -> None:
+    cluster = make_cluster(HERE)
+    program = (
+        f"import sys; open({str(tmp_path / 'said')!r}, 'w').write(' '.join([sys.executable, *sys.argv[1:]]))"
+    )
+    spec = ProcessSpec(
+        "chat-1",
+        [PYTHON_PLACEHOLDER, "-S", "-c", program, f"{RUN_DIR_PLACEHOLDER}/controller.sock"],
+        log_path=f"{RUN_DIR_PLACEHOLDER}/logs/chat-1.log",
+        files={"config.json": "{}"},
+    )
+    async with launched(cluster) as launcher:
+        await started(launcher, spec)
+        event = await take(launcher, ProcessEnded)
+        assert isinstance(event, ProcessEnded)
+        assert event.process.exit_code == 0
+        python, path = (tmp_path / "said").read_text().split()
+        assert python == sys.executable
+        assert path.startswith(f"{tempfile.gettempdir()}/headrace-{os.getuid()}/ray-demo-")
+        assert path.endswith("/controller.sock")
+
+
+@pytest.mark.slow
+async def test_a_host_goes_with_its_last_process_and_its_place_is_given_back() -> None:
+    cluster = make_cluster(HERE)
+    async with launched(cluster) as launcher:
+        await started(launcher, sleeper("router-g1", group="gateway-g1"))
+        await started(launcher, sleeper("haproxy-g1", group="gateway-g1"))
+        assert len(cluster.running) == 1
+        launcher.stop("router-g1", 5.0)
+        event = await take(launcher, ProcessEnded)
+        assert isinstance(event, ProcessEnded)
+        assert (event.process.name, event.process.exit_code) == ("router-g1", -15)
+        assert len(cluster.running) == 1
+        launcher.stop("haproxy-g1", 0.0)
+        await take(launcher, ProcessEnded)
+        await until(lambda: not cluster.running)
+        pid = await started(launcher, sleeper("router-g1", group="gateway-g1"))  # at once again
+        assert psutil.pid_exists(pid)
+
+
+@pytest.mark.slow
+async def test_a_restarted_controller_finds_what_runs_and_touches_nothing() -> None:
+    cluster = make_cluster(HERE, THERE)
+    async with launched(cluster) as first:
+        pid = await started(first, sleeper("chat-1", NodeNeeds({"CPU": 1.0})))
+        first.close()
+        second = await RayLauncher.connect(cluster, SystemClock())
+        second.list_processes()
+        event = await take(second, Processes)
+        assert isinstance(event, Processes)
+        assert [(process.name, process.pid) for process in event.processes] == [("chat-1", pid)]
+        second.start(sleeper("chat-1"))
+        refusal = await take(second, LauncherError)
+        assert isinstance(refusal, LauncherError)
+        assert "is running" in refusal.error
+        second.stop("chat-1", 5.0)
+        ended = await take(second, ProcessEnded)
+        assert isinstance(ended, ProcessEnded)
+        assert (ended.process.pid, ended.process.exit_code) == (pid, -15)
+        second.close()
+
+
+@pytest.mark.slow
+async def test_a_lost_node_ends_its_processes_with_the_reason() -> None:
+    cluster = make_cluster(HERE, THERE)
+    async with launched(cluster) as launcher:
+        pid = await started(launcher, sleeper("chat-1", NodeNeeds({"CPU": 1.0}, {"kind": "spot"})))
+        host, _ = next(iter(cluster.running.values()))
+        cluster.lose_node("there")
+        host.end()
+        event = await take(launcher, ProcessEnded)
+        assert isinstance(event, ProcessEnded)
+        assert (event.process.name, event.process.pid, event.process.exit_code) == ("chat-1", pid, None)
+        assert "its node is gone" in event.process.last_output
+        assert event.process.node == "there"
+
+
+@pytest.mark.slow
+async def test_a_silent_node_is_told_of_and_given_up_only_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host_link, "SILENT_AFTER_S", 0.3)
+    monkeypatch.setattr(host_link, "LOST_AFTER_S", 1.0)
+    monkeypatch.setattr(host_link, "POLL_S", 0.1)
+    cluster = make_cluster(HERE, THERE)
+    async with launched(cluster) as launcher:
+        pid = await started(launcher, sleeper("chat-1", NodeNeeds({"CPU": 1.0}, {"kind": "spot"})))
+        cluster.silent.add("there")
+        event = await take(launcher, ProcessWaiting)
+        assert isinstance(event, ProcessWaiting)
+        assert "has not answered for 0." in event.reason
+        assert psutil.pid_exists(pid)
+        cluster.silent.clear()
+        await asyncio.sleep(0.5)  # more than what was left of its time
+        assert psutil.pid_exists(pid)
+        cluster.silent.add("there")
+        ended = await take(launcher, ProcessEnded)
+        assert isinstance(ended, ProcessEnded)
+        assert "has not answered for 1 s" in ended.process.last_output
+        await until(lambda: not psutil.pid_exists(pid))
+
+
+@pytest.mark.slow
+async def test_what_fits_nowhere_waits_says_why_and_starts_when_a_node_comes() -> None:
+    cluster = make_cluster(HERE)
+    async with launched(cluster) as launcher:
+        launcher.start(sleeper("chat-1", NodeNeeds({"CPU": 4.0})))
+        event = await take(launcher, ProcessWaiting)
+        assert isinstance(event, ProcessWaiting)
+        assert event.name == "chat-1"
+        assert "CPU 4 is asked" in event.reason
+        assert "the most that one has is CPU 2" in event.reason
+        cluster.add_node(NodeState("large", "10.0.0.1", True, {"CPU": 8.0}))
+        started_event = await take(launcher, ProcessStarted)
+        assert isinstance(started_event, ProcessStarted)
+        assert started_event.process.node == "large"
+
+
+@pytest.mark.slow
+async def test_the_second_choice_is_taken_when_the_first_does_not_come_in_time() -> None:
+    cluster = make_cluster(HERE)
+    choices = NodeNeeds({"CPU": 1.0}, {"kind": "spot"}, wait_s=0.2), NodeNeeds({"CPU": 1.0}, {"kind": "head"})
+    async with launched(cluster) as launcher:
+        launcher.start(sleeper("chat-1", *choices))
+        event = await take(launcher, ProcessStarted)
+        assert isinstance(event, ProcessStarted)
+        assert event.process.node == "here"
+
+
+async def test_one_that_waits_for_a_place_can_be_stopped() -> None:
+    cluster = make_cluster(HERE)
+    async with launched(cluster) as launcher:
+        launcher.start(sleeper("chat-1", NodeNeeds({"CPU": 4.0})))
+        await until(cluster.liked.__len__)
+        launcher.stop("chat-1", 5.0)
+        event = await take(launcher, ProcessEnded)
+        assert isinstance(event, ProcessEnded)
+        assert "never had a place" in event.process.last_output
+        await until(lambda: not cluster._reserved)
+
+
+async def test_a_cluster_that_does_not_answer_fails_the_start_and_not_the_launcher() -> None:
+    cluster = make_cluster(HERE)
+    async with launched(cluster) as launcher:
+        cluster.failure = "Ray has not answered for 15 s"
+        launcher.start(sleeper("chat-1", NodeNeeds({"CPU": 1.0})))
+        event = await take(launcher, LauncherError)
+        assert isinstance(event, LauncherError)
+        assert event.error == cluster.failure
+    cluster.failure = "refused"
+    with pytest.raises(LauncherLost, match="refused"):
+        await RayLauncher.connect(cluster, SystemClock())
+
+
+@pytest.mark.slow
+async def test_a_program_that_does_not_exist_is_an_error_of_its_process_alone() -> None:
+    cluster = make_cluster(HERE)
+    async with launched(cluster) as launcher:
+        pid = await started(launcher, sleeper("relay-g1", group="gateway-g1"))
+        launcher.start(ProcessSpec("haproxy-g1", ["/nowhere/haproxy"], group="gateway-g1"))
+        event = await take(launcher, LauncherError)
+        assert isinstance(event, LauncherError)
+        assert "/nowhere/haproxy cannot be started" in event.error
+        assert psutil.pid_exists(pid)
+
+
+@pytest.mark.slow
+async def test_a_killed_keeper_ends_its_processes_and_is_told() -> None:
+    cluster = make_cluster(HERE)
+    async with launched(cluster) as launcher:
+        pid = await started(launcher, sleeper("chat-1", NodeNeeds({"CPU": 1.0})))
+        parent = psutil.Process(pid).parent()
+        assert parent is not None
+        parent.kill()
+        event = await take(launcher, ProcessEnded)
+        assert isinstance(event, ProcessEnded)
+        assert "its keeper ended with -9" in event.process.last_output
+        await until(lambda: not psutil.pid_exists(pid))
+
+
+@pytest.mark.slow
+async def test_another_machine_is_refused_before_anything_starts_there() -> None:
+    cluster = make_cluster(HERE)
+    cluster.add_node(NodeState("far", "10.0.0.9", True, {"CPU": 8.0}))
+    async with launched(cluster) as launcher:
+        launcher.start(sleeper("chat-1", NodeNeeds({"CPU": 4.0})))
+        event = await take(launcher, LauncherError)
+        assert isinstance(event, LauncherError)
+        assert "is another machine (10.0.0.9) than the controller's (10.0.0.1)" in event.error
+        await until(lambda: not cluster.running)

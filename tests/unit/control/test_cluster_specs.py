@@ -1,0 +1,82 @@
+"""What a replica's host on a cluster is told, and what it asks of its node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from headrace.api.config import Config
+from headrace.api.config_loader import parse_config
+from headrace.api.messages import NodeNeeds, ReplicaSpec
+from headrace.api.run_paths import PYTHON_PLACEHOLDER, RUN_DIR_PLACEHOLDER
+from headrace.control.specs import (
+    CONFIG_FILE,
+    cluster_controller_process,
+    cluster_replica_process,
+    generation_of,
+    place_of,
+)
+
+
+def config_of(launcher: str = "ray", **endpoint: Any) -> Config:
+    return parse_config({"launcher": launcher, "endpoints": {"chat": {"model": "m", **endpoint}}})
+
+
+def needs_of(**endpoint: Any) -> list[NodeNeeds]:
+    return place_of(config_of(**endpoint).endpoints["chat"]).choices
+
+
+def test_a_native_replica_takes_as_many_cores_as_it_has_threads() -> None:
+    assert needs_of() == [NodeNeeds({"CPU": 1.0})]
+    assert needs_of(native={"num_threads": 4}) == [NodeNeeds({"CPU": 4.0})]
+    assert needs_of(native={"num_threads": 2, "tensor_parallel": 2}) == [NodeNeeds({"CPU": 4.0})]
+    assert needs_of(nodes={"resources": {"CPU": 2, "GPU": 1}}) == [NodeNeeds({"CPU": 2.0, "GPU": 1.0})]
+    assert needs_of(engine="simulated") == [NodeNeeds({"CPU": 0.1})]
+
+
+def test_its_engine_has_the_threads_of_the_cores_that_it_takes() -> None:
+    spec = cluster_replica_process(config_of(nodes={"resources": {"CPU": 3}}), "chat", "chat-1", Path("/run"))
+    assert msgspec.json.decode(spec.argv[-1], type=ReplicaSpec).engine.num_threads == 3
+
+
+def test_preferences_add_to_what_the_section_asks() -> None:
+    nodes = {
+        "resources": {"GPU": 1},
+        "accelerator_type": "L4",
+        "labels": {"zone": "a"},
+        "prefer": [{"labels": {"market": "spot"}, "wait_s": 20}, {"accelerator_type": "H100"}],
+    }
+    spot, other = needs_of(nodes=nodes)
+    resources = {"CPU": 1.0, "GPU": 1.0}
+    assert spot == NodeNeeds(resources, {"zone": "a", "market": "spot"}, "L4", 20.0)
+    assert other == NodeNeeds(resources, {"zone": "a"}, "H100", 60.0)
+
+
+def test_paths_are_left_to_the_host() -> None:
+    spec = cluster_replica_process(config_of(), "chat", "chat-1", Path("/run/of/the/controller"))
+    assert spec.argv[0] == PYTHON_PLACEHOLDER
+    assert spec.log_path == f"{RUN_DIR_PLACEHOLDER}/logs/chat-1.log"
+    replica = msgspec.json.decode(spec.argv[-1], type=ReplicaSpec)
+    assert replica.run_dir == RUN_DIR_PLACEHOLDER
+    assert replica.report_sockets == [
+        f"{RUN_DIR_PLACEHOLDER}/g1/router.sock",
+        f"{RUN_DIR_PLACEHOLDER}/controller.sock",
+    ]
+
+
+def test_a_controller_takes_its_first_config_along_and_is_restarted() -> None:
+    spec = cluster_controller_process(config_of(), "demo")
+    assert spec.argv[-2:] == [RUN_DIR_PLACEHOLDER, "demo"]
+    assert spec.is_restarted
+    assert Config.model_validate_json(spec.files[CONFIG_FILE]) == config_of()
+
+
+def test_other_nodes_are_another_version_on_a_cluster_only() -> None:
+    there = {"nodes": {"resources": {"CPU": 2}}, "native": {"num_threads": 1}}
+    here = {"native": {"num_threads": 1}}
+    assert generation_of(config_of(**there), "chat") != generation_of(config_of(**here), "chat")
+    assert generation_of(config_of("local", **there), "chat") == generation_of(
+        config_of("local", **here), "chat"
+    )
