@@ -185,7 +185,7 @@ def test_requests_are_a_durable_fronts_and_count_once_at_the_replica(ready: Syst
     line = request_log(ready, asks[0].headers["x-request-id"])
     assert line["replica"] in ("chat-1", "chat-2")
     assert (line["state"], line["output_tokens"], line["resumptions"]) == ("finished", 600, 0)
-    assert line["engine_ms"] > 250 * 3
+    assert line["engine_ms"] > 100, "its part of the steps that it shared"
     wait_idle(ready)
 
 
