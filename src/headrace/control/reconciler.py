@@ -19,6 +19,7 @@ from headrace.control.slots import (
     lowest_free_id,
     phase_of,
     restart_due_s,
+    slot_prefix,
 )
 
 
@@ -47,6 +48,8 @@ class DesiredEndpoint:
     surge: int = 1
     reason: str = ""
     """Why the count is what it is."""
+    id_prefix: str = ""
+    """What its ids begin with; empty: its name, made safe."""
 
     @property
     def num_standby(self) -> int:
@@ -61,6 +64,8 @@ class StartReplica:
     reason: str
     generation: str = ""
     is_standby: bool = False
+    gateway_id: str = ""
+    """Not a replica: a durable front of this gateway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +345,7 @@ class _Turn:
                 self.actions.append(StartReplica(slot.replica_id, name, why, generation, is_standby))
                 room -= 1
         for generation, is_standby in new[: max(room, 0)]:
-            replica_id = lowest_free_id(name, self.taken)
+            replica_id = lowest_free_id(desired.id_prefix or slot_prefix(name), self.taken)
             self.taken.add(replica_id)
             why = f"{desired.num_standby} on standby wanted" if is_standby else reason
             self.actions.append(StartReplica(replica_id, name, why, generation, is_standby))

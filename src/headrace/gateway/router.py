@@ -80,6 +80,7 @@ class Router:
         self.membership = Membership(self.replicas, self.dispatcher, self.recorder, clock.now_s)
         self.keeper = ServerKeeper(spec, fd_limit, runtime, self.membership.servers_changed)
         self.membership.keeper = self.keeper
+        self.membership.set_rules(spec.endpoints)
         self.keys = KeyMap(self._paths.key_map, runtime)
         self.keys.want(None, bool(spec.tenants))
         self.admin_keys = KeyMap(self._paths.admin_key_map, runtime)
@@ -261,7 +262,7 @@ class Router:
 
     def _speaks_h2(self, decision: Bound) -> bool:
         """Whether HAProxy reaches the replica over HTTP/2, too."""
-        replica = self.replicas.replicas.get(decision.replica_id)
+        replica = self.replicas.replicas.get(decision.front_id or decision.replica_id)
         return replica is not None and replica.is_shared_serving
 
     def _on_spoe_lost(self, connection: SpoeConnection) -> None:
@@ -326,6 +327,7 @@ class Router:
         self._spec = spec
         self._closed_peers.watch(*split_address(spec.bind))
         self.dispatcher.set_rules(spec.endpoints)
+        self.membership.set_rules(spec.endpoints)
         self.dispatcher.set_tenants(spec.tenants, self._clock.now_s())
 
 

@@ -93,7 +93,7 @@ class Front:
         self.keeper: StreamKeeper = StreamKeeper(
             self.engine, self._peers, self.view.own_engine, limits_of_streams, self._metrics, clock
         )
-        self.guests = PeerServer(self.engine, self.view.why_no_guest, self._reporter.notify)
+        self.guests = PeerServer(self.engine, self.view.why_no_guest, self._reporter.notify, self._digest)
         streams = EngineStreams(self.engine, self.keeper, lambda: self._generator.num_preparing)
         self.standby = Standby(
             self.engine,
