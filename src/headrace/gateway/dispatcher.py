@@ -1,8 +1,7 @@
 """Every request between its arrival and its end: held, bound to a replica, ended; each exactly once.
 
 Owns the conservation of requests: arrived == held + in flight + sum of terminal states, per endpoint, always
-(`check_integrity`). No I/O: `now_s` comes in, answers go out through the callback that came with the request.
-Must not know SPOE, HAProxy's log or the runtime API.
+(`check_integrity`). No I/O: `now_s` comes in. Must not know SPOE, HAProxy's log or the runtime API.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from headrace.gateway.binding import Binder, Held
 from headrace.gateway.decisions import make_placer
 from headrace.gateway.dispatch_tenants import Charge, TenantBook
 from headrace.gateway.endpoint_state import EndpointState
-from headrace.gateway.flights import LOG_GRACE_S, ORPHAN_LIMIT_S, RECONCILE_AFTER_S, Flights, InFlight
+from headrace.gateway.flights import Flights, InFlight
 from headrace.gateway.replicas import Replica, ReplicaTable
 from headrace.policy.admission import HeldRequest
 from headrace.policy.fairness import FairQueue
@@ -34,9 +33,6 @@ from headrace.policy.limits import Refusal
 from headrace.policy.placement import CacheChanges
 
 __all__ = [
-    "LOG_GRACE_S",
-    "ORPHAN_LIMIT_S",
-    "RECONCILE_AFTER_S",
     "Arrival",
     "Bound",
     "Dispatcher",
