@@ -176,6 +176,35 @@ async def test_scaling_and_applying_under_load_lose_no_request(runtime: Path) ->
         await asyncio.to_thread(system.close)
 
 
+async def test_zero_comes_at_once_open_streams_end_whole_and_the_next_request_starts_it_again(
+    runtime: Path,
+) -> None:
+    config = tree(replicas={"min": 1, "max": 1}, simulated={"step_ms": 20}, drain_grace_s=10)
+    system = await asyncio.to_thread(headrace.serve, config)
+    question = {"messages": [{"role": "user", "content": "Go"}], "model": "chat", "stream": True}
+    path = f"{system.url}/chat/completions"
+
+    def states() -> list[str]:
+        return [replica.state for replica in system.status().replicas]
+
+    try:
+        async with httpx.AsyncClient(timeout=LIMIT_S) as http:
+            async with http.stream("POST", path, json={**question, "max_tokens": 100}) as response:
+                parts = response.aiter_lines()
+                await anext(parts)
+                await asyncio.to_thread(system.scale, "chat", 0)
+                await asyncio.to_thread(until, lambda: states() == ["draining"], 1.0)
+                lines = [line async for line in parts if line]
+            assert lines[-1] == "data: [DONE]"
+            assert sum('"content"' in line for line in lines) >= 90, "it was open for most of its time"
+            await asyncio.to_thread(until, lambda: states() == [], 5.0)
+            answer = await http.post(path, json={**question, "stream": False, "max_tokens": 2})
+            assert answer.status_code == 200
+            assert states() == ["ready"], "it stays for as long as after any request"
+    finally:
+        await asyncio.to_thread(system.close)
+
+
 def test_serve_gives_a_client_and_leaves_nothing(runtime: Path) -> None:
     with headrace.serve(tree()) as system:
         processes = psutil.Process(system.status().processes[0].pid).children(recursive=True)

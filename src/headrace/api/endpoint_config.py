@@ -103,9 +103,10 @@ class Rollout(Section):
     stage_s: Annotated[float, Field(ge=0, le=86_400)] = 30.0
     """Longest time in a stage: with fewer requests it is judged by what there was."""
     max_failed_ratio: Annotated[float, Field(ge=0, le=1)] = 0.02
-    """More of its requests failing than this, and than the old version's, rolls back."""
+    """More of its requests failing than this, and than the old version's, rolls back, where so many make it
+    sure that chance did not do it. 0: a single one does, unless the old version fails, too."""
     max_slow_ratio: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """More of its requests beyond the SLO than the old version's by this much rolls back."""
+    """More of its requests beyond the SLO than the old version's by this much rolls back, likewise."""
     start_limit_s: Annotated[float, Field(gt=0, le=86_400)] = 900.0
     """A new version without a ready replica by then is rolled back, as is one that fails repeatedly."""
 

@@ -20,6 +20,7 @@ from headrace.control.scaling_windows import (
     CounterBook,
     DemandWindow,
     DurationBook,
+    LastUse,
     ObservedTime,
     ShapeMeter,
 )
@@ -126,8 +127,7 @@ class EndpointScaler:
         self._keeper = CountKeeper()
         self._waiting = Waiting()
         self._held_tokens = 0.0
-        self._used_s = -math.inf
-        """Observed time of the last request."""
+        self._use = LastUse()
         self._observation: ScalingObservation | None = None
         self._history: deque[_Change] = deque(maxlen=MAX_CHANGES)
         self._endpoint = endpoint
@@ -151,11 +151,14 @@ class EndpointScaler:
         limits = scaling_limits(endpoint)
         if limits.min_count < self._limits.min_count:
             self._keeper.forget()
+        if limits.min_count:
+            self._use.want()
         self._endpoint, self._limits = endpoint, limits
 
-    def forget_requests(self) -> None:
-        """Count the endpoint as never used: the user wants what its minimum says."""
-        self._used_s = -math.inf
+    def end(self) -> None:
+        """A user wants no replica, now: what is open may finish, what is held is served first. That stands
+        until a later request needs one."""
+        self._use.end(self._waiting.num_held)
         self._keeper.forget()
 
     def observe(self, observation: ScalingObservation, now_s: float) -> None:
@@ -175,8 +178,7 @@ class EndpointScaler:
             if sample is not None:
                 self._observe_work(*sample)
         self._observe_waiting(observation.demands)
-        if num_arrived or self._waiting.num_held or self._waiting.num_in_flight:
-            self._used_s = self._time.now_s
+        self._use.observe(num_arrived, self._waiting.num_held, self._waiting.num_in_flight, self._time.now_s)
         self._observe_replicas(observation.replicas)
         if is_first:
             live = [
@@ -186,7 +188,7 @@ class EndpointScaler:
             ]
             self._keeper.begin(min(len(live), self._limits.max_count), self._time.now_s)
             if live:
-                self._used_s = self._time.now_s  # nobody remembers when it last was
+                self._use.at_s = self._time.now_s  # nobody remembers when it last was
 
     def decide(self, now_s: float) -> ScalingDecision:
         """Return the wanted count. Without any observation: the least that is allowed."""
@@ -288,8 +290,9 @@ class EndpointScaler:
             supply=self._supply(observation.replicas),
             waiting=self._waiting,
             max_running=self._max_running,
-            idle_s=self._time.now_s - self._used_s,
+            idle_s=self._time.now_s - self._use.at_s,
             metrics=observation.metrics,
+            is_ended=self._use.is_ended,
         )
         if capacity is None:
             return given

@@ -55,6 +55,35 @@ class ObservedTime:
         return True
 
 
+class LastUse:
+    """When an endpoint was last used, and whether a user took it to zero since."""
+
+    def __init__(self) -> None:
+        self.at_s = -math.inf
+        """Observed time of the last request."""
+        self.is_ended = False
+        """A user wants no replica, and no later request has needed one yet."""
+        self._num_left = 0
+        """Requests that were held when it was ended, if some still are: they are served first."""
+
+    def observe(self, num_arrived: float, num_held: int, num_in_flight: int, now_s: float) -> None:
+        """Take what is there. Once it is ended only a request that is held uses it again: where no replica is
+        every later one is held, while arrivals and ends are told of late and may have been before."""
+        if self.is_ended:
+            self._num_left = min(self._num_left, num_held)
+            self.is_ended = num_held == self._num_left
+        if not self.is_ended and (num_arrived or num_held or num_in_flight):
+            self.at_s = now_s
+
+    def end(self, num_held: int) -> None:
+        """A user wants no replica; `num_held` requests wait for one."""
+        self.at_s, self.is_ended, self._num_left = -math.inf, True, num_held
+
+    def want(self) -> None:
+        """A user wants replicas again."""
+        self.is_ended = False
+
+
 class Totals(NamedTuple):
     """Counters of one router, or what they grew by."""
 

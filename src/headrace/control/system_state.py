@@ -151,7 +151,7 @@ class SystemState:
         self.rollouts.rescale(self.config)
         self.fleet.forgive(endpoint)
         if count == 0:
-            self._scalers[endpoint].forget_requests()
+            self._scalers[endpoint].end()
         return f"{endpoint}: {section.replicas.min} -> {count} replicas"
 
     def apply(self, config: Config, now_s: float) -> list[str]:

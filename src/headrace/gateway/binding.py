@@ -6,6 +6,8 @@ room, the `Placer` where). Must not know how requests arrive or end.
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from headrace.gateway.arrivals import Arrival, Bound
@@ -17,7 +19,7 @@ from headrace.gateway.replicas import ReplicaTable
 from headrace.policy.admission import HeldRequest
 from headrace.policy.limits import Refusal, TenantLimits
 from headrace.policy.placement import Placement, explain
-from headrace.policy.traffic import choose_version
+from headrace.policy.traffic import choose_version, own_wait_s
 
 
 class Held(msgspec.Struct, gc=False):
@@ -48,7 +50,7 @@ class Binder:
         arrival = held.arrival
         if endpoint.queue.has_turn or not self._tenants.limits[arrival.tenant].has_room():
             return False
-        placement = self._place(arrival, endpoint, now_s)
+        placement = self._place(arrival, endpoint, 0.0, now_s)
         if placement.replica_id is None:
             return False
         self._bind(held, endpoint, placement, "", now_s)
@@ -63,7 +65,12 @@ class Binder:
         hold little: the first of the two is the request that must go for it, if one must."""
         arrival, queue = held.arrival, endpoint.queue
         limits = self._tenants.limits[arrival.tenant]
-        num_held, max_queued = queue.num_held(arrival.tenant), limits.rule.max_queued
+        max_queued = limits.rule.max_queued
+        if endpoint.rule.traffic and (
+            len(queue) >= queue.max_requests or 0 < max_queued <= queue.num_held(arrival.tenant)
+        ):
+            self._pump(endpoint, now_s, is_hurried=True)  # no request is refused for versions' parts
+        num_held = queue.num_held(arrival.tenant)
         if max_queued and num_held >= max_queued:
             seconds = endpoint.retry_after_s(queue.num_tenants_waiting)
             return None, limits.too_many_held(arrival.endpoint, num_held, seconds)
@@ -117,7 +124,8 @@ class Binder:
                 if endpoint.queue.bring_back(limits.rule.name):
                     self._to_pump.add(name)
 
-    def _pump(self, endpoint: EndpointState, now_s: float) -> None:
+    def _pump(self, endpoint: EndpointState, now_s: float, *, is_hurried: bool = False) -> None:
+        """is_hurried: no request waits for its own version any more."""
         queue = endpoint.queue
         while (request := queue.peek(now_s)) is not None:
             held = self.held[request.request_id]
@@ -125,7 +133,8 @@ class Binder:
             if not limits.has_room():
                 self._pass_over(endpoint, limits)
                 continue
-            placement = self._place(held.arrival, endpoint, now_s)
+            waited_s = math.inf if is_hurried else now_s - request.arrived_s
+            placement = self._place(held.arrival, endpoint, waited_s, now_s)
             if placement.replica_id is None:
                 return
             turn = f"; queue={queue.explain()}" if held.arrival.wants_route else ""
@@ -133,15 +142,15 @@ class Binder:
             self.let_go(request.request_id)
             self._bind(held, endpoint, placement, turn, now_s)
 
-    def _place(self, arrival: Arrival, endpoint: EndpointState, now_s: float) -> Placement:
+    def _place(self, arrival: Arrival, endpoint: EndpointState, waited_s: float, now_s: float) -> Placement:
         rule = endpoint.rule
         if rule.traffic:
             version = choose_version(arrival.request_id, rule.traffic)
             if candidates := self._replicas.choosable(rule.name, version):
                 placement = endpoint.placer.place(candidates, arrival.prompt, now_s)
-                if placement.replica_id is not None:
+                if placement.replica_id is not None or waited_s < own_wait_s(rule.ttft_s):
                     return placement
-            # Without room in its version a request takes what there is: parts are worth no waiting.
+            # Its version has no replica, or has had no room for as long as parts are worth: any will do.
         return endpoint.placer.place(self._replicas.choosable(rule.name), arrival.prompt, now_s)
 
     def _bind(

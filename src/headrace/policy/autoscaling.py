@@ -101,6 +101,8 @@ class ScalingInput:
     learned: Choice | None = None
     """What shadows say of the room that demand needs; None: no TTFT is promised, or nothing is known."""
     metrics: Sequence[MetricReading] = ()
+    is_ended: bool = False
+    """A user took it to zero, and no request has needed a replica since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +184,8 @@ def _floor(given: ScalingInput) -> Reason:
         return Reason(limits.min_count, f"replicas.min is {limits.min_count}")
     if waiting.num_held > 0:
         return Reason(1, f"{waiting.num_held} held requests")
+    if given.is_ended:
+        return Reason(0, f"a user took it to zero; {waiting.num_in_flight} open requests may finish")
     if waiting.num_in_flight > 0:
         return Reason(1, f"{waiting.num_in_flight} requests are open")
     if given.idle_s < limits.idle_to_zero_s:

@@ -11,10 +11,15 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from headrace.api.endpoint_config import Rollout
+from headrace.policy.chance import chance_of
 
 RolloutState = Literal["running", "paused", "promoted", "rolled_back"]
 MAX_FAILURES = 3
 """So many failures in a row of one of its replicas, and a new version is taken for broken."""
+DOUBT = 0.05
+"""A stage's numbers count against a new version only where chance alone brings them about more rarely."""
+EARLY_DOUBT = 0.001
+"""Likewise before a stage's end: it is looked at after each request, and so often chance gets its way."""
 IDLE_STAGE_S = 3.0
 """While nobody asks anything of an endpoint, waiting longer in a stage would prove nothing more."""
 
@@ -90,6 +95,8 @@ class RolloutProgress:
     stage_since_s: float = 0.0
     base: Outcomes = Outcomes()
     """Of the new version, when the stage began."""
+    first: Outcomes = Outcomes()
+    """Of the new version, when the rollout began or was resumed."""
     busy_s: float = 0.0
     """When somebody last asked something in this stage."""
     num_arrived: int = 0
@@ -177,6 +184,7 @@ def resume(progress: RolloutProgress, outcomes: Outcomes, now_s: float) -> Rollo
         stage_since_s=now_s,
         busy_s=now_s,
         base=outcomes,
+        first=outcomes,
     )
 
 
@@ -247,7 +255,7 @@ def _note_requests(progress: RolloutProgress, seen: RolloutObservation, now_s: f
 def _judge(
     progress: RolloutProgress, seen: RolloutObservation, rules: Rollout, now_s: float
 ) -> RolloutProgress:
-    new, old = seen.new.outcomes.since(progress.base), seen.old.outcomes
+    new = seen.new.outcomes.since(progress.base)
     if problem := _early_problem(progress, seen, rules):
         return _end(progress, "rolled_back", problem, now_s)
     part = rules.traffic[_stage(progress, rules)]
@@ -257,7 +265,7 @@ def _judge(
         left_s = rules.stage_s - elapsed_s
         words = f"{new.num_ended} of {rules.min_requests} requests, or {left_s:.0f} s more"
         return replace(progress, reason=f"the new version gets {part:.0%} of the requests; {words}")
-    problem = _failing(new, old, rules, new.num_ended) or _slow(new, old, rules)
+    problem = _problem(progress, seen, rules, DOUBT)
     if problem:
         return _end(progress, "rolled_back", problem, now_s)
     passed = f"{new.finished} of {new.num_ended} requests finished" if new.num_ended else "nobody asked"
@@ -272,38 +280,54 @@ def _judge(
 
 
 def _early_problem(progress: RolloutProgress, seen: RolloutObservation, rules: Rollout) -> str:
-    """Why the stage cannot be passed any more, whatever comes; empty: it can."""
+    """Why the stage need not be waited for: it fails so often that nothing can excuse it; empty: not so."""
     new = seen.new.outcomes.since(progress.base)
-    return _failing(new, seen.old.outcomes, rules, max(rules.min_requests, new.num_ended))
+    return _failing(new, seen.old.outcomes, rules, EARLY_DOUBT)
 
 
-def _failing(new: Outcomes, old: Outcomes, rules: Rollout, num_counted: int) -> str:
-    """Why the new version fails too often; empty: it does not. num_counted: the requests that the ratio is
-    meant for, so that the first failures of a stage count as what they will be at its end."""
-    too_many = new.failed > rules.max_failed_ratio * num_counted
-    if not too_many or new.failed_ratio <= old.failed_ratio:
+def _problem(progress: RolloutProgress, seen: RolloutObservation, rules: Rollout, doubt: float) -> str:
+    """Why the new version is too bad, by this stage or by all of them, which show smaller faults; empty: it
+    is not, as far as these numbers tell."""
+    old = seen.old.outcomes
+    for since in (progress.base, progress.first):
+        new = seen.new.outcomes.since(since)
+        if problem := _failing(new, old, rules, doubt) or _slow(new, old, rules, doubt):
+            return problem
+    return ""
+
+
+def _failing(new: Outcomes, old: Outcomes, rules: Rollout, doubt: float) -> str:
+    """Why the new version fails too often; empty: it does not, or chance may have done it."""
+    limit = rules.max_failed_ratio
+    chance = chance_of(new.failed, new.num_ended, max(limit, old.failed_ratio))
+    if chance > doubt:
         return ""
     return (
         f"{new.failed} of {new.num_ended} requests of the new version failed; "
-        f"{rules.max_failed_ratio:.1%} may (rollout.max_failed_ratio), the old version's were "
-        f"{old.failed_ratio:.1%}"
+        f"{limit:.1%} may (rollout.max_failed_ratio), the old version's were {old.failed_ratio:.1%}: "
+        f"{_odds(chance)}"
     )
 
 
-def _slow(new: Outcomes, old: Outcomes, rules: Rollout) -> str:
-    """Why the new version is too slow; empty: it is not."""
-    if not new.finished:
-        return ""
-    names = {"slow_ttft": "slo.ttft_ms", "slow_itl": "slo.itl_ms"}
-    for field, name in names.items():
-        new_ratio = getattr(new, field) / new.finished
-        old_ratio = getattr(old, field) / old.finished if old.finished else 0.0
-        if new_ratio > old_ratio + rules.max_slow_ratio:
+def _slow(new: Outcomes, old: Outcomes, rules: Rollout, doubt: float) -> str:
+    """Why the new version is too slow; empty: it is not, or chance may have done it."""
+    for field, name in (("slow_ttft", "slo.ttft_ms"), ("slow_itl", "slo.itl_ms")):
+        num_slow = min(getattr(new, field), new.finished)
+        old_ratio = min(1.0, getattr(old, field) / old.finished) if old.finished else 0.0
+        chance = chance_of(num_slow, new.finished, old_ratio + rules.max_slow_ratio)
+        if chance <= doubt:
             return (
-                f"{new_ratio:.0%} of the new version's {new.finished} requests were beyond {name}, the old "
-                f"version's {old_ratio:.0%}; {rules.max_slow_ratio:.0%} more may be (rollout.max_slow_ratio)"
+                f"{num_slow} of the new version's {new.finished} requests were beyond {name}, "
+                f"{old_ratio:.0%} of the old version's; {rules.max_slow_ratio:.0%} more may be "
+                f"(rollout.max_slow_ratio): {_odds(chance)}"
             )
     return ""
+
+
+def _odds(chance: float) -> str:
+    if chance < 1e-6:
+        return "that is not chance"
+    return f"chance does that once in {1 / chance:.0f} times"
 
 
 def _end(progress: RolloutProgress, state: RolloutState, reason: str, now_s: float) -> RolloutProgress:

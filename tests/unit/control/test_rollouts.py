@@ -96,11 +96,11 @@ def test_requests_that_fail_on_the_new_version_take_it_back_and_traffic_follows_
     world.settle(1)
     assert world.state.traffic(world.now_s) == {"chat": {new: 0.1, old: 0.9}}
     assert world.generations() == sorted([old, old, new])
-    world.demands = [VersionDemand("chat", old, 50, 0), VersionDemand("chat", new, 2, 1)]
+    world.demands = [VersionDemand("chat", old, 50, 0), VersionDemand("chat", new, 1, 3)]
     world.settle(2)
     assert world.rollout()[0] == "rolled_back"
-    assert "1 of 3 requests of the new version failed" in world.rollout()[1]
-    assert world.state.notes[-1].startswith("chat: rolled back: 1 of 3 requests")
+    assert "3 of 4 requests of the new version failed" in world.rollout()[1]
+    assert world.state.notes[-1].startswith("chat: rolled back: 3 of 4 requests")
     assert world.generations() == [old, old]
     assert world.state.traffic(world.now_s) == {}
     assert world.state.config.endpoints["chat"].max_open == 3, "what was applied stays the config"

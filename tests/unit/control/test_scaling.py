@@ -192,8 +192,65 @@ def test_a_lower_minimum_of_the_user_takes_effect_at_once() -> None:
     world.scaler.configure(endpoint(replicas={"min": 1, "max": 4}))
     assert world.tick().count == 1
     world.scaler.configure(endpoint(replicas={"min": 0, "max": 4}))
-    world.scaler.forget_requests()
+    world.scaler.end()
     assert world.tick().count == 0
+
+
+def ended_world(**demand: int) -> ScalingWorld:
+    """An endpoint in use, which a user takes to zero now."""
+    config = endpoint(replicas={"min": 0, "max": 4}, scaling={"idle_to_zero_s": 30, "down_after_s": 1})
+    world = ScalingWorld(config, start_s=2.0)
+    world.run(20, world.replicas_worth(0.5), noise=False)
+    world.demand = msgspec.structs.replace(world.demand, **demand)
+    assert world.tick().count == 1
+    world.scaler.end()
+    return world
+
+
+def test_a_users_zero_comes_at_once_and_late_news_of_what_was_before_brings_nothing_back() -> None:
+    world = ended_world(num_in_flight=3)
+    assert world.tick().count == 0
+    assert world.decision.reason == "a user took it to zero; 3 open requests may finish"
+    world.arrive(2)  # they came just before, or went to the replica while it was told to leave
+    assert world.tick().count == 0
+    world.demand = msgspec.structs.replace(world.demand, num_in_flight=0)
+    assert set(world.run(100, 0.0)) == {0}
+
+
+def test_after_a_users_zero_a_held_request_starts_it_as_one_at_any_zero_and_idleness_ends_it() -> None:
+    world = ended_world(num_in_flight=1)
+    world.run(5, 0.0)
+    world.demand = msgspec.structs.replace(world.demand, num_held=1, arrived=world.demand.arrived + 1)
+    assert world.tick().count == 1
+    world.demand = msgspec.structs.replace(world.demand, num_held=0, num_in_flight=1)
+    assert set(world.run(60, 0.0)) == {1}, "it is in use again: an open request keeps it"
+    world.demand = msgspec.structs.replace(world.demand, num_in_flight=0)
+    assert set(world.run(29, 0.0)) == {1}
+    assert world.run(3, 0.0)[-1] == 0
+
+
+def test_what_is_held_when_a_user_takes_it_to_zero_is_served_first() -> None:
+    world = ended_world(num_in_flight=4, num_held=2)
+    assert set(world.run(10, 0.0)) == {1}
+    world.demand = msgspec.structs.replace(world.demand, num_held=1)
+    assert set(world.run(10, 0.0)) == {1}
+    world.demand = msgspec.structs.replace(world.demand, num_held=0)
+    assert world.tick().count == 0
+    later = ended_world(num_held=1)
+    later.demand = msgspec.structs.replace(later.demand, num_held=2)  # one more: it is in use
+    later.tick()
+    later.demand = msgspec.structs.replace(later.demand, num_held=0)
+    assert set(later.run(25, 0.0)) == {1}
+
+
+def test_a_user_who_wants_replicas_again_ends_the_zero() -> None:
+    world = ended_world()
+    assert world.tick().count == 0
+    world.scaler.configure(endpoint(replicas={"min": 1, "max": 4}))
+    assert world.tick().count == 1
+    world.scaler.configure(endpoint(replicas={"min": 0, "max": 4}, scaling={"idle_to_zero_s": 30}))
+    world.demand = msgspec.structs.replace(world.demand, num_in_flight=1)
+    assert set(world.run(5, 0.0)) == {1}
 
 
 def test_a_custom_metric_is_a_lower_bound_and_shown() -> None:

@@ -46,6 +46,7 @@ class World:
         for gateway_id in self.state.gateway.pairs:
             self.state.gateway.on_probe(gateway_id, True, 100.0)
         self.held: dict[str, int] = {}
+        self.open: dict[str, int] = {}
 
     def apply(self, config: Config) -> list[str]:
         return self.state.apply(config, self.clock.now_s())
@@ -86,7 +87,7 @@ class World:
 
     def demand(self) -> None:
         endpoints = [
-            EndpointDemand(name, self.held.get(name, 0), 0.0, 0, 0, 0, 0, 0, 0)
+            EndpointDemand(name, self.held.get(name, 0), 0.0, self.open.get(name, 0), 0, 0, 0, 0, 0)
             for name in self.state.config.endpoints
         ]
         views = [ReplicaView(name, 0, True) for name in self.state.fleet.slots]
@@ -131,9 +132,14 @@ def test_scaling_to_zero_is_obeyed_at_once() -> None:
     world.settle(3)
     world.held = {}
     world.settle(2)
+    world.open = {"chat": 2}
+    world.settle(2)
     world.state.scale("chat", 0)
     world.settle(3)
     assert not world.launcher.alive
+    world.open, world.held = {}, {"chat": 1}
+    world.settle(3)
+    assert set(world.launcher.alive) == {"chat-1"}
 
 
 def test_an_apply_replaces_changed_endpoints_only() -> None:

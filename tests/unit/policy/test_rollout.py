@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
@@ -102,28 +103,91 @@ def test_a_version_that_is_never_ready_is_taken_back_after_its_limit() -> None:
     assert "rollout.start_limit_s" in late.reason
 
 
-def test_requests_that_fail_take_it_back_as_soon_as_the_stage_cannot_be_passed_any_more() -> None:
-    failing = seen(new_ready=1, new=Outcomes(finished=1, failed=1), old=Outcomes(finished=100))
-    progress = rollout.decide(started(), failing, RULES, 11.0)
+def test_one_failed_request_takes_no_version_back_and_three_of_twenty_do() -> None:
+    for failed, state in ((1, "running"), (2, "running"), (3, "rolled_back")):
+        new = Outcomes(finished=20 - failed, failed=failed)
+        progress = rollout.decide(started(), seen(new_ready=1, new=new, old=Outcomes(100)), RULES, 11.0)
+        assert progress.state == state, failed
+    assert progress.reason == (
+        "3 of 20 requests of the new version failed; 2.0% may (rollout.max_failed_ratio), the old version's "
+        "were 0.0%: chance does that once in 141 times"
+    )
+
+
+@pytest.mark.parametrize("num_seen", [2, 3, 5])
+def test_a_version_whose_requests_all_fail_goes_after_a_handful_without_waiting_for_its_stage(
+    num_seen: int,
+) -> None:
+    broken = seen(new_ready=1, new=Outcomes(failed=num_seen), old=Outcomes(finished=100))
+    progress = rollout.decide(started(), broken, RULES, 11.0)
     assert progress.state == "rolled_back"
-    assert "1 of 2 requests of the new version failed" in progress.reason
-    # The old version is no better: then it is not the new one's fault.
-    both = replace(failing, old=VersionView(4, outcomes=Outcomes(finished=10, failed=30)))
+    assert f"{num_seen} of {num_seen} requests of the new version failed" in progress.reason
+    one = seen(new_ready=1, new=Outcomes(failed=1), old=Outcomes(finished=100))
+    assert rollout.decide(started(), one, RULES, 11.0).state == "running"
+
+
+def test_failing_as_often_as_the_old_version_is_not_the_new_ones_fault() -> None:
+    old = Outcomes(finished=10, failed=30)
+    both = seen(new_ready=1, new=Outcomes(finished=1, failed=4), old=old)
     assert rollout.decide(started(), both, RULES, 11.0).state == "running"
+    worse = seen(new_ready=1, new=Outcomes(failed=30), old=old)
+    assert "the old version's were 75.0%" in rollout.decide(started(), worse, RULES, 11.0).reason
+
+
+def test_where_no_request_may_fail_one_is_enough() -> None:
+    rules = RULES.model_copy(update={"max_failed_ratio": 0.0})
+    new = Outcomes(finished=5, failed=1)
+    assert rollout.decide(started(), seen(new_ready=1, new=new), rules, 11.0).state == "rolled_back"
+    same = seen(new_ready=1, new=new, old=Outcomes(finished=50, failed=10))
+    assert rollout.decide(started(), same, rules, 11.0).state == "running"
+
+
+def test_what_no_single_stage_shows_all_of_them_together_do() -> None:
+    progress = started()
+    for stage in range(2):
+        new = Outcomes(finished=18 * (stage + 1), failed=2 * (stage + 1))
+        progress = rollout.decide(progress, seen(new_ready=4, new=new), RULES, 11.0)
+        assert progress.state == ("running", "rolled_back")[stage]
+        progress = rollout.decide(progress, seen(new_ready=4, new=new), RULES, 12.0)
+    assert "4 of 40 requests of the new version failed" in progress.reason
+
+
+@pytest.mark.slow  # 1.5 s: 300 rollouts at each rate
+@pytest.mark.parametrize(("ratio", "least", "most"), [(0.005, 0, 3), (0.02, 0, 30), (0.15, 270, 300)])
+def test_how_often_versions_are_taken_back_follows_how_often_their_requests_fail(
+    ratio: float, least: int, most: int
+) -> None:
+    chance = Random(7)
+    ends = [_run_to_its_end(lambda: chance.random() < ratio) for _ in range(300)]
+    assert least <= ends.count("rolled_back") <= most
+
+
+def _run_to_its_end(fails: Callable[[], bool]) -> str:
+    """Show a rollout one request after another, all replicas ready, until it is decided."""
+    progress, now_s = started(), 10.0
+    finished = failed = 0
+    while progress.is_open:
+        is_failed = fails()
+        failed, finished, now_s = failed + is_failed, finished + (not is_failed), now_s + 0.1
+        new = Outcomes(finished=finished, failed=failed)
+        progress = rollout.decide(progress, seen(new_ready=4, new=new, old=Outcomes(50)), RULES, now_s)
+    return progress.state
 
 
 def test_requests_beyond_the_slo_take_it_back_when_the_old_versions_are_not() -> None:
-    slow = Outcomes(finished=20, slow_itl=8)
+    slow = Outcomes(finished=20, slow_itl=11)
     progress = rollout.decide(
         started(), seen(new_ready=1, new=slow, old=Outcomes(100, 0, 0, 10)), RULES, 11.0
     )
     assert progress.state == "rolled_back"
-    assert (
-        "40% of the new version's 20 requests were beyond slo.itl_ms, the old version's 10%"
-        in progress.reason
+    assert progress.reason == (
+        "11 of the new version's 20 requests were beyond slo.itl_ms, 10% of the old version's; 20% more may "
+        "be (rollout.max_slow_ratio): chance does that once in 58 times"
     )
-    same = seen(new_ready=1, new=slow, old=Outcomes(100, 0, 0, 30))
+    same = seen(new_ready=1, new=slow, old=Outcomes(100, 0, 0, 40))
     assert rollout.decide(started(), same, RULES, 11.0).stage == 1
+    few = seen(new_ready=1, new=Outcomes(finished=3, slow_ttft=1), old=Outcomes(100), num_open=0)
+    assert rollout.decide(started(), few, RULES, 60.0).stage == 1, "one of three is no proof"
 
 
 def test_at_zero_it_waits_for_the_next_start_and_without_old_replicas_it_needs_no_canary() -> None:

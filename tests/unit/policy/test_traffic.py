@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from headrace.policy.traffic import choose_version
+from headrace.policy.traffic import MAX_OWN_WAIT_S, choose_version, own_wait_s
 
 IDS = [f"hr-g1-{number:08x}" for number in range(4000)]
 
@@ -27,3 +27,10 @@ def test_parts_of_zero_and_one_are_none_and_all() -> None:
     assert {choose_version(i, {"new": 0.0, "old": 1.0}) for i in IDS} == {"old"}
     assert {choose_version(i, {"new": 1.0, "old": 0.0}) for i in IDS} == {"new"}
     assert {choose_version(i, {}) for i in IDS[:9]} == {""}
+
+
+def test_a_request_waits_for_its_own_version_a_second_at_most_and_less_where_an_early_token_is_promised() -> (
+    None
+):
+    assert own_wait_s(0.0) == own_wait_s(60.0) == MAX_OWN_WAIT_S == 1.0
+    assert own_wait_s(0.4) == 0.1
