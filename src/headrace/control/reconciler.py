@@ -19,6 +19,7 @@ from headrace.control.slots import (
     lowest_free_id,
     phase_of,
     restart_due_s,
+    slot_prefix,
 )
 
 
@@ -49,6 +50,8 @@ class DesiredEndpoint:
     """Why the count is what it is."""
     hold_off: str = ""
     """Why no replica may be started now; empty: they may be."""
+    id_prefix: str = ""
+    """What its ids begin with; empty: its name, made safe."""
 
     @property
     def num_standby(self) -> int:
@@ -63,6 +66,8 @@ class StartReplica:
     reason: str
     generation: str = ""
     is_standby: bool = False
+    gateway_id: str = ""
+    """Not a replica: a durable front of this gateway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +350,7 @@ class _Turn:
                 self.actions.append(StartReplica(slot.replica_id, name, why, generation, is_standby))
                 room -= 1
         for generation, is_standby in new[: max(room, 0)]:
-            replica_id = lowest_free_id(name, self.taken)
+            replica_id = lowest_free_id(desired.id_prefix or slot_prefix(name), self.taken)
             self.taken.add(replica_id)
             why = f"{desired.num_standby} on standby wanted" if is_standby else reason
             self.actions.append(StartReplica(replica_id, name, why, generation, is_standby))

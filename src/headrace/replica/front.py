@@ -94,7 +94,7 @@ class Front:
         self.keeper: StreamKeeper = StreamKeeper(
             self.engine, self._peers, self.view.own_engine, limits_of_streams, self._metrics, clock
         )
-        self.guests = PeerServer(self.engine, self.view.why_no_guest, self._reporter.notify)
+        self.guests = PeerServer(self.engine, self.view.why_no_guest, self._reporter.notify, self._digest)
         streams = EngineStreams(self.engine, self.keeper, lambda: self._generator.num_preparing)
         self.standby = Standby(
             self.engine,
@@ -105,7 +105,7 @@ class Front:
         )
         self.departure = Departure(clock, self._reporter, streams, spec.handover_after_s, spec.drain_grace_s)
         services = AnswerServices(self.keeper, self.ledger, self._metrics)
-        fingerprint = "headrace-simulated" if is_simulated else "headrace-native"
+        fingerprint = f"headrace-{spec.engine.kind}"
         self._generator: Generator = Generator(
             spec.endpoint, spec.max_open, fingerprint, services, self.engine, clock
         )

@@ -104,9 +104,6 @@ class SupervisorProcess(Process):
         return True
 
     def _on_exit(self, child: Process, code: int) -> None:
-        pending = self._kills.pop(child.name, None)
-        if pending is not None:
-            pending[1].cancel()
         delay_s = 0.002
         if child.host is not self.host:
             delay_s = self.random.uniform(0.01, 3.0)  # another machine's end is heard of late
@@ -116,6 +113,10 @@ class SupervisorProcess(Process):
         if self.children.get(child.name) is not child:
             return
         del self.children[child.name]
+        # Here, as in the real one: a stop may have come since the child died, and is not its successor's.
+        pending = self._kills.pop(child.name, None)
+        if pending is not None:
+            pending[1].cancel()
         state = ProcessState(child.name, child.pid, is_alive=False, exit_code=code)
         for end in self._ends:
             end.send(ProcessEnded(state))
