@@ -278,6 +278,8 @@ def _replica_spec(config: Config, name: str, replica_id: str, run_directory: Pat
         resume_attempts=endpoint.streams.resume_attempts,
         resume_limit_s=endpoint.streams.resume_limit_s,
         notice_file=config.notice_file,
+        notice_url=config.notice_url,
+        notice_headers=config.notice_headers,
     )
 
 

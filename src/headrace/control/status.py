@@ -5,6 +5,7 @@ Pure but for /proc, which it asks for resident memory. Must not know: who reads 
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ def describe(state: SystemState, run_directory: Path, now_s: float) -> SystemSta
         run_dir=str(run_directory),
         gateways=[_gateway(pair, now_s) for pair in state.gateway.pairs.values()],
         tenants=tenant_statuses(state.gateway.demands(), state.config.tenants),
-        warnings=sorted({d.certificate_problem for d in state.gateway.demands() if d.certificate_problem}),
+        warnings=_warnings(state, now_s),
         rollouts=state.rollouts.statuses(slots, counts, now_s),
         nodes=_nodes(state, slots),
         durable_fronts=[
@@ -99,6 +100,17 @@ def _endpoint(state: SystemState, desired: DesiredEndpoint, eta_s: float) -> End
         desired_standby=desired.num_standby,
         eta_s=eta_s,
     )
+
+
+def _warnings(state: SystemState, now_s: float) -> list[str]:
+    warnings = sorted({d.certificate_problem for d in state.gateway.demands() if d.certificate_problem})
+    for name in state.config.endpoints:
+        hold_off = state.hold_off(name, now_s)
+        if hold_off is not None:
+            warnings.append(
+                f"{name}: {hold_off.reason}; nothing is started for {math.ceil(hold_off.left_s)} s more"
+            )
+    return warnings
 
 
 def _gateway(pair: GatewayPair, now_s: float) -> GatewayStatus:

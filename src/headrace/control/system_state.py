@@ -25,6 +25,7 @@ from headrace.control.config_changes import describe_changes, keep_address
 from headrace.control.durable import DurableFronts, is_durable_front
 from headrace.control.fleet import Fleet, Slot
 from headrace.control.gateway_state import GatewayState
+from headrace.control.notices import HoldOff
 from headrace.control.outlook import outlook_of
 from headrace.control.reconciler import (
     Action,
@@ -199,6 +200,7 @@ class SystemState:
         wanted = []
         for name, endpoint in self.config.endpoints.items():
             scaling = self.scaling(name, now_s)
+            hold_off = self.hold_off(name, now_s)
             wanted.append(
                 DesiredEndpoint(
                     name,
@@ -209,9 +211,15 @@ class SystemState:
                     self.rollouts.main_generation(name),
                     endpoint.rollout.surge,
                     scaling.reason,
+                    hold_off.reason if hold_off is not None else "",
                 )
             )
         return wanted
+
+    def hold_off(self, endpoint: str, now_s: float) -> HoldOff | None:
+        """Return why no replica of an endpoint is started now: where it would be goes away. None: it may."""
+        nodes = [node.node_id for node in self.nodes.nodes if node.is_alive]
+        return self.fleet.notices.hold_off(endpoint, nodes, now_s)
 
     def scaling(self, endpoint: str, now_s: float) -> ScalingDecision:
         """Return how many replicas an endpoint is to have, decided once per tick."""
@@ -232,7 +240,14 @@ class SystemState:
         """Return when held requests of each endpoint can expect a replica."""
         fleet, rollouts = self.fleet, self.rollouts
         return [
-            outlook_of(name, rollouts.section(name), fleet.of(name), fleet.starts_of(name), now_s)
+            outlook_of(
+                name,
+                rollouts.section(name),
+                fleet.of(name),
+                fleet.starts_of(name),
+                now_s,
+                self.hold_off(name, now_s),
+            )
             for name in self.config.endpoints
         ]
 

@@ -174,6 +174,10 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     """Longest time without an engine before a stream is given up."""
     notice_file: str = ""
     """A file that appears when this machine is about to go away; empty: none is looked for."""
+    notice_url: str = ""
+    """An http(s) address that says whether this machine is about to go away; empty: none is asked."""
+    notice_headers: dict[str, str] = {}
+    """Sent with each question to it."""
     identity: str = ""
     """PEM file of the cluster's key and certificate: the TCP address asks whoever connects for them, and
     believes who has them as it believes the UNIX socket. Empty: plain TCP, which is not believed."""
