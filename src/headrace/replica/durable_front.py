@@ -30,6 +30,7 @@ from headrace.replica.http_messages import AnswerHeads, HttpLimits
 from headrace.replica.http_server import HttpServer
 from headrace.replica.ledger import Ledger
 from headrace.replica.notice import NoticeWatcher
+from headrace.replica.notice_url import notice_sources
 from headrace.replica.peer_link import PeerPool
 from headrace.replica.prefix_digest import PrefixNews
 from headrace.replica.prompt_caching import PromptCaching, shared_prefix_tokens
@@ -179,8 +180,8 @@ class DurableFront:
             return 2
         _log.info("%s listens on %s", self._spec.replica_id, self._address)
         tasks = [asyncio.create_task(self._reporter.run()), asyncio.create_task(self._load_model())]
-        if self._spec.notice_file:
-            watcher = NoticeWatcher(self._spec.notice_file, self._clock, self._on_notice)
+        for source in notice_sources(self._spec):
+            watcher = NoticeWatcher(source, self._clock, self._on_notice)
             tasks.append(asyncio.create_task(watcher.run()))
         try:
             await self._stop_requested.wait()

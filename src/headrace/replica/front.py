@@ -31,8 +31,8 @@ from headrace.replica.grammar_checker import GrammarChecker
 from headrace.replica.http_messages import AnswerHeads, HttpLimits
 from headrace.replica.http_server import HttpServer
 from headrace.replica.ledger import Ledger
-from headrace.replica.notice import NoticeFile, NoticeSource, NoticeWatcher
-from headrace.replica.notice_url import NoticeUrl
+from headrace.replica.notice import NoticeWatcher
+from headrace.replica.notice_url import notice_sources
 from headrace.replica.peer_link import PeerPool
 from headrace.replica.peer_server import PeerServer
 from headrace.replica.prefix_digest import PrefixDigest
@@ -129,14 +129,6 @@ class Front:
         self.departure.leave_by_s = self._clock.now_s() + left_s
         self._stop_requested.set()
 
-    def _notice_sources(self) -> list[NoticeSource]:
-        spec, sources = self._spec, list[NoticeSource]()
-        if spec.notice_file:
-            sources.append(NoticeFile(spec.notice_file))
-        if spec.notice_url:
-            sources.append(NoticeUrl(spec.notice_url, spec.notice_headers))
-        return sources
-
     # ---- life
 
     async def run(self) -> int:
@@ -164,7 +156,7 @@ class Front:
         reporting = asyncio.create_task(self._reporter.run())
         self.engine.start()
         tasks = [reporting, loading := asyncio.create_task(self._load_model())]
-        for source in self._notice_sources():
+        for source in notice_sources(self._spec):
             watcher = NoticeWatcher(source, self._clock, self._on_notice)
             tasks.append(asyncio.create_task(watcher.run()))
         try:

@@ -24,7 +24,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from headrace.replica.notice import Notice
+from headrace.api.messages import ReplicaSpec
+from headrace.replica.notice import Notice, NoticeFile, NoticeSource
 
 ASK_LIMIT_S = 2.0
 """For one answer, from the look-up of the name to the last byte."""
@@ -121,6 +122,16 @@ class NoticeUrl:
             _log.warning("notice: nothing is heard of %s: %s", self.name, reason)
         else:
             _log.warning("notice: %s answers again", self.name)
+
+
+def notice_sources(spec: ReplicaSpec) -> list[NoticeSource]:
+    """Return where a front is to look for notices."""
+    sources: list[NoticeSource] = []
+    if spec.notice_file:
+        sources.append(NoticeFile(spec.notice_file))
+    if spec.notice_url:
+        sources.append(NoticeUrl(spec.notice_url, spec.notice_headers))
+    return sources
 
 
 class _Question:
