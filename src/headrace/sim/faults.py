@@ -77,8 +77,8 @@ class Breaker:
         self._wake_all()
 
     def _wake_all(self) -> None:
-        """The user wakes what the user put to sleep, until all is as wanted: an engine that was lost meanwhile
-        comes back asleep, and only then does its controller know."""
+        """The user wakes what the user put to sleep, until all is as wanted: an engine that was lost
+        meanwhile comes back asleep, and only then does its controller know."""
         controllers = self._controllers()
         state = controllers[0].state if controllers else None
         if state is not None:
