@@ -6,6 +6,7 @@ decide anything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from typing import Any
 
@@ -143,6 +144,8 @@ class RouterProcess(Process):
         self.last_record = ""
         self.recorder = RequestRecorder(spec.gateway_id, host, self._on_record)
         self.dispatcher = Dispatcher(spec.endpoints, self.replicas, self.recorder, spec.tenants)
+        self.ticked_s = -math.inf
+        """When it last ticked, by its own clock."""
         self.membership = Membership(self.replicas, self.dispatcher, self.recorder, host.now_s)
         self.keeper = _Keeper(
             spec, 20_000, Runtime(find_haproxy), self.membership.servers_changed, _Disk(disk), host.now_s
@@ -263,6 +266,7 @@ class RouterProcess(Process):
         now_s = self.host.now_s()
         self.membership.expire(now_s)
         self.dispatcher.tick(now_s)
+        self.ticked_s = now_s
         self.recorder.tick(now_s)
         self.recorder.hand_out()
         haproxy = self._find_haproxy()
