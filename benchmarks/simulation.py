@@ -35,7 +35,7 @@ FOUND = (
         "fixed",
     ),
     (
-        "wakes that met a restart",
+        "reading, after seed 201 of older code",
         "a standby whose engine died while it was promoted came back asleep, and was asked again after 30 s",
         "fixed: the wish decides what comes back",
     ),
@@ -44,6 +44,17 @@ FOUND = (
         "a report's phase was an old wish's error while the engine started; a failed replica that was to "
         "sleep said that it goes on standby",
         "fixed: one room says both",
+    ),
+    (
+        "writing the relay's model",
+        "the place of a parked stream whose relay never came again was kept for ever; a third arrival under "
+        "one id closed the connection with everything that was held on it (seed 48)",
+        "fixed: given back after 60 s; refused alone",
+    ),
+    (
+        "seeds 308 and 310",
+        "a stop in the simulated supervisor outlived the child that it was for",
+        "a fault of the model, not of the product; fixed",
     ),
 )
 """What the simulation found since it records; what came before is in docs/adr/0028."""

@@ -58,7 +58,7 @@ class Plan:
 
 
 FULL = Plan({1: 8, 16: 48, 32: 96}, 5)
-QUICK = Plan({1: 3, 16: 16}, 1)
+QUICK = Plan({1: 2, 16: 16}, 1)
 
 
 @dataclass

@@ -60,8 +60,16 @@ class System:
             status = self.status()
             if status and condition(status):
                 return status
-            assert time.monotonic() < deadline_s, (status, (self.cluster.directory / "up.log").read_text())
+            assert time.monotonic() < deadline_s, self.explain(status)
             time.sleep(0.1)
+
+    def explain(self, status: dict[str, Any]) -> str:
+        """What somebody who looks into a failure wants to see."""
+        seen = json.dumps({name: status.get(name) for name in ("replicas", "nodes", "rollouts", "endpoints")})
+        logs = [
+            log.read_text()[-3000:] for log in self.cluster.directory.glob("headrace-*/*/logs/controller.log")
+        ]
+        return "\n".join([seen, *logs])
 
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)

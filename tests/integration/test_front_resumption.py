@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,36 @@ def test_a_notice_moves_streams_and_ends_the_replica_in_time(tmp_path: Path) -> 
         assert moved.text() == whole
         assert fronts[0].process.wait(10) == 0
         assert time.time() < deadline_s
+
+
+def test_an_address_that_says_that_the_machine_goes_ends_the_replica() -> None:
+    answers, was_asked = [b"FALSE"], threading.Event()
+
+    class Metadata(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            is_right = self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200 if is_right else 403)
+            self.end_headers()
+            self.wfile.write(answers[-1])
+            was_asked.set()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        asked = {
+            "notice_url": f"http://127.0.0.1:{server.server_port}/preempted",
+            "notice_headers": {"Metadata-Flavor": "Google"},
+        }
+        with sibling_fronts([ENGINE], asked, drain_grace_s=600.0) as fronts:
+            fronts[0].wait_ready()
+            assert was_asked.wait(10)
+            assert fronts.report(0).leave_by_s < 0
+            answers.append(b"TRUE")
+            assert fronts[0].process.wait(10) == 0
+            assert max(report.leave_by_s for report in fronts[0].router.reports) > 20
+        server.shutdown()
 
 
 def test_a_notice_whose_deadline_is_over_ends_the_replica_at_once(tmp_path: Path) -> None:

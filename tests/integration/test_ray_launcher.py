@@ -253,6 +253,7 @@ async def test_one_that_waits_for_a_place_can_be_stopped() -> None:
         await until(lambda: not cluster._reserved)
 
 
+@pytest.mark.slow
 async def test_a_cluster_that_does_not_answer_fails_the_start_and_not_the_launcher() -> None:
     cluster = make_cluster(HERE)
     async with launched(cluster) as launcher:
@@ -261,6 +262,8 @@ async def test_a_cluster_that_does_not_answer_fails_the_start_and_not_the_launch
         event = await take(launcher, LauncherError)
         assert isinstance(event, LauncherError)
         assert event.error == cluster.failure
+        cluster.failure = ""
+        await started(launcher, sleeper("chat-1", NodeNeeds({"CPU": 1.0})))
     cluster.failure = "refused"
     with pytest.raises(LauncherLost, match="refused"):
         await RayLauncher.connect(cluster, SystemClock())
@@ -302,3 +305,27 @@ async def test_another_machine_is_refused_before_anything_starts_there() -> None
         assert isinstance(event, LauncherError)
         assert "is another machine (10.0.0.9) than the controller's (10.0.0.1)" in event.error
         await until(lambda: not cluster.running)
+
+
+@pytest.mark.slow
+async def test_a_place_that_could_not_be_given_back_is_given_back_later() -> None:
+    cluster = make_cluster(HERE)
+    async with launched(cluster) as launcher:
+        launcher.start(sleeper("chat-1", NodeNeeds({"CPU": 4.0})))
+        await until(cluster.liked.__len__)
+        cluster.failure = "Ray has not answered for 15 s"
+        await take(launcher, LauncherError)
+        assert cluster._reserved
+        cluster.failure = ""
+        await until(lambda: not cluster._reserved)
+
+
+async def test_one_that_is_stopped_before_its_turn_starts_nothing() -> None:
+    cluster = make_cluster(HERE)
+    async with launched(cluster) as launcher:
+        launcher.start(sleeper("router-g1", group="gateway-g1"))
+        launcher.stop("router-g1", 5.0)
+        event = await take(launcher, ProcessEnded)
+        assert isinstance(event, ProcessEnded)
+        assert "never had a place" in event.process.last_output
+        assert not cluster.running

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from headrace.api.endpoint_config import Endpoint
 from headrace.api.node_config import Ray
+from headrace.api.notice_address import checked_notice_headers, checked_notice_url
 from headrace.api.section import Section
 from headrace.errors import ConfigError
 
@@ -121,6 +122,13 @@ class Config(Section):
     notice_file: str = ""
     """A file that appears when this machine is about to go away; in it {"deadline_s": seconds since 1970}, or
     nothing, which means 30 s. Replicas then hand over their streams and leave. Empty: none is looked for."""
+    notice_url: str = ""
+    """An http or https address that each replica asks every second or two whether its machine is about to go
+    away. TRUE, or JSON with `deadline_s` (as in the file) or `time` (ISO 8601): it leaves. FALSE, NONE or
+    status 404: it stays; anything else is logged and ignored. No redirects. Empty: none is asked."""
+    notice_headers: dict[str, str] = {}
+    """HTTP headers of those questions, such as Metadata-Flavor: Google. No secrets: replicas are started with
+    them in their arguments, which other users of the machine may see."""
     launcher: Literal["local", "ray"] = "local"
     """Where replicas run. local: child processes of `headrace up`. ray: on the nodes of a Ray cluster."""
     ray: Ray = Ray()
@@ -139,6 +147,16 @@ class Config(Section):
         if value and not value.startswith("/"):
             raise ValueError(f"notice_file is {value!r}; it must be an absolute path, or empty")
         return value
+
+    @field_validator("notice_url")
+    @classmethod
+    def _check_notice_url(cls, value: str) -> str:
+        return checked_notice_url(value)
+
+    @field_validator("notice_headers")
+    @classmethod
+    def _check_notice_headers(cls, value: dict[str, str]) -> dict[str, str]:
+        return checked_notice_headers(value)
 
     @field_validator("endpoints")
     @classmethod

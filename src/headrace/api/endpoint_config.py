@@ -127,6 +127,20 @@ class Streams(Section):
     """Longest time without an engine before an answer ends with an error."""
     handover_after_s: Annotated[float, Field(ge=0, le=86_400)] = 2.0
     """A replica that is taken away hands what is then still open to siblings, and frees its engine."""
+    durable: bool = False
+    """Answers survive the loss of a whole replica, its front and its host: fronts beside each gateway own
+    them, for one more process on each token's way."""
+    durable_fronts: Annotated[int, Field(ge=1, le=16)] = 1
+    """With durable: such fronts per gateway. One that dies cuts its answers; each uses one core at most."""
+
+    @model_validator(mode="after")
+    def _check_durable(self) -> Streams:
+        if self.durable and not self.resume_attempts:
+            raise ValueError(
+                "durable is true and resume_attempts is 0; a durable answer must be allowed another engine: "
+                "set resume_attempts to 1 or more"
+            )
+        return self
 
 
 class Speculation(Section):

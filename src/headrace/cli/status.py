@@ -109,6 +109,8 @@ def render(system: SystemStatus) -> RenderableType:
         tables.insert(2, _nodes(system))
     if any(tenant.tenant for tenant in system.tenants):
         tables.insert(1, _tenants(system))
+    if system.durable_fronts:
+        tables.insert(-1, _durable_fronts(system))
     parts: list[RenderableType] = [Text(head, style="bold")]
     for table in tables:
         parts += [Text(), table]
@@ -233,6 +235,23 @@ def _replicas(system: SystemStatus) -> Table:
     return table
 
 
+def _durable_fronts(system: SystemStatus) -> Table:
+    from headrace.units import format_seconds
+
+    table = _table("durable front", "endpoint", "state", ">for", ">open", ">streams", ">restarts")
+    for front in system.durable_fronts:
+        table.add_row(
+            front.replica_id,
+            front.endpoint,
+            front.state,
+            format_seconds(front.since_s),
+            str(front.num_open),
+            str(front.num_hosted),
+            str(front.restarts),
+        )
+    return table
+
+
 def _notes(system: SystemStatus) -> list[str]:
     """What does not fit a table: why an endpoint has its size, what a replica is doing or died of,
     which tenant waits long."""
@@ -255,6 +274,9 @@ def _notes(system: SystemStatus) -> list[str]:
             notes.append(f"{replica.replica_id}: computes in {replica.arithmetic}")
         if replica.state == "ready" and replica.step_model is not None:
             notes.append(_costs(replica))
+    notes += [
+        f"{front.replica_id}: {front.last_error}" for front in system.durable_fronts if front.last_error
+    ]
     for tenant in system.tenants:
         if tenant.tenant and tenant.oldest_held_s >= LONG_WAIT_S:
             waits = f"its oldest held request waits {format_seconds(tenant.oldest_held_s)}"

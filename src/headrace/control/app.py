@@ -51,8 +51,7 @@ from headrace.control.essentials import Essential
 from headrace.control.identity import open_identity
 from headrace.control.probe import watch_gateway
 from headrace.control.reconciler import Action, PromoteReplica, RestReplica, StartReplica, StopReplica
-from headrace.control.siblings import siblings_of
-from headrace.control.specs import ADMIN_SOCKET, CONFIG_FILE, gateway_specs, replica_process
+from headrace.control.specs import ADMIN_SOCKET, CONFIG_FILE, durable_process, gateway_specs, replica_process
 from headrace.control.status import describe
 from headrace.control.system_state import SystemState
 from headrace.errors import ConfigError, HeadraceError
@@ -154,6 +153,8 @@ class Controller:
         while True:
             async with asyncio.timeout(10):
                 event = await self._launcher.next_event()
+            if isinstance(event, Nodes):
+                self._state.nodes = event
             if isinstance(event, Processes):
                 break
         self._state.adopt(event.processes, self._clock.now_s())
@@ -213,9 +214,12 @@ class Controller:
     def _act(self, action: Action) -> None:
         name, state = action.replica_id, self._state
         match action:
-            case StartReplica(endpoint=endpoint, generation=generation, is_standby=is_standby):
-                config = state.rollouts.config_of(endpoint, generation)
-                spec = self._sources.prepare_replica(config, endpoint, name, self._run_directory, is_standby)
+            case StartReplica(endpoint=endpoint, is_standby=is_standby, gateway_id=gateway_id):
+                config, directory = state.config_of(action), self._run_directory
+                if gateway_id:
+                    spec = durable_process(config, endpoint, name, gateway_id, directory)
+                else:
+                    spec = self._sources.prepare_replica(config, endpoint, name, directory, is_standby)
                 self._launcher.start(spec)
             case StopReplica(grace_s=grace_s):
                 self._launcher.stop(name, grace_s + STOP_MARGIN_S if grace_s > 0 else 0.0)
@@ -230,7 +234,7 @@ class Controller:
         for note in state.notes:
             _log.info("%s", note)
         state.notes.clear()
-        self._connections.send_siblings(siblings_of(state.fleet.slots.values()), now_s)
+        self._connections.send_siblings(state.siblings(), now_s)
         self._connections.send_outlooks(state.outlooks(now_s), now_s)
         if state.traffic(now_s) != self._told_traffic:
             self._tell_routers()
@@ -291,11 +295,11 @@ class Controller:
     def _on_report(self, channel: Channel, message: LoadReport | Demand) -> None:
         now_s = self._clock.now_s()
         if isinstance(message, LoadReport):
-            slot = self._state.fleet.slots.get(message.replica_id)
+            slot = self._state.fleet_of(message.replica_id).slots.get(message.replica_id)
             if slot is not None:
                 self._connections.add_front(message.replica_id, channel)
             before = slot.report.state if slot is not None and slot.report is not None else None
-            self._state.fleet.on_report(message, now_s)
+            self._state.on_report(message, now_s)
             # A controller sends no requests, so that no replica has to wait for it.
             channel.send(ReportAck(message.sequence, is_released=True))
             if before != message.state:

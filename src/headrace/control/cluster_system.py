@@ -83,6 +83,8 @@ class ClusterSystem:
                 f"a system called {self._name!r} already runs on this cluster. "
                 f"Stop it (headrace down --name {self._name}), or give this one another --name."
             )
+        for key in await self._cluster.hosts():
+            await self._cluster.release(key)  # left by a system that did not end well; also its config
         await self._cluster.start_controller(cluster_controller_process(config, self._name))
 
     async def is_there(self) -> bool:

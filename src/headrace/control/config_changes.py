@@ -28,6 +28,9 @@ def keep_address(new: Config, old: Config) -> Config:
         host, _, port = getattr(new.gateway, field).rpartition(":")
         if port == "0" and host == before.rpartition(":")[0]:
             new = new.model_copy(update={"gateway": new.gateway.model_copy(update={field: before})})
+    if new.launcher == "local":  # not said: `headrace up` may have got it as an option
+        new = new.model_copy(update={"launcher": old.launcher})
+    new = new.model_copy(update={"ray": old.ray})
     if not new.state_dir:
         new = new.model_copy(update={"state_dir": old.state_dir})
     problems = [
@@ -36,6 +39,11 @@ def keep_address(new: Config, old: Config) -> Config:
         for field in _FIXED_GATEWAY_FIELDS
         if getattr(new.gateway, field) != getattr(old.gateway, field)
     ]
+    if new.launcher != old.launcher:
+        problems.append(
+            f"launcher: is {old.launcher} and cannot become {new.launcher} while the system runs; "
+            "stop it and start it with the new config"
+        )
     if new.state_dir != old.state_dir:
         problems.append(
             f"state_dir: is {old.state_dir!r} and cannot become {new.state_dir!r} while the system runs; "

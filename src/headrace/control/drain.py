@@ -29,7 +29,7 @@ async def drain(launcher: Launcher, state: SystemState, wake: asyncio.Event, clo
     HAProxy sends them until then. The routers stay while fronts leave, because they wait for their word, and
     refuse at once what they hold.
     """
-    slots = list(state.fleet.slots.values())
+    slots = state.slots
     longest_s = max((slot.drain_grace_s for slot in slots), default=0.0) + MARGIN_S
     pairs = state.gateway.pairs.values()
 
@@ -40,7 +40,7 @@ async def drain(launcher: Launcher, state: SystemState, wake: asyncio.Event, clo
                 launcher.stop(essential.name, grace_s)
 
     def has_replicas() -> bool:
-        return any(slot.is_alive for slot in state.fleet.slots.values())
+        return any(slot.is_alive for slot in state.slots)
 
     def has_gateway() -> bool:
         return any(essential.is_alive for essential in state.gateway.processes.values())

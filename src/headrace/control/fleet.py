@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from headrace.api.messages import LoadReport, ProcessState
+from headrace.control.notices import MachineNotices
 from headrace.control.reconciler import StartReplica, StopReplica
 from headrace.control.slots import ObservedReplica, Phase, Role, count_failures, phase_of, slot_prefix
 from headrace.control.start_times import StartTimes
@@ -79,6 +80,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self.slots: dict[str, Slot] = {}
+        self.notices = MachineNotices()
         self._adopted: set[str] = set()
         """Taken over, and not heard of yet."""
         self._adopted_s = 0.0
@@ -158,6 +160,9 @@ class Fleet:
         if report.last_error:
             slot.last_error = report.last_error
         slot.is_retryable = report.state != "failed" or report.is_retryable
+        if report.leave_by_s >= 0 and slot.pid:  # without its pid its node is not known
+            started_s = -math.inf if slot.is_adopted else slot.started_s
+            self.notices.note(slot.node, slot.endpoint, report.leave_by_s, started_s, now_s)
 
     def on_ended(self, process: ProcessState, now_s: float) -> None:
         """A process ended. If that was not asked for, or asked for because it failed, its slot stays."""

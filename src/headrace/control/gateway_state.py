@@ -158,10 +158,13 @@ class GatewayState:
 
     def serving_replicas(self, now_s: float) -> frozenset[str] | None:
         """Replicas that every gateway sends requests to. None: some router has not said so lately."""
-        serving: list[frozenset[str]] = []
-        for pair in self.pairs.values():
-            demand = pair.fresh_demand(now_s)
-            if demand is None:
-                return None
-            serving.append(frozenset(view.replica_id for view in demand.replicas if view.is_serving))
-        return frozenset.intersection(*serving)
+        serving = self.serving_by_gateway(now_s)
+        return frozenset.intersection(*serving.values()) if len(serving) == len(self.pairs) else None
+
+    def serving_by_gateway(self, now_s: float) -> dict[str, frozenset[str]]:
+        """Replicas and durable fronts that each gateway sends requests to, of those that said so lately."""
+        return {
+            pair.gateway_id: frozenset(view.replica_id for view in demand.replicas if view.is_serving)
+            for pair in self.pairs.values()
+            if (demand := pair.fresh_demand(now_s)) is not None
+        }

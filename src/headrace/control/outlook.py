@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from headrace.api.endpoint_config import Endpoint
 from headrace.api.messages import EndpointOutlook
 from headrace.control.fleet import Slot
+from headrace.control.notices import HoldOff
 from headrace.control.slots import FAILED_RETRY_S, restart_delay_s
 from headrace.control.start_times import DEFAULT_S, PACKED_S, StartTimes
 
@@ -20,14 +21,23 @@ _Expected = tuple[float, str]
 
 
 def outlook_of(
-    endpoint: str, section: Endpoint, slots: Sequence[Slot], times: StartTimes, now_s: float
+    endpoint: str,
+    section: Endpoint,
+    slots: Sequence[Slot],
+    times: StartTimes,
+    now_s: float,
+    hold_off: HoldOff | None = None,
 ) -> EndpointOutlook:
     """Return when a replica of `endpoint` is expected. At zero: how long the first request would wait.
 
-    section: what its replicas are started with. slots: its own, phases as last observed.
+    section: what its replicas are started with. slots: its own, phases as last observed. hold_off: nothing
+    is started now.
     """
     if any(slot.phase == "ready" for slot in slots):
         return EndpointOutlook(endpoint, 0.0)
+    if hold_off is not None and not any(slot.phase in ("starting", "standby") for slot in slots):
+        start_s = times.expected_s("cold", default_start_s(section))
+        return EndpointOutlook(endpoint, hold_off.left_s + start_s, hold_off.reason)
     known = [expected for slot in slots if (expected := _expected(slot, section, times, now_s)) is not None]
     if known:
         eta_s, reason = min(known)

@@ -19,6 +19,7 @@ from headrace.control.slots import (
     lowest_free_id,
     phase_of,
     restart_due_s,
+    slot_prefix,
 )
 
 
@@ -47,6 +48,10 @@ class DesiredEndpoint:
     surge: int = 1
     reason: str = ""
     """Why the count is what it is."""
+    hold_off: str = ""
+    """Why no replica may be started now; empty: they may be."""
+    id_prefix: str = ""
+    """What its ids begin with; empty: its name, made safe."""
 
     @property
     def num_standby(self) -> int:
@@ -61,6 +66,8 @@ class StartReplica:
     reason: str
     generation: str = ""
     is_standby: bool = False
+    gateway_id: str = ""
+    """Not a replica: a durable front of this gateway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +239,8 @@ class _Turn:
         """More than wanted, of a version or of none that is wanted: those go whose loss costs least, ready
         ones only while the rest is enough."""
         needed = self.desired.count
-        if self.desired.surge == 0 and is_some_missing and self._is_replacing:
+        can_start = not self.desired.hold_off
+        if self.desired.surge == 0 and is_some_missing and self._is_replacing and can_start:
             needed -= 1
         num_serving = sum(map(self._serves, self._serving))
         num_ready = sum(self._phase(slot) == "ready" for slot in self._serving)
@@ -326,8 +334,10 @@ class _Turn:
         self._start(used, plan)
 
     def _start(self, used: list[tuple[ObservedReplica, str, bool]], new: list[tuple[str, bool]]) -> None:
-        """Start slots that are due, and new ones, within the room that there is."""
+        """Start slots that are due, and new ones, within the room that there is, if any may be started."""
         desired, name = self.desired, self.desired.name
+        if desired.hold_off:
+            return
         room = max(desired.max_count, desired.count) + desired.surge - self.num_alive
         if desired.surge == 0 and self._is_replacing:
             room = min(room, desired.count + desired.num_standby - self.num_alive)
@@ -340,7 +350,7 @@ class _Turn:
                 self.actions.append(StartReplica(slot.replica_id, name, why, generation, is_standby))
                 room -= 1
         for generation, is_standby in new[: max(room, 0)]:
-            replica_id = lowest_free_id(name, self.taken)
+            replica_id = lowest_free_id(desired.id_prefix or slot_prefix(name), self.taken)
             self.taken.add(replica_id)
             why = f"{desired.num_standby} on standby wanted" if is_standby else reason
             self.actions.append(StartReplica(replica_id, name, why, generation, is_standby))

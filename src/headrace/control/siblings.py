@@ -5,7 +5,7 @@ Must not know what a front does with it, or how it is told.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from headrace.api.messages import ReplicaState, Sibling
 from headrace.control.fleet import Slot
@@ -14,8 +14,9 @@ LOAD_PERIOD_S = 1.0
 """Loads change with every report; alone they are told at most this often."""
 
 
-def siblings_of(slots: Iterable[Slot]) -> dict[str, list[Sibling]]:
-    """Return, for each replica that offers its engine to others, all others of its endpoint that do."""
+def siblings_of(slots: Iterable[Slot], fronts: Mapping[str, str] | None = None) -> dict[str, list[Sibling]]:
+    """Return, for each replica that offers its engine to others, all others of its endpoint that do; and for
+    each durable front all of them. `fronts`: the endpoints of these, by their ids."""
     by_endpoint: dict[str, list[Sibling]] = {}
     for slot in slots:
         sibling = _sibling(slot)
@@ -23,7 +24,8 @@ def siblings_of(slots: Iterable[Slot]) -> dict[str, list[Sibling]]:
             by_endpoint.setdefault(slot.endpoint, []).append(sibling)
     for siblings in by_endpoint.values():
         siblings.sort(key=lambda sibling: sibling.replica_id)
-    return {
+    told = {front_id: by_endpoint.get(endpoint, []) for front_id, endpoint in (fronts or {}).items()}
+    return told | {
         one.replica_id: [other for other in siblings if other is not one]
         for siblings in by_endpoint.values()
         for one in siblings
@@ -45,6 +47,7 @@ def _sibling(slot: Slot) -> Sibling | None:
     state: ReplicaState = "draining" if slot.is_stopping else report.state
     if slot.phase == "lost":
         state = "failed"  # its last word is too old to be believed
+    info = report.engine_info
     num_open = max(0, report.num_open) + max(0, report.num_guests)
     return Sibling(
         slot.replica_id,
@@ -54,4 +57,7 @@ def _sibling(slot: Slot) -> Sibling | None:
         num_open,
         max(0, report.max_open),
         report.leave_by_s,
+        report.text_class,
+        info.vocab_size if info is not None else 0,
+        info.max_context_tokens if info is not None else 0,
     )

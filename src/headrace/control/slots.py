@@ -113,9 +113,8 @@ def slot_prefix(endpoint: str) -> str:
     return f"{safe}-{sha256(endpoint.encode()).hexdigest()[:6]}"
 
 
-def lowest_free_id(endpoint: str, taken: set[str]) -> str:
-    """The first of ENDPOINT-1, ENDPOINT-2, … that is not taken."""
-    prefix = slot_prefix(endpoint)
+def lowest_free_id(prefix: str, taken: set[str]) -> str:
+    """The first of PREFIX-1, PREFIX-2, … that is not taken."""
     number = 1
     while f"{prefix}-{number}" in taken:
         number += 1

@@ -37,6 +37,8 @@ from headrace.units import MIB
 ADMIN_SOCKET = "admin.sock"
 CONFIG_FILE = "config.json"
 ROLLOUTS_FILE = "rollouts.json"
+MAX_DURABLE_OPEN = 4000
+"""Requests of one durable front: its server takes a few connections more."""
 PRIORITIES = ("high", "normal", "low")
 """Bands, from the one that is served first."""
 SIMULATED_CPUS = 0.1
@@ -111,6 +113,29 @@ def replica_process(
         spec = msgspec.structs.replace(spec, engine=engine)
     spec = msgspec.structs.replace(spec, engine=msgspec.structs.replace(spec.engine, is_standby=is_standby))
     return python_process(replica_id, "headrace.replica", msgspec.json.encode(spec).decode(), run_directory)
+
+
+def durable_process(
+    config: Config, endpoint: str, front_id: str, gateway_id: str, run_directory: Path
+) -> ProcessSpec:
+    """Return what one durable front of a gateway is started with."""
+    spec = _durable_spec(config, endpoint, run_directory)
+    spec = msgspec.structs.replace(
+        spec,
+        replica_id=front_id,
+        gateway_id=gateway_id,
+        generation=durable_generation_of(config, endpoint),
+        report_sockets=[
+            router_socket_path(str(run_directory), gateway_id),
+            str(run_directory / CONTROLLER_SOCKET),
+        ],
+    )
+    return python_process(front_id, "headrace.replica", msgspec.json.encode(spec).decode(), run_directory)
+
+
+def durable_generation_of(config: Config, endpoint: str) -> str:
+    """Hash of everything that a durable front of `endpoint` is started with and that the user decides."""
+    return sha256(msgspec.json.encode(_durable_spec(config, endpoint, Path()))).hexdigest()[:12]
 
 
 def generation_of(config: Config, endpoint: str) -> str:
@@ -197,6 +222,7 @@ def gateway_spec(config: Config, run_directory: Path, keys: Mapping[str, str] | 
                 ttft_s=endpoint.slo.ttft_ms / 1000,
                 itl_s=endpoint.slo.itl_ms / 1000,
                 tell_after_s=endpoint.queue.tell_after_s,
+                is_durable=endpoint.streams.durable,
             )
             for name, endpoint in config.endpoints.items()
         ],
@@ -252,6 +278,22 @@ def _replica_spec(config: Config, name: str, replica_id: str, run_directory: Pat
         resume_attempts=endpoint.streams.resume_attempts,
         resume_limit_s=endpoint.streams.resume_limit_s,
         notice_file=config.notice_file,
+        notice_url=config.notice_url,
+        notice_headers=config.notice_headers,
+    )
+
+
+def _durable_spec(config: Config, name: str, run_directory: Path) -> ReplicaSpec:
+    """What all durable fronts of an endpoint have in common. Of the engine they know what turns text into
+    tokens: other settings of it do not concern them."""
+    endpoint = config.endpoints[name]
+    num_open = endpoint.max_open * max(1, endpoint.replicas.max)
+    return msgspec.structs.replace(
+        _replica_spec(config, name, "", run_directory),
+        engine=EngineSpec(endpoint.engine, endpoint.model),
+        report_sockets=[],
+        max_open=min(num_open, MAX_DURABLE_OPEN),
+        stream_class="",
     )
 
 

@@ -5,10 +5,13 @@ Pure but for /proc, which it asks for resident memory. Must not know: who reads 
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+
+import msgspec
 
 import headrace
 from headrace.api.config import Gateway
@@ -20,6 +23,7 @@ from headrace.api.messages import (
     ReplicaStatus,
     SystemStatus,
 )
+from headrace.control.durable import is_durable_front
 from headrace.control.fleet import Slot
 from headrace.control.gateway_state import GatewayPair
 from headrace.control.reconciler import DesiredEndpoint
@@ -30,10 +34,12 @@ from headrace.control.tenants import tenant_statuses
 def describe(state: SystemState, run_directory: Path, now_s: float) -> SystemStatus:
     """Return a snapshot."""
     state.fleet.observe(now_s)
+    state.durable.fleet.observe(now_s)
     desired = state.desired(now_s)
     counts = {endpoint.name: endpoint.count for endpoint in desired}
     etas = {outlook.endpoint: outlook.eta_s for outlook in state.outlooks(now_s)}
     slots = sorted(state.fleet.slots.values(), key=_slot_order)
+    fronts = sorted(state.durable.fleet.slots.values(), key=_slot_order)
     in_flight = Counter[str]()
     for demand in state.gateway.demands():
         in_flight.update({view.replica_id: view.num_in_flight for view in demand.replicas})
@@ -48,9 +54,12 @@ def describe(state: SystemState, run_directory: Path, now_s: float) -> SystemSta
         run_dir=str(run_directory),
         gateways=[_gateway(pair, now_s) for pair in state.gateway.pairs.values()],
         tenants=tenant_statuses(state.gateway.demands(), state.config.tenants),
-        warnings=sorted({d.certificate_problem for d in state.gateway.demands() if d.certificate_problem}),
+        warnings=_warnings(state, now_s),
         rollouts=state.rollouts.statuses(slots, counts, now_s),
         nodes=_nodes(state, slots),
+        durable_fronts=[
+            _durable_front(state, slot, in_flight.get(slot.replica_id, 0), now_s) for slot in fronts
+        ],
     )
 
 
@@ -93,8 +102,20 @@ def _endpoint(state: SystemState, desired: DesiredEndpoint, eta_s: float) -> End
     )
 
 
+def _warnings(state: SystemState, now_s: float) -> list[str]:
+    warnings = sorted({d.certificate_problem for d in state.gateway.demands() if d.certificate_problem})
+    for name in state.config.endpoints:
+        hold_off = state.hold_off(name, now_s)
+        if hold_off is not None:
+            warnings.append(
+                f"{name}: {hold_off.reason}; nothing is started for {math.ceil(hold_off.left_s)} s more"
+            )
+    return warnings
+
+
 def _gateway(pair: GatewayPair, now_s: float) -> GatewayStatus:
     demand = pair.fresh_demand(now_s)
+    views = demand.replicas if demand is not None else []
     endpoints = demand.endpoints if demand is not None else []
     return GatewayStatus(
         gateway_id=pair.gateway_id,
@@ -104,7 +125,7 @@ def _gateway(pair: GatewayPair, now_s: float) -> GatewayStatus:
         num_held=sum(endpoint.num_held for endpoint in endpoints),
         oldest_held_s=max((endpoint.oldest_held_s for endpoint in endpoints), default=0.0),
         num_in_flight=sum(endpoint.num_in_flight for endpoint in endpoints),
-        num_serving=sum(view.is_serving for view in demand.replicas) if demand is not None else 0,
+        num_serving=sum(view.is_serving and not is_durable_front(view.replica_id) for view in views),
     )
 
 
@@ -140,6 +161,11 @@ def _replica(slot: Slot, num_in_flight: int, now_s: float) -> ReplicaStatus:
         num_hosted=report.num_hosted if report is not None else 0,
         node=slot.node,
     )
+
+
+def _durable_front(state: SystemState, slot: Slot, num_in_flight: int, now_s: float) -> ReplicaStatus:
+    endpoint = state.durable.endpoint_of(slot)
+    return msgspec.structs.replace(_replica(slot, num_in_flight, now_s), endpoint=endpoint)
 
 
 def _nodes(state: SystemState, slots: Sequence[Slot]) -> list[NodeStatus]:
@@ -179,7 +205,7 @@ def _processes(state: SystemState) -> list[ProcessStatus]:
         memory = resident_bytes(essential.pid)
         name, pid, error = essential.name, essential.pid, essential.last_error
         processes.append(ProcessStatus(name, pid, essential.state, restarts, memory, error))
-    for slot in sorted(state.fleet.slots.values(), key=_slot_order):
+    for slot in sorted(state.slots, key=_slot_order):
         restarts = slot.num_starts - 1
         is_here = slot.node in ("", state.nodes.own_node_id)
         memory = resident_bytes(slot.pid) if is_here else 0

@@ -14,14 +14,18 @@ from headrace.api.messages import (
     ChangeRollout,
     EndpointOutlook,
     Explanation,
+    LoadReport,
     Nodes,
     ProcessEnded,
     ProcessStarted,
     ProcessState,
+    Sibling,
 )
 from headrace.control.config_changes import describe_changes, keep_address
+from headrace.control.durable import DurableFronts, is_durable_front
 from headrace.control.fleet import Fleet, Slot
 from headrace.control.gateway_state import GatewayState
+from headrace.control.notices import HoldOff
 from headrace.control.outlook import outlook_of
 from headrace.control.reconciler import (
     Action,
@@ -35,6 +39,7 @@ from headrace.control.reconciler import (
 )
 from headrace.control.rollouts import Rollouts
 from headrace.control.scaling import EndpointScaler, ScaledReplica, ScalingObservation
+from headrace.control.siblings import siblings_of
 from headrace.control.specs import gateway_ids
 from headrace.errors import ConfigError
 from headrace.policy.autoscaling import ScalingDecision
@@ -48,6 +53,7 @@ class SystemState:
         self.started_s = started_s
         self.fleet = Fleet()
         self.gateway = GatewayState(gateway_ids(config))
+        self.durable = DurableFronts(gateway_ids(config))
         self.config = config
         self.rollouts = Rollouts(config, self.gateway.version_counts)
         self.notes: list[str] = []
@@ -74,7 +80,10 @@ class SystemState:
                 self.gateway.adopt(process, now_s)
         generations = {name: self.rollouts.main_generation(name) for name in self.config.endpoints}
         with_standby = [name for name, endpoint in self.config.endpoints.items() if endpoint.replicas.standby]
-        self.fleet.adopt(processes, generations, now_s, with_standby)
+        fronts = [process for process in processes if is_durable_front(process.name)]
+        self.fleet.adopt([p for p in processes if p not in fronts], generations, now_s, with_standby)
+        self.durable.want(self._durable_versions({}), self.config)
+        self.durable.adopt(fronts, now_s)
         for slot in self.fleet.slots.values():
             if slot.endpoint in self.config.endpoints:
                 slot.drain_grace_s = self.rollouts.section(slot.endpoint).drain_grace_s
@@ -84,7 +93,7 @@ class SystemState:
         if essential is not None:
             essential.pid = event.process.pid
         else:
-            self.fleet.on_started(event.process)
+            self.fleet_of(event.process.name).on_started(event.process)
 
     def on_ended(self, event: ProcessEnded, now_s: float) -> None:
         process = event.process
@@ -92,7 +101,7 @@ class SystemState:
             last_line = process.last_output.splitlines()[-1:] or [""]
             self.gateway.on_ended(process.name, f"exit code {process.exit_code}: {last_line[0]}", now_s)
         else:
-            self.fleet.on_ended(process, now_s)
+            self.fleet_of(process.name).on_ended(process, now_s)
 
     def on_waiting(self, name: str, reason: str, now_s: float) -> None:
         """A process that was told to start waits for a place."""
@@ -100,15 +109,31 @@ class SystemState:
         if essential is not None:
             essential.heard_s = now_s
         else:
-            self.fleet.on_waiting(name, reason, now_s)
+            self.fleet_of(name).on_waiting(name, reason, now_s)
 
     def on_refused(self, name: str, error: str, now_s: float) -> None:
         """The launcher could not start or stop a process."""
         essential = self.gateway.processes.get(name)
         if essential is None:
-            self.fleet.on_refused(name, error, now_s)
+            self.fleet_of(name).on_refused(name, error, now_s)
         elif essential.is_alive and (essential.pid == 0 or essential.is_stopping):
             self.gateway.on_ended(name, error, now_s)
+
+    def on_report(self, report: LoadReport, now_s: float) -> None:
+        """Take a load report, of a replica or a durable front."""
+        if report.gateway_id:
+            self.durable.on_report(report, now_s)
+        else:
+            self.fleet.on_report(report, now_s)
+
+    def fleet_of(self, front_id: str) -> Fleet:
+        """Return the fleet that a front belongs to: replicas, or durable fronts."""
+        return self.durable.fleet if is_durable_front(front_id) else self.fleet
+
+    @property
+    def slots(self) -> list[Slot]:
+        """All fronts: those of replicas, and durable ones."""
+        return [*self.fleet.slots.values(), *self.durable.fleet.slots.values()]
 
     # ---- the user's wishes ----------------
 
@@ -138,6 +163,7 @@ class SystemState:
         self._take(config)
         for name in config.endpoints:
             self.fleet.forgive(name)
+            self.durable.forgive(name)
         return describe_changes(before, config, versions)
 
     def change_rollout(self, command: ChangeRollout, now_s: float) -> str:
@@ -174,6 +200,7 @@ class SystemState:
         wanted = []
         for name, endpoint in self.config.endpoints.items():
             scaling = self.scaling(name, now_s)
+            hold_off = self.hold_off(name, now_s)
             wanted.append(
                 DesiredEndpoint(
                     name,
@@ -184,9 +211,15 @@ class SystemState:
                     self.rollouts.main_generation(name),
                     endpoint.rollout.surge,
                     scaling.reason,
+                    hold_off.reason if hold_off is not None else "",
                 )
             )
         return wanted
+
+    def hold_off(self, endpoint: str, now_s: float) -> HoldOff | None:
+        """Return why no replica of an endpoint is started now: where it would be goes away. None: it may."""
+        nodes = [node.node_id for node in self.nodes.nodes if node.is_alive]
+        return self.fleet.notices.hold_off(endpoint, nodes, now_s)
 
     def scaling(self, endpoint: str, now_s: float) -> ScalingDecision:
         """Return how many replicas an endpoint is to have, decided once per tick."""
@@ -207,7 +240,14 @@ class SystemState:
         """Return when held requests of each endpoint can expect a replica."""
         fleet, rollouts = self.fleet, self.rollouts
         return [
-            outlook_of(name, rollouts.section(name), fleet.of(name), fleet.starts_of(name), now_s)
+            outlook_of(
+                name,
+                rollouts.section(name),
+                fleet.of(name),
+                fleet.starts_of(name),
+                now_s,
+                self.hold_off(name, now_s),
+            )
             for name in self.config.endpoints
         ]
 
@@ -241,7 +281,19 @@ class SystemState:
                     self.fleet.ask_sleep(replica_id, now_s, is_standby=False)
                 case RestReplica(replica_id):
                     self.fleet.ask_sleep(replica_id, now_s, is_standby=True)
-        return actions
+        counts = {name: self.scaling(name, now_s).count for name in self.config.endpoints}
+        self.durable.want(self._durable_versions(counts), self.config)
+        return actions + self.durable.plan(now_s)
+
+    def config_of(self, action: StartReplica) -> Config:
+        """Return the config from which a front is started."""
+        if action.gateway_id:
+            return self.durable.config_of(action)
+        return self.rollouts.config_of(action.endpoint, action.generation)
+
+    def siblings(self) -> dict[str, list[Sibling]]:
+        """Return what each front is to know of its endpoint's replicas."""
+        return siblings_of(self.fleet.slots.values(), self.durable.served())
 
     def is_ready(self, now_s: float) -> bool:
         """All gateways answer, and every endpoint has the replicas it wants, of the versions it wants."""
@@ -260,9 +312,22 @@ class SystemState:
             ]
             return len(ready) >= endpoint.count
 
-        return all(has_enough(endpoint) for endpoint in self.desired(now_s))
+        is_durable_ready = self.durable.is_ready(self.gateway.serving_by_gateway(now_s))
+        return is_durable_ready and all(has_enough(endpoint) for endpoint in self.desired(now_s))
 
     # ---- inside ----------------
+
+    def _durable_versions(self, counts: Mapping[str, int]) -> dict[str, list[Config]]:
+        """Return the versions that replicas of durable endpoints have, or would have."""
+        rollouts = self.rollouts
+        return {
+            name: [
+                rollouts.config_of(name, version.generation)
+                for version in rollouts.versions(name, counts.get(name, 0))
+            ]
+            for name, endpoint in self.config.endpoints.items()
+            if endpoint.streams.durable
+        }
 
     def _scaler(self, name: str, endpoint: Endpoint) -> EndpointScaler:
         """Return an endpoint's scaler, which takes its new config and keeps what it measured."""

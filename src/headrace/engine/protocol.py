@@ -81,8 +81,6 @@ class StepInput:
     filled up to the longest."""
     sampled_rows_S: Int32Array
     """Rows of T whose logits are wanted, rising."""
-    is_urgent: bool = False
-    """It computes again what was lost with another engine: somebody waits in the middle of an answer."""
 
 
 def padded_tables(tables: list[list[int]] | Int32Array) -> Int32Array:

@@ -72,8 +72,6 @@ class StepInputBuilder:
             context_lengths_R=self._context_lengths_R[:num_requests],
             block_tables=[item.request.block_table for item in scheduled],
             sampled_rows_S=np.array(sampled_rows, np.int32),
-            is_urgent=row > num_requests
-            and any(item.request.is_resumed and item.num_new_tokens > 1 for item in scheduled),
         )
 
     def _lay_out_drafts(self, request: EngineRequest, drafts: Sequence[int], row: int) -> None:

@@ -96,7 +96,7 @@ class FakeCluster:
         self._reserved.pop(key, None)
         host, _ = self.running.pop(key, (None, ""))
         if host is not None:
-            await asyncio.to_thread(host.end)
+            await asyncio.shield(asyncio.to_thread(host.end))  # also when whoever asked is cancelled
 
     async def hosts(self) -> list[str]:
         self._check()

@@ -18,6 +18,7 @@ from headrace.api.messages import (
     LauncherError,
     LauncherEvent,
     NodeNeeds,
+    Place,
     ProcessEnded,
     ProcessSpec,
     ProcessStarted,
@@ -62,6 +63,8 @@ class HostLink:
         self.node_id = ""
         self.processes: dict[str, ProcessState] = {}
         """Started and not ended."""
+        self.is_released = True
+        """False after its end: its place could not be given back."""
         self.is_over = False
         """Nothing can be started here any more."""
         self._waiting: dict[str, StartProcess] = {}
@@ -122,26 +125,38 @@ class HostLink:
             self.is_over = True
             if reason != "the launcher was closed":
                 self._end_all(reason)
-                with contextlib.suppress(ClusterUnavailable):
+                try:
                     await self._cluster.release(self.key)
+                except ClusterUnavailable:
+                    self.is_released = False
 
     async def _begin(self) -> bool:
         """Get a place and start the host there. False: nobody wants it any more."""
-        place = next(iter(self._waiting.values())).spec.place if self._waiting else None
+        if not self._waiting:
+            return False  # it was stopped before its turn came
+        place = next(iter(self._waiting.values())).spec.place
         needs: NodeNeeds | None = None
         if place is not None:
-            needs = await self._find_place()
+            needs = await self._find_place(place)
             if needs is None:
                 return False
         self.node_id = self.node_id or self._cluster.own_node_id
         await self._cluster.start_host(self.key, needs)
-        self._take(await self._describe(HOST_START_LIMIT_S))
+        self._take(await self._await_host())
         return True
 
-    async def _find_place(self) -> NodeNeeds | None:
+    async def _await_host(self) -> HostReport:
+        """Return the host's first word, and say meanwhile that it starts."""
+        describing = asyncio.create_task(self._describe(HOST_START_LIMIT_S))
+        try:
+            while not (await asyncio.wait([describing], timeout=WAITING_PERIOD_S))[0]:
+                self._tell_waiting(f"its host actor starts on node {self.node_id[:8]}")
+            return describing.result()
+        finally:
+            describing.cancel()
+
+    async def _find_place(self, place: Place) -> NodeNeeds | None:
         """Try the choices in their order, the last one without a limit. None: nobody wants it any more."""
-        place = next(iter(self._waiting.values())).spec.place
-        assert place is not None
         for index, needs in enumerate(place.choices):
             nodes = await self._cluster.nodes()
             liked = choose_node(nodes, needs, place.strategy, self._count_family(self.group))

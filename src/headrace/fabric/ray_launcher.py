@@ -43,6 +43,8 @@ class RayLauncher:
         """By group."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._nodes: list[NodeState] = []
+        self._unreleased: set[str] = set()
+        """Hosts whose places could not be given back while the cluster did not answer."""
         self._lost_reason = ""
 
     def __repr__(self) -> str:
@@ -104,6 +106,8 @@ class RayLauncher:
 
     async def _adopt_all(self) -> None:
         """Of several hosts of one group, the newest is it; the others were given up and are released."""
+        self._nodes = await self._cluster.nodes()
+        self._put(Nodes(self._nodes, self._cluster.own_node_id))
         newest: dict[str, str] = {}
         for key in sorted(await self._cluster.hosts(), key=lambda key: key.rpartition("#")[2]):
             group = key.rpartition("#")[0]
@@ -133,6 +137,8 @@ class RayLauncher:
         finally:
             if self._links.get(link.group) is link:
                 del self._links[link.group]
+            if not link.is_released:
+                self._unreleased.add(link.key)
 
     async def _release(self, key: str) -> None:
         with contextlib.suppress(ClusterUnavailable, TimeoutError):
@@ -159,6 +165,9 @@ class RayLauncher:
                 if nodes != self._nodes:
                     self._nodes = nodes
                     self._put(Nodes(nodes, self._cluster.own_node_id))
+                for key in list(self._unreleased):
+                    await self._cluster.release(key)
+                    self._unreleased.discard(key)
             await asyncio.sleep(NODES_PERIOD_S)
 
     def _spawn(self, coroutine: object) -> None:

@@ -18,7 +18,7 @@ class Answers:
     """Answers that name a server. Nearly all are among a few, so that they are encoded once."""
 
     def __init__(self) -> None:
-        self._encoded: dict[tuple[str, bool], bytes] = {}
+        self._encoded: dict[tuple[str, str, bool], bytes] = {}
 
     def __repr__(self) -> str:
         return f"<Answers {len(self._encoded)} kept>"
@@ -27,7 +27,7 @@ class Answers:
         """Return the answer; `is_shared`: the request may share an HTTP/2 connection with others."""
         if decision.explanation:
             return _encode(decision, is_shared)
-        key = (decision.server_name, is_shared)
+        key = (decision.server_name, decision.place, is_shared)
         encoded = self._encoded.get(key)
         if encoded is None:
             if len(self._encoded) >= MAX_KEPT:
@@ -60,6 +60,8 @@ def _eta(eta_s: float) -> dict[bytes, bytes]:
 
 def _encode(decision: Bound, is_shared: bool) -> bytes:
     variables = {b"server": decision.server_name.encode()}
+    if decision.place:
+        variables[b"place"] = decision.place.encode()
     if is_shared:
         variables[b"shared"] = b"1"
     if decision.explanation:

@@ -24,15 +24,23 @@ class Bound(msgspec.Struct, frozen=True, eq=False, gc=False):
     reason: str = ""
     """`Placement.reason`, and the part of the prompt that it expects in the replica's prefix cache."""
     cached_ratio: float = 0.0
+    front_id: str = ""
+    """The durable front that the server is; empty: it is the replica's own."""
+
+    @property
+    def place(self) -> str:
+        """The replica whose engine the server is to use, if that is not its own."""
+        return self.replica_id if self.front_id else ""
+
+    @property
+    def _told(self) -> tuple[str, str, str]:
+        return self.server_name, self.place, self.explanation
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Bound)
-            and (self.server_name, self.explanation) == (other.server_name, other.explanation)
-        )  # fmt: skip
+        return isinstance(other, Bound) and self._told == other._told
 
     def __hash__(self) -> int:
-        return hash((self.server_name, self.explanation))
+        return hash(self._told)
 
 
 class Refused(msgspec.Struct, frozen=True):

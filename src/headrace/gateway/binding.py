@@ -162,8 +162,13 @@ class Binder:
         # The answer first: HAProxy goes on with the request while the rest is noted here.
         explanation = explain(placement) + turn if arrival.wants_route else ""
         ratio = placement.cached_ratio
-        arrival.answer(Bound(replica.server_name, explanation, replica_id, placement.reason, ratio))
-        self._flights.enter(arrival.request_id, InFlight(endpoint, replica, now_s, held.charge))
+        front = self._replicas.durable_front(replica) if endpoint.rule.is_durable else None
+        server, front_id = (replica, "") if front is None else (front, front.replica_id)
+        arrival.answer(Bound(server.server_name, explanation, replica_id, placement.reason, ratio, front_id))
+        if front is not None:
+            held.charge.generation = replica.generation
+        flight = InFlight(endpoint, replica, now_s, held.charge, front=front)
+        self._flights.enter(arrival.request_id, flight)
         endpoint.placer.bound(placement, arrival.prompt, now_s)
         self.decisions.add(arrival.request_id, Decision(placement, arrival.prompt.num_bytes, now_s))
 

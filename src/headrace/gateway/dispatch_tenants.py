@@ -39,12 +39,14 @@ class Charge(msgspec.Struct, gc=False):
     is_settled: bool = False
     is_judged: bool = False
     """Counted for the version of the replica that it was bound to."""
+    generation: str = ""
+    """That version, where its front is none of the replica's: reports do not tell it then."""
 
     def judge(self, endpoint: EndpointState, finished: FinishedRequest, generation: str) -> None:
         """Count for the version that answered, once, by its front's first word on the end."""
         if not self.is_judged:
             self.is_judged = True
-            endpoint.versions.count(generation, finished, endpoint.rule)
+            endpoint.versions.count(self.generation or generation, finished, endpoint.rule)
 
     def judge_failed(self, endpoint: EndpointState, generation: str) -> None:
         """Count as broken off, unless its front said something else before: it may never say anything."""

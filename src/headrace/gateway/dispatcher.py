@@ -1,8 +1,7 @@
 """Every request between its arrival and its end: held, bound to a replica, ended; each exactly once.
 
 Owns the conservation of requests: arrived == held + in flight + sum of terminal states, per endpoint, always
-(`check_integrity`). No I/O: `now_s` comes in, answers go out through the callback that came with the request.
-Must not know SPOE, HAProxy's log or the runtime API.
+(`check_integrity`). No I/O: `now_s` comes in. Must not know SPOE, HAProxy's log or the runtime API.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from headrace.gateway.binding import Binder, Held
 from headrace.gateway.decisions import make_placer
 from headrace.gateway.dispatch_tenants import Charge, TenantBook
 from headrace.gateway.endpoint_state import EndpointState
-from headrace.gateway.flights import LOG_GRACE_S, ORPHAN_LIMIT_S, RECONCILE_AFTER_S, Flights, InFlight
+from headrace.gateway.flights import Flights, InFlight
 from headrace.gateway.replicas import Replica, ReplicaTable
 from headrace.policy.admission import HeldRequest
 from headrace.policy.fairness import FairQueue
@@ -34,9 +33,6 @@ from headrace.policy.limits import Refusal
 from headrace.policy.placement import CacheChanges
 
 __all__ = [
-    "LOG_GRACE_S",
-    "ORPHAN_LIMIT_S",
-    "RECONCILE_AFTER_S",
     "Arrival",
     "Bound",
     "Dispatcher",
@@ -93,8 +89,7 @@ class Dispatcher:
         self._retired -= wanted.keys()
         self._forget_retired()
         for name, rule in wanted.items():
-            known = self.endpoints.get(name)
-            if known is None:
+            if (known := self.endpoints.get(name)) is None:
                 queue = FairQueue(rule.max_queue, self._tenants.shares)
                 self.endpoints[name] = EndpointState(rule, queue, make_placer(rule.placement))
             else:
@@ -207,14 +202,16 @@ class Dispatcher:
         # Costs first: what ended is charged in seconds as soon as there are any.
         if endpoint is not None and replica is not None and load is not None:
             endpoint.observe_costs(load.prefill_token_s, load.decode_token_s, now_s)
+        generation = "" if report.gateway_id else report.generation  # a durable front's is no version
         for finished in report.finished:
-            self.front_finished(finished, now_s, report.endpoint, report.generation)
+            self.front_finished(finished, now_s, report.endpoint, generation)
         if replica is None or endpoint is None:
             return
+        for flight in self._flights.move(report.moved, replica, self._replicas):
+            self._binder.slot_freed(flight)
         counts = report.open_by_tenant
-        if sum(counts.values()) != report.num_open or min(counts.values(), default=0) < 0:
-            counts = {}  # not counted by tenant, or nonsense
-        for limits in self._tenants.observe_open(report.replica_id, counts):
+        is_sane = sum(counts.values()) == report.num_open and min(counts.values(), default=0) >= 0
+        for limits in self._tenants.observe_open(report.replica_id, counts if is_sane else {}):
             self._binder.bring_back(limits)
 
     def replica_reported(self, replica: Replica, report: LoadReport, now_s: float) -> None:
@@ -223,9 +220,10 @@ class Dispatcher:
         if endpoint is None:
             return
         placer = endpoint.placer
-        epoch = (replica.num_connections, report.prefix_epoch)
-        changes = CacheChanges(epoch, report.prefixes_added, report.prefixes_removed)
-        placer.report(replica, changes, now_s)
+        if not replica.gateway_id:
+            epoch = (replica.num_connections, report.prefix_epoch)
+            changes = CacheChanges(epoch, report.prefixes_added, report.prefixes_removed)
+            placer.report(replica, changes, now_s)
         for finished in report.finished:
             decision = self.decisions.get(finished.request_id)
             if decision is not None:
@@ -258,8 +256,10 @@ class Dispatcher:
         if request_id in self._flights.open:
             self._end_in_flight(request_id, TerminalState.ABORTED)
 
+    def is_open(self, request_id: str) -> bool:
+        return request_id in self._held or request_id in self._flights.open
+
     def is_held(self, request_id: str) -> bool:
-        """Whether it waits for a replica."""
         return request_id in self._held
 
     def own(self, request_id: str, owner: object) -> None:
@@ -373,7 +373,7 @@ class Dispatcher:
     def _end_in_flight(self, request_id: str, state: TerminalState) -> None:
         open_at = self._flights.open[request_id].replica
         bound = self._flights.leave(request_id)
-        if state is TerminalState.FAILED and open_at is not None:
+        if state is TerminalState.FAILED and open_at is not None and bound.front is None:
             bound.charge.judge_failed(bound.endpoint, open_at.generation)
         self._binder.slot_freed(bound)
         self._end(request_id, bound.endpoint, state, bound.charge)

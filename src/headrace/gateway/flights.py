@@ -7,7 +7,7 @@ queues or answers.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
@@ -35,6 +35,13 @@ class InFlight(msgspec.Struct, gc=False):
     charge: Charge
     front_state: TerminalState | None = None
     front_reported_s: float = 0.0
+    front: Replica | None = None
+    """The durable front that has its stream; None: the replica's own."""
+
+    @property
+    def holder(self) -> Replica | None:
+        """Whose report tells whether it lives."""
+        return self.front or self.replica
 
     def take_slot(self) -> None:
         """Count against its replica and its tenant."""
@@ -42,6 +49,8 @@ class InFlight(msgspec.Struct, gc=False):
         if replica is not None:
             replica.num_in_flight += 1
             replica.num_assigned += 1
+            if self.front is not None:
+                self.front.num_in_flight += 1
             if self.charge.limits is not None:
                 self.charge.limits.bind(replica.replica_id)
 
@@ -50,9 +59,19 @@ class InFlight(msgspec.Struct, gc=False):
         replica = self.replica
         if replica is not None:
             replica.num_in_flight -= 1
+            if self.front is not None:
+                self.front.num_in_flight -= 1
             if self.charge.limits is not None:
                 self.charge.limits.free(replica.replica_id)
             self.replica = None
+
+    def move_slot(self, replica: Replica) -> None:
+        """Another replica has it now; nothing happens if its slot is free already."""
+        if self.replica not in (None, replica):
+            self.free_slot()
+            self.replica = replica
+            self.take_slot()
+            self.charge.generation = replica.generation
 
 
 class Flights:
@@ -89,6 +108,19 @@ class Flights:
             flight.charge.account.num_in_flight -= 1
         return flight
 
+    def move(self, moved: Mapping[str, str], front: Replica, replicas: ReplicaTable) -> list[InFlight]:
+        """Take from a durable front where its requests are that are not where they were bound. Return those
+        whose slot moved."""
+        found = []
+        for request_id, replica_id in moved.items():
+            flight, replica = self.open.get(request_id), replicas.replicas.get(replica_id)
+            if flight is None or replica is None or flight.front is not front or flight.replica is replica:
+                continue
+            if replica.endpoint == front.endpoint and not replica.gateway_id:
+                flight.move_slot(replica)
+                found.append(flight)
+        return found
+
     def remember(self, request_id: str, charge: Charge | None) -> None:
         """Remember the id of a request that ended, and what its front's report has yet to correct."""
         self._ended[request_id] = charge
@@ -113,11 +145,11 @@ class Flights:
             if bound.front_state is not None:
                 if now_s - bound.front_reported_s >= LOG_GRACE_S:
                     yield request_id, bound.front_state
-            elif bound.replica is None or bound.replica.is_gone:
+            elif (holder := bound.holder) is None or holder.is_gone:
                 if now_s - bound.bound_s >= ORPHAN_LIMIT_S:
                     yield request_id, TerminalState.FAILED
             elif now_s - bound.bound_s >= RECONCILE_AFTER_S:
-                old.setdefault(bound.replica.replica_id, []).append(request_id)
+                old.setdefault(holder.replica_id, []).append(request_id)
         for replica_id, members in old.items():
             num_open = replicas.replicas[replica_id].num_open
             for request_id in members[: max(0, len(members) - num_open)]:

@@ -56,20 +56,24 @@ if {{ var(txn.card) -m found }}
 """
 
 
-def endpoint_backend(endpoint: str, servers: Sequence[Server], *, is_shared: bool = False) -> str:
+def endpoint_backend(
+    endpoint: str, servers: Sequence[Server], *, is_shared: bool = False, is_durable: bool = False
+) -> str:
     """An endpoint's servers on HTTP/1.1: with the router dead HAProxy balances over them by itself. Or
     (is_shared) those on HTTP/2, to which only the router sends.
 
     A failed request is sent again elsewhere until its first byte came; the request id makes that harmless.
-    503 is what a front answers that drains or whose engine restarts.
+    503 is what a front answers that drains or whose engine restarts. Of a durable endpoint the replicas' own
+    fronts are backups: all of them, but only when there is no durable front.
     """
+    backups = "  option allbackups\n" if is_durable else ""
     lines = "".join(f"  server {server.name} {server.address} {server.options}\n" for server in servers)
     return f"""backend {backend_name(endpoint, is_shared=is_shared)}
   balance leastconn
   retries 3
   option redispatch 1
   retry-on conn-failure empty-response 503
-  option httpchk GET /health
+{backups}  option httpchk GET /health
   timeout check 2s
   use-server %[var(txn.route.server)] if {{ var(txn.route.server) -m found }}
 {lines}"""

@@ -92,6 +92,7 @@ def render_config(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -
     members: dict[tuple[str, bool], list[Server]] = {
         (rule.name, is_shared): [] for rule in spec.endpoints for is_shared in kinds
     }
+    durable = {rule.name for rule in spec.endpoints if rule.is_durable}
     for server in sorted(servers):
         if (server.endpoint, server.is_shared) in members:
             members[server.endpoint, server.is_shared].append(server)
@@ -101,7 +102,10 @@ def render_config(spec: GatewaySpec, servers: Iterable[Server], fd_limit: int) -
         frontend_section(spec, paths, size_max_connections(spec, fd_limit)),
         alive_section(paths),
         status_backend(spec, paths),
-        *(endpoint_backend(name, of, is_shared=is_shared) for (name, is_shared), of in members.items()),
+        *(
+            endpoint_backend(name, of, is_shared=is_shared, is_durable=name in durable)
+            for (name, is_shared), of in members.items()
+        ),
         router_backend(paths),
     ]
     relay_timeout_s = relay_answer_timeout_s(spec) + 30

@@ -17,6 +17,8 @@ from headrace.policy.prompt import HEAD_BYTES as PROMPT_HEAD_BYTES
 
 ROUTER_BACKEND = "headrace-router"
 RELAY_BACKEND = "headrace-relay"
+PLACE_HEADER = "x-headrace-place"
+"""To a durable front: the replica whose engine it is to use."""
 AGAIN_HEADER = "x-headrace-again"
 """Of the answer to a second pass that is to come again, as the relay knows it."""
 HEAD_BYTES = 98_304
@@ -157,6 +159,7 @@ def internal_frontend(spec: GatewaySpec, paths: GatewayPaths) -> str:
   http-request del-header x-headrace-model
   http-request del-header x-headrace-route
   http-request del-header x-headrace-wait
+  http-request del-header {PLACE_HEADER}
   {return_text(400, answers.model_required(), "unless is_generation has_model")}
   http-request wait-for-body time 30s at-least {ROUTER_HEAD_BYTES}
   http-request set-var(txn.backend) {find_backend}
@@ -199,5 +202,6 @@ lf-string %[var(txn.route.refusal)] if {{ var(txn.route.refusal) -m found }}
 lf-string %[var(txn.route.limited)] if {{ var(txn.route.limited) -m found }}
   http-after-response set-header x-headrace-route %[var(txn.route.explanation)] \
 if {{ var(txn.route.explanation) -m found }}
+  http-request set-header {PLACE_HEADER} %[var(txn.route.place)] if {{ var(txn.route.place) -m found }}
 {wait_rules}  use_backend %[var(txn.backend),concat({SHARED_SUFFIX})] if {{ var(txn.route.shared) -m found }}
 """

@@ -7,10 +7,10 @@ words.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol, cast
 
-from headrace.api.messages import LoadReport, ReportAck
+from headrace.api.messages import EndpointRule, LoadReport, ReportAck
 from headrace.errors import ProtocolError
 from headrace.gateway.dispatcher import Dispatcher
 from headrace.gateway.replicas import Replica, ReplicaTable
@@ -70,6 +70,11 @@ class Membership:
         if report.state in LEAVING:
             is_released = replica is None or self._is_released(replica)
             connection.acknowledge(ReportAck(report.sequence, is_released))
+
+    def set_rules(self, rules: Iterable[EndpointRule]) -> None:
+        """Take which endpoints are durable: their servers are others."""
+        self._replicas.set_durable(frozenset(rule.name for rule in rules if rule.is_durable))
+        self.look()
 
     def ignore(self, error: ProtocolError) -> None:
         """A report could not be taken, or not even be read."""

@@ -66,9 +66,17 @@ class Replica:
     """Its name inside HAProxy."""
     generation: str = ""
     """What it was started with, by its reports."""
+    gateway_id: str = ""
+    """Of a durable front: its gateway. It is a server, and nothing is bound to it: it has no engine."""
+    text_class: str = ""
 
     def __post_init__(self) -> None:
         self.server_name = encode_name(self.replica_id)
+
+    @property
+    def takes_requests(self) -> bool:
+        """It is ready, there, and a server in HAProxy."""
+        return self.is_serving and self.is_connected and self.state == "ready"
 
     @property
     def paths(self) -> tuple[str, str]:
@@ -94,8 +102,17 @@ class ReplicaTable:
     num_ignored_ends: int = 0
     revision: int = 0
     """Grows when the wanted servers may have changed."""
+    durable: frozenset[str] = frozenset()
+    """Endpoints whose replicas' own fronts are backups; see `set_durable`."""
     _choosable: dict[tuple[str, str], list[Replica]] = field(default_factory=dict)
     """By endpoint and generation, as far as it was asked for since the last change or report."""
+    _fronts: dict[tuple[str, str], list[Replica]] = field(default_factory=dict)
+    """Durable fronts that take requests, by endpoint and text class; likewise."""
+
+    def set_durable(self, endpoints: frozenset[str]) -> None:
+        """Take which endpoints are durable."""
+        self.revision += self.durable != endpoints
+        self.durable = endpoints
 
     def observe(self, report: LoadReport, connection: object, now_s: float) -> Replica | None:
         """Take a report. None if it must be ignored (out of date, or of a replica that listens nowhere yet).
@@ -127,6 +144,7 @@ class ReplicaTable:
         replica.speaks_h2 = report.speaks_h2
         replica.pid = report.pid
         replica.generation = report.generation
+        replica.gateway_id, replica.text_class = report.gateway_id, report.text_class
         replica.state = report.state
         replica.sequence = report.sequence
         replica.lease_end_s = now_s + report.lease_s
@@ -135,7 +153,7 @@ class ReplicaTable:
         replica.connection = connection
         self._observe_load(replica, report)
         replica.is_connected = True
-        self._choosable.clear()
+        self._forget_choices()
         return replica
 
     def connection_closed(self, connection: object, now_s: float) -> bool:
@@ -144,7 +162,7 @@ class ReplicaTable:
         for replica in self.replicas.values():
             if replica.connection is connection and replica.is_connected:
                 replica.is_connected = False
-                self._choosable.clear()
+                self._forget_choices()
                 replica.lease_end_s = min(replica.lease_end_s, now_s + CLOSED_GRACE_S)
                 self.revision += 1
                 is_changed = True
@@ -156,7 +174,7 @@ class ReplicaTable:
         for replica in gone:
             self.revision += 1
             replica.is_gone = True
-            self._choosable.clear()
+            self._forget_choices()
             del self.replicas[replica.replica_id]
             self._note_paths(replica.server, now_s)
         if len(self.known_paths) > 2 * len(self.replicas):  # all of the living are known
@@ -168,7 +186,7 @@ class ReplicaTable:
 
     def mark_serving(self, paths: frozenset[str]) -> None:
         """Record which servers HAProxy has."""
-        self._choosable.clear()
+        self._forget_choices()
         for replica in self.replicas.values():
             replica.is_serving, replica.is_shared_serving = (path in paths for path in replica.paths)
 
@@ -181,13 +199,26 @@ class ReplicaTable:
             choosable = self._choosable[endpoint, generation] = [
                 replica
                 for replica in self.replicas.values()
-                if replica.is_serving
-                and replica.endpoint == endpoint
-                and replica.is_connected
-                and replica.state == "ready"
+                if replica.endpoint == endpoint
+                and not replica.gateway_id
+                and replica.takes_requests
                 and generation in ("", replica.generation)
             ]
         return choosable
+
+    def durable_front(self, replica: Replica) -> Replica | None:
+        """Return the durable front for a request that is bound to `replica`: of its text, with the fewest of
+        our requests; None if none has room."""
+        key = replica.endpoint, replica.text_class
+        fronts = self._fronts.get(key)
+        if fronts is None:
+            fronts = self._fronts[key] = [
+                each
+                for each in self.replicas.values()
+                if each.gateway_id and key == (each.endpoint, each.text_class) and each.takes_requests
+            ]
+        best = min(fronts, key=_num_in_flight, default=None)
+        return best if best is not None and best.num_in_flight < best.max_open else None
 
     def wanted_servers(self) -> list[Server]:
         """Return the servers that HAProxy should have. One whose connection closed has probably died: HAProxy
@@ -195,10 +226,18 @@ class ReplicaTable:
         ready = [
             replica for replica in self.replicas.values() if replica.state == "ready" and replica.is_connected
         ]
-        servers = [replica.server for replica in ready]
+        servers = [self._server_of(replica) for replica in ready]
         if self.uses_h2:
-            servers += [replica.server.shared for replica in ready if replica.speaks_h2]
+            servers += [self._server_of(replica).shared for replica in ready if replica.speaks_h2]
         return servers
+
+    def _server_of(self, replica: Replica) -> Server:
+        is_backup = replica.endpoint in self.durable and not replica.gateway_id
+        return replace(replica.server, is_backup=True) if is_backup else replica.server
+
+    def _forget_choices(self) -> None:
+        self._choosable.clear()
+        self._fronts.clear()
 
     def _note_paths(self, server: Server, now_s: float) -> None:
         self.known_paths[server.path] = self.known_paths[server.shared.path] = now_s
@@ -234,6 +273,10 @@ class ReplicaTable:
                 f"process {report.pid} reports as {report.replica_id}, which process {replica.pid} still does"
             )
         return True
+
+
+def _num_in_flight(replica: Replica) -> int:
+    return replica.num_in_flight
 
 
 def _cost(token_s: float) -> float:

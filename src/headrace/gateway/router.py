@@ -37,7 +37,7 @@ from headrace.gateway.replicas import ReplicaTable
 from headrace.gateway.request_recorder import RequestRecorder
 from headrace.gateway.servers import ServerKeeper
 from headrace.gateway.spoe import Arguments, SpoeAgent, SpoeCall, SpoeConnection, text_argument
-from headrace.gateway.waiting import Waiting, WaitingRoom
+from headrace.gateway.waiting import LOST_CALL, Waiting, WaitingRoom
 from headrace.observability.line_log import BackgroundLog, RotatingFile
 from headrace.observability.request_record import RequestRecord
 from headrace.observability.request_statistics import RequestStatistics
@@ -80,6 +80,7 @@ class Router:
         self.membership = Membership(self.replicas, self.dispatcher, self.recorder, clock.now_s)
         self.keeper = ServerKeeper(spec, fd_limit, runtime, self.membership.servers_changed)
         self.membership.keeper = self.keeper
+        self.membership.set_rules(spec.endpoints)
         self.keys = KeyMap(self._paths.key_map, runtime)
         self.keys.want(None, bool(spec.tenants))
         self.admin_keys = KeyMap(self._paths.admin_key_map, runtime)
@@ -250,7 +251,8 @@ class Router:
     def _rejoin(self, waiting: Waiting, call: SpoeCall, request_id: str, endpoint: str) -> None:
         """A parked stream came again, from the relay."""
         if waiting.is_rejoined:
-            raise ProtocolError(f"request {request_id} came a third time")
+            call.answer(refusal(LOST_CALL))
+            return
         self.dispatcher.own(request_id, call.connection)
         waiting.rejoin(lambda decision: self._tell(call, request_id, endpoint, decision, PromptHead()))
 
@@ -260,7 +262,7 @@ class Router:
 
     def _speaks_h2(self, decision: Bound) -> bool:
         """Whether HAProxy reaches the replica over HTTP/2, too."""
-        replica = self.replicas.replicas.get(decision.replica_id)
+        replica = self.replicas.replicas.get(decision.front_id or decision.replica_id)
         return replica is not None and replica.is_shared_serving
 
     def _on_spoe_lost(self, connection: SpoeConnection) -> None:
@@ -296,6 +298,7 @@ class Router:
             self.recorder.tick(now_s)
             while self.recorder.hand_out(RECORDS_AT_A_TIME):  # noqa: ASYNC110, decisions come between
                 await asyncio.sleep(0)
+            self._waiting.sweep(now_s, self.dispatcher.is_open)
             for waiting in self._waiting.due(now_s, self.dispatcher.is_held):
                 waiting.park()
             if self.dispatcher.num_held:
@@ -324,6 +327,7 @@ class Router:
         self._spec = spec
         self._closed_peers.watch(*split_address(spec.bind))
         self.dispatcher.set_rules(spec.endpoints)
+        self.membership.set_rules(spec.endpoints)
         self.dispatcher.set_tenants(spec.tenants, self._clock.now_s())
 
 

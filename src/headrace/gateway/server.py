@@ -40,6 +40,8 @@ class Server:
     identity: str = ""
     """PEM file with which the hosts of a cluster know each other: what is not on this machine is reached with
     it. Empty: plain TCP."""
+    is_backup: bool = False
+    """HAProxy by itself sends there only when there is no other kind; the router may at any time."""
 
     @property
     def name(self) -> str:
@@ -80,4 +82,6 @@ class Server:
         limit = f" maxconn {self.max_open}" if self.max_open else ""
         protocol = "proto h2 " if self.is_shared else ""
         protocol += f"{identity_options(self.identity)} " if self.identity and not self.socket_path else ""
-        return f"{protocol}check inter 1s fastinter 200ms downinter 200ms fall 2 rise 1 {_ON_REFUSAL}{limit}"
+        backup = "backup " if self.is_backup else ""
+        checks = "check inter 1s fastinter 200ms downinter 200ms fall 2 rise 1"
+        return f"{protocol}{backup}{checks} {_ON_REFUSAL}{limit}"

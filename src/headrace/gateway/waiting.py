@@ -15,8 +15,15 @@ from collections.abc import Callable
 
 from headrace.gateway.arrivals import Bound, Refused
 
+LOST_CALL = Refused("The gateway lost this request while it waited; send it again.", "overloaded", 1)
+"""For one that was parked, came again, and comes once more: HAProxy has lost the call that it waited on."""
 MAX_SCANNED = 64
 """Requests looked at per turn: what is more comes in the next one."""
+
+SWEEP_S = 1.0
+LOST_AFTER_S = 60.0
+"""A parked request that has ended, and of whose stream nothing is heard for so long: its HAProxy died, or
+ended it before the relay had it."""
 
 Decision = Bound | Refused
 
@@ -74,6 +81,9 @@ class WaitingRoom:
         self._max_parked = max_parked
         self._candidates: list[tuple[float, str, Waiting]] = []
         self._parked: dict[str, Waiting] = {}
+        self._ended_s: dict[str, float] = {}
+        """When a parked request was first seen to have ended."""
+        self._swept_s = 0.0
 
     def __repr__(self) -> str:
         return f"<WaitingRoom {len(self._parked)} parked, {len(self._candidates)} may be>"
@@ -106,4 +116,21 @@ class WaitingRoom:
 
     def leave(self, request_id: str) -> Waiting | None:
         """Forget a parked request: its stream has ended."""
+        self._ended_s.pop(request_id, None)
         return self._parked.pop(request_id, None)
+
+    def sweep(self, now_s: float, is_open: Callable[[str], bool]) -> int:
+        """Forget parked requests that ended a while ago without a word of their streams, so that they take
+        nobody's place; return how many. Looks once a second; the clock may jump."""
+        if 0 <= now_s - self._swept_s < SWEEP_S:
+            return 0
+        self._swept_s = now_s
+        for request_id in self._parked:
+            if is_open(request_id):
+                self._ended_s.pop(request_id, None)
+            else:
+                self._ended_s.setdefault(request_id, now_s)
+        lost = [name for name, since_s in self._ended_s.items() if now_s - since_s > LOST_AFTER_S]
+        for request_id in lost:
+            self.leave(request_id)
+        return len(lost)

@@ -42,6 +42,7 @@ class Stranded:
     """A stream without an engine. Seconds on the clock."""
 
     stream_class: str
+    """Empty: it has no token yet, and any engine of its text may begin it."""
     num_attempts: int = 0
     """Engines that it was continued on so far because it had lost another."""
     num_crashes: int = 0
@@ -80,8 +81,9 @@ class SiblingView:
 class OwnEngine:
     """The engine of the stream's own front."""
 
-    state: Literal["ready", "starting", "gone"]
-    """starting: it will be ready, as far as is known. gone: asleep, stopped, or failed for good."""
+    state: Literal["ready", "starting", "gone", "none"]
+    """starting: it will be ready, as far as is known. gone: asleep, stopped, or failed for good. none: a
+    durable front's, which never has one: replicas come and go."""
     stream_class: str = ""
     is_leaving: bool = False
     """It is to be free of requests soon: siblings come first."""
@@ -132,6 +134,8 @@ def decide(
         )
     if is_own_ready:
         return Wait(f"another suspect is tried{_suspicion(stream)}")
+    if own.state == "none":
+        return Wait("no replica can take it now")
     if own.state == "starting":
         return Wait("no sibling can take it now; its own engine is starting")
     alike = [each for each in siblings if each.stream_class in (stream.stream_class, "")]
@@ -148,7 +152,8 @@ def find_sibling(stream: Stranded, siblings: Sequence[SiblingView], now_s: float
         each
         for each in siblings
         if each.is_ready
-        and each.stream_class == stream.stream_class
+        and each.stream_class
+        and stream.stream_class in ("", each.stream_class)
         and each.has_room
         and stream.avoided.get(each.replica_id, now_s) <= now_s
         and not (stream.is_suspect and each.num_suspects)

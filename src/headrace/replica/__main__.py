@@ -1,4 +1,5 @@
-"""`python -m headrace.replica JSON`: one front process, with its engine as child. JSON is a ReplicaSpec."""
+"""`python -m headrace.replica JSON`: one front process, and its engine if it is a replica's. JSON is a
+ReplicaSpec."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from setproctitle import setproctitle
 from headrace.api.messages import ReplicaSpec
 from headrace.clock import SystemClock
 from headrace.lifetime import die_with_parent
+from headrace.replica.durable_front import DurableFront
 from headrace.replica.front import Front, FrontLimits
 from headrace.replica.http_messages import HttpLimits
 
@@ -40,6 +42,8 @@ def main(arguments: list[str]) -> int:
 
 
 async def _run(spec: ReplicaSpec, limits: FrontLimits) -> int:
+    if spec.gateway_id:
+        return await DurableFront(spec, SystemClock(), limits.http).run()
     return await Front(spec, SystemClock(), limits).run()
 
 

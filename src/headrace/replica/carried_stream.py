@@ -6,14 +6,14 @@ Owns the sum of its engines' time and the gap in it. Must not know where it coul
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
 from headrace.api.messages import GenerationRequest, StepOutput
 from headrace.errors import RequestError
 from headrace.observability.front_metrics import ResumeCause
-from headrace.policy.resumption import Stranded
+from headrace.policy.resumption import SUSPECT_CRASHES, Stranded
 from headrace.replica.engine_client import EngineStream
 
 
@@ -110,7 +110,8 @@ class CarriedStream:
         self.gap_from_s: float | None = None
         """When it lost its engine, until its next token."""
         self.avoided: dict[str, float] = {}
-        self.cause: ResumeCause = "engine_lost"
+        self.cause: ResumeCause | Literal["placed"] = "engine_lost"
+        """Why it is where it is. placed: it begins there."""
         self.lost_reason = ""
 
     def __repr__(self) -> str:
@@ -126,7 +127,8 @@ class CarriedStream:
 
     def is_on_trial(self) -> bool:
         """It is in an engine, suspected, and has given no token yet."""
-        return self.host is not None and self.as_stranded(0.0).is_suspect
+        is_suspect = self.num_crashes >= SUSPECT_CRASHES and not self._has_news()
+        return is_suspect and self.host is not None
 
     def as_stranded(self, now_s: float) -> Stranded:
         """Return what is known of it, as if it had no engine."""

@@ -31,7 +31,8 @@ from headrace.replica.grammar_checker import GrammarChecker
 from headrace.replica.http_messages import AnswerHeads, HttpLimits
 from headrace.replica.http_server import HttpServer
 from headrace.replica.ledger import Ledger
-from headrace.replica.notice import NoticeWatcher
+from headrace.replica.notice import NoticeFile, NoticeSource, NoticeWatcher
+from headrace.replica.notice_url import NoticeUrl
 from headrace.replica.peer_link import PeerPool
 from headrace.replica.peer_server import PeerServer
 from headrace.replica.prefix_digest import PrefixDigest
@@ -93,7 +94,7 @@ class Front:
         self.keeper: StreamKeeper = StreamKeeper(
             self.engine, self._peers, self.view.own_engine, limits_of_streams, self._metrics, clock
         )
-        self.guests = PeerServer(self.engine, self.view.why_no_guest, self._reporter.notify)
+        self.guests = PeerServer(self.engine, self.view.why_no_guest, self._reporter.notify, self._digest)
         streams = EngineStreams(self.engine, self.keeper, lambda: self._generator.num_preparing)
         self.standby = Standby(
             self.engine,
@@ -104,7 +105,7 @@ class Front:
         )
         self.departure = Departure(clock, self._reporter, streams, spec.handover_after_s, spec.drain_grace_s)
         services = AnswerServices(self.keeper, self.ledger, self._metrics)
-        fingerprint = "headrace-simulated" if is_simulated else "headrace-native"
+        fingerprint = f"headrace-{spec.engine.kind}"
         self._generator: Generator = Generator(
             spec.endpoint, spec.max_open, fingerprint, services, self.engine, clock
         )
@@ -127,6 +128,14 @@ class Front:
     def _on_notice(self, left_s: float) -> None:
         self.departure.leave_by_s = self._clock.now_s() + left_s
         self._stop_requested.set()
+
+    def _notice_sources(self) -> list[NoticeSource]:
+        spec, sources = self._spec, list[NoticeSource]()
+        if spec.notice_file:
+            sources.append(NoticeFile(spec.notice_file))
+        if spec.notice_url:
+            sources.append(NoticeUrl(spec.notice_url, spec.notice_headers))
+        return sources
 
     # ---- life
 
@@ -155,8 +164,8 @@ class Front:
         reporting = asyncio.create_task(self._reporter.run())
         self.engine.start()
         tasks = [reporting, loading := asyncio.create_task(self._load_model())]
-        if self._spec.notice_file:
-            watcher = NoticeWatcher(self._spec.notice_file, self._clock, self._on_notice)
+        for source in self._notice_sources():
+            watcher = NoticeWatcher(source, self._clock, self._on_notice)
             tasks.append(asyncio.create_task(watcher.run()))
         try:
             await self._stop_requested.wait()

@@ -8,14 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
-from headrace.api.config import TENANT_NAME
-from headrace.api.messages import GenerationRequest, SamplingParams, TerminalState
+from headrace.api.messages import EngineReady, GenerationRequest, SamplingParams, TerminalState
 from headrace.api.openai import (
     ChatCompletionRequest,
     ChatMessage,
@@ -29,12 +28,12 @@ from headrace.errors import InvalidRequest, NotFound, Overloaded, RequestError
 from headrace.replica.answer import Answer, AnswerServices, GenerationFailed, TextRules
 from headrace.replica.answer_shape import AnswerShape
 from headrace.replica.chat import flatten_messages
-from headrace.replica.engine_client import EngineClient
 from headrace.replica.grammar_checker import GrammarChecker
 from headrace.replica.http_messages import HttpRequest
 from headrace.replica.http_responder import Responder
 from headrace.replica.ledger import RequestRecord
 from headrace.replica.prompt_caching import PromptCaching
+from headrace.replica.request_head import open_record, place_of
 from headrace.replica.structured_output import read_form
 from headrace.replica.text_model import PromptEncoder, TextModel
 from headrace.replica.validate import (
@@ -49,7 +48,6 @@ from headrace.replica.validate import (
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 _log = logging.getLogger(__name__)
-_HEADER_VALUE = re.compile(r"[\x21-\x7e]{1,256}")
 
 
 class _ClientGone(Exception):
@@ -68,6 +66,32 @@ class Prompt:
     """What each answer must match; empty: anything."""
 
 
+class ServingEngine(Protocol):
+    """The engine that answers will use."""
+
+    @property
+    def state(self) -> str: ...
+
+    @property
+    def info(self) -> EngineReady | None: ...
+
+    def why_not_ready(self) -> str: ...
+
+
+class RemoteSide(Protocol):
+    """What a durable front does with each request."""
+
+    async def wait_known(self) -> None:
+        """Wait until it is known what requests are checked against, for a while."""
+        ...
+
+    def mark(
+        self, requests: Sequence[GenerationRequest], record: RequestRecord, place: str, body: bytes
+    ) -> list[GenerationRequest]:
+        """Return the requests with what their host must know."""
+        ...
+
+
 class Generator:
     """Takes generation requests for one endpoint."""
 
@@ -77,7 +101,7 @@ class Generator:
         max_open: int,
         fingerprint: str,
         services: AnswerServices,
-        engine: EngineClient,
+        engine: ServingEngine,
         clock: Clock,
     ) -> None:
         self._endpoint = endpoint
@@ -95,6 +119,8 @@ class Generator:
         self._preparing: set[asyncio.Task[None]] = set()
         self._answers: set[Answer] = set()
         self._has_failed_open = False
+        self.remote: RemoteSide | None = None
+        """Of a durable front: its engines are replicas'."""
         self.is_closed = False
         """Every router knows that this replica leaves: refuse what still comes."""
 
@@ -162,6 +188,8 @@ class Generator:
         """Return the running answer. Raises RequestError and _ClientGone; then nothing runs."""
         if self.is_closed:
             raise _leaving()
+        if self.remote is not None:
+            await self.remote.wait_known()
         limits = self._limits()
         # This request is counted as open already.
         if self._services.ledger.num_open > self._max_open:
@@ -195,6 +223,8 @@ class Generator:
         assert self._model is not None
         rules = TextRules(self._model.tokenizer.token_bytes, prompt.stops)
         requests = self._engine_requests(record, prompt)
+        if self.remote is not None:
+            requests = self.remote.mark(requests, record, place_of(request), request.body)
         answer.submit(requests, rules)
         assert self._caching is not None
         if len(prompt.token_ids) == 1:  # of several, the head does not say where each begins
@@ -341,20 +371,6 @@ def _leaving() -> Overloaded:
 
 def _choice_id(base: str, index: int, total: int) -> str:
     return base if total == 1 else f"{base}#{index}"
-
-
-def open_record(request: HttpRequest) -> RequestRecord:
-    """Return the record of a request that just arrived, with its ids."""
-    internal = request.headers.get("x-headrace-request-id", "")
-    if not _HEADER_VALUE.fullmatch(internal):
-        internal = os.urandom(12).hex()
-    client = request.headers.get("x-request-id", "")
-    if not _HEADER_VALUE.fullmatch(client):
-        client = internal
-    tenant = request.headers.get("x-headrace-tenant", "") if request.is_trusted else ""
-    if not TENANT_NAME.fullmatch(tenant):
-        tenant = ""
-    return RequestRecord(internal, client, request.path, request.arrived_s, tenant)
 
 
 def split_prompts(prompt: str | list[Any]) -> list[str | list[int]]:

@@ -1,6 +1,7 @@
-"""The file that appears when this machine is about to go away: a spot or maintenance notice.
+"""Where this machine says that it is about to go away (a spot or maintenance notice): a file that appears.
 
-Owns what such a file says, and looking for it. Must not know what follows from it.
+Owns what a notice means, and looking for it again and again. Must not know what follows from it.
+`notice_url` asks an address instead.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -22,14 +24,35 @@ _MAX_BYTES = 4096
 _log = logging.getLogger(__name__)
 
 
-class _Notice(msgspec.Struct):
+class Notice(NamedTuple):
+    """This machine goes away."""
+
+    deadline_s: float | None
+    """When, in seconds since 1970; None: it does not say."""
+
+
+class NoticeSource(Protocol):
+    """Something that can have a notice."""
+
+    @property
+    def name(self) -> str:
+        """What logs call it."""
+        ...
+
+    async def look(self) -> Notice | None:
+        """Return the notice; None: there is none, or nothing is heard of it. Raises nothing, and ends
+        within a few seconds."""
+        ...
+
+
+class _Content(msgspec.Struct):
     deadline_s: float
 
 
 def read_deadline(data: bytes) -> float | None:
     """Return the deadline of a notice, in seconds since 1970; None if it does not say one."""
     try:
-        deadline_s = msgspec.json.decode(data, type=_Notice).deadline_s
+        deadline_s = msgspec.json.decode(data, type=_Content).deadline_s
     except msgspec.DecodeError:
         return None
     return deadline_s if math.isfinite(deadline_s) and deadline_s >= 0 else None
@@ -50,12 +73,24 @@ def read_notice(path: str) -> bytes | None:
         os.close(descriptor)
 
 
-class NoticeWatcher:
-    """Looks for a notice once a second. It is read again and again: it may be written after it is made."""
+class NoticeFile:
+    """A file: whatever lies at its path is a notice."""
 
-    def __init__(self, path: str, clock: Clock, on_notice: Callable[[float], None]) -> None:
-        """`on_notice` hears how many seconds are left, at each look once there is a notice; <= 0: none."""
-        self._path = path
+    def __init__(self, path: str) -> None:
+        self.name = path
+
+    async def look(self) -> Notice | None:
+        data = await asyncio.to_thread(read_notice, self.name)
+        return None if data is None else Notice(read_deadline(data))
+
+
+class NoticeWatcher:
+    """Looks for a notice every second. It is read again and again: it may be given a deadline, or another
+    one, after it is made."""
+
+    def __init__(self, source: NoticeSource, clock: Clock, on_notice: Callable[[float], None]) -> None:
+        """`on_notice` hears how many seconds are left, at each look that finds a notice; <= 0: none."""
+        self._source = source
         self._clock = clock
         self._on_notice = on_notice
         self._seen_s: float | None = None
@@ -63,21 +98,28 @@ class NoticeWatcher:
     async def run(self) -> None:
         """Watch until cancelled."""
         while True:
-            data = await asyncio.to_thread(read_notice, self._path)
-            if data is not None:
-                self._tell(data)
+            notice = await self._source.look()
+            if notice is not None:
+                self._tell(notice)
             await asyncio.sleep(CHECK_S)
 
-    def _tell(self, data: bytes) -> None:
-        now_s, deadline_s = self._clock.wall_s(), read_deadline(data)
+    def _tell(self, notice: Notice) -> None:
+        now_s, deadline_s = self._clock.wall_s(), notice.deadline_s
         if self._seen_s is None:
             self._seen_s = now_s
-            known = (
-                ""
-                if deadline_s is not None
-                else f", without a deadline: {DEFAULT_DEADLINE_S:g} s are assumed"
+            _log.warning(
+                "notice: %s says that this machine goes away%s",
+                self._source.name,
+                _describe_deadline(deadline_s, now_s),
             )
-            _log.warning("notice: %s says that this machine goes away%s", self._path, known)
         if deadline_s is None:
             deadline_s = self._seen_s + DEFAULT_DEADLINE_S
         self._on_notice(deadline_s - now_s)
+
+
+def _describe_deadline(deadline_s: float | None, now_s: float) -> str:
+    if deadline_s is None:
+        return f", without a deadline: {DEFAULT_DEADLINE_S:g} s are assumed"
+    if deadline_s <= now_s:
+        return f"; its deadline was {now_s - deadline_s:.0f} s ago: leaving at once"
+    return f" in {deadline_s - now_s:.0f} s"

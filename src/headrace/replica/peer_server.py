@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, cast
 
 import msgspec
@@ -31,6 +31,7 @@ from headrace.errors import Overloaded, ProtocolError
 from headrace.private_socket import bind_private_socket
 from headrace.replica.carried_stream import num_on_trial
 from headrace.replica.engine_client import EngineStream
+from headrace.replica.placed_guests import PlacedGuests
 
 HEARTBEAT_S = 1.0
 """A host that has nothing to tell its guests' fronts says so as often."""
@@ -57,6 +58,14 @@ class HostEngine(Protocol):
     def abort(self, request_id: str) -> None: ...
 
 
+class PromptDigest(Protocol):
+    """Who follows what the engine's prefix cache holds."""
+
+    def expect(self, request: GenerationRequest, hashes: Sequence[int], num_bytes: int) -> None:
+        """A request went to the engine whose prompt's head has these hashes, and so many bytes."""
+        ...
+
+
 class PeerServer:
     """All guests of one replica."""
 
@@ -65,10 +74,12 @@ class PeerServer:
         engine: HostEngine,
         why_refused: Callable[[GenerationRequest], str],
         on_change: Callable[[], None],
+        digest: PromptDigest | None = None,
     ) -> None:
         """`why_refused`: why a guest cannot be taken now; empty: it can. `on_change`: the first guest came,
-        or the last one left."""
+        or the last one left. `digest`: hears of placed guests' prompts."""
         self._engine = engine
+        self._digest = digest
         self._why_refused = why_refused
         self._on_change = on_change
         self._connections: set[PeerConnection] = set()
@@ -77,6 +88,8 @@ class PeerServer:
         self._heartbeat: asyncio.TimerHandle | None = None
         self._path = ""
         self.num_guests = 0
+        """Streams, those of placed requests among them."""
+        self.placed = PlacedGuests()
 
     def __repr__(self) -> str:
         return f"PeerServer({self.num_guests} guests of {len(self._connections)} peers)"
@@ -134,19 +147,27 @@ class PeerServer:
         if request.is_suspect and num_on_trial(self._engine.streams.values()):
             return "another stream that may break engines is tried here"
         try:
-            self._engine.submit(request, guest)
+            self._engine.submit(msgspec.structs.replace(request, placed=None), guest)
         except Overloaded as error:
             return error.message
-        self.count(1)
+        placed = request.placed
+        self.placed.add(placed, request.tenant)
+        if placed is not None and self._digest is not None and not request.resume_from:
+            self._digest.expect(request, placed.prefix_hashes, placed.num_prompt_bytes)
+        self.num_guests += 1
+        if self.num_guests == 1:
+            self._on_change()
         return ""
 
-    def abort(self, request_id: str) -> None:
-        self._engine.abort(request_id)
-        self.count(-1)
+    def abort(self, guest: Guest) -> None:
+        self._engine.abort(guest.engine_id)
+        self.went(guest)
 
-    def count(self, change: int) -> None:
-        before, self.num_guests = self.num_guests, self.num_guests + change
-        if not before or not self.num_guests:
+    def went(self, guest: Guest) -> None:
+        """A guest is in the engine no more."""
+        self.placed.remove(guest.placed)
+        self.num_guests -= 1
+        if not self.num_guests:
             self._on_change()
 
     def load(self) -> EngineLoad:
@@ -156,19 +177,21 @@ class PeerServer:
         """Raise AssertionError unless every guest is someone's."""
         by_peer = [connection.num_guests for connection in self._connections]
         assert self.num_guests == sum(by_peer), f"{self.num_guests} guests != {by_peer}"
+        self.placed.check_integrity()
 
 
 class Guest:
     """One stream of a sibling in this engine."""
 
-    __slots__ = ("_connection", "_is_on_trial", "engine_id", "peer_id")
+    __slots__ = ("_connection", "_is_on_trial", "engine_id", "peer_id", "placed")
 
-    def __init__(self, connection: PeerConnection, peer_id: str, engine_id: str, *, is_suspect: bool) -> None:
+    def __init__(self, connection: PeerConnection, request: GenerationRequest, engine_id: str) -> None:
         self._connection = connection
-        self._is_on_trial = is_suspect
-        self.peer_id = peer_id
+        self._is_on_trial = request.is_suspect
+        self.peer_id = request.request_id
         """Its id, as its front calls it."""
         self.engine_id = engine_id
+        self.placed = request.placed
 
     def is_on_trial(self) -> bool:
         """It may be what broke engines before, and has given no token here."""
@@ -236,7 +259,7 @@ class PeerConnection(asyncio.Protocol):
         if peer_id in self._guests:
             raise ProtocolError(f"guest {peer_id!r} is here already; ids must be unique")
         # Other peers, and this front's own clients, may use the same ids.
-        guest = Guest(self, peer_id, f"guest{self._number}:{peer_id}", is_suspect=request.is_suspect)
+        guest = Guest(self, request, f"guest{self._number}:{peer_id}")
         self._guests[peer_id] = guest
         renamed = msgspec.structs.replace(request, request_id=guest.engine_id)
         if reason := self._server.take(renamed, guest):
@@ -246,7 +269,7 @@ class PeerConnection(asyncio.Protocol):
     def _abort(self, peer_id: str) -> None:
         # Unknown: it ended while the command was on its way.
         if (guest := self._guests.pop(peer_id, None)) is not None:
-            self._server.abort(guest.engine_id)
+            self._server.abort(guest)
 
     # ---- what the engine gives
 
@@ -254,7 +277,7 @@ class PeerConnection(asyncio.Protocol):
         """Take a guest's output of this step; say whether it is the first one."""
         if output.finish_reason is not None:
             del self._guests[guest.peer_id]
-            self._server.count(-1)
+            self._server.went(guest)
         self._outputs.append(msgspec.structs.replace(output, request_id=guest.peer_id))
         return len(self._outputs) == 1
 
@@ -267,8 +290,9 @@ class PeerConnection(asyncio.Protocol):
         """The engine is gone, and all guests with it. Called for each of them."""
         if self._transport is None:
             return
-        self._server.count(-len(self._guests))
-        self._guests.clear()
+        guests, self._guests = self._guests, {}
+        for guest in guests.values():
+            self._server.went(guest)
         self._send(EngineFailed(reason))
         self.close("")
 

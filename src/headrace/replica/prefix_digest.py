@@ -9,6 +9,7 @@ Must not know sockets or reports.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from headrace.api.messages import GenerationRequest, StepBatch
@@ -114,8 +115,13 @@ class PrefixDigest:
     def admit(self, request: GenerationRequest, body: bytes) -> None:
         """A request went to the engine; `body` is what the router saw the head of."""
         head = read_prompt(body[:HEAD_BYTES], len(body), request.tenant)
-        if head.hashes:
-            self._pending[request.request_id] = _Pending(head.hashes, head.num_bytes, request)
+        self.expect(request, head.hashes, head.num_bytes)
+
+    def expect(self, request: GenerationRequest, hashes: Sequence[int], num_bytes: int) -> None:
+        """A request went to the engine; `hashes` and `num_bytes` are those of its prompt's head."""
+        known = tuple(hashes[: len(PREFIX_BYTES) - 1])  # a peer may send anything
+        if known:
+            self._pending[request.request_id] = _Pending(known, num_bytes, request)
             if len(self._pending) > MAX_PENDING:
                 self._pending.popitem(last=False)
 

@@ -22,8 +22,9 @@ _log = logging.getLogger(__name__)
 class PromptCaching:
     """What a front adds to each request before it goes to the engine, and notes when it went."""
 
-    def __init__(self, endpoint: str, digest: PrefixDigest, shared_tokens: Sequence[int] = ()) -> None:
-        """`shared_tokens`: what prompts that use the declared prefix begin with."""
+    def __init__(self, endpoint: str, digest: PrefixDigest | None, shared_tokens: Sequence[int] = ()) -> None:
+        """`digest`: None where the cache is not this front's to follow. `shared_tokens`: what prompts that
+        use the declared prefix begin with."""
         self._key = blake2b(endpoint.encode(), digest_size=32, person=b"headrace salt").digest()
         self._digest = digest
         self._shared_tokens = list(shared_tokens)
@@ -44,7 +45,8 @@ class PromptCaching:
 
     def admit(self, request: GenerationRequest, body: bytes) -> None:
         """A request with the only prompt of `body` went to the engine."""
-        self._digest.admit(request, body)
+        if self._digest is not None:
+            self._digest.admit(request, body)
 
 
 async def shared_prefix_tokens(text: str, model: TextModel, encoder: PromptEncoder) -> list[int]:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import msgspec
 
-from headrace.api.messages import GenerationRequest, Sibling
+from headrace.api.messages import GenerationRequest, Placed, Sibling
 from headrace.clock import Clock
 from headrace.errors import Overloaded, ReplicaLost
 from headrace.observability.front_metrics import FrontMetrics
@@ -32,12 +32,15 @@ from headrace.policy.resumption import (
 )
 from headrace.replica.carried_stream import CarriedStream, Continuable, num_on_trial
 from headrace.replica.engine_client import EngineClient, EngineStream
+from headrace.replica.moves import Moves
 from headrace.replica.peer_link import HostedStream
 
 TICK_S = 0.02
 """How often streams that wait look for an engine."""
 REFUSED_PAUSE_S = 0.25
 """A sibling that did not take a stream is not asked again for so long."""
+LOST_PAUSE_S = 1.0
+"""The same for one that was lost with it, of a front without an engine: what comes back has the same name."""
 _log = logging.getLogger(__name__)
 
 
@@ -89,6 +92,8 @@ class StreamKeeper:
         self._carried: dict[str, CarriedStream] = {}
         """By the request id of the answer's choice."""
         self._tick: asyncio.TimerHandle | None = None
+        self.moves = Moves()
+        """Of what routers placed."""
 
     def __repr__(self) -> str:
         return f"StreamKeeper({self.num_waiting} waiting, {self.num_hosted} hosted of {len(self._carried)})"
@@ -112,12 +117,26 @@ class StreamKeeper:
         """Hand a new request to the own engine. Raises Overloaded."""
         self._engine.submit(request, stream)
 
+    def place(self, request: GenerationRequest, stream: Continuable) -> None:
+        """Hand a new request to the engine of the replica where a router placed it; if that is not known to
+        take it, where there is room, and else to the next that comes."""
+        now_s = self._clock.now_s()
+        carried = CarriedStream(self, stream, "")
+        carried.host, carried.stranded_at_s, carried.cause = None, now_s, "placed"
+        self._carried[request.request_id] = carried
+        sibling = None if request.placed is None else self._siblings.get(request.placed.replica_id)
+        if sibling is not None and sibling.stream_class and sibling.peer_socket:
+            self._continue(carried, ContinueAt(sibling.replica_id, "a router placed it there"), now_s)
+        else:
+            self._place(carried, now_s)
+
     def abort(self, request_id: str) -> None:
         """Take a request back, wherever it is. Its stream hears nothing more; unknown ids are ignored."""
-        carried = self._carried.pop(request_id, None)
+        carried = self._carried.get(request_id)
         if carried is None:
             self._engine.abort(request_id)
         else:
+            self.forget(carried)
             self._take_back(carried)
 
     def has_request(self, request_id: str) -> bool:
@@ -133,30 +152,41 @@ class StreamKeeper:
 
     def on_carried_lost(self, carried: CarriedStream, reason: str) -> None:
         now_s, host = self._clock.now_s(), carried.host
-        carried.strand(now_s)
+        self._strand(carried, now_s)
         carried.num_crashes += 1
         carried.cause, carried.lost_reason = "engine_lost", reason
         if host:
-            carried.avoided[host] = now_s + self._limits.max_wait_s
+            pause_s = LOST_PAUSE_S if self._own().state == "none" else self._limits.max_wait_s
+            carried.avoided[host] = now_s + pause_s
         self._place(carried, now_s)
 
     def on_given_back(self, carried: CarriedStream, reason: str) -> None:
         """A host did not take it, or no longer carries it."""
         now_s, host = self._clock.now_s(), carried.host
-        carried.strand(now_s)
+        self._strand(carried, now_s)
         if carried.cause == "engine_lost":
             carried.num_attempts -= 1
+        elif carried.cause == "placed":
+            carried.gap_from_s = None  # it has not begun anywhere
         if host:
             carried.avoided[host] = now_s + REFUSED_PAUSE_S
         carried.lost_reason = carried.lost_reason or reason
         _log.info("request %s was given back by %s: %s", carried.stream.request.request_id, host, reason)
         self._place(carried, now_s)
 
+    def _strand(self, carried: CarriedStream, now_s: float) -> None:
+        carried.strand(now_s)
+        if not carried.stream.token_ids and self._own().state == "none":
+            carried.stream_class = ""  # nothing was computed of it: any engine of its text may begin it
+
     def on_gap_end(self, seconds: float) -> None:
         self._metrics.resume_gap.observe(seconds)
 
     def forget(self, carried: CarriedStream) -> None:
-        self._carried.pop(carried.stream.request.request_id, None)
+        request = carried.stream.request
+        self._carried.pop(request.request_id, None)
+        if request.placed is not None:
+            self.moves.forget(request.placed.request_id)
 
     # ---- siblings, and moves to them
 
@@ -212,7 +242,7 @@ class StreamKeeper:
             self._hand_to(carried, target, now_s)
 
     def _hand_to(self, carried: CarriedStream, target: ContinueAt, now_s: float) -> None:
-        carried.strand(now_s)
+        self._strand(carried, now_s)
         carried.cause, carried.lost_reason = "handover", ""
         self._continue(carried, target, now_s)
 
@@ -242,17 +272,20 @@ class StreamKeeper:
         request_id = stream.request.request_id
         carried.waited_s = carried.as_stranded(now_s).waited_s
         carried.engine_id = self._new_engine_id(carried)
+        if not carried.stream_class:
+            carried.stream_class = self._siblings[target.replica_id].stream_class
         request = msgspec.structs.replace(
             stream.request,
             request_id=carried.engine_id,
             resume_from=list(stream.token_ids),
             stream_class=carried.stream_class,
             is_suspect=carried.as_stranded(now_s).is_suspect,
+            placed=self._placed(stream.request, target.replica_id, now_s),
         )
         carried.host = target.replica_id
         if target.replica_id:
             carried.path = self._siblings[target.replica_id].peer_socket
-            self._sent[target.replica_id] += 1
+            self._sent[target.replica_id] += carried.cause != "placed"  # those are in its own counts
             self._peers.submit(carried.path, request, carried)
         else:
             try:
@@ -260,6 +293,8 @@ class StreamKeeper:
             except Overloaded as error:  # it was ready a moment ago
                 self.on_given_back(carried, error.message)
                 return
+        if carried.cause == "placed":
+            return  # it begins here
         self._metrics.num_resumed[carried.cause] += 1
         self._metrics.num_resumed_tokens += len(stream.token_ids)
         stream.on_resumed(target.replica_id)
@@ -270,6 +305,14 @@ class StreamKeeper:
             len(stream.token_ids),
             target.reason,
         )
+
+    def _placed(self, request: GenerationRequest, replica_id: str, now_s: float) -> Placed | None:
+        """Return what the next host of a request must know, and note where it went."""
+        placed = request.placed
+        if placed is None:
+            return None
+        self.moves.note(placed.request_id, placed.replica_id, replica_id, now_s)
+        return msgspec.structs.replace(placed, replica_id=replica_id)
 
     def _new_engine_id(self, carried: CarriedStream) -> str:
         """A client may have chosen an id that looks like this."""
@@ -283,11 +326,10 @@ class StreamKeeper:
         self.forget(carried)
         self._metrics.num_given_up += 1
         lost = carried.lost_reason or "it was taken away"
-        carried.stream.fail(
-            ReplicaLost(
-                f"the engine was lost while it answered ({lost}); {decision.reason}; send the request again"
-            )
-        )
+        words = f"the engine was lost while it answered ({lost})"
+        if carried.cause == "placed":
+            words = "no replica began it"
+        carried.stream.fail(ReplicaLost(f"{words}; {decision.reason}; send the request again"))
 
     def _take_back(self, carried: CarriedStream) -> None:
         if carried.host:

@@ -18,9 +18,10 @@ from headrace.api.messages import ReplicaState
 from headrace.api.openai import DetokenizeRequest, ModelCard, ModelList, RequestDecoder, TokenizeRequest
 from headrace.errors import InvalidRequest, MethodNotAllowed, NotFound, RequestError, Unauthorized
 from headrace.observability.front_metrics import FrontMetrics
-from headrace.replica.generation import CHAT_PATH, COMPLETIONS_PATH, Generator, open_record
+from headrace.replica.generation import CHAT_PATH, COMPLETIONS_PATH, Generator
 from headrace.replica.http_messages import HttpRequest
 from headrace.replica.http_responder import Responder
+from headrace.replica.request_head import open_record
 
 MODELS_PATH = "/v1/models"
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -25,9 +25,10 @@ from headrace.api.messages import (
 from headrace.api.openai import ModelCard
 from headrace.observability.front_metrics import FrontMetrics
 from headrace.policy.resumption import OwnEngine, guest_room
+from headrace.replica.placed_guests import PlacedGuests
 from headrace.replica.prefix_digest import PrefixNews
 from headrace.replica.report import BUSY_INTERVAL_S
-from headrace.replica.stream_class import stream_class_of
+from headrace.replica.stream_class import stream_class_of, text_class_of
 
 
 class EngineFacts(Protocol):
@@ -78,6 +79,9 @@ class OwnStreams(Protocol):
 
 class Guests(Protocol):
     """Siblings' streams in this engine."""
+
+    placed: PlacedGuests
+    """Those that routers placed here: they count as this replica's requests."""
 
     @property
     def num_guests(self) -> int: ...
@@ -205,7 +209,10 @@ class SelfView:
             return f"this replica is {state}"
         if guest.stream_class != self.stream_class():
             return "this engine computes differently"
-        num_open = self._parts.ledger.num_open + self._parts.guests.num_guests
+        guests, placed = self._parts.guests, self._parts.guests.placed
+        if placed.has(guest.placed):
+            return ""  # another choice of a request that is here
+        num_open = self._parts.ledger.num_open + placed.num_requests + guests.num_guests - placed.num_streams
         if num_open >= guest_room(self._spec.max_open):
             return f"{num_open} requests and guests are here, which is all that it takes"
         return ""
@@ -227,6 +234,7 @@ class SelfView:
         """Say how it is now, under the next number."""
         self._num_reports += 1
         spec, parts, engine = self._spec, self._parts, self._parts.engine
+        placed = parts.guests.placed
         return LoadReport(
             replica_id=spec.replica_id,
             endpoint=spec.endpoint,
@@ -237,7 +245,7 @@ class SelfView:
             lease_s=spec.lease_s,
             state=self.state(),
             phase=self._phase(),
-            num_open=parts.ledger.num_open,
+            num_open=parts.ledger.num_open + placed.num_requests,
             max_open=spec.max_open,
             engine=engine.load,
             engine_info=engine.info,
@@ -248,17 +256,18 @@ class SelfView:
             finished=finished,
             generation=spec.generation,
             socket_path=self.socket_path,
-            open_by_gateway=parts.ledger.open_by_gateway(),
-            open_by_tenant=parts.ledger.open_by_tenant(),
+            open_by_gateway=_sum(parts.ledger.open_by_gateway(), placed.by_gateway()),
+            open_by_tenant=_sum(parts.ledger.open_by_tenant(), placed.by_tenant()),
             prefix_epoch=prefixes.epoch,
             prefixes_added=prefixes.added,
             prefixes_removed=prefixes.removed,
             speaks_h2=self._traits.speaks_h2,
             peer_socket=self.peer_path,
             stream_class=self.stream_class(),
-            num_guests=parts.guests.num_guests,
+            num_guests=parts.guests.num_guests - placed.num_streams,
             num_hosted=parts.keeper.num_hosted,
             leave_by_s=parts.departure.left_s(),
+            text_class=text_class_of(spec.engine),
         )
 
     def _phase(self) -> str:
@@ -299,3 +308,9 @@ class SelfView:
         self._parts.ledger.check_integrity()
         self._parts.guests.check_integrity()
         self._parts.keeper.check_integrity()
+
+
+def _sum(counts: dict[str, int], others: dict[str, int]) -> dict[str, int]:
+    if not others:
+        return counts
+    return {name: counts.get(name, 0) + others.get(name, 0) for name in (counts | others)}

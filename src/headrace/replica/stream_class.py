@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from hashlib import sha256
 
-from headrace.api.messages import EngineReady
+from headrace.api.messages import EngineReady, EngineSpec
 
 
 def stream_class_of(configured: str, info: EngineReady) -> str:
@@ -20,3 +20,10 @@ def stream_class_of(configured: str, info: EngineReady) -> str:
         *(str(info.vocab_size), str(info.max_context_tokens), str(info.block_size)),
     ]
     return sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def text_class_of(spec: EngineSpec) -> str:
+    """Return what turns texts into an engine's token ids: streams may pass from front to engine within it."""
+    if spec.kind == "simulated":
+        return "bytes"
+    return sha256(f"{spec.kind} {spec.model}".encode()).hexdigest()[:12]

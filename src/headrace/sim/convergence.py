@@ -50,11 +50,11 @@ def _open_routers(world: World) -> Problem | None:
     for router in world.routers.values():
         dispatcher = router.dispatcher
         in_flight = sum(endpoint.num_in_flight for endpoint in dispatcher.endpoints.values())
-        if router.is_alive and (dispatcher.num_held or in_flight):
+        if router.is_alive and (dispatcher.num_held or in_flight or len(router.waiting)):
             return Problem(
                 29,
                 "slots come free",
-                f"{router.name}: {dispatcher.num_held} held, {in_flight} in flight",
+                f"{router.name}: {dispatcher.num_held} held, {in_flight} in flight, {router.waiting!r}",
             )
     return None
 

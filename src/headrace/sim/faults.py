@@ -77,14 +77,15 @@ class Breaker:
         self._wake_all()
 
     def _wake_all(self) -> None:
-        """The user wakes what the user put to sleep, until it is awake."""
+        """The user wakes what the user put to sleep, until all is as wanted: an engine that was lost meanwhile
+        comes back asleep, and only then does its controller know."""
         controllers = self._controllers()
         state = controllers[0].state if controllers else None
-        slots = state.fleet.slots.values() if state is not None else ()
-        resting = [slot.replica_id for slot in slots if slot.role == "resting"]
-        for replica_id in resting:
-            controllers[0].set_sleep(replica_id, 0)
-        if resting or state is None:
+        if state is not None:
+            for slot in state.fleet.slots.values():
+                if slot.role == "resting":
+                    controllers[0].set_sleep(slot.replica_id, 0)
+        if state is None or not state.is_ready(controllers[0].host.now_s()):
             self._world.timeline.after(1.0, self._wake_all, "mend")
 
     def _mend_version(self) -> None:

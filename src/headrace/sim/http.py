@@ -19,6 +19,8 @@ class HttpRequest(msgspec.Struct, frozen=True):
     tenant: str
     question: Question
     request_id: str = ""
+    wait: Literal["", "told", "router"] = ""
+    """To the relay. told: the client is to be told that it waits; router: there was none."""
 
 
 class HttpError(msgspec.Struct, frozen=True):
@@ -38,3 +40,7 @@ class HttpPiece(msgspec.Struct, frozen=True):
 
 
 HttpAnswer = HttpError | HttpPiece
+
+
+class HttpAgain(msgspec.Struct, frozen=True):
+    """HAProxy's answer to the relay: there is neither a router nor a server; come again."""

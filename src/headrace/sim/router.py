@@ -22,6 +22,7 @@ from headrace.api.run_paths import CONTROLLER_SOCKET, router_socket_path
 from headrace.gateway.arrivals import Arrival, Bound, Refused
 from headrace.gateway.completions import Completion, classify
 from headrace.gateway.dispatcher import Dispatcher
+from headrace.gateway.haproxy_frontend import RELAY_BACKEND
 from headrace.gateway.haproxy_runtime import HaproxyRefused, HaproxyRuntime, HaproxyUnavailable, ServerState
 from headrace.gateway.membership import Membership
 from headrace.gateway.names import endpoint_of_backend
@@ -32,14 +33,18 @@ from headrace.gateway.rounds import RETRY_PERIOD_S
 from headrace.gateway.router import DEMAND_PERIOD_S, TICK_S
 from headrace.gateway.server import Server
 from headrace.gateway.servers import VERIFY_PERIOD_S, ConfigFiles, ServerKeeper
+from headrace.gateway.waiting import LOST_CALL, Waiting, WaitingRoom
 from headrace.observability.request_record import RequestRecord
 from headrace.policy.prompt import read_prompt
-from headrace.sim.haproxy import Announcement, ConfigOnDisk, HaproxyProcess, Verdict
+from headrace.sim.haproxy import ConfigOnDisk, HaproxyProcess
 from headrace.sim.machine import Host, Process, Registry
 from headrace.sim.network import End, Weather, connect
+from headrace.sim.passage import Announcement, Parked, Verdict
 from headrace.sim.timeline import Timer
 
 MIN_GAP_S = 0.01
+MAX_PARKED = 8
+"""Few, so that there are more who would be."""
 
 
 class _Turn:
@@ -146,6 +151,7 @@ class RouterProcess(Process):
         self.dispatcher = Dispatcher(spec.endpoints, self.replicas, self.recorder, spec.tenants)
         self.ticked_s = -math.inf
         """When it last ticked, by its own clock."""
+        self.waiting = WaitingRoom(MAX_PARKED)
         self.membership = Membership(self.replicas, self.dispatcher, self.recorder, host.now_s)
         self.keeper = _Keeper(
             spec, 20_000, Runtime(find_haproxy), self.membership.servers_changed, _Disk(disk), host.now_s
@@ -163,6 +169,7 @@ class RouterProcess(Process):
         self._spoe_address, self._log_address = f"{base}/spoe.sock", f"{base}/log.sock"
         self._report_address = router_socket_path(spec.run_dir, spec.gateway_id)
         self.num_bound = 0
+        self.num_parked = 0
 
     def begin(self) -> None:
         self.after(self.random.uniform(0.1, 0.8), self._start, "router start")
@@ -196,30 +203,58 @@ class RouterProcess(Process):
 
     def _on_announcement(self, message: Announcement, end: End) -> None:
         now_s = self.host.now_s()
-        request, request_id = message.request, message.request_id
-
-        def answer(decision: Bound | Refused) -> None:
-            self.recorder.answered(request_id, decision, self.host.now_s())
-            self.num_bound += isinstance(decision, Bound)
-            end.send(Verdict(request_id, decision))
-
+        request, call = message.request, message.call
+        request_id = request.request_id
+        if (parked := self.waiting.get(request_id)) is not None:
+            if parked.is_rejoined:
+                end.send(Verdict(call, LOST_CALL))
+                return
+            self.dispatcher.own(request_id, end)
+            parked.rejoin(lambda decision: self._tell(end, call, request_id, decision))
+            return
         self.recorder.arrived(request_id, request.endpoint, request.tenant, "/v1/chat/completions", now_s)
         body = request.question.body()
+        waiting = Waiting(
+            lambda decision: self._tell(end, call, request_id, decision),
+            (lambda: self._park(end, call, request_id)) if message.can_park else None,
+        )
         arrival = Arrival(
             request_id,
             request.endpoint,
-            answer,
+            waiting.decide,
             end,
             request_id,
             tenant=request.tenant,
             prompt=read_prompt(body, len(body), request.tenant, request.question.session),
         )
         if self.dispatcher.arrive(arrival, now_s):
+            tell_after_s = self.dispatcher.endpoints[request.endpoint].rule.tell_after_s
+            self.waiting.held(request_id, waiting, now_s + (tell_after_s or math.inf))
             self._send_demand_soon()
+
+    def _tell(self, end: End, call: int, request_id: str, decision: Bound | Refused) -> None:
+        self.recorder.answered(request_id, decision, self.host.now_s())
+        self.num_bound += isinstance(decision, Bound)
+        end.send(Verdict(call, decision))
+
+    def _park(self, end: End, call: int, request_id: str) -> None:
+        self.num_parked += 1
+        self.dispatcher.own(request_id, None)
+        self.recorder.parked(request_id, self.host.now_s())
+        end.send(Verdict(call, Parked()))
 
     def _on_completion(self, line: Completion) -> None:
         endpoint = endpoint_of_backend(line.backend)
-        assert endpoint is not None
+        if line.backend == RELAY_BACKEND:
+            waiting = self.waiting.leave(line.id)
+            if waiting is not None and not waiting.is_rejoined and not self.dispatcher.is_held(line.id):
+                self.dispatcher.abandon(line.id)
+            self.dispatcher.client_left(line.id)
+            if 200 <= line.status < 400 or self.dispatcher.knows(line.id):
+                return
+        if endpoint is None:
+            self.recorder.answered_by_haproxy(line)
+            return
         self.dispatcher.complete(line.id, endpoint, classify(line))
         self.recorder.completed(line)
         self.dispatcher.pump(endpoint, self.host.now_s())
@@ -269,6 +304,9 @@ class RouterProcess(Process):
         self.ticked_s = now_s
         self.recorder.tick(now_s)
         self.recorder.hand_out()
+        self.waiting.sweep(now_s, self.dispatcher.is_open)
+        for waiting in self.waiting.due(now_s, self.dispatcher.is_held):
+            waiting.park()
         haproxy = self._find_haproxy()
         if self.dispatcher.num_held and haproxy is not None and haproxy.closed_clients:
             self.dispatcher.clients_left(frozenset(haproxy.closed_clients))

@@ -24,6 +24,7 @@ FaultKind = Literal[
     "router killed",
     "router paused",
     "haproxy killed",
+    "relay killed",
     "controller killed",
     "controller paused",
     "host lost",

@@ -74,12 +74,12 @@ class SupervisorProcess(Process):
                     self.refusals_left -= 1
                     end.send(LauncherError(spec.name, "cannot be started: no memory"))
                 else:
-                    end.send(ProcessStarted(_state(self._start(spec))))
+                    end.send(ProcessStarted(self._state(self._start(spec))))
             case StopProcess(name, grace_s):
                 if name == CONTROLLER_NAME or not self._stop_child(name, grace_s):
                     end.send(LauncherError(name, "no such process"))
             case ListProcesses():
-                end.send(Processes([_state(child) for child in self.children.values()]))
+                end.send(Processes([self._state(child) for child in self.children.values()]))
 
     def _start(self, spec: ProcessSpec) -> Process:
         self.num_started += 1
@@ -104,9 +104,6 @@ class SupervisorProcess(Process):
         return True
 
     def _on_exit(self, child: Process, code: int) -> None:
-        pending = self._kills.pop(child.name, None)
-        if pending is not None:
-            pending[1].cancel()
         delay_s = 0.002
         if child.host is not self.host:
             delay_s = self.random.uniform(0.01, 3.0)  # another machine's end is heard of late
@@ -116,6 +113,10 @@ class SupervisorProcess(Process):
         if self.children.get(child.name) is not child:
             return
         del self.children[child.name]
+        # Here, as in the real one: a stop may have come since the child died, and is not its successor's.
+        pending = self._kills.pop(child.name, None)
+        if pending is not None:
+            pending[1].cancel()
         state = ProcessState(child.name, child.pid, is_alive=False, exit_code=code)
         for end in self._ends:
             end.send(ProcessEnded(state))
@@ -125,6 +126,6 @@ class SupervisorProcess(Process):
             delay_s = min(FIRST_RESTART_DELAY_S * 2 ** (self._controller_failures - 1), MAX_RESTART_DELAY_S)
             self.after(delay_s, self._start_controller, "controller restart")
 
-
-def _state(child: Process) -> ProcessState:
-    return ProcessState(child.name, child.pid, is_alive=True)
+    def _state(self, child: Process) -> ProcessState:
+        node = "" if child.host is self.host else child.host.name  # a notice is of one machine
+        return ProcessState(child.name, child.pid, is_alive=True, node=node)

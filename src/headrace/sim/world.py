@@ -26,6 +26,7 @@ from headrace.sim.haproxy import ConfigOnDisk, HaproxyProcess
 from headrace.sim.invariants import EndpointView, PlanView, Violation, check, check_actions
 from headrace.sim.machine import Host, Process, Registry
 from headrace.sim.network import Weather
+from headrace.sim.relay import RelayProcess
 from headrace.sim.router import RouterProcess
 from headrace.sim.scenario import Scenario
 from headrace.sim.supervisor import SupervisorProcess
@@ -55,13 +56,6 @@ class Outcome:
     num_resumed: int = 0
     """Streams that were continued in another engine."""
     history: tuple[str, ...] = ()
-
-
-class RelayProcess(Process):
-    """A relay that only answers its probes."""
-
-    def begin(self) -> None:
-        pass
 
 
 class World:
@@ -168,7 +162,9 @@ class World:
             haproxy.begin()
             return haproxy
         if kind == "relay":
-            return RelayProcess(self.registry, spec.name, control)
+            relay = RelayProcess(self.registry, control, gateway, RUN_DIR, self.weather)
+            relay.begin()
+            return relay
         self.controller = ControllerProcess(
             self.registry, control, self.run_directory, self.weather, self._answers, self._plan, self.note
         )

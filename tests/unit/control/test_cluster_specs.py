@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from headrace.api.config import Config
 from headrace.api.config_loader import parse_config
 from headrace.api.messages import NodeNeeds, ReplicaSpec
 from headrace.api.run_paths import PYTHON_PLACEHOLDER, RUN_DIR_PLACEHOLDER
+from headrace.control.config_changes import keep_address
 from headrace.control.specs import (
     CONFIG_FILE,
     cluster_controller_process,
@@ -18,6 +20,7 @@ from headrace.control.specs import (
     generation_of,
     place_of,
 )
+from headrace.errors import ConfigError
 
 
 def config_of(launcher: str = "ray", **endpoint: Any) -> Config:
@@ -80,3 +83,10 @@ def test_other_nodes_are_another_version_on_a_cluster_only() -> None:
     assert generation_of(config_of("local", **there), "chat") == generation_of(
         config_of("local", **here), "chat"
     )
+
+
+def test_a_config_that_is_applied_stays_on_the_cluster_and_cannot_move_there() -> None:
+    running = config_of()
+    assert keep_address(config_of("local", native={"num_threads": 2}), running).launcher == "ray"
+    with pytest.raises(ConfigError, match="launcher: is local and cannot become ray"):
+        keep_address(config_of("ray"), config_of("local"))

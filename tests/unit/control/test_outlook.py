@@ -20,6 +20,7 @@ from headrace.api.messages import (
 )
 from headrace.control.connections import Connections
 from headrace.control.fleet import Fleet, Slot
+from headrace.control.notices import HoldOff
 from headrace.control.outlook import is_news, outlook_of
 from headrace.control.reconciler import StartReplica, StopReplica
 from headrace.control.siblings import LOAD_PERIOD_S, siblings_of
@@ -54,6 +55,16 @@ def test_a_start_takes_what_earlier_ones_took_and_a_late_one_still_takes_a_littl
     for _ in range(200):
         times.add("cold", 1.0)
     assert len(times.seconds["cold"]) == MAX_REMEMBERED
+
+
+def test_while_starts_are_held_off_their_end_is_what_is_waited_for() -> None:
+    def told(*slots: Slot) -> EndpointOutlook:
+        return outlook_of("chat", NATIVE, slots, StartTimes(), 102.0, HoldOff("the machine goes", 20.0))
+
+    assert told() == EndpointOutlook("chat", 20.0 + DEFAULT_S["cold"], "the machine goes")
+    assert told(slot("draining")) == told(slot("pending")) == told()
+    assert told(slot("starting"), slot("draining")).reason == "chat-1 starts (its process)"
+    assert told(slot("ready")).eta_s == 0.0
 
 
 def test_the_soonest_replica_is_what_is_waited_for() -> None:

@@ -50,6 +50,16 @@ def test_an_empty_fleet_is_started_with_the_lowest_ids() -> None:
     assert all(action.reason for action in actions)
 
 
+def test_nothing_is_started_while_starts_are_held_off_and_nothing_is_given_up_for_it() -> None:
+    held_off = replace(desired(3, standby=1), hold_off="the machine goes")
+    assert reconcile([held_off], [ready("chat-1"), crashed("chat-2", 1, 0.0)], NOW_S) == []
+    assert len(starts(reconcile([replace(held_off, hold_off="")], [ready("chat-1")], NOW_S))) == 3
+    # With room for one only, the old version is not taken away for a new one that may not come.
+    swap = replace(desired(1, surge=0), hold_off="the machine goes")
+    assert reconcile([swap], [ready("chat-1", generation="old")], NOW_S) == []
+    assert stops(reconcile([desired(1, surge=0)], [ready("chat-1", generation="old")], NOW_S)) == ["chat-1"]
+
+
 def test_a_freed_id_is_used_again() -> None:
     assert starts(reconcile([desired(3)], [ready("chat-1"), ready("chat-3")], NOW_S)) == ["chat-2"]
 

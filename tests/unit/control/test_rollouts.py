@@ -276,7 +276,7 @@ def test_a_replica_that_leaves_by_itself_is_replaced_at_once_and_its_end_is_no_f
     world = World(config(replicas={"min": 1, "max": 2}))
     world.settle()
     slot = world.state.fleet.slots["chat-1"]
-    world.report("chat-1", state="draining", leave_by_s=30.0)
+    world.report("chat-1", state="draining")
     actions = world.state.plan(world.now_s)
     assert [(type(action), action.replica_id) for action in actions] == [(StartReplica, "chat-2")]
     world.state.fleet.on_ended(_ended("chat-1", slot.pid), world.now_s)

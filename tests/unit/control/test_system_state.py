@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from headrace.api.config import Config, Tenant
@@ -13,6 +16,8 @@ from headrace.api.messages import (
     EndpointDemand,
     LauncherError,
     LoadReport,
+    Nodes,
+    NodeState,
     ProcessEnded,
     ProcessSpec,
     ProcessStarted,
@@ -20,6 +25,7 @@ from headrace.api.messages import (
 )
 from headrace.clock import VirtualClock
 from headrace.control.reconciler import StartReplica, StopReplica
+from headrace.control.status import describe
 from headrace.control.system_state import SystemState
 from headrace.errors import ConfigError
 from headrace.fabric.launcher import FakeLauncher
@@ -78,12 +84,18 @@ class World:
                 case LauncherError(name, error):
                     self.state.on_refused(name, error, self.clock.now_s())
 
-    def report(self, replica_id: str) -> None:
+    def report(self, replica_id: str, **fields: Any) -> None:
         slot = self.state.fleet.slots[replica_id]
         report = LoadReport(
             replica_id, slot.endpoint, "m", "a:1", slot.pid, 1, 3.0, "ready", generation=slot.generation
         )
-        self.state.fleet.on_report(report, self.clock.now_s())
+        self.state.fleet.on_report(msgspec.structs.replace(report, **fields), self.clock.now_s())
+
+    def leave_by_notice(self, replica_id: str, leave_by_s: float) -> None:
+        """It says that its machine goes, and is gone."""
+        self.report(replica_id, state="draining", leave_by_s=leave_by_s)
+        self.launcher.end(replica_id, 0)
+        self.take_events()
 
     def demand(self) -> None:
         endpoints = [
@@ -124,6 +136,44 @@ def test_an_endpoint_at_zero_wakes_for_held_requests_and_sleeps_when_idle() -> N
     assert world.launcher.alive, "it stays for a while"
     world.settle(60)
     assert not world.launcher.alive
+
+
+def test_on_a_machine_with_a_notice_nothing_is_started_until_it_is_clear_that_it_stays() -> None:
+    world = World(config(chat={"replicas": {"min": 1, "max": 2}}, other={"replicas": {"min": 0, "max": 1}}))
+    world.settle(3)
+    assert set(world.launcher.alive) == {"chat-1"}
+    world.leave_by_notice("chat-1", 20.0)
+    num_started, began_s = world.launcher.num_started, world.clock.now_s()
+    world.held = {"other": 1}
+    world.settle(100)
+    assert world.launcher.num_started == num_started, "neither in its place nor for what is held"
+    now_s = world.clock.now_s()
+    told = describe(world.state, Path(), now_s)
+    end_s = 30.0 - (now_s - began_s)
+    words = f"this machine goes away by a notice; nothing is started for {math.ceil(end_s)} s more"
+    assert told.warnings == [f"chat: {words}", f"other: {words}"]
+    assert [endpoint.eta_s > end_s for endpoint in told.endpoints] == [True, True]
+    assert not told.is_ready
+    world.settle(60)
+    assert set(world.launcher.alive) == {"chat-1", "other-1"}, "it was not taken away after all"
+    assert describe(world.state, Path(), world.clock.now_s()).warnings == []
+
+
+def test_in_a_cluster_the_notice_of_one_node_keeps_nothing_from_the_others() -> None:
+    world = World(config(chat={"replicas": 1}))
+    world.state.nodes = Nodes([NodeState("a", "1.1.1.1"), NodeState("b", "1.1.1.2")], "a")
+    world.settle(3)
+    world.state.fleet.slots["chat-1"].node = "a"
+    world.leave_by_notice("chat-1", 20.0)
+    world.settle(3)
+    assert set(world.launcher.alive) == {"chat-1"}
+    world.state.fleet.slots["chat-1"].node = "a"  # the launcher chose it again
+    num_started = world.launcher.num_started
+    world.leave_by_notice("chat-1", 19.0)
+    world.settle(40)
+    assert world.launcher.num_started == num_started
+    world.settle(20)
+    assert world.launcher.num_started == num_started + 1
 
 
 def test_scaling_to_zero_is_obeyed_at_once() -> None:

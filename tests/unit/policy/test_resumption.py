@@ -47,6 +47,25 @@ def test_the_least_loaded_sibling_that_computes_the_same_takes_it() -> None:
     assert decision.reason == "least loaded of 2: 1 open of 10"
 
 
+def test_a_durable_fronts_stream_waits_for_whatever_replica_comes() -> None:
+    none = OwnEngine("none")
+    assert isinstance(choose(STREAM, none), Wait)
+    assert isinstance(choose(STREAM, none, sibling("a", stream_class="B")), Wait)
+    assert isinstance(choose(replace(STREAM, waited_s=60.0), none), GiveUp)
+    suspect = replace(STREAM, num_crashes=SUSPECT_CRASHES)
+    assert choose(suspect, none, sibling("a")).reason.startswith("least loaded"), (
+        "there is no home to wait for"
+    )
+    assert isinstance(choose(suspect, none, replace(sibling("a"), num_suspects=1)), Wait)
+
+
+def test_a_stream_that_has_not_begun_takes_any_class_that_is_known() -> None:
+    fresh, none = Stranded(""), OwnEngine("none")
+    decision = choose(fresh, none, sibling("a", 0, ""), sibling("b", 2, "B"))
+    assert isinstance(decision, ContinueAt)
+    assert decision.replica_id == "b"
+
+
 def test_its_own_engine_comes_first_unless_it_is_to_be_freed() -> None:
     assert choose(STREAM, READY, sibling("a")) == ContinueAt("", "its own engine is ready")
     leaving = replace(READY, is_leaving=True)

@@ -10,7 +10,7 @@ import pytest
 
 from headrace.clock import VirtualClock
 from headrace.replica import notice
-from headrace.replica.notice import NoticeWatcher, read_deadline, read_notice
+from headrace.replica.notice import NoticeFile, NoticeWatcher, read_deadline, read_notice
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ async def test_a_notice_is_read_again_and_without_deadline_means_30_s(
                 await news.wait()
         return heard[-1]
 
-    watching = asyncio.create_task(NoticeWatcher(str(path), clock, on_notice).run())
+    watching = asyncio.create_task(NoticeWatcher(NoticeFile(str(path)), clock, on_notice).run())
     await asyncio.sleep(0.02)
     assert heard == []
     path.write_text("")
@@ -75,3 +75,17 @@ async def test_a_notice_is_read_again_and_without_deadline_means_30_s(
     assert await next_one() == -105.0
     watching.cancel()
     await asyncio.wait([watching])
+
+
+async def test_a_deadline_that_is_over_is_said_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, heard = tmp_path / "notice", asyncio.Queue[float]()
+    path.write_text('{"deadline_s": 900}')
+    watcher = NoticeWatcher(NoticeFile(str(path)), VirtualClock(1000.0), heard.put_nowait)
+    watching = asyncio.create_task(watcher.run())
+    async with asyncio.timeout(10):
+        assert await heard.get() == -100.0
+    watching.cancel()
+    await asyncio.wait([watching])
+    assert "its deadline was 100 s ago: leaving at once" in caplog.text

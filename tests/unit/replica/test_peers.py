@@ -7,7 +7,7 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from headrace.api.messages import (
     EngineFailed,
     GenerationRequest,
     PeerEvent,
+    Placed,
     SamplingParams,
     StepBatch,
     StepOutput,
@@ -43,14 +44,19 @@ class Host:
         self.engine = FakeEngine()
         self.refusal = ""
         self.num_changes = 0
-        self.server = PeerServer(self.engine, lambda _: self.refusal, self._on_change)
+        self.expected: list[tuple[str, list[int], int]] = []
+        self.server = PeerServer(self.engine, lambda _: self.refusal, self._on_change, self)
         self.pool = PeerPool(SystemClock())
 
     def _on_change(self) -> None:
         self.num_changes += 1
 
-    def send(self, name: str) -> FakeStream:
+    def expect(self, request: GenerationRequest, hashes: Sequence[int], num_bytes: int) -> None:
+        self.expected.append((request.request_id, list(hashes), num_bytes))
+
+    def send(self, name: str, placed: Placed | None = None, tenant: str = "") -> FakeStream:
         stream = FakeStream(name)
+        stream.request = msgspec.structs.replace(stream.request, placed=placed, tenant=tenant)
         self.pool.submit(self.path, stream.request, stream)
         return stream
 
@@ -337,3 +343,37 @@ async def test_an_idle_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_lost_engine_is_told_as_such() -> None:
     assert EngineFailed("x").retryable
+
+
+async def test_choices_that_a_router_placed_are_one_request_of_the_host() -> None:
+    async with running() as host:
+        placed = Placed("hr-g1-7", "chat-1", [11, 12], 600)
+        host.send("hr-g1-7#0@1", placed, "acme")
+        host.send("hr-g1-7#1@1", Placed("hr-g1-7", "chat-1"), "acme")
+        host.send("guest")
+        await host.wait(lambda: host.server.num_guests == 3)
+        counts = host.server.placed
+        assert (counts.num_requests, counts.num_streams) == (1, 2)
+        assert (counts.by_gateway(), counts.by_tenant()) == ({"g1": 1}, {"acme": 1})
+        assert host.expected == [
+            (host.guest("hr-g1-7#0@1"), [11, 12], 600),
+            (host.guest("hr-g1-7#1@1"), [], 0),
+        ]
+        assert all(request.placed is None for request in host.engine.requests.values()), (
+            "engines see none of it"
+        )
+        first = host.guest("hr-g1-7#0@1")
+        host.engine.give(first, StepOutput(first, [1], finish_reason="stop"))
+        assert (counts.num_requests, counts.num_streams) == (1, 1)
+        host.server.check_integrity()
+        host.engine.die()
+        assert (counts.num_requests, counts.num_streams, host.server.num_guests) == (0, 0, 0)
+
+
+async def test_a_durable_front_that_goes_takes_its_requests_from_the_hosts_counts() -> None:
+    async with running() as host:
+        host.send("r@1", Placed("hr-g1-7", "chat-1"))
+        await host.wait(lambda: host.server.placed.num_requests == 1)
+        host.pool.close()
+        await host.wait(lambda: host.server.num_guests == 0)
+        assert host.server.placed.num_requests == 0

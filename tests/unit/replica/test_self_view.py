@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 
 from headrace.api.messages import (
@@ -12,6 +13,7 @@ from headrace.api.messages import (
     EngineReady,
     EngineSpec,
     GenerationRequest,
+    Placed,
     ReplicaSpec,
     SamplingParams,
     SetSleep,
@@ -20,6 +22,7 @@ from headrace.api.messages import (
 )
 from headrace.observability.front_metrics import FrontMetrics
 from headrace.policy.resumption import guest_room
+from headrace.replica.placed_guests import PlacedGuests
 from headrace.replica.prefix_digest import PrefixNews
 from headrace.replica.self_view import FrontTraits, SelfView
 
@@ -51,6 +54,7 @@ class FakeParts:
     num_hosted: int = 0
     num_waiting: int = 0
     num_guests: int = 0
+    placed: PlacedGuests = field(default_factory=PlacedGuests)
     is_leaving: bool = False
     error: str = ""
     has_begun: bool = False
@@ -124,6 +128,23 @@ def test_reports_are_numbered_and_say_what_is() -> None:
     assert (report.num_open, report.num_guests, report.num_hosted) == (3, 2, 1)
     assert report.open_by_gateway == {"g1": 3}
     assert report.stream_class == view.stream_class() != ""
+
+
+def test_what_routers_placed_here_is_reported_as_its_own_requests() -> None:
+    parts = FakeParts(num_open=3, num_guests=4)
+    placed = Placed("hr-g1-7", "chat-1")
+    for _ in range(2):
+        parts.placed.add(placed, "acme")
+    parts.placed.add(Placed("hr-g2-8", "chat-1"), "")
+    view = make_view(parts)
+    report = view.make_report([], PrefixNews())
+    assert (report.num_open, report.num_guests) == (5, 1)
+    assert report.open_by_gateway == {"g1": 4, "g2": 1}
+    assert report.open_by_tenant == {"acme": 1, "": 1}
+    parts.num_open = guest_room(8)
+    guest = GenerationRequest("r", [1], SamplingParams(), stream_class=view.stream_class())
+    assert "is all that it takes" in view.why_no_guest(guest)
+    assert view.why_no_guest(msgspec.structs.replace(guest, placed=placed)) == "", "a choice of what is here"
 
 
 @pytest.mark.parametrize(("engine_state", "phase"), [("ready", "cannot sleep"), ("starting", "loading")])

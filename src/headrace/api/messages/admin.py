@@ -267,6 +267,8 @@ class SystemStatus(msgspec.Struct, frozen=True):
     rollouts: list[RolloutStatus] = []
     nodes: list[NodeStatus] = []
     """Of a cluster; empty: one machine."""
+    durable_fronts: list[ReplicaStatus] = []
+    """Fronts without engines, of durable endpoints. Their num_hosted: streams in replicas' engines."""
 
 
 class AdminReply(Message, frozen=True):

@@ -35,6 +35,19 @@ class SamplingParams(Record, frozen=True):
     min_tokens: int = 0
 
 
+class Placed(Record, frozen=True):
+    """What a durable front tells a replica of a guest that a router placed there: the replica reports it as
+    if the client had come to its own front."""
+
+    request_id: str
+    """The client's request: several guests may be its choices."""
+    replica_id: str
+    """Where its place is. Another replica has it as a guest like any other."""
+    prefix_hashes: list[int] = []
+    """Of the prompt's head (`policy.prompt`), and its length."""
+    num_prompt_bytes: int = 0
+
+
 class GenerationRequest(Record, frozen=True):
     """One generation: token ids in. `resume_from` are tokens already emitted elsewhere: the next token has
     index len(resume_from), and max_tokens counts them."""
@@ -59,6 +72,8 @@ class GenerationRequest(Record, frozen=True):
     """Of a guest: only an engine of this class continues it. Its host looks at it; engines do not."""
     is_suspect: bool = False
     """Of a guest: engines were lost with it, so a host tries one such stream at a time."""
+    placed: Placed | None = None
+    """Of a durable front's guest. Engines do not see it."""
 
 
 class TokenLogprobs(Record, frozen=True):

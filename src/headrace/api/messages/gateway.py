@@ -23,6 +23,8 @@ class EndpointRule(Record, frozen=True):
     itl_s: float = 0.0
     tell_after_s: float = 3.0
     """A stream that is held for longer is begun, with comment lines; 0: none is."""
+    is_durable: bool = False
+    """Requests go to the gateway's durable fronts; replicas' own fronts are for when there is none."""
 
 
 class EndpointOutlook(Record, frozen=True):

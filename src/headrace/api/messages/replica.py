@@ -88,6 +88,12 @@ class LoadReport(Message, frozen=True):
     """Own streams that siblings' engines continue."""
     leave_by_s: float = -1.0
     """Seconds until this replica's machine goes away, by a notice; negative: no notice."""
+    gateway_id: str = ""
+    """Of a durable front: the gateway whose requests it takes. It has no engine, and is no replica."""
+    text_class: str = ""
+    """What turns texts into its token ids: a durable front's streams go to replicas of its own."""
+    moved: dict[str, str] = {}
+    """Of a durable front: open requests whose place changed lately, and the replica that has them now."""
 
 
 class ReportAck(Message, frozen=True):
@@ -117,6 +123,10 @@ class Sibling(Record, frozen=True):
     """Requests and guests in its engine by its last report, and how many it takes."""
     max_open: int = 0
     leave_by_s: float = -1.0
+    text_class: str = ""
+    vocab_size: int = 0
+    """Of its engine, as far as it is known; what a durable front checks requests against."""
+    max_context_tokens: int = 0
 
 
 class Siblings(Message, frozen=True):
@@ -164,6 +174,13 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     """Longest time without an engine before a stream is given up."""
     notice_file: str = ""
     """A file that appears when this machine is about to go away; empty: none is looked for."""
+    notice_url: str = ""
+    """An http(s) address that says whether this machine is about to go away; empty: none is asked."""
+    notice_headers: dict[str, str] = {}
+    """Sent with each question to it."""
     identity: str = ""
     """PEM file of the cluster's key and certificate: the TCP address asks whoever connects for them, and
     believes who has them as it believes the UNIX socket. Empty: plain TCP, which is not believed."""
+    gateway_id: str = ""
+    """A durable front of this gateway: it starts no engine, and its streams go to replicas' engines, which
+    its `engine` describes. Empty: a replica."""

@@ -55,7 +55,7 @@ struct Residual {
 
 // x += matrix * rows, or x += norm(matrix * rows) where there is a norm after the block.
 void add_to_residual(Team& team, Workspace& workspace, const Matrix& matrix, const Rows& rows,
-                     const Residual& to, const RankPart* part) {
+                     const Residual& to, RankPart* part) {
   const int features = to.features;
   if (part == nullptr && to.post_norm == nullptr) {
     multiply(team, matrix, rows, Epilogue::add, to.x, features);
@@ -79,7 +79,7 @@ void add_to_residual(Team& team, Workspace& workspace, const Matrix& matrix, con
 }  // namespace
 
 void attention_block(Team& team, Workspace& workspace, const AttentionBlock& block, const AttentionStep& step,
-                     void* cache, float* x, const RankPart* part) {
+                     void* cache, float* x, RankPart* part) {
   const int num_rows = step.num_tokens;
   const size_t size = static_cast<size_t>(num_rows);
   const float eps = block.shape.norm_eps;
@@ -97,7 +97,7 @@ void attention_block(Team& team, Workspace& workspace, const AttentionBlock& blo
 }
 
 void mlp_block(Team& team, Workspace& workspace, const MlpBlock& block, int num_rows, float* x,
-               const RankPart* part) {
+               RankPart* part) {
   const Rows normed =
       normalize(team, workspace, x, block.norm, block.norm_eps, block.gate_up.in_features, num_rows);
   const int width = block.down.in_features;

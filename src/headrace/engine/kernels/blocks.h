@@ -38,11 +38,11 @@ struct MlpBlock {
 
 // x [T, hidden_size] += o(attention(qkv(norm(x)))); keys and values go into `cache`.
 void attention_block(Team& team, Workspace& workspace, const AttentionBlock& block, const AttentionStep& step,
-                     void* cache, float* x, const RankPart* part);
+                     void* cache, float* x, RankPart* part);
 
 // x [num_rows, hidden_size] += down(activation(gate(norm(x))) * up(norm(x)))
 void mlp_block(Team& team, Workspace& workspace, const MlpBlock& block, int num_rows, float* x,
-               const RankPart* part);
+               RankPart* part);
 
 // logits [num_rows, matrix.out_features] = head(norm(x)), rows `stride` apart. Ranks meet elsewhere.
 void head(Team& team, Workspace& workspace, const float* norm, float norm_eps, const Matrix& matrix,

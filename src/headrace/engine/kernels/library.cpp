@@ -29,12 +29,12 @@ HEADRACE_EXPORT void headrace_workspace_free(void* workspace) { delete static_ca
 
 HEADRACE_EXPORT int headrace_attention_block(Team* team, Workspace* workspace, const AttentionBlock* block,
                                              const AttentionStep* step, void* cache, float* x,
-                                             const RankPart* part) {
+                                             RankPart* part) {
   return guarded([&] { attention_block(*team, *workspace, *block, *step, cache, x, part); });
 }
 
 HEADRACE_EXPORT int headrace_mlp_block(Team* team, Workspace* workspace, const MlpBlock* block, int num_rows,
-                                       float* x, const RankPart* part) {
+                                       float* x, RankPart* part) {
   return guarded([&] { mlp_block(*team, *workspace, *block, num_rows, x, part); });
 }
 

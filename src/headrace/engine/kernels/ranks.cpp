@@ -7,6 +7,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 
 #include "export.h"
@@ -15,8 +16,12 @@ namespace headrace {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-// Longer than the differences between ranks that have a core each, shorter than a time slice.
-constexpr std::chrono::microseconds kMeetingSpin{100};
+// Ranks that have a core each come within some microseconds of each other: then spinning pays. Where they share
+// one, whoever spins keeps the other from coming.
+constexpr int32_t kMostSpinUs = 128, kLeastSpinUs = 2;
+// Now and then it is tried again whether the other ranks have their cores back.
+constexpr uint32_t kTryEvery = 64;
+constexpr int32_t kTrySpinUs = 32;
 // A sleeper looks up so often whether a rank was lost.
 constexpr std::chrono::milliseconds kSlice{5};
 constexpr int kMaxWatched = kMaxRanks;
@@ -80,8 +85,8 @@ struct Patience {
 };
 
 Wait wait_for(SharedState& state, Rising& rising, uint32_t wanted, const Patience& patience) {
-  if (spin(rising, wanted, patience.spin)) return Wait::done;
   const auto end = Clock::now() + patience.limit;
+  if (spin(rising, wanted, patience.spin)) return Wait::done;
   while (true) {
     rising.num_asleep.fetch_add(1);
     const uint32_t seen = rising.value.load();
@@ -97,16 +102,23 @@ Wait wait_for(SharedState& state, Rising& rising, uint32_t wanted, const Patienc
 
 }  // namespace
 
-void meet(const RankPart& part) {
+void meet(RankPart& part) {
   SharedState& state = *part.state;
   Rising& own = state.arrived[part.rank];
   const uint32_t meeting = own.value.load(std::memory_order_relaxed) + 1u;
   raise_to(own, meeting);
-  const Patience patience{kMeetingSpin, std::chrono::milliseconds{part.limit_ms}, kSlice, part.watched,
-                          part.num_watched};
+  if (meeting % kTryEvery == 0) part.spin_us = std::max(part.spin_us, kTrySpinUs);
   for (int rank = 0; rank < part.num_ranks; ++rank) {
     if (rank == part.rank) continue;
-    const Wait why = wait_for(state, state.arrived[rank], meeting, patience);
+    Rising& other = state.arrived[rank];
+    if (spin(other, meeting, std::chrono::microseconds{part.spin_us})) {
+      part.spin_us = std::min(2 * part.spin_us, kMostSpinUs);
+      continue;
+    }
+    part.spin_us = std::max(part.spin_us / 2, kLeastSpinUs);
+    const Patience patience{std::chrono::microseconds{0}, std::chrono::milliseconds{part.limit_ms}, kSlice,
+                            part.watched, part.num_watched};
+    const Wait why = wait_for(state, other, meeting, patience);
     if (why != Wait::done) throw RanksApart{why};
   }
 }
@@ -118,7 +130,7 @@ using namespace headrace;
 HEADRACE_EXPORT size_t headrace_ranks_state_bytes() { return sizeof(SharedState); }
 
 // 0: met; 2: a rank was lost; 3: one did not come within the limit.
-HEADRACE_EXPORT int headrace_ranks_meet(const RankPart* part) {
+HEADRACE_EXPORT int headrace_ranks_meet(RankPart* part) {
   try {
     meet(*part);
     return 0;

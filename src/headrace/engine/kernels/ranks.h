@@ -34,6 +34,7 @@ struct RankPart {
   int32_t num_watched;
   int32_t rank, num_ranks;
   int32_t limit_ms;  // longest wait for another rank in a meeting
+  int32_t spin_us;   // how long this rank looks for another before it sleeps; follows what was worth it
   // Rows that all ranks make together, and the first column that is this rank's: [T, o.in_features],
   // [T, down.in_features] and [T, hidden_size].
   float *attended, *inner, *output;
@@ -46,6 +47,6 @@ struct RanksApart {
 };
 
 // Return when every rank has come to its next meeting: what they wrote before is then seen. Throws RanksApart.
-void meet(const RankPart& part);
+void meet(RankPart& part);
 
 }  // namespace headrace

@@ -24,6 +24,7 @@ from headrace.errors import EngineDead
 
 MEETING_LIMIT_S = 20.0
 """Longest wait for another rank within a step: far longer than any block of a step takes."""
+_FIRST_SPIN_US = 32
 LOST, LATE = 2, 3
 """What a call of the kernels returns where ranks did not meet (`kernels/ranks.h`)."""
 
@@ -65,6 +66,7 @@ class Exchange:
             shard.rank,
             shard.num_ranks,
             int(limit_s * 1000),
+            _FIRST_SPIN_US,
             memory.address("attended"),
             memory.address("inner"),
             memory.address("output"),

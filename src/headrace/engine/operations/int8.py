@@ -30,7 +30,6 @@ from headrace.engine.operations.kernel_structures import (
 from headrace.engine.operations.kernels import Library
 from headrace.engine.operations.memory import lazy_zeros
 from headrace.engine.operations.shard import Shard, whole
-from headrace.engine.operations.spare_cores import SpareCores
 from headrace.engine.protocol import StepInput, padded_tables
 
 _PANEL = 32
@@ -54,8 +53,6 @@ def why_not_int8(h: Hyperparameters) -> str:
     return ""
 
 
-_MANY_ROWS = 64
-"""With fewer, a second thread waits for the first more than it helps."""
 KvKind = Literal["float32", "bfloat16", "int8"]
 _KV_KINDS: dict[KvKind, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 
@@ -81,7 +78,6 @@ class Int8Operations:
         self._kv_kind = kv_kind
         self._kv_block_bytes = library.function("headrace_kv_block_bytes", [c_void_p, c_int], c_size_t)
         self.team = library.start_team(num_threads)
-        self.spare_cores = SpareCores(library, self.team)
         threads = f"{num_threads} thread{'s' if num_threads != 1 else ''}"
         self.description = f"int8 {library.isa}, {threads}"
         self._pack = library.function("headrace_pack", [c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p])
@@ -232,8 +228,6 @@ class Int8Blocks:
         self._attention_blocks = [self._attention_block(index, rotary) for index in range(h.num_layers)]
         self._mlp_blocks = [self._mlp_block(index) for index in range(h.num_layers)]
         self._block_size = 0
-        self._is_urgent = False
-        """The running step cannot wait, and is long enough for more threads."""
         self._x = torch.empty(0)
         self._logits = torch.empty(0)
 
@@ -306,8 +300,6 @@ class Int8Blocks:
         return [lazy_zeros((num_bytes,), torch.uint8) for _ in range(h.num_layers)]
 
     def prepare(self, batch: StepInput) -> _Step:
-        self._team = self._operations.team
-        self._is_urgent = batch.is_urgent and len(batch.token_ids_T) >= _MANY_ROWS
         tables = padded_tables(batch.block_tables)
         arrays = (batch.query_starts, batch.context_lengths_R, tables, batch.positions_T, batch.slots_T)
         step = AttentionStep(
@@ -341,8 +333,6 @@ class Int8Blocks:
         return x
 
     def attend(self, layer: int, x: Tensor, step: _Step, cache: Tensor) -> Tensor:
-        if self._is_urgent:
-            self._team = self._operations.spare_cores.team_for(layer)
         block = self._attention_blocks[layer]
         self._check(
             self._attend(

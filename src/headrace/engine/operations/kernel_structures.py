@@ -69,6 +69,7 @@ class RankPart(Structure):
         ("rank", c_int32),
         ("num_ranks", c_int32),
         ("limit_ms", c_int32),
+        ("spin_us", c_int32),
         ("attended", c_void_p),
         ("inner", c_void_p),
         ("output", c_void_p),
