@@ -17,7 +17,9 @@ from headrace.control.reconciler import (
     StartReplica,
     StopReplica,
 )
+from headrace.gateway.endpoint_state import EndpointState
 from headrace.policy.placement import has_room, load_of
+from headrace.policy.traffic import choose_version, own_wait_s
 from headrace.sim.engines import EngineProcess
 from headrace.sim.front import FrontProcess
 from headrace.sim.machine import Process
@@ -68,10 +70,19 @@ def _nothing_waits_for_room(router: RouterProcess) -> str:
     for name, endpoint in router.dispatcher.endpoints.items():
         if not endpoint.queue.has_turn:
             continue
-        for replica in router.replicas.choosable(name):
+        for replica in router.replicas.choosable(name, _only_version(router, endpoint)):
             if has_room(replica, load_of(replica)):
                 return f"{len(endpoint.queue)} requests of {name} are held, and {replica.replica_id} has room"
     return ""
+
+
+def _only_version(router: RouterProcess, endpoint: EndpointState) -> str:
+    """Return the version whose replicas alone the next held request waits for; empty: any will do. That its
+    time for them is over is seen at a tick."""
+    rule, request = endpoint.rule, endpoint.queue.peek(router.ticked_s)
+    if request is None or router.ticked_s - request.arrived_s >= own_wait_s(rule.ttft_s):
+        return ""
+    return choose_version(request.request_id, rule.traffic)
 
 
 def _slots_are_the_flights(router: RouterProcess) -> str:

@@ -149,6 +149,8 @@ class RouterProcess(Process):
         self.last_record = ""
         self.recorder = RequestRecorder(spec.gateway_id, host, self._on_record)
         self.dispatcher = Dispatcher(spec.endpoints, self.replicas, self.recorder, spec.tenants)
+        self.ticked_s = -math.inf
+        """When it last ticked, by its own clock."""
         self.waiting = WaitingRoom(MAX_PARKED)
         self.membership = Membership(self.replicas, self.dispatcher, self.recorder, host.now_s)
         self.keeper = _Keeper(
@@ -299,6 +301,7 @@ class RouterProcess(Process):
         now_s = self.host.now_s()
         self.membership.expire(now_s)
         self.dispatcher.tick(now_s)
+        self.ticked_s = now_s
         self.recorder.tick(now_s)
         self.recorder.hand_out()
         self.waiting.sweep(now_s, self.dispatcher.is_open)
