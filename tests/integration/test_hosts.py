@@ -41,7 +41,7 @@ WORKERS = [
 
 
 @pytest.fixture(autouse=True)
-def short_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def short_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="hr-", dir="/tmp") as directory:
         monkeypatch.setattr(tempfile, "tempdir", directory)
         yield
