@@ -42,7 +42,7 @@ THERE = NodeState("there", "10.0.0.1", True, {"CPU": 2.0}, {}, {"kind": "spot"})
 
 
 @pytest.fixture(autouse=True)
-def short_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def short_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="hr-", dir="/tmp") as directory:
         monkeypatch.setattr(tempfile, "tempdir", directory)
         yield
