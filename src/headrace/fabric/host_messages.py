@@ -20,6 +20,9 @@ class Membership(Record, frozen=True):
     home: str
     """Address of the controller's host, which has the gateways."""
 
+    def __repr__(self) -> str:
+        return f"Membership(identity=..., home={self.home!r})"  # whatever it gets into, logs included
+
 
 class JoinSystem(Message, frozen=True):
     """Host actor to keeper, first of all: where it is, and whose."""
