@@ -197,6 +197,17 @@ def test_what_fits_nowhere_is_said_and_a_node_that_comes_is_used_and_missed(clus
         assert system.ask().status_code == 200
 
 
+def test_a_replica_of_another_address_serves(cluster: RayCluster) -> None:
+    node = cluster.add_node("--num-cpus=1", "--node-ip-address=127.0.0.2", "--labels=kind=far")
+    with running(cluster, nodes={"labels": {"kind": "far"}}) as system:
+        status = system.status()
+        far = next(node for node in status["nodes"] if node["labels"].get("kind") == "far")
+        assert (far["address"], far["replicas"]) == ("127.0.0.2", ["chat-1"])
+        assert status["replicas"][0]["address"].startswith("127.0.0.2:")
+        assert system.ask().status_code == 200
+    node.stop()
+
+
 def test_down_ends_a_detached_system_from_anywhere(cluster: RayCluster) -> None:
     config = write_config(cluster, free_port())
     done = cluster.headrace(

@@ -14,6 +14,7 @@ from tests.integration.front_process import FakeRouter, RunningFront, running_fr
 
 from headrace.api.framing import encode_frame
 from headrace.api.messages import EngineSpec, LoadReport, SetSleep, Sibling, Siblings
+from headrace.api.run_paths import peer_socket_path
 
 QUICK_FRONT = str(Path(__file__).with_name("quick_front.py"))
 
@@ -24,6 +25,15 @@ class Controller(FakeRouter):
     def tell(self, message: Siblings | SetSleep) -> None:
         with suppress(OSError, IndexError):  # the front left
             self._connections[-1].sendall(encode_frame(message))
+
+
+def connect_hosts(run_dir: Path, siblings: list[Sibling]) -> None:
+    """Each front has a run directory of its own, as on several hosts: put siblings' sockets there, as tunnels
+    do."""
+    for sibling in siblings:
+        path = Path(peer_socket_path(str(run_dir), sibling.replica_id))
+        if sibling.peer_socket and not path.is_symlink():
+            path.symlink_to(sibling.peer_socket)
 
 
 class Fronts:
@@ -74,6 +84,7 @@ class Fronts:
             others = [sibling for sibling in siblings if sibling.replica_id != replica_id]
             if controller.reports and self._told.get(replica_id) != others:
                 self._told[replica_id] = others
+                connect_hosts(Path(controller.latest.socket_path).parent, others)
                 controller.tell(Siblings(others))
 
     def forget_each_other(self) -> None:

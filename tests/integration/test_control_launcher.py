@@ -24,6 +24,7 @@ from headrace.api.messages import (
 )
 from headrace.clock import SystemClock
 from headrace.fabric.fake_cluster import FakeCluster
+from headrace.fabric.host_messages import Membership
 from headrace.fabric.launcher import FakeLauncher, Launcher
 from headrace.fabric.local import LauncherLost, LocalLauncher
 from headrace.fabric.ray_host import Host
@@ -73,11 +74,11 @@ async def take(launcher: Launcher) -> LauncherEvent:
 
 @asynccontextmanager
 async def cluster(directory: Path) -> AsyncIterator[Launcher]:
-    def make_host(group: str, node: NodeState) -> Host:
+    def make_host(group: str, node: NodeState, membership: Membership) -> Host:
         return Host("contract", group, node.node_id, node.address)
 
     seam = FakeCluster(make_host, [NodeState("here", "10.0.0.1", total={"CPU": 1.0})])
-    launcher = await RayLauncher.connect(seam, SystemClock())
+    launcher = await RayLauncher.connect(seam, SystemClock(), b"")
     yield launcher
     launcher.close()
     for key in await seam.hosts():

@@ -12,10 +12,17 @@ RUN_DIR_PLACEHOLDER = "@RUN_DIR@"
 """Stands in a ProcessSpec for the run directory of the host that gets it, which puts its own in."""
 PYTHON_PLACEHOLDER = "@PYTHON@"
 """Stands for the host's own Python."""
+HOST_PLACEHOLDER = "@HOST@"
+"""Stands for the address that fronts of the host listen on: loopback where the controller is, which has the
+gateways, and elsewhere the one by which other hosts know it."""
+IDENTITY_PLACEHOLDER = "@IDENTITY@"
+"""Stands for the path of the cluster's identity where fronts of the host show it; else for nothing."""
 
 CONTROLLER_SOCKET = "controller.sock"
 ADMIN_HTTP_SOCKET = "admin-http.sock"
 LOG_DIRECTORY = "logs"
+IDENTITY_FILE = "cluster.pem"
+"""The key and certificate that all hosts of a cluster share (`fabric.cluster_identity`), mode 0600."""
 _ROUTER_SOCKET = "router.sock"
 
 

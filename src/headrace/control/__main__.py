@@ -31,7 +31,7 @@ async def _run(run_directory: Path, system: str) -> None:
     if system:
         from headrace.control.cluster_system import connect_launcher
 
-        launcher = await connect_launcher(config, system)
+        launcher = await connect_launcher(run_directory, system)
         sources = ProcessSources(prepare, process_specs, cluster_replica_process)
     else:
         launcher = await LocalLauncher.connect(run_directory)

@@ -8,22 +8,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from pathlib import Path
 
 import msgspec
 
 from headrace.api.config import Config
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import AdminCommand, AdminReply, Shutdown
+from headrace.api.run_paths import IDENTITY_FILE
 from headrace.clock import SystemClock
 from headrace.control.admin import ANSWER_LIMIT_S, NoAnswer, NotRunning, checked_reply
 from headrace.control.drain import GATEWAY_GRACE_S, MARGIN_S
 from headrace.control.specs import ADMIN_SOCKET, cluster_controller_process
 from headrace.errors import ConfigError
 from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent, HostUnavailable
-from headrace.fabric.host_messages import HostReport
+from headrace.fabric.cluster_identity import identity_pem, make_secret
+from headrace.fabric.host_messages import CONTROLLER_GROUP, HostReport
 from headrace.fabric.launcher import Launcher
 from headrace.fabric.ray_cluster import RayCluster
-from headrace.fabric.ray_host import CONTROLLER_GROUP
 from headrace.fabric.ray_launcher import RayLauncher
 
 STOP_MARGIN_S = 5.0
@@ -31,9 +33,11 @@ _POLL_S = 0.2
 _DESCRIBE_LIMIT_S = 5.0
 
 
-async def connect_launcher(config: Config, system: str) -> Launcher:
-    """Return the launcher of `system` for its controller. Raises LauncherLost or ClusterUnavailable."""
-    return await RayLauncher.connect(await RayCluster.connect(system, "auto"), SystemClock())
+async def connect_launcher(run_directory: Path, system: str) -> Launcher:
+    """Return the launcher of `system` for its controller. Raises LauncherLost, ClusterUnavailable, or OSError
+    if its identity is not in `run_directory`, where its keeper has put it."""
+    identity = (run_directory / IDENTITY_FILE).read_bytes()
+    return await RayLauncher.connect(await RayCluster.connect(system, "auto"), SystemClock(), identity)
 
 
 def check_for_cluster(config: Config) -> Config:
@@ -77,7 +81,8 @@ class ClusterSystem:
         return cls(name, await RayCluster.connect(name, address))
 
     async def start(self, config: Config) -> None:
-        """Start the controller, which starts everything else. Raises ClusterUnavailable."""
+        """Start the controller, which starts everything else, with an identity that is this system's alone.
+        Raises ClusterUnavailable, HeadraceError if a package is missing."""
         if await self._cluster.has_controller():
             raise ClusterUnavailable(
                 f"a system called {self._name!r} already runs on this cluster. "
@@ -85,7 +90,8 @@ class ClusterSystem:
             )
         for key in await self._cluster.hosts():
             await self._cluster.release(key)  # left by a system that did not end well; also its config
-        await self._cluster.start_controller(cluster_controller_process(config, self._name))
+        spec = cluster_controller_process(config, self._name)
+        await self._cluster.start_controller(spec, identity_pem(make_secret()))
 
     async def is_there(self) -> bool:
         """Whether anything of it is on the cluster."""

@@ -27,6 +27,9 @@ from headrace.api.messages import (
 )
 from headrace.api.run_paths import (
     CONTROLLER_SOCKET,
+    HOST_PLACEHOLDER,
+    IDENTITY_FILE,
+    IDENTITY_PLACEHOLDER,
     LOG_DIRECTORY,
     PYTHON_PLACEHOLDER,
     RUN_DIR_PLACEHOLDER,
@@ -70,7 +73,9 @@ def cluster_replica_process(
 ) -> ProcessSpec:
     """Like `replica_process`, for whichever host of a cluster gets it."""
     spec = replica_process(config, endpoint, replica_id, Path(RUN_DIR_PLACEHOLDER), is_standby)
-    argv = [PYTHON_PLACEHOLDER, *spec.argv[1:]]
+    front = msgspec.json.decode(spec.argv[-1], type=ReplicaSpec)
+    front = msgspec.structs.replace(front, host=HOST_PLACEHOLDER, identity=IDENTITY_PLACEHOLDER)
+    argv = [PYTHON_PLACEHOLDER, *spec.argv[1:-1], msgspec.json.encode(front).decode()]
     return msgspec.structs.replace(spec, argv=argv, place=place_of(config.endpoints[endpoint]))
 
 
@@ -237,6 +242,7 @@ def gateway_spec(config: Config, run_directory: Path, keys: Mapping[str, str] | 
         certificate_key=gateway.tls.key if gateway.tls else "",
         max_connections_per_address=gateway.max_connections_per_address,
         replica_protocol=gateway.replica_protocol,
+        identity=str(run_directory / IDENTITY_FILE) if config.launcher == "ray" else "",
     )
 
 

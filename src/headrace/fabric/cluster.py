@@ -10,6 +10,7 @@ from typing import Protocol
 
 from headrace.api.messages import NodeNeeds, NodeState
 from headrace.errors import HeadraceError
+from headrace.fabric.host_messages import Membership
 
 
 class ClusterUnavailable(HeadraceError):
@@ -65,8 +66,9 @@ class Cluster(Protocol):
         """Return what became of what was asked for `key`."""
         ...
 
-    async def start_host(self, key: str, needs: NodeNeeds | None) -> None:
-        """Start the host in its reservation, or without one (needs is None) on our own node."""
+    async def start_host(self, key: str, needs: NodeNeeds | None, membership: Membership) -> None:
+        """Start the host in its reservation, or without one (needs is None) on our own node. What makes it
+        one of the system's is handed over where nobody else reads it."""
         ...
 
     async def call(self, key: str, method: str, *arguments: object, limit_s: float) -> bytes:

@@ -78,7 +78,15 @@ def identity_pem(secret: bytes) -> bytes:
 
 def write_identity(secret: bytes, path: Path) -> None:
     """Write the identity for processes of this host to read, for their owner alone. Raises OSError."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    keep_identity(identity_pem(secret), path)
+
+
+def keep_identity(pem: bytes, path: Path) -> None:
+    """Write an identity that was derived already. Who reads `path` meanwhile gets the old or the new one.
+    Raises OSError."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         os.fchmod(file.fileno(), 0o600)  # it may have been there already
-        file.write(identity_pem(secret))
+        file.write(pem)
+    os.replace(draft, path)

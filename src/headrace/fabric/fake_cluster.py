@@ -13,13 +13,16 @@ import msgspec
 
 from headrace.api.messages import NodeNeeds, NodeState
 from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent, Reservation
+from headrace.fabric.host_messages import Membership
 
 
 class FakeCluster:
     """Places are given out at once where a node has room. `make_host` returns what has a host's methods."""
 
-    def __init__(self, make_host: Callable[[str, NodeState], Any], nodes: list[NodeState]) -> None:
-        """make_host: group and node -> host. The first node is ours."""
+    def __init__(
+        self, make_host: Callable[[str, NodeState, Membership], Any], nodes: list[NodeState]
+    ) -> None:
+        """make_host: group, node and membership -> host. The first node is ours."""
         self._make_host = make_host
         self._nodes = {node.node_id: node for node in nodes}
         self._reserved: dict[str, tuple[NodeNeeds, str]] = {}
@@ -71,10 +74,11 @@ class FakeCluster:
         self._reserved[key] = (needs, node_id)
         return Reservation(node_id)
 
-    async def start_host(self, key: str, needs: NodeNeeds | None) -> None:
+    async def start_host(self, key: str, needs: NodeNeeds | None, membership: Membership) -> None:
         self._check()
         node_id = self._reserved[key][1] if needs is not None else self.own_node_id
-        self.running[key] = (self._make_host(key.rpartition("#")[0], self._nodes[node_id]), node_id)
+        host = self._make_host(key.rpartition("#")[0], self._nodes[node_id], membership)
+        self.running[key] = (host, node_id)
 
     async def call(self, key: str, method: str, *arguments: object, limit_s: float) -> bytes:
         if key not in self.running:

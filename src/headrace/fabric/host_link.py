@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import msgspec
 
 import headrace
 from headrace.api.messages import (
-    LauncherCommand,
     LauncherError,
     LauncherEvent,
     NodeNeeds,
@@ -29,7 +30,15 @@ from headrace.api.messages import (
 )
 from headrace.clock import Clock
 from headrace.fabric.cluster import Cluster, ClusterUnavailable, HostLost, HostSilent
-from headrace.fabric.host_messages import HostEvents, HostReport
+from headrace.fabric.host_messages import (
+    HostCommand,
+    HostEvent,
+    HostEvents,
+    HostReport,
+    Membership,
+    SetTunnels,
+    TunnelsOpened,
+)
 from headrace.fabric.node_choice import choose_node, explain_wait
 
 POLL_S = 1.0
@@ -45,6 +54,19 @@ COMMAND_LIMIT_S = 10.0
 WAITING_PERIOD_S = 1.0
 _PLACE_POLL_S = 0.05
 _MAX_PLACE_POLL_S = 0.5
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a link must know of the others."""
+
+    membership: Membership
+    """Of every host."""
+    count_family: Callable[[str], Mapping[str, int]]
+    """How many processes of the family of a name each node has."""
+    on_tunnels: Callable[[], None]
+    """Called when a link's address or tunnels change."""
 
 
 class HostLink:
@@ -56,9 +78,8 @@ class HostLink:
         cluster: Cluster,
         clock: Clock,
         on_event: Callable[[LauncherEvent], None],
-        count_family: Callable[[str], Mapping[str, int]],
+        surroundings: Surroundings,
     ) -> None:
-        """count_family: how many processes of the family of a name each node has."""
         self.key = key
         self.node_id = ""
         self.processes: dict[str, ProcessState] = {}
@@ -67,13 +88,22 @@ class HostLink:
         """False after its end: its place could not be given back."""
         self.is_over = False
         """Nothing can be started here any more."""
+        self.address = ""
+        """Of its node; empty until its host was heard."""
+        self.is_unheard = False
+        """It was taken over, and has not said a word yet."""
+        self.tunnels = ""
+        """Address of its machine's tunnels, if its keeper holds them."""
+        self._wished: SetTunnels | None = None
+        self._is_wish_queued = False
+        """The newest wish is the one that is sent."""
         self._waiting: dict[str, StartProcess] = {}
         """Told to start, not heard of."""
         self._cluster = cluster
         self._clock = clock
         self._on_event = on_event
-        self._count_family = count_family
-        self._commands: asyncio.Queue[LauncherCommand] = asyncio.Queue()  # bounded by who may be named in it
+        self._surroundings = surroundings
+        self._commands: asyncio.Queue[HostCommand] = asyncio.Queue()  # bounded by who may be named in it
         self._sequence = 0
 
     def __repr__(self) -> str:
@@ -100,6 +130,14 @@ class HostLink:
         elif self._waiting.pop(name, None) is not None:
             self._on_event(ProcessEnded(ProcessState(name, 0, False, last_output="it never had a place")))
 
+    def set_tunnels(self, wished: SetTunnels) -> None:
+        """Tell the host what its machine's tunnels are to do, unless it was told the same."""
+        if self.address and wished != (self._wished or SetTunnels([], {})):
+            self._wished = wished
+            if not self._is_wish_queued:
+                self._is_wish_queued = True
+                self._commands.put_nowait(wished)
+
     # ---- its life ----------------
 
     async def adopt(self) -> None:
@@ -110,6 +148,7 @@ class HostLink:
     def assume(self) -> None:
         """Take it over unheard: it is silent now, and may hold what its group is named after."""
         self.processes[self.group] = ProcessState(self.group, 0, is_alive=True)
+        self.is_unheard = True
 
     async def run(self, *, is_adopted: bool = False) -> None:
         """Live until no process is left, or the host is lost. Its place is given back in any case."""
@@ -141,7 +180,7 @@ class HostLink:
             if needs is None:
                 return False
         self.node_id = self.node_id or self._cluster.own_node_id
-        await self._cluster.start_host(self.key, needs)
+        await self._cluster.start_host(self.key, needs, self._surroundings.membership)
         self._take(await self._await_host())
         return True
 
@@ -159,7 +198,7 @@ class HostLink:
         """Try the choices in their order, the last one without a limit. None: nobody wants it any more."""
         for index, needs in enumerate(place.choices):
             nodes = await self._cluster.nodes()
-            liked = choose_node(nodes, needs, place.strategy, self._count_family(self.group))
+            liked = choose_node(nodes, needs, place.strategy, self._surroundings.count_family(self.group))
             await self._cluster.reserve(self.key, needs, liked)
             is_last = index == len(place.choices) - 1
             if await self._await_place(needs, 0.0 if is_last else needs.wait_s):
@@ -203,19 +242,17 @@ class HostLink:
                 f"node {report.node_id[:8]} has headrace {report.version}, and the controller has "
                 f"{headrace.__version__}; install the same version on all nodes"
             )
-        if report.address != self._cluster.own_address:
-            # Its sockets would be where nobody looks: it is refused before anything is started there.
-            raise HostLost(
-                f"node {report.node_id[:8]} is another machine ({report.address}) than the controller's "
-                f"({self._cluster.own_address}), and this version serves on that one only; ask for its nodes "
-                "with endpoints.NAME.nodes.labels"
-            )
         return report
 
     def _take(self, report: HostReport) -> None:
         self.node_id = report.node_id
         self._sequence = report.sequence
         self.processes = {state.name: self._located(state) for state in report.processes}
+        self._locate(report)
+
+    def _locate(self, report: HostReport) -> None:
+        self.address, self.tunnels, self.is_unheard = report.address, report.tunnels, False
+        self._surroundings.on_tunnels()
 
     async def _follow(self) -> None:
         """Pass commands on and follow events until no process is left."""
@@ -243,12 +280,16 @@ class HostLink:
         self._sequence = told.sequence
         for event in told.events:
             self._pass_on(event)
+        if self.is_unheard:
+            self._locate(await self._describe(COMMAND_LIMIT_S / 2))
 
     async def _send_commands(self) -> None:
         while True:
             command = await self._commands.get()
             if isinstance(command, StartProcess) and command.spec.name not in self._waiting:
                 continue  # it was stopped before it had a place
+            if isinstance(command, SetTunnels) and self._wished is not None:
+                command, self._is_wish_queued = self._wished, False
             message = msgspec.msgpack.encode(command)
             while True:
                 with contextlib.suppress(HostSilent):  # it is polled as well, and given up if it stays silent
@@ -257,7 +298,7 @@ class HostLink:
 
     # ---- what happens ----------------
 
-    def _pass_on(self, event: LauncherEvent) -> None:
+    def _pass_on(self, event: HostEvent) -> None:
         match event:
             case ProcessStarted(state):
                 self._waiting.pop(state.name, None)
@@ -270,6 +311,11 @@ class HostLink:
                 if name not in self.processes:
                     self._waiting.pop(name, None)
                 self._on_event(event)
+            case TunnelsOpened(address, error):
+                self.tunnels = address
+                if error:
+                    _log.warning("%s: %s", self._where(), error)
+                self._surroundings.on_tunnels()
             case _:
                 pass
 

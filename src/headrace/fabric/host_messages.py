@@ -1,12 +1,56 @@
-"""What a host says to the controller's launcher, as msgpack inside Ray's own messages, never pickled.
+"""What passes between the controller's launcher, host actors and keepers, beside what every launcher says.
+As msgpack; inside Ray's own messages as bytes, never pickled.
 
 Must not know: Ray.
 """
 
 from __future__ import annotations
 
-from headrace.api.messages import LauncherEvent, ProcessState
-from headrace.api.messages.base import Record
+from headrace.api.messages import LauncherCommand, LauncherEvent, ProcessState
+from headrace.api.messages.base import Message, Record
+
+CONTROLLER_GROUP = "controller"
+
+
+class Membership(Record, frozen=True):
+    """What makes a host one of a system's. Whoever has it is a host: it is in no environment and no argv."""
+
+    identity: bytes
+    """PEM of the key and certificate that all its hosts share."""
+    home: str
+    """Address of the controller's host, which has the gateways."""
+
+    def __repr__(self) -> str:
+        return f"Membership(identity=..., home={self.home!r})"  # whatever it gets into, logs included
+
+
+class JoinSystem(Message, frozen=True):
+    """Host actor to keeper, first of all: where it is, and whose."""
+
+    membership: Membership
+    address: str
+    """Of the node in the cluster."""
+
+
+class SetTunnels(Message, frozen=True):
+    """Launcher to hosts, whenever it changes: what the tunnels of their machine are to offer and to reach.
+    Names are those of `fabric.host_routes`."""
+
+    offered: list[str]
+    reached: dict[str, str]
+    """Name -> address of the tunnels of the host that offers it."""
+
+
+class TunnelsOpened(Message, frozen=True):
+    """The tunnels of this host's machine are at `address`, and its keeper holds them; or why they cannot be
+    opened, which is tried again."""
+
+    address: str
+    error: str = ""
+
+
+HostCommand = LauncherCommand | JoinSystem | SetTunnels
+HostEvent = LauncherEvent | TunnelsOpened
 
 
 class HostReport(Record, frozen=True):
@@ -27,6 +71,8 @@ class HostReport(Record, frozen=True):
     """Of the process that ended last."""
     num_failures: int = 0
     """Processes that ended with another code than 0."""
+    tunnels: str = ""
+    """Address of its machine's tunnels, if its keeper holds them."""
 
 
 class HostEvents(Record, frozen=True):
@@ -34,4 +80,4 @@ class HostEvents(Record, frozen=True):
 
     sequence: int
     """Number of the last one of `events`."""
-    events: list[LauncherEvent]
+    events: list[HostEvent]

@@ -11,15 +11,14 @@ import asyncio
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 from setproctitle import setproctitle
 
 from headrace.api.messages import (
-    LauncherCommand,
     LauncherError,
-    LauncherEvent,
     ListProcesses,
     ProcessEnded,
     Processes,
@@ -29,23 +28,42 @@ from headrace.api.messages import (
     StartProcess,
     StopProcess,
 )
-from headrace.api.run_paths import PYTHON_PLACEHOLDER, RUN_DIR_PLACEHOLDER
+from headrace.api.run_paths import (
+    HOST_PLACEHOLDER,
+    IDENTITY_FILE,
+    IDENTITY_PLACEHOLDER,
+    PYTHON_PLACEHOLDER,
+    RUN_DIR_PLACEHOLDER,
+)
 from headrace.fabric.channel import Channel
 from headrace.fabric.children import Children
+from headrace.fabric.cluster_identity import keep_identity
+from headrace.fabric.host_messages import (
+    CONTROLLER_GROUP,
+    HostCommand,
+    HostEvent,
+    JoinSystem,
+    SetTunnels,
+    TunnelsOpened,
+)
+from headrace.fabric.host_tunnels import HostTunnels
 from headrace.fabric.run_directory import RunDirectoryError
 from headrace.fabric.shared_run_directory import SharedRunDirectory
 
+LOOPBACK = "127.0.0.1"
 FIRST_RESTART_DELAY_S = 0.2
 MAX_RESTART_DELAY_S = 10.0
 HEALTHY_AFTER_S = 60.0
 """A process that ran this long starts again without an increased delay."""
 
 
-def localize(spec: ProcessSpec, run_dir: str, python: str) -> ProcessSpec:
-    """Return `spec` with this host's run directory and Python in their places. Pure."""
+def localize(spec: ProcessSpec, values: Mapping[str, str]) -> ProcessSpec:
+    """Return `spec` with what this host has in the places that stand for it. Pure."""
 
     def put(text: str) -> str:
-        return text.replace(RUN_DIR_PLACEHOLDER, run_dir).replace(PYTHON_PLACEHOLDER, python)
+        for placeholder, value in values.items():
+            text = text.replace(placeholder, value)
+        return text
 
     return msgspec.structs.replace(
         spec,
@@ -58,7 +76,10 @@ def localize(spec: ProcessSpec, run_dir: str, python: str) -> ProcessSpec:
 class Keeper:
     """Holds processes until the other side of `connection` is gone."""
 
-    def __init__(self, run_directory: SharedRunDirectory) -> None:
+    def __init__(self, run_directory: SharedRunDirectory, *, is_controllers: bool = False) -> None:
+        """is_controllers: its host actor is the controller's, which no launcher follows: it leaves the
+        tunnels of its machine to others, of which there are some wherever there is a gateway."""
+        self._is_controllers = is_controllers
         self._run_directory = run_directory
         self._children = Children(self._on_ended)
         self._restarted: dict[str, ProcessSpec] = {}
@@ -66,7 +87,15 @@ class Keeper:
         self._started_s: dict[str, float] = {}
         self._stopping: set[str] = set()
         self._gone = asyncio.Event()
-        self._channel = Channel(LauncherCommand, self._on_command, self._on_close)
+        self._channel = Channel(HostCommand, self._on_command, self._on_close)
+        self._values = {
+            RUN_DIR_PLACEHOLDER: str(run_directory.path),
+            PYTHON_PLACEHOLDER: sys.executable,
+            HOST_PLACEHOLDER: LOOPBACK,
+            IDENTITY_PLACEHOLDER: "",
+        }
+        self._tunnels = HostTunnels(run_directory.path, self._say)
+        self._tunneling: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"Keeper({self._run_directory.path}, {self._children})"
@@ -80,11 +109,14 @@ class Keeper:
             await self._gone.wait()
         finally:
             self._children.kill_all_and_reap()
+            if self._tunneling is not None:
+                self._tunneling.cancel()
+                await asyncio.gather(self._tunneling, return_exceptions=True)
 
-    def _on_command(self, channel: Channel, command: LauncherCommand) -> None:
+    def _on_command(self, channel: Channel, command: HostCommand) -> None:
         match command:
             case StartProcess(spec):
-                self._on_start(localize(spec, str(self._run_directory.path), sys.executable))
+                self._on_start(localize(spec, self._values))
             case StopProcess(name, grace_s):
                 self._stopping.add(name)
                 if not self._children.stop(name, grace_s) and not self._was_waiting(name):
@@ -92,6 +124,27 @@ class Keeper:
                     self._say(LauncherError(name, "no such process"))
             case ListProcesses():
                 self._say(Processes(self._children.states()))
+            case JoinSystem():
+                self._join(command)
+            case SetTunnels():
+                self._tunnels.set(command)
+
+    def _join(self, command: JoinSystem) -> None:
+        path = self._run_directory.path / IDENTITY_FILE
+        try:
+            keep_identity(command.membership.identity, path)
+        except OSError as error:
+            self._say(TunnelsOpened("", f"{path}: {error}"))
+            return
+        if command.address != command.membership.home:
+            self._values |= {HOST_PLACEHOLDER: command.address, IDENTITY_PLACEHOLDER: str(path)}
+        if not self._is_controllers:
+            self._tunneling = asyncio.create_task(self._tunnels.run(command.address))
+            self._tunneling.add_done_callback(self._on_tunnels_broken)
+
+    def _on_tunnels_broken(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():  # our own bug; what runs here goes on, and somebody hears of it
+            self._say(TunnelsOpened("", f"the tunnels broke: {task.exception()!r}"))
 
     def _on_start(self, spec: ProcessSpec) -> None:
         if spec.name in self._children or spec.name in self._restarted:
@@ -148,7 +201,7 @@ class Keeper:
                 with open(path, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
                     file.write(text)
 
-    def _say(self, event: LauncherEvent) -> None:
+    def _say(self, event: HostEvent) -> None:
         self._channel.send(event)
 
     def _on_close(self, channel: Channel, reason: str) -> None:
@@ -165,7 +218,8 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     try:
-        asyncio.run(Keeper(run_directory).run(connection))
+        keeper = Keeper(run_directory, is_controllers=name == CONTROLLER_GROUP)
+        asyncio.run(keeper.run(connection))
     finally:
         run_directory.leave()
     return 0

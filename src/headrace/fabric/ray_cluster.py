@@ -22,8 +22,9 @@ import msgspec
 from headrace.api.config import split_host_port
 from headrace.api.messages import NodeNeeds, NodeState, ProcessSpec
 from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent, HostUnavailable, Reservation
+from headrace.fabric.host_messages import CONTROLLER_GROUP, Membership
 from headrace.fabric.node_choice import ACCELERATOR_PREFIX
-from headrace.fabric.ray_host import CONTROLLER_GROUP, END_LIMIT_S, ControllerActor, HostActor
+from headrace.fabric.ray_host import END_LIMIT_S, ControllerActor, HostActor
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -111,7 +112,7 @@ class RayCluster:
             return Reservation(node_id=next(iter(entry["bundles_to_node_id"].values())))
         return Reservation(is_gone=entry.get("state") == "REMOVED")
 
-    async def start_host(self, key: str, needs: NodeNeeds | None) -> None:
+    async def start_host(self, key: str, needs: NodeNeeds | None, membership: Membership) -> None:
         from ray.util.scheduling_strategies import (
             NodeAffinitySchedulingStrategy,
             PlacementGroupSchedulingStrategy,
@@ -125,9 +126,8 @@ class RayCluster:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 self._groups[key], placement_group_bundle_index=0
             )
-        await self._start_actor(
-            HostActor, key, options, (self._system, key.rpartition("#")[0]), max_restarts=0
-        )
+        arguments = (self._system, key.rpartition("#")[0], msgspec.msgpack.encode(membership))
+        await self._start_actor(HostActor, key, options, arguments, max_restarts=0)
 
     async def call(self, key: str, method: str, *arguments: object, limit_s: float) -> bytes:
         from ray.exceptions import ActorUnavailableError, RayError
@@ -180,12 +180,13 @@ class RayCluster:
 
     # ---- the controller ----------------
 
-    async def start_controller(self, spec: ProcessSpec) -> None:
-        """Start the controller's host on the cluster's head. Raises ClusterUnavailable if there is one."""
+    async def start_controller(self, spec: ProcessSpec, identity: bytes) -> None:
+        """Start the controller's host on the cluster's head. identity: PEM of the system's own. Ray keeps it
+        for the actor's restarts. Raises ClusterUnavailable if there is one."""
         from ray.exceptions import ActorAlreadyExistsError
 
         options: dict[str, Any] = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
-        arguments = (self._system, msgspec.msgpack.encode(spec))
+        arguments = (self._system, msgspec.msgpack.encode(spec), identity)
         try:
             await self._start_actor(ControllerActor, CONTROLLER_GROUP, options, arguments, max_restarts=-1)
         except ActorAlreadyExistsError:

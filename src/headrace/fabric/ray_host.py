@@ -22,8 +22,6 @@ import msgspec
 import headrace
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import (
-    LauncherCommand,
-    LauncherEvent,
     ProcessEnded,
     ProcessSpec,
     ProcessStarted,
@@ -31,10 +29,18 @@ from headrace.api.messages import (
     StartProcess,
 )
 from headrace.errors import HeadraceError, ProtocolError
-from headrace.fabric.host_messages import HostEvents, HostReport
+from headrace.fabric.host_messages import (
+    CONTROLLER_GROUP,
+    HostCommand,
+    HostEvent,
+    HostEvents,
+    HostReport,
+    JoinSystem,
+    Membership,
+    TunnelsOpened,
+)
 from headrace.fabric.shared_run_directory import SharedRunDirectory, host_run_directory
 
-CONTROLLER_GROUP = "controller"
 MAX_EVENTS = 1000
 """Events that are kept for a controller that is away; its next one asks what is alive."""
 KEEPER_START_LIMIT_S = 20.0
@@ -46,20 +52,25 @@ _READ_BYTES = 65536
 class Host:
     """Holds processes through its keeper. Its methods run in the actor's threads, and none waits for ever."""
 
-    def __init__(self, system: str, group: str, node_id: str, address: str) -> None:
-        """Start the keeper. A failure is told by `describe`."""
+    def __init__(
+        self, system: str, group: str, node_id: str, address: str, membership: Membership | None = None
+    ) -> None:
+        """Start the keeper. A failure is told by `describe`. membership: None if there is one host only."""
         self._node_id, self._address = node_id, address
         self._processes: dict[str, ProcessState] = {}
-        self._events: deque[LauncherEvent] = deque(maxlen=MAX_EVENTS)
+        self._events: deque[HostEvent] = deque(maxlen=MAX_EVENTS)
         self._sequence = 0
         self._changed = threading.Condition()
         self._is_ready = False
         self._num_failures = 0
         self._error = ""
-        self._run_dir = self._last_output = ""
+        self._run_dir = self._last_output = self._tunnels = ""
         try:
             self._run_dir = str(host_run_directory(system, address))
             self._start_keeper(group)
+            if membership is not None:
+                with contextlib.suppress(BrokenPipeError):  # its last words say more
+                    self._connection.sendall(encode_frame(JoinSystem(membership, address)))
         except (HeadraceError, OSError) as error:
             self._error = str(error)
 
@@ -81,12 +92,13 @@ class Host:
                 error,
                 self._last_output,
                 self._num_failures,
+                self._tunnels,
             )
         return msgspec.msgpack.encode(report)
 
     def obey(self, command: bytes) -> bytes:
-        """Pass a LauncherCommand on. What comes of it are events."""
-        decoded = msgspec.msgpack.decode(command, type=LauncherCommand)
+        """Pass a HostCommand on. What comes of it are events."""
+        decoded = msgspec.msgpack.decode(command, type=HostCommand)
         self._connection.sendall(encode_frame(decoded))
         return b""
 
@@ -148,7 +160,7 @@ class Host:
         threading.Thread(target=self._take_events, args=(ours, keeper), daemon=True).start()
 
     def _take_events(self, connection: socket.socket, keeper: subprocess.Popen[bytes]) -> None:
-        decoder: FrameDecoder[LauncherEvent] = FrameDecoder(LauncherEvent)
+        decoder: FrameDecoder[HostEvent] = FrameDecoder(HostEvent)
         with contextlib.suppress(OSError, ProtocolError):  # its end follows
             while data := connection.recv(_READ_BYTES):
                 with self._changed:
@@ -166,7 +178,7 @@ class Host:
             self._error = f"its keeper ended with {code}: {last_words[0] if last_words else 'no word'}"
             self._changed.notify_all()
 
-    def _note(self, event: LauncherEvent) -> None:
+    def _note(self, event: HostEvent) -> None:
         if not self._is_ready:  # the keeper's first word has nothing in it
             self._is_ready = True
             return
@@ -176,6 +188,8 @@ class Host:
             self._processes.pop(event.process.name, None)
             self._num_failures += event.process.exit_code != 0
             self._last_output = event.process.last_output
+        elif isinstance(event, TunnelsOpened):
+            self._tunnels = event.address
         self._events.append(event)
         self._sequence += 1
 
@@ -183,19 +197,20 @@ class Host:
 class HostActor(Host):
     """A host as Ray starts it: it learns from Ray where it is."""
 
-    def __init__(self, system: str, group: str) -> None:
+    def __init__(self, system: str, group: str, membership: bytes) -> None:
         node_id, address = _here()
-        super().__init__(system, group, node_id, address)
+        decoded = msgspec.msgpack.decode(membership, type=Membership)
+        super().__init__(system, group, node_id, address, decoded)
 
 
 class ControllerActor(Host):
     """The controller's host: Ray starts it again wherever it ended, and it starts the controller."""
 
-    def __init__(self, system: str, spec: bytes) -> None:
+    def __init__(self, system: str, spec: bytes, identity: bytes) -> None:
         import ray
 
         node_id, address = _here()
-        super().__init__(system, CONTROLLER_GROUP, node_id, address)
+        super().__init__(system, CONTROLLER_GROUP, node_id, address, Membership(identity, address))
         if not self._error:
             decoded = msgspec.msgpack.decode(spec, type=ProcessSpec)
             environment = {**decoded.environment, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}

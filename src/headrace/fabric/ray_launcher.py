@@ -23,19 +23,24 @@ from headrace.api.messages import (
 )
 from headrace.clock import Clock
 from headrace.fabric.cluster import Cluster, ClusterUnavailable, HostLost, HostSilent
-from headrace.fabric.host_link import HostLink
+from headrace.fabric.host_link import HostLink, Surroundings
+from headrace.fabric.host_messages import Membership, SetTunnels
+from headrace.fabric.host_routes import HostView, plan_tunnels
 from headrace.fabric.local import LauncherLost
 
 MAX_QUEUED_EVENTS = 10_000
 MAX_HOSTS = 2048
 NODES_PERIOD_S = 1.0
 RELEASE_LIMIT_S = 15.0
+REPLAN_DELAY_S = 0.02
 
 
 class RayLauncher:
     """The Launcher over a Cluster. Made by `connect`."""
 
-    def __init__(self, cluster: Cluster, clock: Clock) -> None:
+    def __init__(self, cluster: Cluster, clock: Clock, identity: bytes) -> None:
+        self._membership = Membership(identity, cluster.own_address)
+        self._replan = asyncio.Event()
         self._cluster = cluster
         self._clock = clock
         self._events: asyncio.Queue[LauncherEvent | None] = asyncio.Queue(MAX_QUEUED_EVENTS)
@@ -51,14 +56,16 @@ class RayLauncher:
         return f"RayLauncher({len(self._links)} hosts, {len(self._nodes)} nodes)"
 
     @classmethod
-    async def connect(cls, cluster: Cluster, clock: Clock) -> RayLauncher:
-        """Find the hosts of the system that are there. Raises LauncherLost."""
-        launcher = cls(cluster, clock)
+    async def connect(cls, cluster: Cluster, clock: Clock, identity: bytes) -> RayLauncher:
+        """Find the hosts of the system that are there. identity: PEM that all its hosts share
+        (`cluster_identity`). Raises LauncherLost."""
+        launcher = cls(cluster, clock, identity)
         try:
             await launcher._adopt_all()
         except ClusterUnavailable as error:
             raise LauncherLost(str(error)) from error
         launcher._spawn(launcher._watch_nodes())
+        launcher._spawn(launcher._tend_tunnels())
         return launcher
 
     def start(self, spec: ProcessSpec) -> None:
@@ -102,7 +109,8 @@ class RayLauncher:
     # ---- hosts ----------------
 
     def _make_link(self, key: str) -> HostLink:
-        return HostLink(key, self._cluster, self._clock, self._put, self._count_family)
+        surroundings = Surroundings(self._membership, self._count_family, self._replan.set)
+        return HostLink(key, self._cluster, self._clock, self._put, surroundings)
 
     async def _adopt_all(self) -> None:
         """Of several hosts of one group, the newest is it; the others were given up and are released."""
@@ -137,8 +145,23 @@ class RayLauncher:
         finally:
             if self._links.get(link.group) is link:
                 del self._links[link.group]
+            self._replan.set()
             if not link.is_released:
                 self._unreleased.add(link.key)
+
+    async def _tend_tunnels(self) -> None:
+        """Tell every host what its machine's tunnels are to do, whenever that may have changed."""
+        while True:
+            await self._replan.wait()
+            await asyncio.sleep(REPLAN_DELAY_S)  # changes come in crowds
+            self._replan.clear()
+            links = [link for link in self._links.values() if link.address and not link.is_over]
+            if any(link.is_unheard for link in self._links.values()):
+                continue  # what goes through its tunnels is cut by no guess; it is heard of, or given up
+            views = [HostView(link.group, link.address, link.tunnels) for link in links]
+            wishes = plan_tunnels(views, self._cluster.own_address)
+            for link in links:
+                link.set_tunnels(wishes.get(link.address) or SetTunnels([], {}))
 
     async def _release(self, key: str) -> None:
         with contextlib.suppress(ClusterUnavailable, TimeoutError):

@@ -66,6 +66,8 @@ class _Reached:
     socket_path: str
     address: str
     server: asyncio.Server | None = None
+    inode: int = 0
+    """Of the socket's file: a process may have put its own there since."""
 
 
 class TunnelHost:
@@ -125,6 +127,7 @@ class TunnelHost:
         reached = self._reached[name] = _Reached(socket_path, address)
         listener = bind_private_socket(socket_path)
         try:
+            reached.inode = os.stat(socket_path).st_ino
             reached.server = await asyncio.start_unix_server(
                 lambda reader, writer: self._guard(self._carry_out(name, reached, reader, writer), writer),
                 sock=listener,
@@ -236,7 +239,8 @@ class TunnelHost:
         if reached.server is not None:
             reached.server.close()
         with contextlib.suppress(OSError):
-            os.unlink(reached.socket_path)
+            if os.stat(reached.socket_path).st_ino == reached.inode:
+                os.unlink(reached.socket_path)
 
 
 _Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]

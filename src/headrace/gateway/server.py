@@ -19,7 +19,7 @@ UNIX_ADDRESS = "-:0"
 
 def identity_options(identity: str) -> str:
     """Return how a server of another host is reached: it must show the cluster's key, and we show ours."""
-    return f"ssl crt {identity} ca-file {identity} verify required"
+    return f"ssl crt {identity} ca-file {identity} verify required check-ssl"
 
 
 @dataclass(frozen=True, slots=True, order=True)

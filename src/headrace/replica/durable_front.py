@@ -29,6 +29,7 @@ from headrace.replica.grammar_checker import GrammarChecker
 from headrace.replica.http_messages import AnswerHeads, HttpLimits
 from headrace.replica.http_server import HttpServer
 from headrace.replica.ledger import Ledger
+from headrace.replica.local_siblings import local_siblings
 from headrace.replica.notice import NoticeWatcher
 from headrace.replica.notice_url import notice_sources
 from headrace.replica.peer_link import PeerPool
@@ -159,7 +160,7 @@ class DurableFront:
 
     def _on_order(self, order: SetSleep | Siblings) -> None:
         if isinstance(order, Siblings):  # there is nothing here that could sleep
-            self._engine.set_siblings(order.siblings)
+            self._engine.set_siblings(local_siblings(order.siblings, self._spec.run_dir))
 
     def _on_notice(self, left_s: float) -> None:
         self._departure.leave_by_s = self._clock.now_s() + left_s

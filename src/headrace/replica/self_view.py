@@ -25,6 +25,7 @@ from headrace.api.messages import (
 from headrace.api.openai import ModelCard
 from headrace.observability.front_metrics import FrontMetrics
 from headrace.policy.resumption import OwnEngine, guest_room
+from headrace.replica.local_siblings import local_siblings
 from headrace.replica.placed_guests import PlacedGuests
 from headrace.replica.prefix_digest import PrefixNews
 from headrace.replica.report import BUSY_INTERVAL_S
@@ -280,8 +281,8 @@ class SelfView:
         if isinstance(order, SetSleep):
             self._parts.standby.set_level(order.level)
         else:
-            own_id = self._spec.replica_id
-            self._parts.keeper.set_siblings([each for each in order.siblings if each.replica_id != own_id])
+            siblings = local_siblings(order.siblings, self._spec.run_dir, self._spec.replica_id)
+            self._parts.keeper.set_siblings(siblings)
 
     # ---- what people and monitoring ask
 

@@ -117,6 +117,8 @@ class Sibling(Record, frozen=True):
 
     replica_id: str
     peer_socket: str
+    """As its own host has it; another finds it in its own run directory (`peer_socket_path`). Empty: it takes
+    no streams."""
     stream_class: str
     state: ReplicaState
     num_open: int = 0
