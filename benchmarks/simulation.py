@@ -56,6 +56,11 @@ FOUND = (
         "a stop in the simulated supervisor outlived the child that it was for",
         "a fault of the model, not of the product; fixed",
     ),
+    (
+        "seed 2215",
+        "a request that came before one which waited for its own version was held for up to 100 ms beside room",
+        "fixed: turns are looked at again when a request is held, and when rules change",
+    ),
 )
 """What the simulation found since it records; what came before is in docs/adr/0028."""
 

@@ -87,6 +87,13 @@ class Binder:
             self._pass_over(endpoint, limits)
         return shed, None
 
+    def still_waits(self, held: Held, endpoint: EndpointState, now_s: float) -> bool:
+        """Whether a request that was just held still is, once turns were looked at again: while versions have
+        parts it may come before one that waits for another version, and its own may have room."""
+        if endpoint.rule.traffic:
+            self._pump(endpoint, now_s)
+        return held.arrival.request_id in self.held
+
     def let_go(self, request_id: str) -> Held:
         """A held request is held no more, whatever becomes of it. The caller takes it out of the queue."""
         held = self.held.pop(request_id)

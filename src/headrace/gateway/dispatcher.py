@@ -143,7 +143,7 @@ class Dispatcher:
             endpoint.arrived_prompt_tokens += charge.num_prompt_tokens
         if refusal is None:
             limits.take(1, charge.num_tokens, now_s)
-            return is_held
+            return is_held and self._binder.still_waits(held, endpoint, now_s)
         self._end(request_id, endpoint, TerminalState.REFUSED, charge)
         arrival.answer(_refused(refusal))
         return False

@@ -72,9 +72,13 @@ class Membership:
             connection.acknowledge(ReportAck(report.sequence, is_released))
 
     def set_rules(self, rules: Iterable[EndpointRule]) -> None:
-        """Take which endpoints are durable: their servers are others."""
+        """Take new rules: which endpoints are durable decides their servers, versions' parts who is bound."""
+        rules = list(rules)
+        self._dispatcher.set_rules(rules)
         self._replicas.set_durable(frozenset(rule.name for rule in rules if rule.is_durable))
         self.look()
+        for rule in rules:
+            self._dispatcher.pump(rule.name, self._now_s())
 
     def ignore(self, error: ProtocolError) -> None:
         """A report could not be taken, or not even be read."""

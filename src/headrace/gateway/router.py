@@ -326,9 +326,8 @@ class Router:
             return
         self._spec = spec
         self._closed_peers.watch(*split_address(spec.bind))
-        self.dispatcher.set_rules(spec.endpoints)
-        self.membership.set_rules(spec.endpoints)
         self.dispatcher.set_tenants(spec.tenants, self._clock.now_s())
+        self.membership.set_rules(spec.endpoints)
 
 
 def _certificate_keeper(

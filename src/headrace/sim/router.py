@@ -363,8 +363,8 @@ class RouterProcess(Process):
             self.outlooks.take(message.endpoints, self.host.now_s())
         elif isinstance(message, GatewaySpec) and message != self.spec:
             self.spec = message
-            self.dispatcher.set_rules(message.endpoints)
             self.dispatcher.set_tenants(message.tenants, self.host.now_s())
+            self.membership.set_rules(message.endpoints)
 
     def num_ended(self) -> dict[TerminalState, int]:
         """Requests by end, of all endpoints."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 from tests.unit.gateway.test_dispatcher import World
 
-from headrace.api.messages import EndpointRule
+from headrace.api.messages import EndpointRule, TenantRule
+from headrace.gateway.arrivals import Arrival, Bound
 from headrace.gateway.dispatcher import Refused
 from headrace.policy.traffic import choose_version
 
@@ -86,4 +87,16 @@ def test_no_request_is_refused_while_another_version_has_room() -> None:
     world.arrive(fifth)
     assert isinstance(world.answers[fifth][0], Refused), "both are full, and so is the queue"
     assert not world.answers[fourth]
+    world.dispatcher.check_integrity()
+
+
+def test_who_comes_before_one_that_waits_for_its_version_is_bound_at_once() -> None:
+    world = two_versions()
+    world.dispatcher.set_tenants([TenantRule(""), TenantRule("first", priority=0)], world.now_s)
+    world.arrive(of_version("old", 2)[1])
+    answers: list[object] = []
+    arrival = Arrival(of_version("new", 1)[0], "chat", answers.append, None, None, tenant="first")
+    assert not world.dispatcher.arrive(arrival, world.now_s), "it does not wait"
+    assert isinstance(answers[0], Bound)
+    assert answers[0].replica_id == "chat-2"
     world.dispatcher.check_integrity()
