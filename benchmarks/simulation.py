@@ -58,7 +58,7 @@ FOUND = (
     ),
     (
         "seed 2215",
-        "a request that came before one which waited for its own version was held for up to 100 ms beside room",
+        "a request that came before one which waited for its version was held beside room for up to 100 ms",
         "fixed: turns are looked at again when a request is held, and when rules change",
     ),
 )
