@@ -81,6 +81,11 @@ class Departure:
         """Wait for the requests that siblings finish."""
         await self._wait_until(lambda: num_open() == 0, self._end_s)
 
+    async def wait_for_last(self, condition: Callable[[], bool], limit_s: float) -> None:
+        """Wait for what is left to do once the grace is over, for limit_s at most."""
+        end_s = self._clock.now_s() + limit_s
+        await self._wait_until(condition, lambda: end_s)
+
     def _end_s(self) -> float:
         return min(self._released_s + self._grace_s, self.leave_by_s - LAST_MOMENTS_S)
 

@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
 
 from headrace.api.messages import FinishedRequest, LoadReport, ReplicaSpec, ReplicaState, SetSleep, Siblings
 from headrace.api.openai import ModelCard
@@ -39,12 +38,12 @@ from headrace.replica.remote_engine import NoEngine, RemoteEngine, no_own_engine
 from headrace.replica.report import BUSY_INTERVAL_S, Reporter
 from headrace.replica.resumption import StreamKeeper
 from headrace.replica.routes import Routes
+from headrace.replica.self_view import fingerprint_of, headers_of
 from headrace.replica.stream_class import text_class_of
 from headrace.replica.text_model import PromptEncoder, load_text_model
 
 _LAST_MOMENTS_S = 2.0
 """For ending what a drain left, and for the last reports."""
-_POLL_S = 0.01
 _log = logging.getLogger(__name__)
 
 
@@ -74,13 +73,13 @@ class DurableFront:
         self._engine = RemoteEngine(spec.engine, self._keeper)
         self._departure = Departure(clock, self._reporter, no_engine, 0.0, spec.drain_grace_s)
         services = AnswerServices(self._engine, self._ledger, self._metrics)
-        fingerprint = "headrace-simulated" if is_simulated else "headrace-native"
-        self._generator = Generator(spec.endpoint, spec.max_open, fingerprint, services, self._engine, clock)
+        self._generator = Generator(
+            spec.endpoint, spec.max_open, fingerprint_of(spec), services, self._engine, clock
+        )
         self._generator.remote = self._engine
         self._routes = Routes(self, self._generator, self._metrics, spec.needs_gateway)
-        headers = f"x-headrace-replica: {spec.replica_id}\r\n"
-        headers += "x-headrace-engine: simulated\r\n" if is_simulated else ""
-        self._server = HttpServer(self._routes.handle, limits, AnswerHeads(headers, clock.wall_s), clock)
+        heads = AnswerHeads(headers_of(spec), clock.wall_s)
+        self._server = HttpServer(self._routes.handle, limits, heads, clock)
         self._encoder: PromptEncoder | None = None
         self._grammars = None if is_simulated else GrammarChecker(f"headrace: grammars {spec.replica_id}")
         self._address = self._socket_path = self._error = ""
@@ -242,17 +241,12 @@ class DurableFront:
         self._server.close_idle()
         await departure.wait_for_streams(lambda: self._ledger.num_open)
         self._generator.fail_open()
-        await self._wait_until(lambda: self._ledger.num_open == 0)
+        await departure.wait_for_last(lambda: self._ledger.num_open == 0, _LAST_MOMENTS_S)
         self._keeper.close()
         self._peers.close()
         await self._server.close()
-        await self._wait_until(self._reporter.has_told_all)
+        await departure.wait_for_last(self._reporter.has_told_all, _LAST_MOMENTS_S)
         if self._encoder is not None:
             self._encoder.close()
         if self._grammars is not None:
             await self._grammars.close()
-
-    async def _wait_until(self, condition: Callable[[], bool]) -> None:
-        deadline_s = self._clock.now_s() + _LAST_MOMENTS_S
-        while not condition() and self._clock.now_s() < deadline_s:  # noqa: ASYNC110, at the end only
-            await asyncio.sleep(_POLL_S)

@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from headrace.api.messages import ReplicaSpec
@@ -41,11 +40,10 @@ from headrace.replica.report import Reporter
 from headrace.replica.restart import RestartPolicy
 from headrace.replica.resumption import EngineStreams, StreamKeeper
 from headrace.replica.routes import Routes
-from headrace.replica.self_view import FrontTraits, SelfView
+from headrace.replica.self_view import FrontTraits, SelfView, fingerprint_of, headers_of
 from headrace.replica.standby import Standby
 from headrace.replica.text_model import PromptEncoder, TextModel, load_text_model
 
-_POLL_S = 0.01
 _ENGINE_STOP_S = 2.0
 _LAST_REPORTS_S = 0.5
 _log = logging.getLogger(__name__)
@@ -105,14 +103,11 @@ class Front:
         )
         self.departure = Departure(clock, self._reporter, streams, spec.handover_after_s, spec.drain_grace_s)
         services = AnswerServices(self.keeper, self.ledger, self._metrics)
-        fingerprint = f"headrace-{spec.engine.kind}"
         self._generator: Generator = Generator(
-            spec.endpoint, spec.max_open, fingerprint, services, self.engine, clock
+            spec.endpoint, spec.max_open, fingerprint_of(spec), services, self.engine, clock
         )
         self._routes = Routes(self.view, self._generator, self._metrics, spec.needs_gateway)
-        headers = f"x-headrace-replica: {spec.replica_id}\r\n"
-        headers += "x-headrace-engine: simulated\r\n" if is_simulated else ""
-        heads = AnswerHeads(headers, clock.wall_s)
+        heads = AnswerHeads(headers_of(spec), clock.wall_s)
         self._server = HttpServer(self._routes.handle, limits.http, heads, clock)
         self._encoder: PromptEncoder | None = None
         self._grammars = None if is_simulated else GrammarChecker(f"headrace: grammars {spec.replica_id}")
@@ -225,20 +220,14 @@ class Front:
             await self.engine.stop(_ENGINE_STOP_S)
             await departure.wait_for_streams(lambda: self.ledger.num_open)
         self._generator.fail_open()
-        await self._wait_until(lambda: self.ledger.num_open == 0, _ENGINE_STOP_S)
+        await departure.wait_for_last(lambda: self.ledger.num_open == 0, _ENGINE_STOP_S)
         self.guests.close()
         self.keeper.close()
         self._peers.close()
         await self.engine.stop(_ENGINE_STOP_S)
         await self._server.close()
-        await self._wait_until(self._reporter.has_told_all, _LAST_REPORTS_S)
+        await departure.wait_for_last(self._reporter.has_told_all, _LAST_REPORTS_S)
         if self._encoder is not None:
             self._encoder.close()
         if self._grammars is not None:
             await self._grammars.close()
-
-    async def _wait_until(self, condition: Callable[[], bool], limit_s: float) -> None:
-        deadline_s = self._clock.now_s() + limit_s
-        # Conditions of several owners, at the end only: polling is simpler than an event in each.
-        while not condition() and self._clock.now_s() < deadline_s:  # noqa: ASYNC110
-            await asyncio.sleep(_POLL_S)

@@ -134,6 +134,17 @@ class ReplicaParts(Protocol):
         ...
 
 
+def fingerprint_of(spec: ReplicaSpec) -> str:
+    """Return the `system_fingerprint` of answers that engines of this kind compute."""
+    return f"headrace-{spec.engine.kind}"
+
+
+def headers_of(spec: ReplicaSpec) -> str:
+    """Return the header lines by which each answer says whose it is, and whether its engine is simulated."""
+    lines = f"x-headrace-replica: {spec.replica_id}\r\n"
+    return lines + ("x-headrace-engine: simulated\r\n" if spec.engine.kind == "simulated" else "")
+
+
 @dataclass(frozen=True, slots=True)
 class FrontTraits:
     """What never changes in a front's life. created_s: wall clock."""
