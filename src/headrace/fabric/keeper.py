@@ -47,14 +47,11 @@ from headrace.fabric.host_messages import (
     TunnelsOpened,
 )
 from headrace.fabric.host_tunnels import HostTunnels
+from headrace.fabric.restarts import MAX_RESTART_DELAY_S, count_failures, restart_delay_s
 from headrace.fabric.run_directory import RunDirectoryError
 from headrace.fabric.shared_run_directory import SharedRunDirectory
 
 LOOPBACK = "127.0.0.1"
-FIRST_RESTART_DELAY_S = 0.2
-MAX_RESTART_DELAY_S = 10.0
-HEALTHY_AFTER_S = 60.0
-"""A process that ran this long starts again without an increased delay."""
 
 
 def localize(spec: ProcessSpec, values: Mapping[str, str]) -> ProcessSpec:
@@ -180,8 +177,8 @@ class Keeper:
             self._restarted.pop(name, None)
             self._stopping.discard(name)
             return
-        self._failures[name] = 1 if lived_s >= HEALTHY_AFTER_S else self._failures.get(name, 0) + 1
-        delay_s = min(FIRST_RESTART_DELAY_S * 2 ** (self._failures[name] - 1), MAX_RESTART_DELAY_S)
+        self._failures[name] = count_failures(self._failures.get(name, 0), lived_s)
+        delay_s = restart_delay_s(self._failures[name])
         asyncio.get_running_loop().call_later(delay_s, self._restart, name)
 
     def _restart(self, name: str) -> None:

@@ -26,6 +26,7 @@ from headrace.api.messages import (
 from headrace.clock import Clock, SystemClock
 from headrace.fabric.channel import Channel, listen
 from headrace.fabric.children import Children
+from headrace.fabric.restarts import count_failures, restart_delay_s
 
 SUPERVISOR_SOCKET = "supervisor.sock"
 CONTROLLER_NAME = "controller"
@@ -37,10 +38,6 @@ STOOD_STILL_S = 2.0
 """A supervisor whose watch is so late did not run itself, and has heard nobody."""
 STOP_GRACE_S = 5.0
 """How long processes may take to end when the supervisor stops them itself."""
-FIRST_RESTART_DELAY_S = 0.2
-MAX_RESTART_DELAY_S = 10.0
-HEALTHY_AFTER_S = 60.0
-"""A controller that ran this long starts again without an increased delay."""
 _WATCH_INTERVAL_S = 0.25
 
 
@@ -137,11 +134,10 @@ class Supervisor:
                 self._stop_began_s = self._clock.now_s()
             self._stop_all(STOP_GRACE_S)
             return
-        now_s = self._clock.now_s()
-        healthy = now_s - self._controller_started_s >= HEALTHY_AFTER_S
-        self.controller_failures = 1 if healthy else self.controller_failures + 1
+        lived_s = self._clock.now_s() - self._controller_started_s
+        self.controller_failures = count_failures(self.controller_failures, lived_s)
         self.controller_last_output = last_output
-        delay_s = min(FIRST_RESTART_DELAY_S * 2 ** (self.controller_failures - 1), MAX_RESTART_DELAY_S)
+        delay_s = restart_delay_s(self.controller_failures)
         self._on_notice(f"the controller ended with {exit_code}; starting it again in {delay_s:.1f} s")
         asyncio.get_running_loop().call_later(delay_s, self._restart_controller)
 

@@ -20,12 +20,8 @@ from headrace.api.messages import (
     StartProcess,
     StopProcess,
 )
-from headrace.fabric.supervisor import (
-    CONTROLLER_NAME,
-    FIRST_RESTART_DELAY_S,
-    HEALTHY_AFTER_S,
-    MAX_RESTART_DELAY_S,
-)
+from headrace.fabric.restarts import count_failures, restart_delay_s
+from headrace.fabric.supervisor import CONTROLLER_NAME
 from headrace.sim.machine import Host, Process, Registry
 from headrace.sim.network import End
 from headrace.sim.timeline import Timer
@@ -121,10 +117,11 @@ class SupervisorProcess(Process):
         for end in self._ends:
             end.send(ProcessEnded(state))
         if child.name == CONTROLLER_NAME:
-            is_healthy = self.timeline.now_s - self._controller_started_s >= HEALTHY_AFTER_S
-            self._controller_failures = 1 if is_healthy else self._controller_failures + 1
-            delay_s = min(FIRST_RESTART_DELAY_S * 2 ** (self._controller_failures - 1), MAX_RESTART_DELAY_S)
-            self.after(delay_s, self._start_controller, "controller restart")
+            lived_s = self.timeline.now_s - self._controller_started_s
+            self._controller_failures = count_failures(self._controller_failures, lived_s)
+            self.after(
+                restart_delay_s(self._controller_failures), self._start_controller, "controller restart"
+            )
 
     def _state(self, child: Process) -> ProcessState:
         node = "" if child.host is self.host else child.host.name  # a notice is of one machine
