@@ -42,15 +42,13 @@ class Kill:
     """The undisturbed stream's: its median time between texts, or to its first one if there was none yet."""
 
 
-def measure_kills(system: System, count: int, is_begun: bool) -> list[Kill]:
-    """Kill `count` engines for each length of context."""
-    chance = random.Random(int(is_begun))
+def measure_kills(system: System, number: int, is_begun: bool) -> list[Kill]:
+    """Kill one engine for each length of context, with prompts and moments of this number's own."""
+    chance = random.Random(number)
     kills = []
-    for number in range(count):
-        for context in CONTEXTS:
-            wait_for(system, lambda replicas: sum(r.state == "ready" for r in replicas) == 2)
-            seed = (2 * number + int(is_begun)) * 10_000 + context
-            kills.append(asyncio.run(_one_kill(system, context, is_begun, seed, chance)))
+    for context in CONTEXTS:
+        wait_for(system, lambda replicas: sum(r.state == "ready" for r in replicas) == 2)
+        kills.append(asyncio.run(_one_kill(system, context, is_begun, number * 10_000 + context, chance)))
     return kills
 
 
@@ -82,11 +80,11 @@ async def _one_kill(system: System, context: int, is_begun: bool, seed: int, cha
     return Kill(context, num_before > 0, result.usage[0], gap_s, usual_s)
 
 
-def gap_tables(kills: list[Kill]) -> list[Table]:
+def gap_tables(kills: list[Kill], of_what: str) -> list[Table]:
     """Return the distribution for kills in the middle of answers, and for kills before their first text."""
     titles = {
-        True: "From the kill of the engine to the stream's next text, ms",
-        False: "The same for kills before the stream's first text, ms",
+        True: f"From the kill of the engine to the stream's next text, ms, {of_what}",
+        False: f"The same for kills before the stream's first text, ms, {of_what}",
     }
     usual = {True: "usual time between texts, p50", False: "undisturbed first text, p50"}
     tables = []
