@@ -55,9 +55,9 @@ def run(*, is_quick: bool) -> Report:
         "time: the engine that serves it is killed (SIGKILL), in the middle of its answer or before its "
         "first text; the gap is the time from the kill to the next text that the client sees. Then two "
         "storms, one with this engine and one with three replicas of the simulated one (whose tokens are a "
-        "function of prompt and seed): streams all the time, greedy and seeded, while engines are killed, one "
-        "or all, replicas drained (scaled down and up), and versions rolled out, by turns. Every stream's "
-        "text and usage is compared with that of an undisturbed run.",
+        "function of prompt and seed): streams all the time, greedy and seeded, while engines are killed, "
+        "one or all, replicas drained (scaled down and up), and versions rolled out, by turns. Every "
+        "stream's text and usage is compared with that of an undisturbed run.",
     )
     kills = {num_threads: measure_rounds(num_threads, 2 if is_quick else ROUNDS) for num_threads in (1, 2)}
     for num_threads, those in kills.items():
