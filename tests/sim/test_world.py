@@ -172,6 +172,33 @@ def test_a_killed_engine_costs_no_stream_where_it_may_be_continued() -> None:
 
 
 @pytest.mark.slow
+def test_a_paused_rollout_rests_with_both_versions_and_a_replica_too_many_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A user who pauses keeps the replicas as they are: what rests is what the versions' counts say."""
+    scenario = draw(1674)
+    applied, paused = (
+        fault for fault in scenario.faults if fault.kind in ("version applied", "rollout steered")
+    )
+    scenario = replace(scenario, faults=(applied, paused), clients=())
+    world = World(scenario)
+    outcome = world.run()
+    assert outcome.violation is None, outcome.violation
+    assert world.controller is not None
+    state = world.controller.state
+    assert state is not None
+    [desired] = state.desired(world.controller.host.now_s())
+    assert [version.count for version in desired.versions] == [2, 2]
+    assert len(world.supervisor.children) == len(("controller", "router", "haproxy", "relay")) + 5
+
+    monkeypatch.setattr("headrace.control.reconciler._Turn._drop_surplus", lambda self, is_some_missing: None)
+    scaled = Fault(applied.at_s, "scaled", 0.0, amount=0.3)
+    outcome = World(replace(scenario, faults=(scaled,))).run()
+    assert outcome.violation is not None
+    assert "the fleet is as wanted" in outcome.violation.name
+
+
+@pytest.mark.slow
 def test_the_command_says_what_it_took_and_keeps_it(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

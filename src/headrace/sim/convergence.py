@@ -5,6 +5,7 @@ Must not know how long that may take.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,12 +74,15 @@ def _fleet(world: World) -> Problem | None:
             for name, front in world.supervisor.children.items()
             if name in world.fronts and world.fronts[name].spec.endpoint == desired.name
         ]
-        num_wanted = desired.count + desired.num_standby
-        if len(fronts) != num_wanted:
+        # Of each version its own; together more than the count where a paused rollout keeps both, as its
+        # user said.
+        wanted = Counter({version.generation: version.count for version in desired.versions})
+        wanted[desired.standby_generation] += desired.num_standby
+        if Counter(world.fronts[front.name].spec.generation for front in fronts) != +wanted:
             return Problem(
                 11,
                 "the fleet is as wanted",
-                f"{desired.name}: {[front.name for front in fronts]} run, {desired.count} and "
+                f"{desired.name}: {[front.name for front in fronts]} run, {desired.versions} and "
                 f"{desired.num_standby} on standby are wanted",
             )
         asleep = [front.name for front in fronts if world.fronts[front.name].view.state() == "standby"]
