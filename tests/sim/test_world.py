@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from headrace.engine.kv_cache.block_pool import BlockPool
 from headrace.gateway.flights import InFlight
 from headrace.replica.ledger import Ledger
 from headrace.sim import __main__ as command
-from headrace.sim.scenario import Fault, draw
+from headrace.sim.scenario import Fault, Scenario, draw
 from headrace.sim.shrink import Shrinker, describe
 from headrace.sim.streams import FrontStream
 from headrace.sim.summary import Record
@@ -169,6 +169,47 @@ def test_a_killed_engine_costs_no_stream_where_it_may_be_continued() -> None:
         assert not outcome.requests["cut"], f"seed {seed}: {outcome.requests}"
         num_resumed += outcome.num_resumed
     assert num_resumed > 0
+
+
+def _durable_worlds() -> Iterator[Scenario]:
+    """Some worlds with durable endpoints on two machines, without faults; nobody leaves."""
+    for seed in range(1, 80):
+        scenario = draw(seed)
+        if all(endpoint.streams.durable for endpoint in scenario.config.endpoints.values()):
+            clients = tuple(replace(plan, leaves_after_s=None) for plan in scenario.clients)
+            yield replace(scenario, clients=clients, faults=(), num_hosts=2, skews=scenario.skews[:1] * 3)
+
+
+@pytest.mark.slow
+def test_lost_machines_cut_no_durable_stream() -> None:
+    num_resumed = 0
+    for scenario in list(_durable_worlds())[:8]:
+        losses = tuple(
+            Fault(plan.arrives_s + 1.0, "host lost", 0.5 * (number % 2))
+            for number, plan in enumerate(scenario.clients[:4])
+        )
+        outcome = World(replace(scenario, faults=losses)).run()
+        assert outcome.violation is None, f"seed {scenario.seed}: {outcome.violation}"
+        assert not outcome.requests["cut"], f"seed {scenario.seed}: {outcome.requests}"
+        num_resumed += outcome.num_resumed
+    assert num_resumed > 0
+
+
+@pytest.mark.slow
+def test_a_durable_stream_that_is_cut_by_a_lost_machine_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_carried_lost(self: Any, carried: Any, reason: str) -> None:
+        self.forget(carried)
+        carried.stream._end.close()
+        carried.stream._on_client_gone()
+
+    monkeypatch.setattr("headrace.replica.resumption.StreamKeeper.on_carried_lost", on_carried_lost)
+    for scenario in _durable_worlds():
+        losses = tuple(Fault(plan.arrives_s + 1.0, "host lost", 0.0) for plan in scenario.clients[:8])
+        outcome = World(replace(scenario, faults=losses)).run()
+        if outcome.violation is not None:
+            assert outcome.violation.number == 64, outcome.violation
+            return
+    pytest.fail("no cut stream was found")
 
 
 @pytest.mark.slow

@@ -142,6 +142,11 @@ class DurableFronts:
         """Return the config from which a durable front is started."""
         return self._groups[group_of(action.endpoint, action.gateway_id)].configs[action.generation]
 
+    @property
+    def num_wanted(self) -> int:
+        """How many there are to be at all gateways."""
+        return sum(group.count for group in self._groups.values())
+
     def is_ready(self, serving: Mapping[str, frozenset[str]]) -> bool:
         """Whether each group has what it is to have. `serving`: by gateway, whom it sends requests to."""
         ready = [

@@ -107,7 +107,7 @@ class RequestRecorder:
         parts.completion = completion
         if parts.state is None:  # the router refused to know it, so that the dispatcher did not count it
             parts.state = classify(completion)
-        if parts.finished is not None or not _is_told_by_front(parts):
+        if _has_last_word(parts) or not _is_told_by_front(parts):
             self._write(completion.id, parts)
 
     def front_finished(self, finished: FinishedRequest) -> None:
@@ -116,12 +116,14 @@ class RequestRecorder:
         parts = self._open.get(request_id)
         if parts is None:
             if gateway_of(request_id) == self._gateway_id:
-                self._early[request_id] = finished
+                early = self._early.get(request_id)
+                if early is None or _is_better(finished, early):
+                    self._early[request_id] = finished
                 if len(self._early) > MAX_EARLY:
                     self._early.popitem(last=False)
-        elif parts.finished is None:
+        elif parts.finished is None or _is_better(finished, parts.finished):
             parts.finished = finished
-            if parts.completion is not None:
+            if parts.completion is not None and _has_last_word(parts):
                 self._write(request_id, parts)
 
     def answered_by_haproxy(self, completion: Completion) -> None:
@@ -167,6 +169,22 @@ def _is_told_by_front(parts: _Parts) -> bool:
     if line is None or line.connect_ms < 0 or line.path not in _GENERATION_PATHS:
         return False
     return line.status not in (502, 503, 504)
+
+
+def _is_better(word: FinishedRequest, known: FinishedRequest) -> bool:
+    """Whether `word` is of a later try: HAProxy sends what was refused or broken off elsewhere."""
+    is_finished, was_finished = (each.state is TerminalState.FINISHED for each in (word, known))
+    return is_finished > was_finished or (
+        is_finished == was_finished and word.num_output_tokens > known.num_output_tokens
+    )
+
+
+def _has_last_word(parts: _Parts) -> bool:
+    """Whether no front will say more: not if HAProxy saw a whole answer, and who spoke broke its own off."""
+    front, line = parts.finished, parts.completion
+    if front is None or line is None:
+        return False
+    return front.state is TerminalState.FINISHED or classify(line) is not TerminalState.FINISHED
 
 
 _NO_LINE = Completion("", status=-1, bytes_in=-1, bytes_out=-1)

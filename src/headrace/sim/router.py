@@ -146,6 +146,8 @@ class RouterProcess(Process):
         self.replicas = ReplicaTable(spec.run_dir, spec.gateway_id, uses_h2=False)
         self.records: dict[str, int] = {}
         """Lines of the request log by request id."""
+        self.told_tokens: dict[str, int | None] = {}
+        """What those lines say of the output, by request id."""
         self.last_record = ""
         self.recorder = RequestRecorder(spec.gateway_id, host, self._on_record)
         self.dispatcher = Dispatcher(spec.endpoints, self.replicas, self.recorder, spec.tenants)
@@ -168,6 +170,7 @@ class RouterProcess(Process):
         base = f"{spec.run_dir}/{spec.gateway_id}"
         self._spoe_address, self._log_address = f"{base}/spoe.sock", f"{base}/log.sock"
         self._report_address = router_socket_path(spec.run_dir, spec.gateway_id)
+        self.membership.set_rules(spec.endpoints)
         self.num_bound = 0
         self.num_parked = 0
 
@@ -262,6 +265,7 @@ class RouterProcess(Process):
     def _on_record(self, record: RequestRecord) -> None:
         self.last_record = record.id
         self.records[record.id] = self.records.get(record.id, 0) + 1
+        self.told_tokens[record.id] = record.output_tokens
 
     # ---- the keeper's rounds: the real coroutine, one command to HAProxy at a time
 
