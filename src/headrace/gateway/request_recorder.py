@@ -187,12 +187,22 @@ def _has_last_word(parts: _Parts) -> bool:
     return front.state is TerminalState.FINISHED or classify(line) is not TerminalState.FINISHED
 
 
+def _word_on_answer(parts: _Parts) -> FinishedRequest | None:
+    """Return what is known of the answer that HAProxy saw; nothing where only an earlier try was heard of."""
+    front, line = parts.finished, parts.completion
+    if front is None or line is None or classify(line) is not TerminalState.FINISHED:
+        return front
+    is_other = front.state in (TerminalState.REFUSED, TerminalState.ABORTED)
+    is_other |= front.state is TerminalState.FAILED and parts.state is TerminalState.FINISHED
+    return None if is_other else front
+
+
 _NO_LINE = Completion("", status=-1, bytes_in=-1, bytes_out=-1)
 
 
 def _join(gateway_id: str, request_id: str, parts: _Parts, wall_s: float) -> RequestRecord:
     """Return the record."""
-    line, front, bound = parts.completion or _NO_LINE, parts.finished, parts.bound
+    line, front, bound = parts.completion or _NO_LINE, _word_on_answer(parts), parts.bound
     held_ms = ttft_ms = head_ms = first_ms = None
     if parts.answered_s is not None and parts.arrived_s is not None:
         held_ms = _milliseconds(parts.answered_s - parts.arrived_s)

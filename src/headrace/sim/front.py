@@ -123,7 +123,7 @@ class FrontProcess(ServingFront):
             return "this replica is leaving"
         if self.engine.state != "ready" or not self._has_model:
             return f"the engine is {self.engine.state}"
-        if self.ledger.num_open > self.spec.max_open:
+        if self.ledger.num_open > self.spec.max_open + self.spec.max_surplus:
             return "too many are open"
         return ""
 

@@ -252,7 +252,7 @@ class RouterProcess(Process):
             waiting = self.waiting.leave(line.id)
             if waiting is not None and not waiting.is_rejoined and not self.dispatcher.is_held(line.id):
                 self.dispatcher.abandon(line.id)
-            self.dispatcher.client_left(line.id)
+            self.dispatcher.client_left(line.id, self.host.now_s())
             if 200 <= line.status < 400 or self.dispatcher.knows(line.id):
                 return
         if endpoint is None:
@@ -313,7 +313,7 @@ class RouterProcess(Process):
             waiting.park()
         haproxy = self._find_haproxy()
         if self.dispatcher.num_held and haproxy is not None and haproxy.closed_clients:
-            self.dispatcher.clients_left(frozenset(haproxy.closed_clients))
+            self.dispatcher.clients_left(frozenset(haproxy.closed_clients), now_s)
 
     def _connect_controller(self) -> None:
         address = f"{self.spec.run_dir}/{CONTROLLER_SOCKET}"

@@ -197,6 +197,19 @@ def test_of_a_request_that_was_sent_again_the_try_counts_that_answered(
     assert len(world.records) == 1
 
 
+@pytest.mark.parametrize("state", [TerminalState.REFUSED, TerminalState.ABORTED, TerminalState.FAILED])
+def test_where_only_a_try_that_failed_was_heard_of_the_answers_tokens_are_unknown(
+    state: TerminalState,
+) -> None:
+    world = World()
+    world.arrive()
+    world.bind()
+    world.recorder.front_finished(word_of(state, 0))
+    world.complete()
+    world.let_time_pass()
+    assert [(r.state, r.output_tokens, r.finish_reason) for r in world.records] == [("finished", None, "")]
+
+
 def test_a_late_word_of_the_try_that_failed_changes_nothing() -> None:
     world = World()
     world.recorder.front_finished(finished())
@@ -210,7 +223,8 @@ def test_a_stream_that_ended_with_an_error_event_is_written_with_its_fronts_word
     world.arrive()
     world.bind()
     world.recorder.front_finished(word_of(TerminalState.FAILED, 3))
-    world.complete()
+    world.recorder.ended(ID, "chat", TerminalState.FAILED)  # the dispatcher believes the front
+    world.recorder.completed(completion())
     assert not world.records
     world.let_time_pass()
     assert [record.output_tokens for record in world.records] == [3]
