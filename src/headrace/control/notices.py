@@ -93,6 +93,10 @@ class MachineNotices:
         last = sorted(returns, key=lambda window: window.until_s)[-1:]
         return _hold_off("its last replica got a node that goes away by a notice", last, now_s)
 
+    def hold_off_at(self, node: str, now_s: float) -> HoldOff | None:
+        """Return why nothing that belongs on `node` alone is started now; None: it may be."""
+        return _hold_off("its gateway's machine goes away by a notice", self._windows([node]), now_s)
+
     def _windows(self, nodes: Collection[str]) -> list[_Window]:
         return [self._machines[node].window for node in nodes if node in self._machines]
 

@@ -42,6 +42,8 @@ CONFIG_FILE = "config.json"
 ROLLOUTS_FILE = "rollouts.json"
 MAX_DURABLE_OPEN = 4000
 """Requests of one durable front: its server takes a few connections more."""
+MAX_OPEN = 65_536
+"""Requests of one replica, by whichever gateways: as many as an engine takes."""
 PRIORITIES = ("high", "normal", "low")
 """Bands, from the one that is served first."""
 SIMULATED_CPUS = 0.1
@@ -273,6 +275,7 @@ def _replica_spec(config: Config, name: str, replica_id: str, run_directory: Pat
             str(run_directory / CONTROLLER_SOCKET),
         ],
         max_open=endpoint.max_open,
+        max_surplus=min((len(gateway_ids(config)) - 1) * endpoint.max_open, MAX_OPEN - endpoint.max_open),
         max_body_bytes=config.gateway.max_body_mb * MIB,
         drain_grace_s=endpoint.drain_grace_s,
         lease_s=LEASE_S,
@@ -299,6 +302,7 @@ def _durable_spec(config: Config, name: str, run_directory: Path) -> ReplicaSpec
         engine=EngineSpec(endpoint.engine, endpoint.model),
         report_sockets=[],
         max_open=min(num_open, MAX_DURABLE_OPEN),
+        max_surplus=0,  # it has one gateway
         stream_class="",
     )
 

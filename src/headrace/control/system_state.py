@@ -53,7 +53,7 @@ class SystemState:
         self.started_s = started_s
         self.fleet = Fleet()
         self.gateway = GatewayState(gateway_ids(config))
-        self.durable = DurableFronts(gateway_ids(config))
+        self.durable = DurableFronts(gateway_ids(config), self.fleet.notices)
         self.config = config
         self.rollouts = Rollouts(config, self.gateway.version_counts)
         self.notes: list[str] = []

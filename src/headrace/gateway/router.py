@@ -277,7 +277,7 @@ class Router:
                 self.dispatcher.abandon(completion.id)
             # The first pass ended. The second has the same id and a line of its own, unless it is held, which
             # ends here, or never came: then the relay refused the request.
-            self.dispatcher.client_left(completion.id)
+            self.dispatcher.client_left(completion.id, self._clock.now_s())
             if 200 <= completion.status < 400 or self.dispatcher.knows(completion.id):
                 return
         if endpoint is None:
@@ -302,7 +302,7 @@ class Router:
             for waiting in self._waiting.due(now_s, self.dispatcher.is_held):
                 waiting.park()
             if self.dispatcher.num_held:
-                self.dispatcher.clients_left(self._closed_peers.find())
+                self.dispatcher.clients_left(self._closed_peers.find(), self._clock.now_s())
             await asyncio.sleep(TICK_S)
 
     def _on_controller(self, message: GatewaySpec | Outlook) -> None:

@@ -104,7 +104,12 @@ class Front:
         self.departure = Departure(clock, self._reporter, streams, spec.handover_after_s, spec.drain_grace_s)
         services = AnswerServices(self.keeper, self.ledger, self._metrics)
         self._generator: Generator = Generator(
-            spec.endpoint, spec.max_open, fingerprint_of(spec), services, self.engine, clock
+            spec.endpoint,
+            spec.max_open + spec.max_surplus,
+            fingerprint_of(spec),
+            services,
+            self.engine,
+            clock,
         )
         self._routes = Routes(self.view, self._generator, self._metrics, spec.needs_gateway)
         heads = AnswerHeads(headers_of(spec), clock.wall_s)
