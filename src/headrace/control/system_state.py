@@ -77,7 +77,7 @@ class SystemState:
         """Take over what ran before this controller."""
         for process in processes:
             if process.name in self.gateway.processes:
-                self.gateway.adopt(process, now_s)
+                self.gateway.adopt(process, self.nodes.own_node_id, now_s)
         generations = {name: self.rollouts.main_generation(name) for name in self.config.endpoints}
         with_standby = [name for name, endpoint in self.config.endpoints.items() if endpoint.replicas.standby]
         fronts = [process for process in processes if is_durable_front(process.name)]
@@ -89,9 +89,8 @@ class SystemState:
                 slot.drain_grace_s = self.rollouts.section(slot.endpoint).drain_grace_s
 
     def on_started(self, event: ProcessStarted) -> None:
-        essential = self.gateway.processes.get(event.process.name)
-        if essential is not None:
-            essential.pid = event.process.pid
+        if event.process.name in self.gateway.processes:
+            self.gateway.on_started(event.process, self.nodes.own_node_id)
         else:
             self.fleet_of(event.process.name).on_started(event.process)
 
@@ -105,9 +104,8 @@ class SystemState:
 
     def on_waiting(self, name: str, reason: str, now_s: float) -> None:
         """A process that was told to start waits for a place."""
-        essential = self.gateway.processes.get(name)
-        if essential is not None:
-            essential.heard_s = now_s
+        if name in self.gateway.processes:
+            self.gateway.on_waiting(name, reason, now_s)
         else:
             self.fleet_of(name).on_waiting(name, reason, now_s)
 

@@ -68,7 +68,9 @@ class FakeCluster:
         needs, node_id = self._reserved[key]
         for node in self._nodes.values():
             free, has_room = self._free(node), not node_id and node.is_alive
-            is_right = all(node.labels.get(name) == value for name, value in needs.labels.items())
+            is_right = node.node_id not in needs.other_than and all(
+                node.labels.get(name) == value for name, value in needs.labels.items()
+            )
             if has_room and is_right and all(free.get(n, 0.0) >= a for n, a in needs.resources.items()):
                 node_id = node.node_id
         self._reserved[key] = (needs, node_id)

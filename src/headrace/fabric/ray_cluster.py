@@ -23,7 +23,7 @@ from headrace.api.config import split_host_port
 from headrace.api.messages import NodeNeeds, NodeState, ProcessSpec
 from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent, HostUnavailable, Reservation
 from headrace.fabric.host_messages import CONTROLLER_GROUP, Membership
-from headrace.fabric.node_choice import ACCELERATOR_PREFIX
+from headrace.fabric.node_choice import ACCELERATOR_PREFIX, label_selector
 from headrace.fabric.ray_host import END_LIMIT_S, ControllerActor, HostActor
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class RayCluster:
                 strategy="STRICT_PACK",
                 name=self._group_name(key),
                 lifetime="detached",
-                bundle_label_selector=[dict(needs.labels)] if needs.labels else None,
+                bundle_label_selector=label_selector(needs),
                 _soft_target_node_id=likes_node or None,
             )
 

@@ -33,6 +33,7 @@ from headrace.gateway.metrics_server import serve_metrics
 from headrace.gateway.names import endpoint_of_backend
 from headrace.gateway.outlooks import Outlooks
 from headrace.gateway.paths import GatewayPaths
+from headrace.gateway.placed import localized
 from headrace.gateway.replicas import ReplicaTable
 from headrace.gateway.request_recorder import RequestRecorder
 from headrace.gateway.servers import ServerKeeper
@@ -312,6 +313,7 @@ class Router:
             self._on_spec(message)
 
     def _on_spec(self, spec: GatewaySpec) -> None:
+        spec = localized(spec, self._spec.run_dir, self._spec.node)
         if spec == self._spec:
             return
         if (spec.run_dir, spec.gateway_id) != (self._spec.run_dir, self._spec.gateway_id):
