@@ -51,7 +51,14 @@ from headrace.control.essentials import Essential
 from headrace.control.identity import open_identity
 from headrace.control.probe import watch_gateway
 from headrace.control.reconciler import Action, PromoteReplica, RestReplica, StartReplica, StopReplica
-from headrace.control.specs import ADMIN_SOCKET, CONFIG_FILE, durable_process, gateway_specs, replica_process
+from headrace.control.specs import (
+    ADMIN_SOCKET,
+    CONFIG_FILE,
+    avoiding,
+    durable_process,
+    gateway_specs,
+    replica_process,
+)
 from headrace.control.status import describe
 from headrace.control.system_state import SystemState
 from headrace.errors import ConfigError, HeadraceError
@@ -154,7 +161,7 @@ class Controller:
             async with asyncio.timeout(10):
                 event = await self._launcher.next_event()
             if isinstance(event, Nodes):
-                self._state.nodes = event
+                self._state.on_nodes(event, self._clock.now_s(), self._clock.wall_s())
             if isinstance(event, Processes):
                 break
         self._state.adopt(event.processes, self._clock.now_s())
@@ -181,7 +188,7 @@ class Controller:
             case ProcessWaiting(name, reason):
                 self._state.on_waiting(name, reason, now_s)
             case Nodes():
-                self._state.nodes = event
+                self._state.on_nodes(event, now_s, self._clock.wall_s())
             case Processes():
                 pass
 
@@ -220,7 +227,7 @@ class Controller:
                     spec = durable_process(config, endpoint, name, gateway_id, directory)
                 else:
                     spec = self._sources.prepare_replica(config, endpoint, name, directory, is_standby)
-                self._launcher.start(spec)
+                self._launcher.start(avoiding(spec, state.fleet.notices.avoided(self._clock.now_s())))
             case StopReplica(grace_s=grace_s):
                 self._launcher.stop(name, grace_s + STOP_MARGIN_S if grace_s > 0 else 0.0)
             case PromoteReplica():
@@ -235,6 +242,7 @@ class Controller:
             _log.info("%s", note)
         state.notes.clear()
         self._connections.send_siblings(state.siblings(), now_s)
+        self._connections.send_leaving(state.leaving(), now_s)
         self._connections.send_outlooks(state.outlooks(now_s), now_s)
         if state.traffic(now_s) != self._told_traffic:
             self._tell_routers()

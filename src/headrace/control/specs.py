@@ -79,6 +79,13 @@ def cluster_replica_process(
     return msgspec.structs.replace(spec, argv=argv, place=place_of(config.endpoints[endpoint]))
 
 
+def avoiding(spec: ProcessSpec, nodes: Mapping[str, float]) -> ProcessSpec:
+    """Return `spec`, kept from `nodes` for so many seconds each, if it may run on several."""
+    if spec.place is None or not nodes:
+        return spec
+    return msgspec.structs.replace(spec, place=msgspec.structs.replace(spec.place, avoided=dict(nodes)))
+
+
 def place_of(endpoint: Endpoint) -> Place:
     """Return where on a cluster a replica of `endpoint` may be."""
     nodes = endpoint.nodes

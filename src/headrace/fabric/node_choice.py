@@ -5,7 +5,7 @@ Must not know: how places are had.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from headrace.api.messages import NodeNeeds, NodeState
@@ -37,8 +37,18 @@ def choose_node(
     return fitting[0].node_id if fitting else ""
 
 
-def explain_wait(nodes: Sequence[NodeState], needs: NodeNeeds) -> str:
-    """Say what is asked, why no node gives it now, and what would."""
+def explain_wait(nodes: Sequence[NodeState], needs: NodeNeeds, avoided: Collection[str] = ()) -> str:
+    """Say what is asked, why no node gives it now, and what would. avoided: ids of nodes that go away."""
+    leaving = [node for node in nodes if node.node_id in avoided]
+    text = _explain_wait([node for node in nodes if node not in leaving], needs)
+    would = [n.node_id[:8] for n in leaving if n.is_alive and _is_right(n, needs) and _has(n.total, needs)]
+    if not would:
+        return text
+    more = f" and {len(would) - _SHOWN_NODES} more" if len(would) > _SHOWN_NODES else ""
+    return f"{text}. Nothing is put on nodes that go away: {', '.join(would[:_SHOWN_NODES])}{more}"
+
+
+def _explain_wait(nodes: Sequence[NodeState], needs: NodeNeeds) -> str:
     asked = describe_needs(needs)
     alive = [node for node in nodes if node.is_alive]
     right = [node for node in alive if _is_right(node, needs)]

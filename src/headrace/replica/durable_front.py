@@ -13,7 +13,15 @@ import os
 import signal
 import sys
 
-from headrace.api.messages import FinishedRequest, LoadReport, ReplicaSpec, ReplicaState, SetSleep, Siblings
+from headrace.api.messages import (
+    FinishedRequest,
+    LeaveBy,
+    LoadReport,
+    ReplicaSpec,
+    ReplicaState,
+    SetSleep,
+    Siblings,
+)
 from headrace.api.openai import ModelCard
 from headrace.api.run_paths import front_socket_path
 from headrace.clock import Clock
@@ -157,9 +165,11 @@ class DurableFront:
         is_busy = self._ledger.num_open > 0 or self._departure.has_begun
         return BUSY_INTERVAL_S if is_busy else self._spec.lease_s / 3
 
-    def _on_order(self, order: SetSleep | Siblings) -> None:
+    def _on_order(self, order: SetSleep | Siblings | LeaveBy) -> None:
         if isinstance(order, Siblings):  # there is nothing here that could sleep
             self._engine.set_siblings(local_siblings(order.siblings, self._spec.run_dir))
+        elif isinstance(order, LeaveBy):
+            self._on_notice(order.left_s)
 
     def _on_notice(self, left_s: float) -> None:
         self._departure.leave_by_s = self._clock.now_s() + left_s

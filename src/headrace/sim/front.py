@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from headrace.api.messages import (
+    LeaveBy,
     ReplicaSpec,
     SetSleep,
     Siblings,
@@ -153,7 +154,7 @@ class FrontProcess(Process):
         """The controller speaks on the connection of the reports."""
         if isinstance(order, SetSleep):
             self.set_sleep(order.level)
-        elif isinstance(order, Siblings):
+        elif isinstance(order, Siblings | LeaveBy):
             self.view.follow(order)
 
     # ---- requests

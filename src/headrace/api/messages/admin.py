@@ -247,6 +247,8 @@ class NodeStatus(msgspec.Struct, frozen=True):
     available: dict[str, float]
     labels: dict[str, str]
     replicas: list[str]
+    leaving: str = ""
+    """Why and when it goes away, if that is known."""
 
 
 class SystemStatus(msgspec.Struct, frozen=True):

@@ -26,6 +26,8 @@ class Place(Record, frozen=True):
     strategy: Literal["spread", "pack"] = "spread"
     """Among nodes that would do: the one with fewest processes of the same family, or with most. Of one
     family are those whose names differ in the number at the end only: an endpoint's replicas."""
+    avoided: dict[str, float] = {}
+    """Nodes that go away by notices, by their ids, and for how many more seconds nothing is put there."""
 
 
 class ProcessSpec(Record, frozen=True):
@@ -116,6 +118,10 @@ class NodeState(Record, frozen=True):
     total: dict[str, float] = {}
     available: dict[str, float] = {}
     labels: dict[str, str] = {}
+    is_draining: bool = False
+    """The cluster wants it empty, because it goes away."""
+    drain_deadline_s: float = 0.0
+    """When it goes, in seconds since 1970; 0: nobody said."""
 
 
 class Nodes(Message, frozen=True):
