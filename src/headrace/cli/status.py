@@ -181,7 +181,8 @@ def _nodes(system: SystemStatus) -> Table:
             if name not in ("memory", "object_store_memory")
         )
         labels = ", ".join(f"{name}={value}" for name, value in node.labels.items() if "ray.io/" not in name)
-        state = "alive" if node.is_alive else "[red]gone[/red]"
+        state = f"[yellow]{node.leaving or 'alive'}[/yellow]" if node.leaving else "alive"
+        state = state if node.is_alive else "[red]gone[/red]"
         table.add_row(node.node_id[:8], node.address, state, free, " ".join(node.replicas), labels)
     return table
 

@@ -51,7 +51,7 @@ from headrace.control.identity import open_identity
 from headrace.control.probe import watch_gateway
 from headrace.control.process_sources import ProcessSources
 from headrace.control.reconciler import Action, PromoteReplica, RestReplica, StartReplica, StopReplica
-from headrace.control.specs import ADMIN_SOCKET, CONFIG_FILE, gateway_place, gateway_specs
+from headrace.control.specs import ADMIN_SOCKET, CONFIG_FILE, avoiding, gateway_place, gateway_specs
 from headrace.control.status import describe
 from headrace.control.system_state import SystemState
 from headrace.errors import ConfigError, HeadraceError
@@ -142,7 +142,7 @@ class Controller:
             async with asyncio.timeout(10):
                 event = await self._launcher.next_event()
             if isinstance(event, Nodes):
-                self._state.nodes = event
+                self._state.on_nodes(event, self._clock.now_s(), self._clock.wall_s())
             if isinstance(event, Processes):
                 break
         self._state.adopt(event.processes, self._clock.now_s())
@@ -169,7 +169,7 @@ class Controller:
             case ProcessWaiting(name, reason):
                 self._state.on_waiting(name, reason, now_s)
             case Nodes():
-                self._state.nodes = event
+                self._state.on_nodes(event, now_s, self._clock.wall_s())
             case Processes():
                 pass
 
@@ -208,7 +208,7 @@ class Controller:
                     spec = self._sources.prepare_durable(config, endpoint, name, gateway_id, directory)
                 else:
                     spec = self._sources.prepare_replica(config, endpoint, name, directory, is_standby)
-                self._launcher.start(spec)
+                self._launcher.start(avoiding(spec, state.fleet.notices.avoided(self._clock.now_s())))
             case StopReplica(grace_s=grace_s):
                 self._launcher.stop(name, grace_s + STOP_MARGIN_S if grace_s > 0 else 0.0)
             case PromoteReplica():
@@ -223,6 +223,7 @@ class Controller:
             _log.info("%s", note)
         state.notes.clear()
         self._connections.send_siblings(state.siblings(), now_s)
+        self._connections.send_leaving(state.leaving(), now_s)
         self._connections.send_outlooks(state.outlooks(now_s), now_s)
         if state.traffic(now_s) != self._told_traffic:
             self._tell_routers()

@@ -104,6 +104,13 @@ def gateway_place(config: Config) -> Place | None:
     return Place([NodeNeeds(resources, placement.labels)], "apart")
 
 
+def avoiding(spec: ProcessSpec, nodes: Mapping[str, float]) -> ProcessSpec:
+    """Return `spec`, kept from `nodes` for so many seconds each, if it may run on several."""
+    if spec.place is None or not nodes:
+        return spec
+    return msgspec.structs.replace(spec, place=msgspec.structs.replace(spec.place, avoided=dict(nodes)))
+
+
 def place_of(endpoint: Endpoint) -> Place:
     """Return where on a cluster a replica of `endpoint` may be."""
     nodes = endpoint.nodes

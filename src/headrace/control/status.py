@@ -57,7 +57,7 @@ def describe(state: SystemState, run_directory: Path, now_s: float) -> SystemSta
         tenants=tenant_statuses(state.gateway.demands(), state.config.tenants),
         warnings=_warnings(state, now_s),
         rollouts=state.rollouts.statuses(slots, counts, now_s),
-        nodes=_nodes(state, slots),
+        nodes=_nodes(state, slots, now_s),
         durable_fronts=[
             _durable_front(state, slot, in_flight.get(slot.replica_id, 0), now_s) for slot in fronts
         ],
@@ -136,6 +136,12 @@ def _warnings(state: SystemState, now_s: float) -> list[str]:
             warnings.append(
                 f"{name}: {hold_off.reason}; nothing is started for {math.ceil(hold_off.left_s)} s more"
             )
+    own = state.nodes.own_node_id
+    if own in state.fleet.drains:
+        warnings.append(
+            f"node {own[:8]} is {state.fleet.drains.describe(own, now_s)}: the controller and what is beside "
+            "it are on it, and end with it"
+        )
     return warnings
 
 
@@ -218,7 +224,7 @@ def _durable_front(state: SystemState, slot: Slot, num_in_flight: int, now_s: fl
     return msgspec.structs.replace(_replica(slot, num_in_flight, now_s), endpoint=endpoint)
 
 
-def _nodes(state: SystemState, slots: Sequence[Slot]) -> list[NodeStatus]:
+def _nodes(state: SystemState, slots: Sequence[Slot], now_s: float) -> list[NodeStatus]:
     """Nodes that are there, and those that are gone but had replicas that are still spoken of."""
     by_node: dict[str, list[str]] = {}
     gateways: dict[str, list[str]] = {}
@@ -238,10 +244,19 @@ def _nodes(state: SystemState, slots: Sequence[Slot]) -> list[NodeStatus]:
             node.labels,
             by_node.get(node.node_id, []),
             gateways.get(node.node_id, []),
+            _why_leaving(state, node.node_id, now_s),
         )
         for node in state.nodes.nodes
         if node.is_alive or node.node_id in by_node
     ]
+
+
+def _why_leaving(state: SystemState, node_id: str, now_s: float) -> str:
+    drain = state.fleet.drains.describe(node_id, now_s)
+    if drain:
+        return drain
+    left_s = state.fleet.notices.avoided(now_s).get(node_id, 0.0)
+    return f"goes away by a notice; avoided for {left_s:.0f} s more" if left_s else ""
 
 
 def _ratio(part: int, whole: int) -> float:

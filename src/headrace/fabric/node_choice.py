@@ -5,7 +5,7 @@ Must not know: how places are had.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -39,26 +39,36 @@ def choose_node(
     return fitting[0].node_id if fitting else ""
 
 
-def kept_apart(
-    place: Place, needs: NodeNeeds, num_same: Mapping[str, int], own_node_id: str = ""
-) -> NodeNeeds:
-    """Return `needs` with the nodes that it must not be, because one of its family is there. own_node_id:
-    where it is itself, and counted."""
+def kept_apart(place: Place, needs: NodeNeeds, num_same: Mapping[str, int]) -> NodeNeeds:
+    """Return `needs` with the nodes that it must not be, because one of its family is there."""
     if place.strategy != "apart":
         return needs
-    taken = sorted(node for node, count in num_same.items() if count > (node == own_node_id))
-    return msgspec.structs.replace(needs, other_than=taken)
+    return msgspec.structs.replace(
+        needs, other_than=sorted(node for node, count in num_same.items() if count)
+    )
 
 
-def label_selector(needs: NodeNeeds) -> list[dict[str, str]] | None:
+def label_selector(needs: NodeNeeds, avoids: Collection[str] = ()) -> list[dict[str, str]] | None:
     """Return what a node's labels must be, in Ray's words; None: anything. Ray gives every node its id as a
-    label, and takes `!in(a,b)` for none of these."""
-    others = {"ray.io/node-id": f"!in({','.join(needs.other_than)})"} if needs.other_than else {}
-    return [{**needs.labels, **others}] if needs.labels or others else None
+    label, and takes `!in(a,b)` for none of these. avoids: ids of nodes that it must not be, either."""
+    nodes = sorted({*needs.other_than, *avoids})
+    others = {"ray.io/node-id": f"!in({','.join(nodes)})"} if nodes else {}
+    labels = {**others, **needs.labels}
+    return [labels] if labels else None
 
 
-def explain_wait(nodes: Sequence[NodeState], needs: NodeNeeds) -> str:
-    """Say what is asked, why no node gives it now, and what would."""
+def explain_wait(nodes: Sequence[NodeState], needs: NodeNeeds, avoided: Collection[str] = ()) -> str:
+    """Say what is asked, why no node gives it now, and what would. avoided: ids of nodes that go away."""
+    leaving = [node for node in nodes if node.node_id in avoided]
+    text = _explain_wait([node for node in nodes if node not in leaving], needs)
+    would = [n.node_id[:8] for n in leaving if n.is_alive and _is_right(n, needs) and _has(n.total, needs)]
+    if not would:
+        return text
+    more = f" and {len(would) - _SHOWN_NODES} more" if len(would) > _SHOWN_NODES else ""
+    return f"{text}. Nothing is put on nodes that go away: {', '.join(would[:_SHOWN_NODES])}{more}"
+
+
+def _explain_wait(nodes: Sequence[NodeState], needs: NodeNeeds) -> str:
     asked = describe_needs(needs)
     alive = [node for node in nodes if node.is_alive]
     right = [node for node in alive if _is_right(node, needs)]

@@ -13,7 +13,7 @@ import importlib.metadata
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,6 +36,7 @@ CALL_LIMIT_S = 15.0
 MAX_CONCURRENCY = 16
 """Threads of a host: one poll, commands, questions, and polls of callers that gave up."""
 _ACCELERATOR_SHARE = 0.001
+"""Every node has it, by Ray."""
 _MAX_REASON_CHARACTERS = 400
 ResultT = TypeVar("ResultT")
 
@@ -88,7 +89,7 @@ class RayCluster:
     async def nodes(self) -> list[NodeState]:
         return await self._run(_read_nodes)
 
-    async def reserve(self, key: str, needs: NodeNeeds, likes_node: str) -> None:
+    async def reserve(self, key: str, needs: NodeNeeds, likes_node: str, avoids: Sequence[str]) -> None:
         from ray.util.placement_group import placement_group
 
         def ask() -> Any:
@@ -97,7 +98,7 @@ class RayCluster:
                 strategy="STRICT_PACK",
                 name=self._group_name(key),
                 lifetime="detached",
-                bundle_label_selector=label_selector(needs),
+                bundle_label_selector=label_selector(needs, avoids),
                 _soft_target_node_id=likes_node or None,
             )
 
@@ -368,9 +369,10 @@ def _actor_options(needs: NodeNeeds) -> dict[str, Any]:
 
 def _read_nodes() -> list[NodeState]:
     import ray
-    from ray._private.state import available_resources_per_node
+    from ray._private.state import available_resources_per_node, state
 
     available = available_resources_per_node()  # type: ignore[no-untyped-call]
+    draining_ms = state.get_draining_nodes()
     return [
         NodeState(
             node_id=node["NodeID"],
@@ -379,6 +381,8 @@ def _read_nodes() -> list[NodeState]:
             total=_counted(node["Resources"]),
             available=_counted(available.get(node["NodeID"], {})),
             labels=dict(node["Labels"]),
+            is_draining=node["NodeID"] in draining_ms,
+            drain_deadline_s=draining_ms.get(node["NodeID"], 0) / 1000,
         )
         for node in ray.nodes()  # type: ignore[no-untyped-call]
     ]

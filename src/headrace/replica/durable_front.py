@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 
-from headrace.api.messages import ReplicaSpec, SetSleep, Siblings
+from headrace.api.messages import LeaveBy, ReplicaSpec, SetSleep, Siblings
 from headrace.api.run_paths import front_socket_path
 from headrace.clock import Clock
 from headrace.errors import ConfigError, ModelError
@@ -91,9 +91,11 @@ class DurableFront:
         """Whether text can become tokens and back."""
         return self._generator.has_model()
 
-    def _on_order(self, order: SetSleep | Siblings) -> None:
+    def _on_order(self, order: SetSleep | Siblings | LeaveBy) -> None:
         if isinstance(order, Siblings):  # there is nothing here that could sleep
             self.engine.set_siblings(local_siblings(order.siblings, self._spec.run_dir))
+        elif isinstance(order, LeaveBy):
+            self._on_notice(order.left_s)
 
     def _on_notice(self, left_s: float) -> None:
         self.departure.leave_by_s = self._clock.now_s() + left_s

@@ -2,8 +2,8 @@
 
     front  -> engine      EngineCommand       submit, abort, drain, sleep, wake
     engine -> front       EngineEvent         starting, ready, one StepBatch per step, failed
-    front  -> router and controller   LoadReport (`ReportAck` comes back; from the controller `SetSleep` and
-                                      `Siblings`, too)
+    front  -> router and controller   LoadReport (`ReportAck` comes back; from the controller `SetSleep`,
+                                      `Siblings` and `LeaveBy`, too)
     front  -> sibling's front         PeerCommand, PeerEvent comes back: a stream continued elsewhere
     router -> controller      Demand  (`GatewaySpec` comes back when the config changes, and `Outlook`)
     controller -> supervisor  LauncherCommand (`LauncherEvent` comes back)
@@ -108,6 +108,7 @@ from headrace.api.messages.launcher import (
 )
 from headrace.api.messages.replica import (
     FinishedRequest,
+    LeaveBy,
     LoadReport,
     ReplicaSpec,
     ReplicaState,
@@ -152,6 +153,7 @@ __all__ = [
     "LauncherCommand",
     "LauncherError",
     "LauncherEvent",
+    "LeaveBy",
     "ListKeys",
     "ListProcesses",
     "LoadReport",

@@ -254,6 +254,8 @@ class NodeStatus(msgspec.Struct, frozen=True):
     labels: dict[str, str]
     replicas: list[str]
     gateways: list[str] = []
+    leaving: str = ""
+    """Why and when it goes away, if that is known."""
 
 
 class SystemStatus(msgspec.Struct, frozen=True):

@@ -29,6 +29,8 @@ class Place(Record, frozen=True):
     """Among nodes that would do: the one with fewest processes of the same family, or with most; apart: one
     that has none, or it waits. Of one family are the groups whose names differ in the number at the end only,
     as an endpoint's replicas do, and all gateways."""
+    avoided: dict[str, float] = {}
+    """Nodes that go away by notices, by their ids, and for how many more seconds nothing is put there."""
 
 
 class ProcessSpec(Record, frozen=True):
@@ -119,6 +121,10 @@ class NodeState(Record, frozen=True):
     total: dict[str, float] = {}
     available: dict[str, float] = {}
     labels: dict[str, str] = {}
+    is_draining: bool = False
+    """The cluster wants it empty, because it goes away."""
+    drain_deadline_s: float = 0.0
+    """When it goes, in seconds since 1970; 0: nobody said."""
 
 
 class Nodes(Message, frozen=True):
