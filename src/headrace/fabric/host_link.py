@@ -30,6 +30,7 @@ from headrace.api.messages import (
 )
 from headrace.clock import Clock
 from headrace.fabric.cluster import Cluster, ClusterUnavailable, HostLost, HostSilent
+from headrace.fabric.host_keys import group_of
 from headrace.fabric.host_messages import (
     HostCommand,
     HostEvent,
@@ -40,6 +41,7 @@ from headrace.fabric.host_messages import (
     TunnelsOpened,
 )
 from headrace.fabric.place_search import WAITING_PERIOD_S, PlaceSearch, Seeker
+from headrace.fabric.rank_hosts import RankHosts
 
 POLL_S = 1.0
 """A host answers a poll after this long when nothing happens."""
@@ -51,6 +53,8 @@ LOST_AFTER_S = 10.0
 HOST_START_LIMIT_S = 60.0
 """Ray starts a Python process and imports headrace; the first time on a node, from a cold disk."""
 COMMAND_LIMIT_S = 10.0
+RANK_LOSS_GRACE_S = 10.0
+"""A replica that lost a rank's host cannot compute again; its streams may go on elsewhere for so long."""
 _log = logging.getLogger(__name__)
 
 
@@ -102,13 +106,16 @@ class HostLink:
         self._surroundings = surroundings
         self._commands: asyncio.Queue[HostCommand] = asyncio.Queue()  # bounded by who may be named in it
         self._sequence = 0
+        self._ranks = RankHosts(key, cluster, clock, self._lose_rank)
+        self._lost_rank = ""
+        """Why a rank was lost, and with it everything here."""
 
     def __repr__(self) -> str:
         return f"HostLink({self.key}, {', '.join(self.names()) or 'empty'})"
 
     @property
     def group(self) -> str:
-        return self.key.rpartition("#")[0]
+        return group_of(self.key)
 
     def names(self) -> list[str]:
         return [*self.processes, *self._waiting]
@@ -170,7 +177,8 @@ class HostLink:
         """Get a place and start the host there. False: nobody wants it any more."""
         if not self._waiting:
             return False  # it was stopped before its turn came
-        place = next(iter(self._waiting.values())).spec.place
+        spec = next(iter(self._waiting.values())).spec
+        place = spec.place
         needs: NodeNeeds | None = None
         if place is not None:
             needs = await self._find_place(place)
@@ -178,6 +186,7 @@ class HostLink:
                 return False
         self.node_id = self.node_id or self._cluster.own_node_id
         await self._cluster.start_host(self.key, needs, self._surroundings.membership)
+        await self._ranks.start(spec.companions, needs, self._surroundings.membership)
         self._take(await self._await_host())
         return True
 
@@ -232,6 +241,7 @@ class HostLink:
     async def _follow(self) -> None:
         """Pass commands on and follow events until no process is left."""
         sender = asyncio.create_task(self._send_commands())
+        watcher = asyncio.create_task(self._ranks.run())
         try:
             heard_s = self._clock.now_s()
             while self.processes or self._waiting:
@@ -243,11 +253,13 @@ class HostLink:
                     if silent_s >= LOST_AFTER_S:
                         raise HostLost(f"{self._where()} has not answered for {silent_s:.0f} s") from None
                     self._tell_waiting(f"{self._where()} has not answered for {silent_s:.1f} s")
-                if sender.done():
-                    sender.result()
+                for task in (sender, watcher):
+                    if task.done():
+                        task.result()
         finally:
             sender.cancel()
-            await asyncio.gather(sender, return_exceptions=True)
+            watcher.cancel()
+            await asyncio.gather(sender, watcher, return_exceptions=True)
 
     async def _poll(self) -> None:
         answer = await self._cluster.call(self.key, "poll", self._sequence, POLL_S, limit_s=SILENT_AFTER_S)
@@ -281,6 +293,8 @@ class HostLink:
                 self._on_event(ProcessStarted(self.processes[state.name]))
             case ProcessEnded(state):
                 self.processes.pop(state.name, None)
+                if self._lost_rank:
+                    state = msgspec.structs.replace(state, last_output=self._lost_rank)
                 self._on_event(ProcessEnded(self._located(state)))
             case LauncherError(name):
                 if name not in self.processes:
@@ -293,6 +307,12 @@ class HostLink:
                 self._surroundings.on_tunnels()
             case _:
                 pass
+
+    def _lose_rank(self, reason: str) -> None:
+        """What it computed with is gone for good: end all, with a moment to hand open streams over."""
+        self._lost_rank = reason
+        for name in self.names():
+            self.stop(name, RANK_LOSS_GRACE_S)
 
     def _end_all(self, reason: str) -> None:
         """The host is gone, and its processes with it."""

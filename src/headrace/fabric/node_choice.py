@@ -48,13 +48,15 @@ def kept_apart(place: Place, needs: NodeNeeds, num_same: Mapping[str, int]) -> N
     )
 
 
-def label_selector(needs: NodeNeeds, avoids: Collection[str] = ()) -> list[dict[str, str]] | None:
+def label_selector(
+    needs: NodeNeeds, avoids: Collection[str] = (), num_bundles: int = 1
+) -> list[dict[str, str]] | None:
     """Return what a node's labels must be, in Ray's words; None: anything. Ray gives every node its id as a
     label, and takes `!in(a,b)` for none of these. avoids: ids of nodes that it must not be, either."""
     nodes = sorted({*needs.other_than, *avoids})
     others = {"ray.io/node-id": f"!in({','.join(nodes)})"} if nodes else {}
     labels = {**others, **needs.labels}
-    return [labels] if labels else None
+    return [labels] * num_bundles if labels else None
 
 
 def explain_wait(nodes: Sequence[NodeState], needs: NodeNeeds, avoided: Collection[str] = ()) -> str:

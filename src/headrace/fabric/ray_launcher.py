@@ -27,6 +27,7 @@ from headrace.api.messages import (
 )
 from headrace.clock import Clock
 from headrace.fabric.cluster import Cluster, ClusterUnavailable, HostLost, HostSilent
+from headrace.fabric.host_keys import group_of, incarnation_of, make_key
 from headrace.fabric.host_link import HostLink, Surroundings
 from headrace.fabric.host_messages import CONTROLLER_GROUP, Membership, SetTunnels
 from headrace.fabric.host_routes import HostView, plan_tunnels
@@ -92,7 +93,9 @@ class RayLauncher:
                     LauncherError(spec.name, f"there are {MAX_HOSTS} hosts already, the most there may be")
                 )
                 return
-            link = self._links[group] = self._make_link(f"{group}#{_incarnation()}")
+            link = self._links[group] = self._make_link(
+                make_key(group, _incarnation(), 1 + len(spec.companions))
+            )
             link.start(spec)
             self._spawn(self._live(link))
         else:
@@ -130,8 +133,8 @@ class RayLauncher:
         self._nodes = await self._cluster.nodes()
         self._put(Nodes(self._nodes, self._cluster.own_node_id))
         newest: dict[str, str] = {}
-        for key in sorted(await self._cluster.hosts(), key=lambda key: key.rpartition("#")[2]):
-            group = key.rpartition("#")[0]
+        for key in sorted(await self._cluster.hosts(), key=incarnation_of):
+            group = group_of(key)
             if group in newest:
                 self._spawn(self._release(newest[group]))
             newest[group] = key
