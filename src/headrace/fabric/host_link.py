@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -29,7 +30,7 @@ from headrace.api.messages import (
     StopProcess,
 )
 from headrace.clock import Clock
-from headrace.fabric.cluster import Cluster, ClusterUnavailable, HostLost, HostSilent
+from headrace.fabric.cluster import Cluster, ClusterUnavailable, HostGivenUp, HostLost, HostSilent
 from headrace.fabric.host_messages import (
     HostCommand,
     HostEvent,
@@ -63,8 +64,10 @@ class Surroundings:
 
     membership: Membership
     """Of every host."""
-    count_family: Callable[[str], Mapping[str, int]]
+    count_family: Callable[[str], Counter[str]]
     """How many processes of the family of a name each node has."""
+    count_asked: Callable[[str], Counter[str]]
+    """How many others of the family wait for a place that was asked on each node."""
     on_tunnels: Callable[[], None]
     """Called when a link's address or tunnels change."""
 
@@ -82,10 +85,14 @@ class HostLink:
     ) -> None:
         self.key = key
         self.node_id = ""
+        self.liked_node_id = ""
+        """Where its place was asked for, if not anywhere."""
         self.processes: dict[str, ProcessState] = {}
         """Started and not ended."""
         self.is_released = True
         """False after its end: its place could not be given back."""
+        self.was_given_up = False
+        """It ended, and what it held may live on: its place is still to be given back."""
         self.is_over = False
         """Nothing can be started here any more."""
         self.address = ""
@@ -151,7 +158,8 @@ class HostLink:
         self.is_unheard = True
 
     async def run(self, *, is_adopted: bool = False) -> None:
-        """Live until no process is left, or the host is lost. Its place is given back in any case."""
+        """Live until no process is left, or the host is lost. Its place is given back, unless it
+        `was_given_up`."""
         reason = "the launcher was closed"
         try:
             if not is_adopted and not await self._begin():
@@ -160,14 +168,19 @@ class HostLink:
             reason = ""
         except (HostLost, ClusterUnavailable) as error:
             reason = str(error)
+            self.was_given_up = isinstance(error, HostGivenUp)
         finally:
             self.is_over = True
             if reason != "the launcher was closed":
                 self._end_all(reason)
-                try:
-                    await self._cluster.release(self.key)
-                except ClusterUnavailable:
-                    self.is_released = False
+                if not self.was_given_up:
+                    await self._give_back()
+
+    async def _give_back(self) -> None:
+        try:
+            await self._cluster.release(self.key)
+        except ClusterUnavailable:
+            self.is_released = False
 
     async def _begin(self) -> bool:
         """Get a place and start the host there. False: nobody wants it any more."""
@@ -198,8 +211,11 @@ class HostLink:
         """Try the choices in their order, the last one without a limit. None: nobody wants it any more."""
         for index, needs in enumerate(place.choices):
             nodes = await self._cluster.nodes()
-            liked = choose_node(nodes, needs, place.strategy, self._surroundings.count_family(self.group))
-            await self._cluster.reserve(self.key, needs, liked)
+            num_same = self._surroundings.count_family(self.group) + self._surroundings.count_asked(
+                self.group
+            )
+            self.liked_node_id = choose_node(nodes, needs, place.strategy, num_same)
+            await self._cluster.reserve(self.key, needs, self.liked_node_id)
             is_last = index == len(place.choices) - 1
             if await self._await_place(needs, 0.0 if is_last else needs.wait_s):
                 return needs
@@ -266,7 +282,7 @@ class HostLink:
                 except HostSilent:
                     silent_s = self._clock.now_s() - heard_s
                     if silent_s >= LOST_AFTER_S:
-                        raise HostLost(f"{self._where()} has not answered for {silent_s:.0f} s") from None
+                        raise HostGivenUp(f"{self._where()} has not answered for {silent_s:.0f} s") from None
                     self._tell_waiting(f"{self._where()} has not answered for {silent_s:.1f} s")
                 if sender.done():
                     sender.result()

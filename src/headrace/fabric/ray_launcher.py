@@ -11,7 +11,6 @@ import contextlib
 import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping
 
 from headrace.api.messages import (
     LauncherError,
@@ -27,6 +26,7 @@ from headrace.fabric.host_link import HostLink, Surroundings
 from headrace.fabric.host_messages import Membership, SetTunnels
 from headrace.fabric.host_routes import HostView, plan_tunnels
 from headrace.fabric.local import LauncherLost
+from headrace.fabric.retirement import retire
 
 MAX_QUEUED_EVENTS = 10_000
 MAX_HOSTS = 2048
@@ -109,7 +109,7 @@ class RayLauncher:
     # ---- hosts ----------------
 
     def _make_link(self, key: str) -> HostLink:
-        surroundings = Surroundings(self._membership, self._count_family, self._replan.set)
+        surroundings = Surroundings(self._membership, self._count_family, self._count_asked, self._replan.set)
         return HostLink(key, self._cluster, self._clock, self._put, surroundings)
 
     async def _adopt_all(self) -> None:
@@ -120,7 +120,7 @@ class RayLauncher:
         for key in sorted(await self._cluster.hosts(), key=lambda key: key.rpartition("#")[2]):
             group = key.rpartition("#")[0]
             if group in newest:
-                self._spawn(self._release(newest[group]))
+                self._spawn(self._retire(newest[group]))
             newest[group] = key
         await asyncio.gather(*(self._adopt(key) for key in newest.values()))
 
@@ -148,6 +148,8 @@ class RayLauncher:
             self._replan.set()
             if not link.is_released:
                 self._unreleased.add(link.key)
+            if link.was_given_up:
+                self._spawn(self._retire(link.key))
 
     async def _tend_tunnels(self) -> None:
         """Tell every host what its machine's tunnels are to do, whenever that may have changed."""
@@ -163,6 +165,12 @@ class RayLauncher:
             for link in links:
                 link.set_tunnels(wishes.get(link.address) or SetTunnels([], {}))
 
+    async def _retire(self, key: str) -> None:
+        try:
+            await retire(self._cluster, key)
+        except ClusterUnavailable:
+            self._unreleased.add(key)
+
     async def _release(self, key: str) -> None:
         with contextlib.suppress(ClusterUnavailable, TimeoutError):
             async with asyncio.timeout(RELEASE_LIMIT_S):
@@ -171,13 +179,16 @@ class RayLauncher:
     def _link_of(self, name: str) -> HostLink | None:
         return next((link for link in self._links.values() if name in link.names()), None)
 
-    def _count_family(self, name: str) -> Mapping[str, int]:
+    def _count_family(self, name: str) -> Counter[str]:
+        return Counter(link.node_id for link in self._family(name) if link.node_id)
+
+    def _count_asked(self, name: str) -> Counter[str]:
+        others = [link for link in self._family(name) if link.group != name and not link.node_id]
+        return Counter(link.liked_node_id for link in others if link.liked_node_id)
+
+    def _family(self, name: str) -> list[HostLink]:
         family = name.rpartition("-")[0]
-        return Counter(
-            link.node_id
-            for link in self._links.values()
-            if link.node_id and link.group.rpartition("-")[0] == family
-        )
+        return [link for link in self._links.values() if link.group.rpartition("-")[0] == family]
 
     # ---- events ----------------
 
