@@ -227,6 +227,28 @@ async def test_a_silent_node_is_told_of_and_given_up_only_after_a_while(
 
 
 @pytest.mark.slow
+async def test_nothing_is_placed_on_a_node_that_is_silent_though_the_cluster_takes_it_for_alive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host_link, "SILENT_AFTER_S", 0.1)
+    monkeypatch.setattr(host_link, "LOST_AFTER_S", 4.0)
+    monkeypatch.setattr(host_link, "POLL_S", 0.05)
+    monkeypatch.setattr(retirement, "SILENT_LIMIT_S", 0.1)
+    cluster = make_cluster(HERE, THERE)
+    async with launched(cluster) as launcher:
+        await started(launcher, sleeper("fuller-1", NodeNeeds({"CPU": 1.0}, {"kind": "head"})))
+        await started(launcher, sleeper("chat-1", NodeNeeds({"CPU": 0.1}, {"kind": "spot"})))
+        cluster.silent.add("there")
+        await take(launcher, ProcessWaiting)
+        await started(launcher, sleeper("silent-1", NodeNeeds({"CPU": 0.1})))
+        assert cluster.liked.pop() == "here"
+        await take(launcher, ProcessEnded)
+        await until(lambda: len(cluster.running) == 2)  # its place was given back
+        await started(launcher, sleeper("given-1", NodeNeeds({"CPU": 0.1})))
+        assert cluster.liked.pop() == "here"
+
+
+@pytest.mark.slow
 async def test_what_a_host_holds_that_is_heard_of_again_after_it_was_given_up_is_asked_to_leave(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

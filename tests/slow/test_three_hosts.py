@@ -9,7 +9,6 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from benchmarks.watched_streams import Ask, SteadyLoad, StreamResult, ask_all
@@ -30,7 +29,8 @@ ASKS = [
 ]
 """Even positions ask chat, odd ones safe."""
 NUM_STREAMS = 12
-NOTICE_LIMIT_S = 2.0
+NOTICE_LIMIT_S = 3.0
+"""2 s, and what a busy machine adds."""
 SETTLE_LIMIT_S = 120.0
 
 
@@ -63,7 +63,8 @@ def loaded(cluster: RayHosts, right: list[StreamResult]) -> Iterator[SteadyLoad]
 
 def settled(cluster: RayHosts, status: Status) -> bool:
     """Whether all replicas are there, and no process on any host that the controller does not have there."""
-    if not status["is_ready"] or Counter(r["endpoint"] for r in status["replicas"]) != {"chat": 3, "safe": 2}:
+    states = Counter((r["endpoint"], r["state"], r["phase"]) for r in status["replicas"])
+    if not status["is_ready"] or states != {("chat", "ready", ""): 3, ("safe", "ready", ""): 2}:
         return False
     return all(fronts_on(host) == cluster.names_on(status, host) for host in cluster.hosts)
 
@@ -136,7 +137,7 @@ def test_a_host_that_loses_its_power_takes_its_own_streams_with_it_and_no_others
         killed_s = time.monotonic()
         excused = open_at(load, replicas)
         victim.kill()
-        cluster.wait("it is noticed", lambda status: is_missed(status, before, replicas), 30)
+        cluster.wait("it is noticed", lambda status: is_missed(status, before, replicas), 15)
         noticed_s = time.monotonic() - killed_s
         status = cluster.wait("others replace them", lambda status: settled(cluster, status), SETTLE_LIMIT_S)
         assert not cluster.names_on(status, victim)
@@ -150,10 +151,13 @@ def test_a_host_that_loses_its_power_takes_its_own_streams_with_it_and_no_others
 
 
 def is_missed(status: Status, before: Status, replicas: list[str]) -> bool:
-    """Whether the controller knows that each of these replicas is not where it was."""
+    """Whether each of these replicas is known not to be where it was, or not to be heard of."""
     was = {r["replica_id"]: r for r in before["replicas"]}
-    now: dict[str, Any] = {r["replica_id"]: r for r in status["replicas"]}
-    return all(name not in now or (now[name]["pid"] != was[name]["pid"]) for name in replicas)
+    now = {r["replica_id"]: r for r in status["replicas"]}
+    return all(
+        name not in now or now[name]["pid"] != was[name]["pid"] or "has not answered" in now[name]["phase"]
+        for name in replicas
+    )
 
 
 @pytest.mark.parametrize("outage_s", [8.0, 20.0])

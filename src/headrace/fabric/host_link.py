@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -20,6 +20,7 @@ from headrace.api.messages import (
     LauncherError,
     LauncherEvent,
     NodeNeeds,
+    NodeState,
     Place,
     ProcessEnded,
     ProcessSpec,
@@ -68,6 +69,8 @@ class Surroundings:
     """How many processes of the family of a name each node has."""
     count_asked: Callable[[str], Counter[str]]
     """How many others of the family wait for a place that was asked on each node."""
+    silent_nodes: Callable[[], Collection[str]]
+    """Nodes that no place is asked on: the cluster may take a dead one for alive for most of a minute."""
     on_tunnels: Callable[[], None]
     """Called when a link's address or tunnels change."""
 
@@ -91,6 +94,8 @@ class HostLink:
         """Started and not ended."""
         self.is_released = True
         """False after its end: its place could not be given back."""
+        self.is_silent = False
+        """It did not answer when it was polled last."""
         self.was_given_up = False
         """It ended, and what it held may live on: its place is still to be given back."""
         self.is_over = False
@@ -211,10 +216,7 @@ class HostLink:
         """Try the choices in their order, the last one without a limit. None: nobody wants it any more."""
         for index, needs in enumerate(place.choices):
             nodes = await self._cluster.nodes()
-            num_same = self._surroundings.count_family(self.group) + self._surroundings.count_asked(
-                self.group
-            )
-            self.liked_node_id = choose_node(nodes, needs, place.strategy, num_same)
+            self.liked_node_id = self._choose_node(nodes, needs, place)
             await self._cluster.reserve(self.key, needs, self.liked_node_id)
             is_last = index == len(place.choices) - 1
             if await self._await_place(needs, 0.0 if is_last else needs.wait_s):
@@ -223,6 +225,13 @@ class HostLink:
             if not self._waiting:
                 return None
         return None
+
+    def _choose_node(self, nodes: Sequence[NodeState], needs: NodeNeeds, place: Place) -> str:
+        around = self._surroundings
+        silent = around.silent_nodes()
+        heard = [node for node in nodes if node.node_id not in silent]
+        num_same = around.count_family(self.group) + around.count_asked(self.group)
+        return choose_node(heard, needs, place.strategy, num_same)
 
     async def _await_place(self, needs: NodeNeeds, limit_s: float) -> bool:
         """Whether the place was had within limit_s; 0: no limit. Says meanwhile why it takes long."""
@@ -278,8 +287,9 @@ class HostLink:
             while self.processes or self._waiting:
                 try:
                     await self._poll()
-                    heard_s = self._clock.now_s()
+                    heard_s, self.is_silent = self._clock.now_s(), False
                 except HostSilent:
+                    self.is_silent = True
                     silent_s = self._clock.now_s() - heard_s
                     if silent_s >= LOST_AFTER_S:
                         raise HostGivenUp(f"{self._where()} has not answered for {silent_s:.0f} s") from None

@@ -33,6 +33,9 @@ MAX_HOSTS = 2048
 NODES_PERIOD_S = 1.0
 RELEASE_LIMIT_S = 15.0
 REPLAN_DELAY_S = 0.02
+AVOIDED_S = 60.0
+"""Nothing is placed on a node whose hosts were given up, until it is heard of again, or for so long: by then
+Ray has seen whether it is dead."""
 
 
 class RayLauncher:
@@ -50,6 +53,8 @@ class RayLauncher:
         self._nodes: list[NodeState] = []
         self._unreleased: set[str] = set()
         """Hosts whose places could not be given back while the cluster did not answer."""
+        self._given_up: dict[str, float] = {}
+        """Nodes whose hosts were given up because they were silent, and until when they are avoided."""
         self._lost_reason = ""
 
     def __repr__(self) -> str:
@@ -109,7 +114,9 @@ class RayLauncher:
     # ---- hosts ----------------
 
     def _make_link(self, key: str) -> HostLink:
-        surroundings = Surroundings(self._membership, self._count_family, self._count_asked, self._replan.set)
+        surroundings = Surroundings(
+            self._membership, self._count_family, self._count_asked, self._silent_nodes, self._replan.set
+        )
         return HostLink(key, self._cluster, self._clock, self._put, surroundings)
 
     async def _adopt_all(self) -> None:
@@ -149,7 +156,7 @@ class RayLauncher:
             if not link.is_released:
                 self._unreleased.add(link.key)
             if link.was_given_up:
-                self._spawn(self._retire(link.key))
+                self._spawn(self._retire(link.key, link.node_id))
 
     async def _tend_tunnels(self) -> None:
         """Tell every host what its machine's tunnels are to do, whenever that may have changed."""
@@ -165,9 +172,13 @@ class RayLauncher:
             for link in links:
                 link.set_tunnels(wishes.get(link.address) or SetTunnels([], {}))
 
-    async def _retire(self, key: str) -> None:
+    async def _retire(self, key: str, node_id: str = "") -> None:
+        """End a host that may live on. node_id: where it is, if nothing is to be placed there until then."""
         try:
-            await retire(self._cluster, key)
+            if node_id:
+                self._given_up[node_id] = self._clock.now_s() + AVOIDED_S
+            if await retire(self._cluster, key):
+                self._given_up.pop(node_id, None)
         except ClusterUnavailable:
             self._unreleased.add(key)
 
@@ -185,6 +196,11 @@ class RayLauncher:
     def _count_asked(self, name: str) -> Counter[str]:
         others = [link for link in self._family(name) if link.group != name and not link.node_id]
         return Counter(link.liked_node_id for link in others if link.liked_node_id)
+
+    def _silent_nodes(self) -> set[str]:
+        now_s = self._clock.now_s()
+        self._given_up = {node: until_s for node, until_s in self._given_up.items() if until_s > now_s}
+        return {link.node_id for link in self._links.values() if link.is_silent} | self._given_up.keys()
 
     def _family(self, name: str) -> list[HostLink]:
         family = name.rpartition("-")[0]

@@ -26,15 +26,18 @@ _POLL_S = 0.2
 _log = logging.getLogger(__name__)
 
 
-async def retire(cluster: Cluster, key: str) -> None:
-    """End the host `key` as soon as it can be reached or is lost for good, and give its place back. Raises
-    ClusterUnavailable: then it is not given back."""
+async def retire(cluster: Cluster, key: str) -> bool:
+    """End the host `key` as soon as it can be reached or is lost for good, and give its place back. Returns
+    whether it was heard of again. Raises ClusterUnavailable: then its place is not given back."""
+    was_heard = False
     with contextlib.suppress(HostLost, TimeoutError):
         async with asyncio.timeout(SILENT_LIMIT_S):
             report = await _hear(cluster, key)
+        was_heard = True
         async with asyncio.timeout(LEAVE_LIMIT_S):
             await _empty(cluster, key, report)
     await cluster.release(key)
+    return was_heard
 
 
 async def _hear(cluster: Cluster, key: str) -> HostReport:
