@@ -26,6 +26,10 @@ class HostUnavailable(HostLost):
     """Its connection broke: its process or its node is gone. One that is restarted comes again."""
 
 
+class HostGivenUp(HostLost):
+    """It was silent for too long. It may live on where nobody reaches it, and be reached again."""
+
+
 class HostSilent(HeadraceError):
     """A host has not answered within the limit. It may answer later."""
 

@@ -60,14 +60,16 @@ def label_selector(
 
 
 def explain_wait(nodes: Sequence[NodeState], needs: NodeNeeds, avoided: Collection[str] = ()) -> str:
-    """Say what is asked, why no node gives it now, and what would. avoided: ids of nodes that go away."""
+    """Say what is asked, why no node gives it now, and what would. avoided: ids of nodes that go away or are
+    silent."""
     leaving = [node for node in nodes if node.node_id in avoided]
     text = _explain_wait([node for node in nodes if node not in leaving], needs)
     would = [n.node_id[:8] for n in leaving if n.is_alive and _is_right(n, needs) and _has(n.total, needs)]
     if not would:
         return text
     more = f" and {len(would) - _SHOWN_NODES} more" if len(would) > _SHOWN_NODES else ""
-    return f"{text}. Nothing is put on nodes that go away: {', '.join(would[:_SHOWN_NODES])}{more}"
+    names = ", ".join(would[:_SHOWN_NODES])
+    return f"{text}. Nothing is put on nodes that go away or do not answer: {names}{more}"
 
 
 def _explain_wait(nodes: Sequence[NodeState], needs: NodeNeeds) -> str:
