@@ -17,6 +17,7 @@ from benchmarks.cluster_events import (
     kill_controller,
     lose_host,
     lose_node,
+    poll,
     remove_replica,
 )
 from benchmarks.cluster_rig import ClusterSystem, cluster_system, started_cluster
@@ -112,13 +113,14 @@ class Streams:
 
     def __init__(self, system: ClusterSystem) -> None:
         self._url = system.url
-        self._asks = [Ask(number, 5, ANSWER_TOKENS) for number in range(STREAMS)]
+        self._asks = [Ask(number, 5, ANSWER_TOKENS, is_seeded=True) for number in range(STREAMS)]
         self._right = ask_all(self._url, self._asks)
 
     @contextmanager
     def during(self, event: Event) -> Iterator[SteadyLoad]:
         """Stream for the length of the block, and count how the streams ended."""
         with SteadyLoad(self._url, self._asks, self._right, STREAMS) as load:
+            poll(lambda: len(load.results) >= STREAMS or None, "streams flow")
             yield load
         event.outcomes.update(load.outcomes())
         event.wrong += load.wrong()

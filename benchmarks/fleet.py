@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import psutil
 
 from benchmarks.cluster_rig import cluster_system, head_pid_of, started_cluster
-from benchmarks.fleet_load import CpuMeter, Fleet, Stage, measure
+from benchmarks.fleet_load import CpuMeter, Fleet, Stage, cores_apart, measure
 from benchmarks.fleet_page import BARE, GATEWAY, LOCAL, PEER, RAY, Path, write_report
 from benchmarks.peers.catalogue import ray_fleet, ray_role
 from benchmarks.peers.running import PeerFailed, running
@@ -22,9 +22,13 @@ REPLICAS = 8
 STEP_MS = 5.0
 DEMAND = Stage("64 tokens, 25,600 tokens/s asked for", 128, 64)
 SATURATION = Stage("64 tokens, saturation", 512, 64)
+APART = Stage("64 tokens, saturation, replicas on a core of their own", 512, 64, is_apart=True)
+SHORT = Stage("4 tokens, saturation", 512, 4)
+STAGES = [DEMAND, SATURATION, APART, SHORT]
 START_LIMIT_S = 180.0
 """Of Ray Serve: eight replicas begin at once."""
-SHORT = Stage("4 tokens, saturation", 512, 4)
+ANSWERS_IN_RAMP, MAX_RAMP_S = 1.25, 8.0
+"""All requests begin at once: it is measured when most answers were followed by a second one."""
 _KINDS = {"haproxy": "proxy", "router": "router", "front": "front", "engine": "engine"}
 _PEER_KINDS = {"proxy": "proxy", "route": "router", "replica": "front"}
 
@@ -38,7 +42,7 @@ class Plan:
     window_s: float
 
 
-FULL, QUICK = Plan(5, 0.8, 1.5), Plan(1, 0.6, 0.8)
+FULL, QUICK = Plan(3, 0.7, 1.5), Plan(1, 0.5, 0.8)
 
 
 def run(*, is_quick: bool) -> Report:
@@ -53,23 +57,33 @@ def run(*, is_quick: bool) -> Report:
         f"streaming, throughput-optimised) serves {REPLICAS} replicas of an application that streams the "
         "same chunks in the same steps. All fleets run all the time; one is asked at a time, by the same "
         f"generator, in closed loops: {plan.rounds} rounds, each beginning with another path; in each a "
-        f"window of {plan.window_s:g} s after {plan.ramp_s:g} s of the same load. Ratios compare windows of "
-        "one round.",
+        f"window of {plan.window_s:g} s after the first answers, so that requests no longer begin together. "
+        "Ratios compare windows of one round.",
     )
     with ExitStack() as life:
         paths = [*life.enter_context(_local()), *life.enter_context(_on_ray())]
         paths += _beside_ray_serve(life, report)
-        for stage in (DEMAND, SATURATION, SHORT):
+        fleets = list({path.fleet.name: path.fleet for path in paths}.values())
+        for stage in STAGES:
             print(f"-- {stage.title}", file=sys.stderr, flush=True)
-            for number in range(plan.rounds):
-                for position in range(len(paths)):
-                    path = paths[(position + number) % len(paths)]
-                    others = {one.fleet.name: one.fleet for one in paths if one.fleet is not path.fleet}
-                    meter = CpuMeter(path.fleet, list(others.values()))
-                    window = measure(meter, path.urls, stage, plan.ramp_s, plan.window_s)
-                    path.windows.setdefault(stage.title, []).append(window)
-    write_report(report, paths, [DEMAND, SATURATION, SHORT], SATURATION)
+            with cores_apart(fleets) if stage.is_apart else nullcontext():
+                for path in paths:  # opens connections, and says how long an answer takes
+                    path.answer_s = measure(CpuMeter(path.fleet, []), path.urls, stage, 0.1, 0.1).answer_s
+                for number in range(plan.rounds):
+                    _round(paths[number % len(paths) :] + paths[: number % len(paths)], stage, plan)
+    write_report(report, paths, STAGES, {"all share the cores": SATURATION, "replicas on their own": APART})
     return report
+
+
+def _round(paths: list[Path], stage: Stage, plan: Plan) -> None:
+    """Measure each path once, in this order."""
+    for path in paths:
+        others = {one.fleet.name: one.fleet for one in paths if one.fleet is not path.fleet}
+        meter = CpuMeter(path.fleet, list(others.values()))
+        ramp_s = min(max(plan.ramp_s, ANSWERS_IN_RAMP * path.answer_s), MAX_RAMP_S)
+        window = measure(meter, path.urls, stage, ramp_s, plan.window_s)
+        path.windows.setdefault(stage.title, []).append(window)
+        path.answer_s = window.answer_s
 
 
 @contextmanager

@@ -6,8 +6,10 @@ Owns the generator over several addresses and the CPU samples. Must not know whi
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import psutil
@@ -17,6 +19,7 @@ from benchmarks.processes import tree_of
 from benchmarks.system import workload
 from headrace.bench.load import LoadGenerator, LoadSpec, Progress
 from headrace.bench.record import RequestRecord
+from headrace.bench.statistics import percentile
 from headrace.bench.target import parse_target
 from headrace.bench.workload import ROUTE_PATHS
 from headrace.clock import SystemClock
@@ -24,6 +27,7 @@ from headrace.clock import SystemClock
 INPUT_TOKENS = 16
 REQUEST_LIMIT_S = 60.0
 TAIL_S = 0.3
+REPLICA_ROLES = ("front", "engine")
 GENERATOR = "generator"
 IDLE = "idle fleets"
 ELSEWHERE = "elsewhere"
@@ -53,6 +57,8 @@ class Stage:
     streams: int
     """At a time, in a closed loop: each is followed by the next at once."""
     output_tokens: int
+    is_apart: bool = False
+    """Replicas have cores of their own; generator, proxies and everything else share the others."""
 
 
 @dataclass
@@ -66,6 +72,8 @@ class Window:
     cpu_s: dict[str, float] = field(default_factory=dict)
     """By role; the generator's and everybody else's too."""
     failures: list[str] = field(default_factory=list)
+    answer_s: float = 0.0
+    """From asking to the last token, by p90 of the whole run, ramp and end included."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -91,6 +99,29 @@ class Window:
     def per_thousand(self, *roles: str) -> float:
         """CPU seconds of these roles per 1,000 tokens."""
         return sum(self.cpu_s.get(role, 0.0) for role in roles) * 1e3 / max(1, self.tokens)
+
+
+@contextmanager
+def cores_apart(fleets: Sequence[Fleet]) -> Iterator[None]:
+    """Keep the replicas of all fleets on one half of the cores, and the rest of them and us on the other."""
+    cores = sorted(os.sched_getaffinity(0))
+    half = len(cores) // 2
+    members = [member for fleet in fleets for member in fleet.members()]
+    members.append(("", psutil.Process()))
+    try:
+        for role, process in members:
+            _pin(process, cores[half:] if role in REPLICA_ROLES else cores[:half])
+        yield
+    finally:
+        for _, process in members:
+            _pin(process, cores)
+
+
+def _pin(process: psutil.Process, cores: list[int]) -> None:
+    """Every thread by itself: the kernel knows no affinity of processes."""
+    with suppress(psutil.Error, OSError):  # it ends, or a thread of it
+        for thread in process.threads():
+            os.sched_setaffinity(thread.id, cores)
 
 
 class CpuMeter:
@@ -163,6 +194,7 @@ async def _measure(meter: CpuMeter, urls: list[str], stage: Stage, ramp_s: float
         sum(start_s <= record.end_s < end_s and record.is_ok for record in records),
         cpu_s,
         [_describe(record) for record in records if not record.is_ok],
+        percentile(sorted(record.end_to_end_s for record in records), 0.9),
     )
 
 

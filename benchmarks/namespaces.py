@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 IN_NAMESPACES = Path(__file__).parents[1] / "tests" / "cluster" / "in_namespaces.sh"
 STOP_LIMIT_S = 60.0
 _INSIDE = "HEADRACE_BENCHMARK_INSIDE"
@@ -27,5 +29,16 @@ def run_in_namespaces(arguments: Sequence[str]) -> int | None:
         return process.wait()
     finally:
         if process.poll() is None:
-            process.terminate()  # whoever ends the first process of the namespaces ends all of them
-            process.wait(STOP_LIMIT_S)
+            _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Let the benchmark end what it started; then end its namespaces with all that is in them."""
+    outer = psutil.Process(process.pid)
+    for benchmark in outer.children() if outer.name() == "unshare" else [outer]:  # it passes nothing on
+        benchmark.terminate()
+    try:
+        process.wait(STOP_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
