@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from headrace.api.config import Config, Tenant, split_bind
+from headrace.api.config import Config, Tenant
 from headrace.api.endpoint_config import Endpoint
 from headrace.api.messages import (
     EndpointRule,
@@ -26,6 +26,7 @@ from headrace.api.messages import (
     TenantRule,
     gateway_group,
 )
+from headrace.api.notation import split_bind
 from headrace.api.run_paths import (
     CONTROLLER_SOCKET,
     HOST_PLACEHOLDER,

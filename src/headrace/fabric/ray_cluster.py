@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from headrace.api.config import split_host_port
 from headrace.api.messages import NodeNeeds, NodeState, ProcessSpec
+from headrace.api.notation import split_host_port
 from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent, HostUnavailable, Reservation
 from headrace.fabric.host_keys import further_keys, group_of, is_key, reservation_of
 from headrace.fabric.host_messages import CONTROLLER_GROUP, Membership
