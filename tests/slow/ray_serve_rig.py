@@ -81,6 +81,9 @@ class ServeCluster:
             base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=60, trust_env=False
         )
 
+    def close(self) -> None:
+        self._client.close()
+
     def deploy(self, config: dict[str, Any]) -> None:
         answer = self._client.put("/api/serve/applications/", json=config)
         assert answer.status_code == 200, answer.text
@@ -134,7 +137,10 @@ def serve_cluster() -> Iterator[ServeCluster]:
                 return False
 
             wait_until(answers, lambda: log_of(directory), START_LIMIT_S)
-            yield cluster
+            try:
+                yield cluster
+            finally:
+                cluster.close()
 
 
 def read_yaml(path: Path) -> Any:

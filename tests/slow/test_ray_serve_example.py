@@ -41,19 +41,24 @@ def running_application(directory: Path, base_url: str) -> Iterator[str]:
     config = config.replace("http://127.0.0.1:8000/v1", base_url).replace("port: 8001", f"port: {port}")
     (directory / "serve.yaml").write_text(config)
     with running(directory, "serve", "run", "serve.yaml") as process:
+        url = f"http://127.0.0.1:{port}"
 
         def is_deployed() -> bool:
             assert process.poll() is None, log_of(directory)
-            return "Deployed app" in (directory / "log").read_text()
+            with contextlib.suppress(httpx.HTTPError):  # 404 before it knows the application
+                return httpx.post(f"{url}/ask", json={}, timeout=30).status_code == 422
+            return False
 
         wait_until(is_deployed, lambda: log_of(directory), START_LIMIT_S)
-        yield f"http://127.0.0.1:{port}"
+        yield url
 
 
 def events_of(text: str) -> list[dict[str, object]]:
     return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(os.geteuid() != 0, reason="namespaces of its own for Ray need root")
 def test_the_example_answers_from_its_passages_and_says_when_its_model_is_gone(
     system: headrace.System,

@@ -309,7 +309,7 @@ def _actor_options(needs: NodeNeeds) -> dict[str, Any]:
 def _find_group(name: str, namespace: str) -> PlacementGroup | None:
     """Ray's own function looks only into the namespace of the process."""
     from ray._private.state import state
-    from ray._raylet import PlacementGroupID  # type: ignore[attr-defined]
+    from ray._raylet import PlacementGroupID
     from ray.util.placement_group import PlacementGroup
 
     entry = state.get_placement_group_by_name(name, namespace)  # type: ignore[no-untyped-call]

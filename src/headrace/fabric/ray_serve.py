@@ -83,7 +83,7 @@ def application(make_hosted: Callable[..., Hosted], **arguments: Any) -> Applica
     """
     from ray import serve
 
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         ServeDeployment,
         name=DEPLOYMENT,
         num_replicas=1,
@@ -92,7 +92,8 @@ def application(make_hosted: Callable[..., Hosted], **arguments: Any) -> Applica
         health_check_timeout_s=HEALTH_LIMIT_S,
         graceful_shutdown_timeout_s=LEAVE_LIMIT_S,
     )
-    return deployment.bind(make_hosted, arguments)
+    bound: Application = deployment.bind(make_hosted, arguments)
+    return bound
 
 
 def _is_deleted() -> bool:
