@@ -14,7 +14,7 @@ from headrace.fabric.ray_serve import application
 if TYPE_CHECKING:
     from ray.serve import Application
 
-_KNOWN = {"name": str, "ready_limit_s": (int, float)}
+_KNOWN: dict[str, tuple[type, ...]] = {"name": (str,), "ready_limit_s": (int, float)}
 
 
 def app(args: dict[str, Any]) -> Application:

@@ -39,6 +39,7 @@ from headrace.replica.report import BUSY_INTERVAL_S, Reporter
 from headrace.replica.resumption import StreamKeeper
 from headrace.replica.routes import Routes
 from headrace.replica.self_view import fingerprint_of, headers_of
+from headrace.replica.served_models import ServedModels
 from headrace.replica.stream_class import text_class_of
 from headrace.replica.text_model import PromptEncoder, load_text_model
 
@@ -74,7 +75,12 @@ class DurableFront:
         self._departure = Departure(clock, self._reporter, no_engine, 0.0, spec.drain_grace_s)
         services = AnswerServices(self._engine, self._ledger, self._metrics)
         self._generator = Generator(
-            spec.endpoint, spec.max_open, fingerprint_of(spec), services, self._engine, clock
+            ServedModels(spec.endpoint, spec.engine.lora),
+            spec.max_open,
+            fingerprint_of(spec),
+            services,
+            self._engine,
+            clock,
         )
         self._generator.remote = self._engine
         self._routes = Routes(self, self._generator, self._metrics, spec.needs_gateway)
