@@ -317,3 +317,32 @@ async def test_one_that_is_stopped_before_its_turn_starts_nothing() -> None:
         assert isinstance(event, ProcessEnded)
         assert "never had a place" in event.process.last_output
         assert not cluster.running
+
+
+@pytest.mark.slow
+async def test_nothing_is_put_on_a_node_that_is_drained_or_has_a_notice() -> None:
+    cluster = make_cluster(HERE, THERE)
+    async with launched(cluster) as launcher:
+        cluster.drain_node("there", 4e9)
+        while True:
+            event = await take_nodes(launcher)
+            if any(node.is_draining for node in event.nodes):
+                break
+        launcher.start(sleeper("chat-1", NodeNeeds({"CPU": 1.0}, {"kind": "spot"})))
+        waits = await take(launcher, ProcessWaiting)
+        assert isinstance(waits, ProcessWaiting)
+        assert waits.reason.endswith("Nothing is put on nodes that go away: there")
+        notice = Place([NodeNeeds({"CPU": 1.0})], avoided={"here": 1.5})
+        launcher.start(msgspec.structs.replace(sleeper("talk-1"), place=notice))
+        started_event = await take(launcher, ProcessStarted)
+        assert isinstance(started_event, ProcessStarted)
+        assert (started_event.process.name, started_event.process.node) == ("talk-1", "here")
+        assert cluster.liked[-2:] == ["", "here"], "once its notice was over"
+
+
+async def take_nodes(launcher: RayLauncher) -> Nodes:
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            event = await launcher.next_event()
+            if isinstance(event, Nodes):
+                return event

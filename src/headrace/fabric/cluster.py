@@ -5,6 +5,7 @@ Every call has a limit. Must not know: Ray.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,8 +59,9 @@ class Cluster(Protocol):
         """Return all nodes."""
         ...
 
-    async def reserve(self, key: str, needs: NodeNeeds, likes_node: str) -> None:
-        """Ask for a place for the host `key`; `likes_node`: there, if it has room. `reservation` tells."""
+    async def reserve(self, key: str, needs: NodeNeeds, likes_node: str, avoids: Sequence[str]) -> None:
+        """Ask for a place for the host `key`; `likes_node`: there, if it has room; `avoids`: never on these.
+        `reservation` tells."""
         ...
 
     async def reservation(self, key: str) -> Reservation:

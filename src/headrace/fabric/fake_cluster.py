@@ -6,7 +6,7 @@ Must not know: what hosts hold.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -26,6 +26,7 @@ class FakeCluster:
         self._make_host = make_host
         self._nodes = {node.node_id: node for node in nodes}
         self._reserved: dict[str, tuple[NodeNeeds, str]] = {}
+        self._avoids: dict[str, Sequence[str]] = {}
         self.running: dict[str, tuple[Any, str]] = {}
         """Hosts with their nodes."""
         self.silent: set[str] = set()
@@ -50,15 +51,22 @@ class FakeCluster:
         self._nodes[node_id] = msgspec.structs.replace(self._nodes[node_id], is_alive=False, available={})
         self.running = {key: entry for key, entry in self.running.items() if entry[1] != node_id}
 
+    def drain_node(self, node_id: str, deadline_s: float = 0.0) -> None:
+        """It is to go away. deadline_s: when, in seconds since 1970; 0: nobody says."""
+        self._nodes[node_id] = msgspec.structs.replace(
+            self._nodes[node_id], is_draining=True, drain_deadline_s=deadline_s
+        )
+
     # ---- the seam ----------------
 
     async def nodes(self) -> list[NodeState]:
         self._check()
         return [msgspec.structs.replace(node, available=self._free(node)) for node in self._nodes.values()]
 
-    async def reserve(self, key: str, needs: NodeNeeds, likes_node: str) -> None:
+    async def reserve(self, key: str, needs: NodeNeeds, likes_node: str, avoids: Sequence[str]) -> None:
         self._check()
         self.liked.append(likes_node)
+        self._avoids[key] = avoids
         self._reserved[key] = (needs, "")
 
     async def reservation(self, key: str) -> Reservation:
@@ -67,8 +75,10 @@ class FakeCluster:
             return Reservation(is_gone=True)
         needs, node_id = self._reserved[key]
         for node in self._nodes.values():
-            free, has_room = self._free(node), not node_id and node.is_alive
-            is_right = all(node.labels.get(name) == value for name, value in needs.labels.items())
+            free, has_room = self._free(node), not node_id and self._takes(key, node)
+            is_right = node.node_id not in needs.other_than and all(
+                node.labels.get(name) == value for name, value in needs.labels.items()
+            )
             if has_room and is_right and all(free.get(n, 0.0) >= a for n, a in needs.resources.items()):
                 node_id = node.node_id
         self._reserved[key] = (needs, node_id)
@@ -98,6 +108,7 @@ class FakeCluster:
     async def release(self, key: str) -> None:
         self._check()
         self._reserved.pop(key, None)
+        self._avoids.pop(key, None)
         host, _ = self.running.pop(key, (None, ""))
         if host is not None:
             await asyncio.shield(asyncio.to_thread(host.end))  # also when whoever asked is cancelled
@@ -105,6 +116,9 @@ class FakeCluster:
     async def hosts(self) -> list[str]:
         self._check()
         return sorted({*self.running, *self._reserved})
+
+    def _takes(self, key: str, node: NodeState) -> bool:
+        return node.is_alive and not node.is_draining and node.node_id not in self._avoids[key]
 
     def _check(self) -> None:
         if self.failure:

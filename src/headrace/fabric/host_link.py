@@ -39,7 +39,7 @@ from headrace.fabric.host_messages import (
     SetTunnels,
     TunnelsOpened,
 )
-from headrace.fabric.node_choice import choose_node, explain_wait
+from headrace.fabric.place_search import WAITING_PERIOD_S, PlaceSearch, Seeker
 
 POLL_S = 1.0
 """A host answers a poll after this long when nothing happens."""
@@ -51,9 +51,6 @@ LOST_AFTER_S = 10.0
 HOST_START_LIMIT_S = 60.0
 """Ray starts a Python process and imports headrace; the first time on a node, from a cold disk."""
 COMMAND_LIMIT_S = 10.0
-WAITING_PERIOD_S = 1.0
-_PLACE_POLL_S = 0.05
-_MAX_PLACE_POLL_S = 0.5
 _log = logging.getLogger(__name__)
 
 
@@ -195,39 +192,17 @@ class HostLink:
             describing.cancel()
 
     async def _find_place(self, place: Place) -> NodeNeeds | None:
-        """Try the choices in their order, the last one without a limit. None: nobody wants it any more."""
-        for index, needs in enumerate(place.choices):
-            nodes = await self._cluster.nodes()
-            liked = choose_node(nodes, needs, place.strategy, self._surroundings.count_family(self.group))
-            await self._cluster.reserve(self.key, needs, liked)
-            is_last = index == len(place.choices) - 1
-            if await self._await_place(needs, 0.0 if is_last else needs.wait_s):
-                return needs
-            await self._cluster.release(self.key)
-            if not self._waiting:
-                return None
-        return None
-
-    async def _await_place(self, needs: NodeNeeds, limit_s: float) -> bool:
-        """Whether the place was had within limit_s; 0: no limit. Says meanwhile why it takes long."""
-        began_s = told_s = self._clock.now_s()
-        pause_s = _PLACE_POLL_S
-        while self._waiting:
-            reservation = await self._cluster.reservation(self.key)
-            if reservation.is_gone:
-                raise HostLost("its place was taken away before it was used")
-            if reservation.node_id:
-                self.node_id = reservation.node_id
-                return True
-            now_s = self._clock.now_s()
-            if limit_s and now_s - began_s >= limit_s:
-                return False
-            if now_s - told_s >= WAITING_PERIOD_S:
-                told_s = now_s
-                self._tell_waiting(explain_wait(await self._cluster.nodes(), needs))
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _MAX_PLACE_POLL_S)
-        return False
+        """Return what was had of `place`. None: nobody wants it any more."""
+        seeker = Seeker(
+            self.key,
+            lambda: bool(self._waiting),
+            lambda: self._surroundings.count_family(self.group),
+            self._tell_waiting,
+        )
+        search = PlaceSearch(seeker, self._cluster, self._clock, place)
+        needs = await search.run()
+        self.node_id = search.node_id
+        return needs
 
     async def _describe(self, limit_s: float) -> HostReport:
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +19,7 @@ import msgspec
 from headrace.api.messages import NodeNeeds, NodeState, ProcessSpec
 from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent, HostUnavailable, Reservation
 from headrace.fabric.host_messages import CONTROLLER_GROUP, Membership
-from headrace.fabric.node_choice import ACCELERATOR_PREFIX
+from headrace.fabric.node_choice import ACCELERATOR_PREFIX, label_selector
 from headrace.fabric.ray_entry import (
     check_installed,
     check_reachable,
@@ -92,7 +92,7 @@ class RayCluster:
     async def nodes(self) -> list[NodeState]:
         return await self._run(_read_nodes)
 
-    async def reserve(self, key: str, needs: NodeNeeds, likes_node: str) -> None:
+    async def reserve(self, key: str, needs: NodeNeeds, likes_node: str, avoids: Sequence[str]) -> None:
         from ray.util.placement_group import placement_group
 
         def ask() -> Any:
@@ -101,7 +101,7 @@ class RayCluster:
                 strategy="STRICT_PACK",
                 name=self._group_name(key),
                 lifetime="detached",
-                bundle_label_selector=[dict(needs.labels)] if needs.labels else None,
+                bundle_label_selector=label_selector(needs, avoids),
                 _soft_target_node_id=likes_node or None,
             )
 
@@ -318,9 +318,10 @@ def _find_group(name: str, namespace: str) -> PlacementGroup | None:
 
 def _read_nodes() -> list[NodeState]:
     import ray
-    from ray._private.state import available_resources_per_node
+    from ray._private.state import available_resources_per_node, state
 
     available = available_resources_per_node()  # type: ignore[no-untyped-call]
+    draining_ms = state.get_draining_nodes()
     return [
         NodeState(
             node_id=node["NodeID"],
@@ -329,6 +330,8 @@ def _read_nodes() -> list[NodeState]:
             total=_counted(node["Resources"]),
             available=_counted(available.get(node["NodeID"], {})),
             labels=dict(node["Labels"]),
+            is_draining=node["NodeID"] in draining_ms,
+            drain_deadline_s=draining_ms.get(node["NodeID"], 0) / 1000,
         )
         for node in ray.nodes()  # type: ignore[no-untyped-call]
     ]
