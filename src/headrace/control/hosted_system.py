@@ -132,7 +132,7 @@ class HostedSystem:
             "version": status.version,
             "state": "not serving" if reason else "serving",
             "reason": reason,
-            "gateways": [await self._url(self._system, self._config)],
+            "gateways": await self._urls(self._system, self._config, status),
             "endpoints": {endpoint.name: _counts(endpoint) for endpoint in status.endpoints},
             "rollouts": {
                 rollout.endpoint: {"state": rollout.state, "reason": rollout.reason}
@@ -193,13 +193,11 @@ class HostedSystem:
                 raise StartFailed(failure)
             await asyncio.sleep(_POLL_S)
 
-    async def _url(self, system: RunningSystem, config: Config) -> str:
-        """A gateway that listens on all addresses is at that of its machine."""
-        host = config.gateway.bind.rpartition(":")[0]
-        url = gateway_url(config.gateway)
-        if host not in ("0.0.0.0", "[::]"):  # noqa: S104, compared only
-            return url
-        return url.replace("127.0.0.1" if host == "0.0.0.0" else "[::1]", await system.home_address())  # noqa: S104
+    async def _urls(self, system: RunningSystem, config: Config, status: SystemStatus) -> list[str]:
+        """Where clients reach the gateways: each on its node, or all at one address of the controller's."""
+        if config.gateway.placement is not None:
+            return [gateway.url for gateway in status.gateways if gateway.url]
+        return [gateway_url(config.gateway, await system.home_address())]
 
 
 def checked_config(tree: Mapping[str, Any]) -> Config:
