@@ -25,6 +25,9 @@ from tests.e2e.conftest import ROOT, free_port
 
 BIN = ROOT / ".peers" / "ray-serve" / "bin"
 START_LIMIT_S = 240.0
+START_ATTEMPTS = 3
+APPLICATIONS = "/api/serve/applications/"
+"""Of Ray's dashboard: where KubeRay puts its config, too."""
 IN_NAMESPACES = ["unshare", "--pid", "--mount", "--ipc", "--fork", "--kill-child", "--mount-proc"]
 
 
@@ -39,8 +42,35 @@ def short_directory() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def running(directory: Path, *command: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A command of the environment in namespaces; all that it started is gone at the end."""
+def running(
+    directory: Path, *command: str, is_up: Callable[[], bool], **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A command of the environment that starts a Ray, up; all that it started is gone at the end. Ray gives
+    its own start up after 30 s, which a busy machine takes: then it is tried again."""
+    for attempts_left in reversed(range(START_ATTEMPTS)):
+        with _process(directory, *command, **environment) as process:
+            if _wait_until_up(directory, process, is_up, may_give_up=attempts_left > 0):
+                yield process
+                return
+
+
+def _wait_until_up(
+    directory: Path, process: subprocess.Popen[bytes], is_up: Callable[[], bool], *, may_give_up: bool
+) -> bool:
+    """Whether it is up; if it may, it gives its start up."""
+    deadline_s = time.monotonic() + START_LIMIT_S
+    while not is_up():
+        if process.poll() is not None:
+            assert may_give_up, log_of(directory)
+            assert "timed out during startup" in log_of(directory), log_of(directory)
+            return False
+        assert time.monotonic() < deadline_s, log_of(directory)
+        time.sleep(0.2)
+    return True
+
+
+@contextlib.contextmanager
+def _process(directory: Path, *command: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with (directory / "log").open("wb") as output:
         process = subprocess.Popen(
@@ -72,30 +102,30 @@ def wait_until(condition: Callable[[], Any], explain: Callable[[], object], limi
     return found
 
 
+def client_of(url: str, token: str) -> httpx.Client:
+    headers = {"Authorization": f"Bearer {token}"}
+    return httpx.Client(base_url=url, headers=headers, timeout=60, trust_env=False)
+
+
 class ServeCluster:
     """A Ray head with its dashboard, to which Serve configs are given as KubeRay and `serve deploy` do."""
 
-    def __init__(self, directory: Path, process: subprocess.Popen[bytes], url: str, token: str) -> None:
+    def __init__(self, directory: Path, process: subprocess.Popen[bytes], client: httpx.Client) -> None:
         self.directory, self.process = directory, process
-        self._client = httpx.Client(
-            base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=60, trust_env=False
-        )
-
-    def close(self) -> None:
-        self._client.close()
+        self._client = client
 
     def deploy(self, config: dict[str, Any]) -> None:
-        answer = self._client.put("/api/serve/applications/", json=config)
+        answer = self._client.put(APPLICATIONS, json=config)
         assert answer.status_code == 200, answer.text
 
     def delete(self) -> None:
-        answer = self._client.delete("/api/serve/applications/")
+        answer = self._client.delete(APPLICATIONS)
         assert answer.status_code == 200, answer.text
 
     def application(self, name: str) -> dict[str, Any]:
         """What Ray Serve says of the application; empty while it says nothing."""
         with contextlib.suppress(httpx.HTTPError):
-            answer = self._client.get("/api/serve/applications/")
+            answer = self._client.get(APPLICATIONS)
             if answer.status_code == 200:
                 return dict(answer.json()["applications"].get(name, {}))
         return {}
@@ -127,20 +157,15 @@ def serve_cluster() -> Iterator[ServeCluster]:
             "TMPDIR": str(directory),
             "XDG_STATE_HOME": str(directory / "state"),
         }
-        with running(directory, *command, **environment) as process:
-            cluster = ServeCluster(directory, process, f"http://127.0.0.1:{dashboard}", token)
+        with client_of(f"http://127.0.0.1:{dashboard}", token) as client:
 
             def answers() -> bool:
-                assert process.poll() is None, log_of(directory)
                 with contextlib.suppress(httpx.HTTPError):
-                    return cluster._client.get("/api/serve/applications/").status_code == 200
+                    return client.get(APPLICATIONS).status_code == 200
                 return False
 
-            wait_until(answers, lambda: log_of(directory), START_LIMIT_S)
-            try:
-                yield cluster
-            finally:
-                cluster.close()
+            with running(directory, *command, is_up=answers, **environment) as process:
+                yield ServeCluster(directory, process, client)
 
 
 def read_yaml(path: Path) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from tests.e2e.conftest import ROOT, free_port
-from tests.slow.ray_serve_rig import START_LIMIT_S, log_of, running, short_directory, wait_until
+from tests.slow.ray_serve_rig import running, short_directory
 
 import headrace
 
@@ -40,16 +40,14 @@ def running_application(directory: Path, base_url: str) -> Iterator[str]:
     assert "port: 8001" in config
     config = config.replace("http://127.0.0.1:8000/v1", base_url).replace("port: 8001", f"port: {port}")
     (directory / "serve.yaml").write_text(config)
-    with running(directory, "serve", "run", "serve.yaml") as process:
-        url = f"http://127.0.0.1:{port}"
+    url = f"http://127.0.0.1:{port}"
 
-        def is_deployed() -> bool:
-            assert process.poll() is None, log_of(directory)
-            with contextlib.suppress(httpx.HTTPError):  # 404 before it knows the application
-                return httpx.post(f"{url}/ask", json={}, timeout=30).status_code == 422
-            return False
+    def is_deployed() -> bool:
+        with contextlib.suppress(httpx.HTTPError):  # 404 before it knows the application
+            return httpx.post(f"{url}/ask", json={}, timeout=30).status_code == 422
+        return False
 
-        wait_until(is_deployed, lambda: log_of(directory), START_LIMIT_S)
+    with running(directory, "serve", "run", "serve.yaml", is_up=is_deployed):
         yield url
 
 
