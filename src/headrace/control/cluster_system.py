@@ -94,6 +94,20 @@ class ClusterSystem:
         spec = cluster_controller_process(config, self._name)
         await self._cluster.start_controller(spec, identity_pem(make_secret()))
 
+    async def is_held(self) -> bool:
+        """Whether its controller has a host, which Ray starts again if it ends."""
+        return await self._cluster.has_controller()
+
+    async def home_address(self) -> str:
+        """Return the address of the controller's machine, where the gateways are. Raises NotRunning."""
+        try:
+            report = await self._describe()
+        except HostLost as error:
+            raise NotRunning(f"the controller of {self._name!r} has no host: {error}") from None
+        if report is None:
+            raise NoAnswer(f"the host of the controller of {self._name!r} does not answer")
+        return report.address
+
     async def is_there(self) -> bool:
         """Whether anything of it is on the cluster."""
         return await self._cluster.has_controller() or bool(await self._cluster.hosts())

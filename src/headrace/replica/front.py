@@ -41,6 +41,7 @@ from headrace.replica.restart import RestartPolicy
 from headrace.replica.resumption import EngineStreams, StreamKeeper
 from headrace.replica.routes import Routes
 from headrace.replica.self_view import FrontTraits, SelfView, fingerprint_of, headers_of
+from headrace.replica.served_models import ServedModels
 from headrace.replica.standby import Standby
 from headrace.replica.text_model import PromptEncoder, TextModel, load_text_model
 
@@ -104,7 +105,7 @@ class Front:
         self.departure = Departure(clock, self._reporter, streams, spec.handover_after_s, spec.drain_grace_s)
         services = AnswerServices(self.keeper, self.ledger, self._metrics)
         self._generator: Generator = Generator(
-            spec.endpoint,
+            ServedModels(spec.endpoint, spec.engine.lora),
             spec.max_open + spec.max_surplus,
             fingerprint_of(spec),
             services,
