@@ -102,6 +102,7 @@ class HostLink:
         self._surroundings = surroundings
         self._commands: asyncio.Queue[HostCommand] = asyncio.Queue()  # bounded by who may be named in it
         self._sequence = 0
+        self._search: PlaceSearch | None = None
 
     def __repr__(self) -> str:
         return f"HostLink({self.key}, {', '.join(self.names()) or 'empty'})"
@@ -109,6 +110,11 @@ class HostLink:
     @property
     def group(self) -> str:
         return self.key.rpartition("#")[0]
+
+    @property
+    def likely_node(self) -> str:
+        """Where it is, or is likely to be; empty: nobody knows."""
+        return self.node_id or (self._search.liked_node if self._search is not None else "")
 
     def names(self) -> list[str]:
         return [*self.processes, *self._waiting]
@@ -199,9 +205,9 @@ class HostLink:
             lambda: self._surroundings.count_family(self.group),
             self._tell_waiting,
         )
-        search = PlaceSearch(seeker, self._cluster, self._clock, place)
-        needs = await search.run()
-        self.node_id = search.node_id
+        self._search = PlaceSearch(seeker, self._cluster, self._clock, place)
+        needs = await self._search.run()
+        self.node_id = self._search.node_id
         return needs
 
     async def _describe(self, limit_s: float) -> HostReport:

@@ -36,10 +36,10 @@ class Seeker:
 
 
 class PlaceSearch:
-    """One search. `node_id` is where the place is, once it was had."""
+    """One search. `node_id` is where the place is, once it was had; `liked_node` where it was asked for."""
 
     def __init__(self, seeker: Seeker, cluster: Cluster, clock: Clock, place: Place) -> None:
-        self.node_id = ""
+        self.node_id = self.liked_node = ""
         self._seeker = seeker
         self._cluster = cluster
         self._clock = clock
@@ -68,8 +68,9 @@ class PlaceSearch:
             nodes = await self._cluster.nodes()
             avoided = self._avoided(nodes)
             staying = [node for node in nodes if node.node_id not in avoided]
-            liked = choose_node(staying, needs, self._place.strategy, self._seeker.count_same())
-            await self._cluster.reserve(self._seeker.key, needs, liked, avoided)
+            self.liked_node = ""  # it does not count itself
+            self.liked_node = choose_node(staying, needs, self._place.strategy, self._seeker.count_same())
+            await self._cluster.reserve(self._seeker.key, needs, self.liked_node, avoided)
             end_s = began_s + limit_s if limit_s else None
             outcome = await self._await_place(needs, end_s, avoided)
             if outcome == "had":

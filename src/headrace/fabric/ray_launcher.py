@@ -174,9 +174,9 @@ class RayLauncher:
     def _count_family(self, name: str) -> Mapping[str, int]:
         family = name.rpartition("-")[0]
         return Counter(
-            link.node_id
+            link.likely_node
             for link in self._links.values()
-            if link.node_id and link.group.rpartition("-")[0] == family
+            if link.likely_node and link.group.rpartition("-")[0] == family
         )
 
     # ---- events ----------------
