@@ -11,7 +11,7 @@ import contextlib
 import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from headrace.api.messages import (
     LauncherError,
@@ -38,7 +38,10 @@ REPLAN_DELAY_S = 0.02
 class RayLauncher:
     """The Launcher over a Cluster. Made by `connect`."""
 
-    def __init__(self, cluster: Cluster, clock: Clock, identity: bytes) -> None:
+    def __init__(
+        self, cluster: Cluster, clock: Clock, identity: bytes, heartbeat: Callable[[], None]
+    ) -> None:
+        self._heartbeat = heartbeat
         self._membership = Membership(identity, cluster.own_address)
         self._replan = asyncio.Event()
         self._cluster = cluster
@@ -56,10 +59,13 @@ class RayLauncher:
         return f"RayLauncher({len(self._links)} hosts, {len(self._nodes)} nodes)"
 
     @classmethod
-    async def connect(cls, cluster: Cluster, clock: Clock, identity: bytes) -> RayLauncher:
+    async def connect(
+        cls, cluster: Cluster, clock: Clock, identity: bytes, heartbeat: Callable[[], None] = lambda: None
+    ) -> RayLauncher:
         """Find the hosts of the system that are there. identity: PEM that all its hosts share
-        (`cluster_identity`). Raises LauncherLost."""
-        launcher = cls(cluster, clock, identity)
+        (`cluster_identity`). heartbeat: called whenever the controller asks for all processes, as it does
+        every second. Raises LauncherLost."""
+        launcher = cls(cluster, clock, identity, heartbeat)
         try:
             await launcher._adopt_all()
         except ClusterUnavailable as error:
@@ -94,6 +100,7 @@ class RayLauncher:
             link.stop(name, grace_s)
 
     def list_processes(self) -> None:
+        self._heartbeat()
         self._put(Processes([state for link in self._links.values() for state in link.processes.values()]))
 
     async def next_event(self) -> LauncherEvent:

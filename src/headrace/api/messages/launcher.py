@@ -48,6 +48,8 @@ class ProcessSpec(Record, frozen=True):
     """Files of the run directory that are written before the start unless they are there: name -> text."""
     is_restarted: bool = False
     """What holds it starts it again, after a growing pause, when it ends with another code than 0."""
+    heartbeat_file: str = ""
+    """One of `files`, which it touches while it is well; what holds it kills one that does not. Empty: none."""
 
 
 class ProcessState(Record, frozen=True):
