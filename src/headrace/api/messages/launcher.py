@@ -49,7 +49,7 @@ class ProcessSpec(Record, frozen=True):
     is_restarted: bool = False
     """What holds it starts it again, after a growing pause, when it ends with another code than 0."""
     heartbeat_file: str = ""
-    """One of `files`, which it touches while it is well; what holds it kills one that does not. Empty: none."""
+    """One of `files` that it touches while it is well: what holds it kills one that does not. Empty: none."""
 
 
 class ProcessState(Record, frozen=True):
