@@ -29,6 +29,7 @@ from headrace.api.messages import (
 from headrace.api.notation import split_bind
 from headrace.api.run_paths import (
     CONTROLLER_SOCKET,
+    HEARTBEAT_FILE,
     HOST_PLACEHOLDER,
     IDENTITY_FILE,
     IDENTITY_PLACEHOLDER,
@@ -70,8 +71,10 @@ def cluster_controller_process(config: Config, system: str) -> ProcessSpec:
     """Return the spec of the controller of `system` for a host of a cluster, with its first config."""
     spec = controller_process(Path(RUN_DIR_PLACEHOLDER))
     argv = [PYTHON_PLACEHOLDER, *spec.argv[1:], system]
-    files = {CONFIG_FILE: config.model_dump_json()}
-    return msgspec.structs.replace(spec, argv=argv, files=files, is_restarted=True)
+    files = {CONFIG_FILE: config.model_dump_json(), HEARTBEAT_FILE: ""}
+    return msgspec.structs.replace(
+        spec, argv=argv, files=files, is_restarted=True, heartbeat_file=HEARTBEAT_FILE
+    )
 
 
 def cluster_replica_process(
