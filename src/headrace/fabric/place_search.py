@@ -43,7 +43,7 @@ class Seeker:
 
 
 class PlaceSearch:
-    """One search. `node_id` is where the place is, once it was had; `liked_node_id` where it was asked for."""
+    """One search. `node_id` is where the place is, once it was had."""
 
     def __init__(self, seeker: Seeker, cluster: Cluster, clock: Clock, place: Place) -> None:
         self.node_id = ""
