@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 
+from headrace.api.run_paths import NODE_HOST
 from headrace.errors import ConfigError
 
 TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -36,3 +37,11 @@ def split_address(value: str) -> tuple[str, int]:
                 f"{host!r} is not an IP address; use 127.0.0.1, [::1], 0.0.0.0 or localhost"
             ) from None
     return host, int(port)
+
+
+def split_bind(value: str) -> tuple[str, int]:
+    """Split the address of a gateway: `host:port`, or `node:port`. Raises ValueError."""
+    host, separator, port = value.rpartition(":")
+    if host == NODE_HOST and separator:
+        return host, split_address(f"0.0.0.0:{port}")[1]
+    return split_address(value)

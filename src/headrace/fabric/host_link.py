@@ -30,6 +30,7 @@ from headrace.api.messages import (
 )
 from headrace.clock import Clock
 from headrace.fabric.cluster import Cluster, ClusterUnavailable, HostLost, HostSilent
+from headrace.fabric.host_keys import group_of
 from headrace.fabric.host_messages import (
     HostCommand,
     HostEvent,
@@ -39,7 +40,8 @@ from headrace.fabric.host_messages import (
     SetTunnels,
     TunnelsOpened,
 )
-from headrace.fabric.node_choice import choose_node, explain_wait
+from headrace.fabric.place_search import WAITING_PERIOD_S, PlaceSearch, Seeker
+from headrace.fabric.rank_hosts import RankHosts
 
 POLL_S = 1.0
 """A host answers a poll after this long when nothing happens."""
@@ -51,9 +53,8 @@ LOST_AFTER_S = 10.0
 HOST_START_LIMIT_S = 60.0
 """Ray starts a Python process and imports headrace; the first time on a node, from a cold disk."""
 COMMAND_LIMIT_S = 10.0
-WAITING_PERIOD_S = 1.0
-_PLACE_POLL_S = 0.05
-_MAX_PLACE_POLL_S = 0.5
+RANK_LOSS_GRACE_S = 10.0
+"""A replica that lost a rank's host cannot compute again; its streams may go on elsewhere for so long."""
 _log = logging.getLogger(__name__)
 
 
@@ -105,13 +106,16 @@ class HostLink:
         self._surroundings = surroundings
         self._commands: asyncio.Queue[HostCommand] = asyncio.Queue()  # bounded by who may be named in it
         self._sequence = 0
+        self._ranks = RankHosts(key, cluster, clock, self._lose_rank)
+        self._lost_rank = ""
+        """Why a rank was lost, and with it everything here."""
 
     def __repr__(self) -> str:
         return f"HostLink({self.key}, {', '.join(self.names()) or 'empty'})"
 
     @property
     def group(self) -> str:
-        return self.key.rpartition("#")[0]
+        return group_of(self.key)
 
     def names(self) -> list[str]:
         return [*self.processes, *self._waiting]
@@ -173,7 +177,8 @@ class HostLink:
         """Get a place and start the host there. False: nobody wants it any more."""
         if not self._waiting:
             return False  # it was stopped before its turn came
-        place = next(iter(self._waiting.values())).spec.place
+        spec = next(iter(self._waiting.values())).spec
+        place = spec.place
         needs: NodeNeeds | None = None
         if place is not None:
             needs = await self._find_place(place)
@@ -181,6 +186,7 @@ class HostLink:
                 return False
         self.node_id = self.node_id or self._cluster.own_node_id
         await self._cluster.start_host(self.key, needs, self._surroundings.membership)
+        await self._ranks.start(spec.companions, needs, self._surroundings.membership)
         self._take(await self._await_host())
         return True
 
@@ -195,39 +201,17 @@ class HostLink:
             describing.cancel()
 
     async def _find_place(self, place: Place) -> NodeNeeds | None:
-        """Try the choices in their order, the last one without a limit. None: nobody wants it any more."""
-        for index, needs in enumerate(place.choices):
-            nodes = await self._cluster.nodes()
-            liked = choose_node(nodes, needs, place.strategy, self._surroundings.count_family(self.group))
-            await self._cluster.reserve(self.key, needs, liked)
-            is_last = index == len(place.choices) - 1
-            if await self._await_place(needs, 0.0 if is_last else needs.wait_s):
-                return needs
-            await self._cluster.release(self.key)
-            if not self._waiting:
-                return None
-        return None
-
-    async def _await_place(self, needs: NodeNeeds, limit_s: float) -> bool:
-        """Whether the place was had within limit_s; 0: no limit. Says meanwhile why it takes long."""
-        began_s = told_s = self._clock.now_s()
-        pause_s = _PLACE_POLL_S
-        while self._waiting:
-            reservation = await self._cluster.reservation(self.key)
-            if reservation.is_gone:
-                raise HostLost("its place was taken away before it was used")
-            if reservation.node_id:
-                self.node_id = reservation.node_id
-                return True
-            now_s = self._clock.now_s()
-            if limit_s and now_s - began_s >= limit_s:
-                return False
-            if now_s - told_s >= WAITING_PERIOD_S:
-                told_s = now_s
-                self._tell_waiting(explain_wait(await self._cluster.nodes(), needs))
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _MAX_PLACE_POLL_S)
-        return False
+        """Return what was had of `place`. None: nobody wants it any more."""
+        seeker = Seeker(
+            self.key,
+            lambda: bool(self._waiting),
+            lambda: self._surroundings.count_family(self.group),
+            self._tell_waiting,
+        )
+        search = PlaceSearch(seeker, self._cluster, self._clock, place)
+        needs = await search.run()
+        self.node_id = search.node_id
+        return needs
 
     async def _describe(self, limit_s: float) -> HostReport:
         try:
@@ -257,6 +241,7 @@ class HostLink:
     async def _follow(self) -> None:
         """Pass commands on and follow events until no process is left."""
         sender = asyncio.create_task(self._send_commands())
+        watcher = asyncio.create_task(self._ranks.run())
         try:
             heard_s = self._clock.now_s()
             while self.processes or self._waiting:
@@ -268,11 +253,13 @@ class HostLink:
                     if silent_s >= LOST_AFTER_S:
                         raise HostLost(f"{self._where()} has not answered for {silent_s:.0f} s") from None
                     self._tell_waiting(f"{self._where()} has not answered for {silent_s:.1f} s")
-                if sender.done():
-                    sender.result()
+                for task in (sender, watcher):
+                    if task.done():
+                        task.result()
         finally:
             sender.cancel()
-            await asyncio.gather(sender, return_exceptions=True)
+            watcher.cancel()
+            await asyncio.gather(sender, watcher, return_exceptions=True)
 
     async def _poll(self) -> None:
         answer = await self._cluster.call(self.key, "poll", self._sequence, POLL_S, limit_s=SILENT_AFTER_S)
@@ -306,6 +293,8 @@ class HostLink:
                 self._on_event(ProcessStarted(self.processes[state.name]))
             case ProcessEnded(state):
                 self.processes.pop(state.name, None)
+                if self._lost_rank:
+                    state = msgspec.structs.replace(state, last_output=self._lost_rank)
                 self._on_event(ProcessEnded(self._located(state)))
             case LauncherError(name):
                 if name not in self.processes:
@@ -318,6 +307,12 @@ class HostLink:
                 self._surroundings.on_tunnels()
             case _:
                 pass
+
+    def _lose_rank(self, reason: str) -> None:
+        """What it computed with is gone for good: end all, with a moment to hand open streams over."""
+        self._lost_rank = reason
+        for name in self.names():
+            self.stop(name, RANK_LOSS_GRACE_S)
 
     def _end_all(self, reason: str) -> None:
         """The host is gone, and its processes with it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Mapping
@@ -33,6 +34,8 @@ from headrace.api.run_paths import (
     HOST_PLACEHOLDER,
     IDENTITY_FILE,
     IDENTITY_PLACEHOLDER,
+    KEEPER_PLACEHOLDER,
+    NODE_PLACEHOLDER,
     PYTHON_PLACEHOLDER,
     RUN_DIR_PLACEHOLDER,
 )
@@ -92,6 +95,8 @@ class Keeper:
             PYTHON_PLACEHOLDER: sys.executable,
             HOST_PLACEHOLDER: LOOPBACK,
             IDENTITY_PLACEHOLDER: "",
+            NODE_PLACEHOLDER: LOOPBACK,
+            KEEPER_PLACEHOLDER: secrets.token_hex(8),
         }
         self._tunnels = HostTunnels(run_directory.path, self._say)
         self._tunneling: asyncio.Task[None] | None = None
@@ -135,6 +140,7 @@ class Keeper:
         except OSError as error:
             self._say(TunnelsOpened("", f"{path}: {error}"))
             return
+        self._values[NODE_PLACEHOLDER] = command.address
         if command.address != command.membership.home:
             self._values |= {HOST_PLACEHOLDER: command.address, IDENTITY_PLACEHOLDER: str(path)}
         if not self._is_controllers:
@@ -197,6 +203,7 @@ class Keeper:
         for name, text in spec.files.items():
             path = self._run_directory.path / name
             if not path.exists():
+                path.parent.mkdir(mode=0o700, exist_ok=True)
                 with open(path, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
                     file.write(text)
 
