@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 
-from headrace.api.messages import ReplicaSpec, SetSleep, Siblings
+from headrace.api.messages import LeaveBy, ReplicaSpec, SetSleep, Siblings
 from headrace.api.run_paths import front_socket_path
 from headrace.clock import Clock
 from headrace.errors import ConfigError, ModelError
@@ -38,6 +38,7 @@ from headrace.replica.report import Reporter
 from headrace.replica.resumption import StreamKeeper
 from headrace.replica.routes import Routes
 from headrace.replica.self_view import FrontTraits, fingerprint_of, headers_of
+from headrace.replica.served_models import ServedModels
 from headrace.replica.text_model import PromptEncoder, load_text_model
 
 _LAST_MOMENTS_S = 2.0
@@ -74,7 +75,12 @@ class DurableFront:
         self.departure = Departure(clock, self._reporter, no_engine, 0.0, spec.drain_grace_s)
         services = AnswerServices(self.engine, self.ledger, self._metrics)
         self._generator = Generator(
-            spec.endpoint, spec.max_open, fingerprint_of(spec), services, self.engine, clock
+            ServedModels(spec.endpoint, spec.engine.lora),
+            spec.max_open,
+            fingerprint_of(spec),
+            services,
+            self.engine,
+            clock,
         )
         self._generator.remote = self.engine
         self._routes = Routes(self.view, self._generator, self._metrics, spec.needs_gateway)
@@ -91,9 +97,11 @@ class DurableFront:
         """Whether text can become tokens and back."""
         return self._generator.has_model()
 
-    def _on_order(self, order: SetSleep | Siblings) -> None:
+    def _on_order(self, order: SetSleep | Siblings | LeaveBy) -> None:
         if isinstance(order, Siblings):  # there is nothing here that could sleep
             self.engine.set_siblings(local_siblings(order.siblings, self._spec.run_dir))
+        elif isinstance(order, LeaveBy):
+            self._on_notice(order.left_s)
 
     def _on_notice(self, left_s: float) -> None:
         self.departure.leave_by_s = self._clock.now_s() + left_s

@@ -42,6 +42,7 @@ from headrace.replica.restart import RestartPolicy
 from headrace.replica.resumption import StreamKeeper
 from headrace.replica.routes import Routes
 from headrace.replica.self_view import FrontTraits, SelfView, fingerprint_of, headers_of
+from headrace.replica.served_models import ServedModels
 from headrace.replica.standby import Standby
 from headrace.replica.text_model import PromptEncoder, TextModel, load_text_model
 
@@ -105,7 +106,7 @@ class Front:
         self.departure = Departure(clock, self._reporter, streams, spec.handover_after_s, spec.drain_grace_s)
         services = AnswerServices(self.keeper, self.ledger, self._metrics)
         self._generator: Generator = Generator(
-            spec.endpoint,
+            ServedModels(spec.endpoint, spec.engine.lora),
             spec.max_open + spec.max_surplus,
             fingerprint_of(spec),
             services,
@@ -127,7 +128,8 @@ class Front:
         """Whether text can become tokens and back."""
         return self._generator.has_model()
 
-    def _on_notice(self, left_s: float) -> None:
+    def on_notice(self, left_s: float) -> None:
+        """Its machine goes away in so many seconds: leave."""
         self.departure.leave_by_s = self._clock.now_s() + left_s
         self._stop_requested.set()
 
@@ -159,7 +161,7 @@ class Front:
         self.engine.start()
         tasks = [reporting, loading := asyncio.create_task(self._load_model())]
         for source in notice_sources(self._spec):
-            watcher = NoticeWatcher(source, self._clock, self._on_notice)
+            watcher = NoticeWatcher(source, self._clock, self.on_notice)
             tasks.append(asyncio.create_task(watcher.run()))
         try:
             await self._stop_requested.wait()

@@ -24,7 +24,7 @@ from headrace.api.openai import (
     refuse_unsupported,
 )
 from headrace.clock import Clock
-from headrace.errors import InvalidRequest, NotFound, Overloaded, RequestError
+from headrace.errors import InvalidRequest, Overloaded, RequestError
 from headrace.replica.answer import Answer, AnswerServices, GenerationFailed, TextRules
 from headrace.replica.answer_shape import AnswerShape
 from headrace.replica.chat import flatten_messages
@@ -34,6 +34,7 @@ from headrace.replica.http_responder import Responder
 from headrace.replica.ledger import RequestRecord
 from headrace.replica.prompt_caching import PromptCaching
 from headrace.replica.request_head import open_record, place_of
+from headrace.replica.served_models import ServedModels
 from headrace.replica.structured_output import read_form
 from headrace.replica.text_model import PromptEncoder, TextModel
 from headrace.replica.validate import (
@@ -65,6 +66,8 @@ class Prompt:
     choices_per_prompt: int
     grammar: str
     """What each answer must match; empty: anything."""
+    adapter: str
+    """Empty: the model itself."""
 
 
 class ServingEngine(Protocol):
@@ -98,14 +101,14 @@ class Generator:
 
     def __init__(
         self,
-        endpoint: str,
+        models: ServedModels,
         max_open: int,
         fingerprint: str,
         services: AnswerServices,
         engine: ServingEngine,
         clock: Clock,
     ) -> None:
-        self._endpoint = endpoint
+        self.models = models
         self._max_open = max_open
         self._fingerprint = fingerprint
         self._services = services
@@ -202,7 +205,7 @@ class Generator:
         is_chat = request.path == CHAT_PATH
         decoder: RequestDecoder[Any] = self._chat_decoder if is_chat else self._completion_decoder
         fields: GenerationFields = decoder.decode(request.body)
-        self.check_model(fields.model)
+        self.models.check(fields.model)
         refuse_unsupported(fields)
         has_usage = check_stream_options(fields)
         record.is_stream = bool(fields.stream)
@@ -215,7 +218,7 @@ class Generator:
         shape = AnswerShape(
             answer_id=f"{'chatcmpl' if is_chat else 'cmpl'}-{record.request_id}",
             created=int(self._clock.wall_s()),
-            model=self._endpoint,
+            model=fields.model,
             fingerprint=self._fingerprint,
             is_chat=is_chat,
             is_stream=record.is_stream,
@@ -242,13 +245,6 @@ class Generator:
             raise Overloaded("the model's tokenizer is being loaded; try again shortly", retry_after_s=1.0)
         return ModelLimits(engine.info.vocab_size, engine.info.max_context_tokens)
 
-    def check_model(self, model: str) -> None:
-        """Raise NotFound unless `model` is what this replica serves."""
-        if model != self._endpoint:
-            raise NotFound(
-                f"model {model[:200]!r} does not exist; this replica serves {self._endpoint!r}", param="model"
-            )
-
     async def _read_prompt(self, fields: GenerationFields, limits: ModelLimits) -> Prompt:
         stops = parse_stops(fields.stop)
         grammar = await self._read_grammar(fields)
@@ -262,8 +258,8 @@ class Generator:
             num_characters = sum(map(len, prompts))
             token_ids = [await self._encode_prompt(prompt, limits, num_characters) for prompt in prompts]
         longest = max(map(len, token_ids))
-        seed = int.from_bytes(os.urandom(7), "big")
-        return Prompt(token_ids, stops, build_sampling(fields, limits, longest, seed), n, grammar)
+        sampling = build_sampling(fields, limits, longest, int.from_bytes(os.urandom(7), "big"))
+        return Prompt(token_ids, stops, sampling, n, grammar, self.models.adapter_of(fields.model))
 
     async def _read_grammar(self, fields: GenerationFields) -> str:
         """Return what the answer must match. Raises InvalidRequest, and Overloaded if there is no time."""
@@ -286,7 +282,7 @@ class Generator:
         flat = flatten_messages(messages)
         if self._model.chat_template is None:
             raise InvalidRequest(
-                f"the model of {self._endpoint!r} has no chat template, so it cannot chat; "
+                f"the model of {self.models.endpoint!r} has no chat template, so it cannot chat; "
                 f"use {COMPLETIONS_PATH}, or serve an instruct model"
             )
         text = self._model.chat_template.render(flat)
@@ -336,7 +332,7 @@ class Generator:
             attempt += 1
             base = f"{record.request_id}~{attempt}"
         assert self._caching is not None
-        cache_salt = self._caching.salt_of(record.tenant)
+        cache_salt = self._caching.salt_of(record.tenant, prompt.adapter)
         requests = []
         for k in range(total):
             seeded = msgspec.structs.replace(sampling, seed=sampling.seed + k % n)
@@ -348,6 +344,7 @@ class Generator:
                     seeded,
                     tenant=record.tenant,
                     cache_salt=cache_salt,
+                    lora=prompt.adapter,
                     grammar=prompt.grammar,
                     num_shared_tokens=self._caching.num_shared(token_ids),
                 )

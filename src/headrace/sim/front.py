@@ -5,7 +5,7 @@ Stands for `replica.front`. Must not know what gateways decide.
 
 from __future__ import annotations
 
-from headrace.api.messages import GenerationRequest, ReplicaSpec, SetSleep, Siblings
+from headrace.api.messages import GenerationRequest, LeaveBy, ReplicaSpec, SetSleep, Siblings
 from headrace.api.run_paths import CONTROLLER_SOCKET, front_socket_path, peer_socket_path
 from headrace.policy.resumption import Limits
 from headrace.replica.departure import Departure
@@ -111,7 +111,7 @@ class FrontProcess(ServingFront):
         """The controller speaks on the connection of the reports."""
         if isinstance(order, SetSleep):
             self.set_sleep(order.level)
-        elif isinstance(order, Siblings):
+        elif isinstance(order, Siblings | LeaveBy):
             self.view.follow(order)
 
     # ---- requests

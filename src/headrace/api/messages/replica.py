@@ -112,6 +112,13 @@ class SetSleep(Message, frozen=True):
     level: Literal[0, 1, 2]
 
 
+class LeaveBy(Message, frozen=True):
+    """Controller to front, on the connection of its reports: its machine goes away in so many seconds, by a
+    notice that the controller has. It leaves as by one that it found itself."""
+
+    left_s: float
+
+
 class Sibling(Record, frozen=True):
     """A replica of the same endpoint, as a front must know it to continue a stream there."""
 
