@@ -24,6 +24,7 @@ CONTEXTS = (100, 500, 1500)
 TOKENS_PER_WORD = 4.87
 NUM_TEMPLATE_TOKENS = 35
 NUM_TOKENS = 60
+UNDISTURBED = ("undisturbed: between texts, p50", "undisturbed: first text, p50")
 MOST_BEFORE_KILL = 30
 """The kill comes after 1 to so many texts."""
 
@@ -39,7 +40,9 @@ class Kill:
     gap_s: float
     """From the kill to the next text."""
     usual_s: float
-    """The undisturbed stream's: its median time between texts, or to its first one if there was none yet."""
+    """The undisturbed stream's median time between texts."""
+    first_s: float
+    """The undisturbed stream's time to its first text: what computing so much of a prompt takes at least."""
 
 
 def measure_kills(system: System, number: int, is_begun: bool) -> list[Kill]:
@@ -56,7 +59,7 @@ async def _one_kill(system: System, context: int, is_begun: bool, seed: int, cha
     num_words = int((context - NUM_TEMPLATE_TOKENS) / TOKENS_PER_WORD)
     async with make_client(1) as client:
         calm = await ask(client, system.url, Ask(seed, num_words, NUM_TOKENS))
-        usual_s = percentile(calm.usual_gaps_s(), 0.5) if is_begun else calm.first_s - calm.begin_s
+        usual_s, first_s = percentile(calm.usual_gaps_s(), 0.5), calm.first_s - calm.begin_s
         streams: list[StreamResult] = []
         reading = asyncio.create_task(ask(client, system.url, Ask(seed + 1, num_words, NUM_TOKENS), streams))
         after = chance.randint(1, MOST_BEFORE_KILL) if is_begun else 0
@@ -77,7 +80,7 @@ async def _one_kill(system: System, context: int, is_begun: bool, seed: int, cha
     gap_s = result.gap_after_s(killed_s)
     if not pid or gap_s is None:
         raise RuntimeError("the stream was over before its engine was killed")
-    return Kill(context, num_before > 0, result.usage[0], gap_s, usual_s)
+    return Kill(context, num_before > 0, result.usage[0], gap_s, usual_s, first_s)
 
 
 def gap_tables(kills: list[Kill], of_what: str) -> list[Table]:
@@ -86,7 +89,6 @@ def gap_tables(kills: list[Kill], of_what: str) -> list[Table]:
         True: f"From the kill of the engine to the stream's next text, ms, {of_what}",
         False: f"The same for kills before the stream's first text, ms, {of_what}",
     }
-    usual = {True: "usual time between texts, p50", False: "undisturbed first text, p50"}
     tables = []
     for is_begun, title in titles.items():
         rows = []
@@ -95,11 +97,14 @@ def gap_tables(kills: list[Kill], of_what: str) -> list[Table]:
             if not here:
                 continue
             gaps_s = sorted(kill.gap_s for kill in here)
-            usual_s = percentile(sorted(kill.usual_s for kill in here), 0.5)
-            figures = [gaps_s[0], *(percentile(gaps_s, rank) for rank in (0.5, 0.9, 0.99, 1.0)), usual_s]
+            calm_s = [
+                percentile(sorted(values), 0.5)
+                for values in ([kill.usual_s for kill in here], [kill.first_s for kill in here])
+            ]
+            figures = [gaps_s[0], *(percentile(gaps_s, rank) for rank in (0.5, 0.9, 0.99, 1.0)), *calm_s]
             num_tokens = percentile(sorted(kill.num_prompt_tokens for kill in here), 0.5)
             cells = [f"{seconds * 1000:.0f}" for seconds in figures]
             rows.append([f"{num_tokens:.0f}", str(len(here)), *cells])
-        headers = ("prompt tokens", "kills", "least", "p50", "p90", "p99", "most", usual[is_begun])
+        headers = ("prompt tokens", "kills", "least", "p50", "p90", "p99", "most", *UNDISTURBED)
         tables.append(Table(title, headers, rows))
     return tables

@@ -57,7 +57,7 @@ class Plan:
     rounds: int
 
 
-FULL = Plan({1: 8, 16: 48, 32: 96}, 5)
+FULL = Plan({1: 3, 16: 32, 32: 64}, 3)
 QUICK = Plan({1: 2, 16: 16}, 1)
 
 

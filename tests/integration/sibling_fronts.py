@@ -13,7 +13,7 @@ from typing import Any
 from tests.integration.front_process import FakeRouter, RunningFront, running_front
 
 from headrace.api.framing import encode_frame
-from headrace.api.messages import EngineSpec, LoadReport, SetSleep, Sibling, Siblings
+from headrace.api.messages import EngineSpec, LeaveBy, LoadReport, SetSleep, Sibling, Siblings
 from headrace.api.run_paths import peer_socket_path
 
 QUICK_FRONT = str(Path(__file__).with_name("quick_front.py"))
@@ -22,7 +22,7 @@ QUICK_FRONT = str(Path(__file__).with_name("quick_front.py"))
 class Controller(FakeRouter):
     """Hears one front's reports, and tells it what it is told to."""
 
-    def tell(self, message: Siblings | SetSleep) -> None:
+    def tell(self, message: Siblings | SetSleep | LeaveBy) -> None:
         with suppress(OSError, IndexError):  # the front left
             self._connections[-1].sendall(encode_frame(message))
 

@@ -21,7 +21,7 @@ from tests.integration.disturbed_answer import Answer, kill_engine, last_line, w
 from tests.integration.front_process import check_conservation
 from tests.integration.sibling_fronts import Fronts, sibling_fronts
 
-from headrace.api.messages import EngineSpec, SetSleep, TerminalState
+from headrace.api.messages import EngineSpec, LeaveBy, SetSleep, TerminalState
 
 pytestmark = pytest.mark.slow
 ENGINE = EngineSpec("simulated", "simulated", simulated_step_s=0.004)
@@ -261,7 +261,8 @@ def test_a_front_that_is_stopped_goes_on_where_its_streams_are(ready: Fronts) ->
     check_conservation(ready[0])
 
 
-def test_a_notice_moves_streams_and_ends_the_replica_in_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["file", "controller"])
+def test_a_notice_moves_streams_and_ends_the_replica_in_time(tmp_path: Path, source: str) -> None:
     fields: dict[str, Any] = {"seed": 15, "max_tokens": 700}
     path = tmp_path / "notice"
     first = {"notice_file": str(path)}
@@ -271,7 +272,10 @@ def test_a_notice_moves_streams_and_ends_the_replica_in_time(tmp_path: Path) -> 
         whole = Answer(fronts[0], "notice", **fields).text()
         moved = Answer(fronts[0], "notice", **fields).wait_begin()
         deadline_s = time.time() + 8
-        path.write_text(json.dumps({"deadline_s": deadline_s}))
+        if source == "file":
+            path.write_text(json.dumps({"deadline_s": deadline_s}))
+        else:
+            fronts.controller(0).tell(LeaveBy(8.0))
         report = fronts.controller(0).wait_for(lambda report: report.num_hosted == 1)
         assert 2 < report.leave_by_s < 8
         assert moved.text() == whole

@@ -382,3 +382,120 @@ async def test_one_that_is_stopped_before_its_turn_starts_nothing() -> None:
         assert isinstance(event, ProcessEnded)
         assert "never had a place" in event.process.last_output
         assert not cluster.running
+
+
+@pytest.mark.slow
+async def test_nothing_is_put_on_a_node_that_is_drained_or_has_a_notice() -> None:
+    cluster = make_cluster(HERE, THERE)
+    async with launched(cluster) as launcher:
+        cluster.drain_node("there", 4e9)
+        while True:
+            event = await take_nodes(launcher)
+            if any(node.is_draining for node in event.nodes):
+                break
+        launcher.start(sleeper("chat-1", NodeNeeds({"CPU": 1.0}, {"kind": "spot"})))
+        waits = await take(launcher, ProcessWaiting)
+        assert isinstance(waits, ProcessWaiting)
+        assert waits.reason.endswith("Nothing is put on nodes that go away or do not answer: there")
+        notice = Place([NodeNeeds({"CPU": 1.0})], avoided={"here": 1.5})
+        launcher.start(msgspec.structs.replace(sleeper("talk-1"), place=notice))
+        started_event = await take(launcher, ProcessStarted)
+        assert isinstance(started_event, ProcessStarted)
+        assert (started_event.process.name, started_event.process.node) == ("talk-1", "here")
+        assert cluster.liked[-2:] == ["", "here"], "once its notice was over"
+
+
+async def take_nodes(launcher: RayLauncher) -> Nodes:
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            event = await launcher.next_event()
+            if isinstance(event, Nodes):
+                return event
+
+
+def replica_of_three(name: str, tmp_path: Path) -> ProcessSpec:
+    """A process with two companions, each of which says its pid."""
+    program = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); {}"
+
+    def says(number: int) -> ProcessSpec:
+        argv = [
+            PYTHON_PLACEHOLDER,
+            "-S",
+            "-c",
+            program.format("time.sleep(600)"),
+            str(tmp_path / f"{number}"),
+        ]
+        return ProcessSpec(f"{name}-rank-{number}", argv, is_restarted=True)
+
+    return sleeper(name, NodeNeeds({"CPU": 2.0}), companions=[says(1), says(2)])
+
+
+async def pids_in(tmp_path: Path) -> list[int]:
+    """Of the two companions, once both have said them."""
+    paths = [tmp_path / "1", tmp_path / "2"]
+    await until(lambda: all(path.exists() and path.read_text() for path in paths))
+    return [int(path.read_text()) for path in paths]
+
+
+@pytest.mark.slow
+async def test_companions_have_hosts_of_their_own_in_one_place_and_end_with_it(tmp_path: Path) -> None:
+    cluster = make_cluster(HERE, THERE)
+    async with launched(cluster) as launcher:
+        pid = await started(launcher, replica_of_three("chat-1", tmp_path))
+        pids = await pids_in(tmp_path)
+        assert len(cluster.running) == 3
+        assert len({node for _, node in cluster.running.values()}) == 1
+        assert len(await cluster.hosts()) == 1
+        keepers = {each.parent() for each in map(psutil.Process, [pid, *pids])}
+        assert len(keepers) == 3
+        launcher.list_processes()
+        event = await take(launcher, Processes)
+        assert isinstance(event, Processes)
+        assert [process.name for process in event.processes] == ["chat-1"]
+        launcher.stop("chat-1", 5.0)
+        ended = await take(launcher, ProcessEnded)
+        assert isinstance(ended, ProcessEnded)
+        assert ended.process.exit_code == -15
+        await until(lambda: not any(map(psutil.pid_exists, pids)) and not cluster.running)
+
+
+@pytest.mark.slow
+async def test_a_companion_that_ends_is_started_again_and_one_whose_host_is_lost_ends_all(
+    tmp_path: Path,
+) -> None:
+    cluster = make_cluster(HERE)
+    async with launched(cluster) as launcher:
+        pid = await started(launcher, replica_of_three("chat-1", tmp_path))
+        first, second = await pids_in(tmp_path)
+        (tmp_path / "1").unlink()
+        psutil.Process(first).kill()
+        assert (await pids_in(tmp_path))[0] != first
+        keeper = psutil.Process(second).parent()
+        assert keeper is not None
+        keeper.kill()
+        ended = await take(launcher, ProcessEnded)
+        assert isinstance(ended, ProcessEnded)
+        assert (ended.process.name, ended.process.pid, ended.process.exit_code) == ("chat-1", pid, -15)
+        assert "the host of rank 2 is lost" in ended.process.last_output
+        assert "its keeper ended with -9" in ended.process.last_output
+        await until(lambda: not psutil.pid_exists(second) and not cluster.running)
+
+
+@pytest.mark.slow
+async def test_a_later_controller_watches_the_companions_that_it_finds(tmp_path: Path) -> None:
+    cluster = make_cluster(HERE)
+    async with launched(cluster) as first:
+        pid = await started(first, replica_of_three("chat-1", tmp_path))
+        pids = await pids_in(tmp_path)
+        first.close()
+        second = await RayLauncher.connect(cluster, SystemClock(), b"")
+        assert psutil.pid_exists(pid)
+        key = next(key for key in cluster.running if key.endswith("/3/1"))
+        host, _ = cluster.running.pop(key)
+        host.end()
+        ended = await take(second, ProcessEnded)
+        while not (isinstance(ended, ProcessEnded) and ended.process.name == "chat-1"):
+            ended = await take(second, ProcessEnded)
+        assert "the host of rank 1 is lost: " in ended.process.last_output
+        await until(lambda: not any(map(psutil.pid_exists, [pid, *pids])))
+        second.close()

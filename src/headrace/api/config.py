@@ -13,13 +13,15 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from headrace.api.endpoint_config import Endpoint
-from headrace.api.node_config import Ray
+from headrace.api.node_config import GatewayPlacement, Ray
 from headrace.api.notice_address import checked_notice_headers, checked_notice_url
+from headrace.api.run_paths import NODE_HOST
 from headrace.api.section import Section
 from headrace.errors import ConfigError
 
 ENDPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
 TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+WILDCARDS = ("0.0.0.0", "::")  # noqa: S104, compared only
 KEY_HASH = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -78,9 +80,14 @@ class Gateway(Section):
     """The public address."""
 
     bind: str = "127.0.0.1:8000"
-    """host:port. Other than loopback needs tenants: without keys, anyone who reaches it could use it."""
+    """host:port. Other than loopback needs tenants: without keys, anyone who reaches it could use it. With
+    placement, node:8000 is each gateway's own node, 0.0.0.0:8000 all its addresses, and 127.0.0.1:8000 serves
+    programs on that node alone."""
     count: Annotated[int, Field(ge=1, le=16)] = 1
-    """Gateways (HAProxy and router) side by side on one port; one that dies costs its own connections."""
+    """Gateways (HAProxy and router) side by side on one port; one that dies costs its own connections. With
+    placement: each on a node of its own."""
+    placement: GatewayPlacement | None = None
+    """With launcher ray: the nodes that hold gateways. Without it all stand beside the controller."""
     tls: Tls | None = None
     """Certificate of the public address; HTTP/2 is then offered, too. Without it: plain HTTP."""
     max_connections_per_address: Annotated[int, Field(ge=0, le=1_000_000)] = 0
@@ -105,7 +112,7 @@ class Gateway(Section):
     @classmethod
     def _check_bind(cls, value: str) -> str:
         if value:
-            split_address(value)
+            split_bind(value)
         return value
 
 
@@ -136,7 +143,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_tenants(self) -> Config:
-        problems = [*_tenant_problems(self.tenants, self.endpoints), *_bind_problems(self)]
+        problems = [
+            *_tenant_problems(self.tenants, self.endpoints),
+            *_bind_problems(self),
+            *_place_problems(self),
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -214,9 +225,32 @@ def _bind_problems(config: Config) -> list[str]:
     return problems
 
 
+def _place_problems(config: Config) -> list[str]:
+    """Addresses that cannot be had where the gateways are."""
+    gateway, problems = config.gateway, []
+    for field in ("bind", "admin_bind", "metrics_bind"):
+        address: str = getattr(gateway, field)
+        if not address or is_loopback(address):
+            continue
+        host, port = split_bind(address)
+        if gateway.placement is None and host == NODE_HOST:
+            problems.append(
+                f"gateway.{field}: {address}: {NODE_HOST} is the node of a gateway with placement; set "
+                "gateway.placement, or write an address of this machine"
+            )
+        if gateway.placement is not None and host not in (NODE_HOST, *WILDCARDS):
+            problems.append(
+                f"gateway.{field}: {address} is one machine's address, and with placement gateways are on "
+                f"several; write {NODE_HOST}:{port}, which is each one's own"
+            )
+    return problems
+
+
 def is_loopback(address: str) -> bool:
     """Whether `host:port` can be reached from its own machine only."""
-    host, _ = split_address(address)
+    host, _ = split_bind(address)
+    if host == NODE_HOST:
+        return False
     return host == "localhost" or ipaddress.ip_address(host).is_loopback
 
 
@@ -226,6 +260,14 @@ def split_host_port(value: str, field: str) -> tuple[str, int]:
     if not separator or not host or not port.isdigit() or not 0 < int(port) <= 65535:
         raise ConfigError(f"{field} is {value!r}; it must be host:port, for example 10.0.0.1:6379, or auto")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def split_bind(value: str) -> tuple[str, int]:
+    """Split the address of a gateway: `host:port`, or `node:port`. Raises ValueError."""
+    host, separator, port = value.rpartition(":")
+    if host == NODE_HOST and separator:
+        return host, split_address(f"0.0.0.0:{port}")[1]
+    return split_address(value)
 
 
 def split_address(value: str) -> tuple[str, int]:

@@ -181,7 +181,8 @@ def _nodes(system: SystemStatus) -> Table:
             if name not in ("memory", "object_store_memory")
         )
         labels = ", ".join(f"{name}={value}" for name, value in node.labels.items() if "ray.io/" not in name)
-        state = "alive" if node.is_alive else "[red]gone[/red]"
+        state = f"[yellow]{node.leaving or 'alive'}[/yellow]" if node.leaving else "alive"
+        state = state if node.is_alive else "[red]gone[/red]"
         table.add_row(node.node_id[:8], node.address, state, free, " ".join(node.replicas), labels)
     return table
 
@@ -259,6 +260,11 @@ def _notes(system: SystemStatus) -> list[str]:
 
     notes = [_describe_size(endpoint) for endpoint in system.endpoints]
     notes += [_describe_rollout(rollout) for rollout in system.rollouts]
+    notes += [
+        f"{gateway.gateway_id}: {gateway.url} on node {gateway.node[:8]}"
+        for gateway in system.gateways
+        if gateway.node and gateway.url
+    ]
     notes += system.warnings
     for replica in system.replicas:
         if replica.state in ("starting", "standby", "ready") and replica.phase:

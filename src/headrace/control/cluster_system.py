@@ -37,7 +37,8 @@ async def connect_launcher(run_directory: Path, system: str) -> Launcher:
     """Return the launcher of `system` for its controller. Raises LauncherLost, ClusterUnavailable, or OSError
     if its identity is not in `run_directory`, where its keeper has put it."""
     identity = (run_directory / IDENTITY_FILE).read_bytes()
-    return await RayLauncher.connect(await RayCluster.connect(system, "auto"), SystemClock(), identity)
+    cluster = await RayCluster.connect(system, "auto")
+    return await RayLauncher.connect(cluster, SystemClock(), identity, run_directory)
 
 
 def check_for_cluster(config: Config) -> Config:

@@ -6,11 +6,20 @@ Owns the connections of fronts and routers. Must not know how what is told comes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from headrace.api.messages import EndpointOutlook, GatewaySpec, Outlook, SetSleep, Sibling, Siblings
+from headrace.api.messages import (
+    EndpointOutlook,
+    GatewaySpec,
+    LeaveBy,
+    Outlook,
+    SetSleep,
+    Sibling,
+    Siblings,
+)
 from headrace.control.outlook import is_news
 from headrace.control.siblings import LOAD_PERIOD_S, shape_of
 from headrace.fabric.channel import Channel
@@ -26,6 +35,7 @@ class _Front:
     channel: Channel
     told: list[Sibling] | None = None
     told_s: float = 0.0
+    leave_by_s: float = math.inf
 
 
 class Connections:
@@ -85,6 +95,14 @@ class Connections:
                 continue
             front.channel.send(Siblings(current))
             front.told, front.told_s = current, now_s
+
+    def send_leaving(self, leaving: Mapping[str, float], now_s: float) -> None:
+        """Tell fronts by when their machines go, on the clock, once, and again when that changed."""
+        for replica_id, leave_by_s in leaving.items():
+            front = self._fronts.get(replica_id)
+            if front is not None and front.leave_by_s != leave_by_s:
+                front.leave_by_s = leave_by_s
+                front.channel.send(LeaveBy(leave_by_s - now_s))
 
     def send_outlooks(self, outlooks: Sequence[EndpointOutlook], now_s: float) -> None:
         """Tell the routers when replicas are expected: changes at once, times once a second."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headrace.api.messages import LoadReport, ProcessState
+from headrace.control.node_drains import NodeDrains
 from headrace.control.notices import MachineNotices
 from headrace.control.reconciler import StartReplica, StopReplica
 from headrace.control.slots import ObservedReplica, Phase, Role, count_failures, phase_of, slot_prefix
@@ -63,6 +64,8 @@ class Slot:
     no_change_before_s: float = -math.inf
     node: str = ""
     """Id of the node that its process is on; empty: this machine."""
+    is_told_to_leave: bool = False
+    """Its node is drained, and it is to leave by itself."""
     waiting_for: str = ""
     """What its start waits for, or why nothing is heard of it, in the launcher's words."""
     has_started: bool = False
@@ -78,9 +81,11 @@ class Slot:
 class Fleet:
     """All slots. Changed by events only, read through `observe`."""
 
-    def __init__(self) -> None:
+    def __init__(self, notices: MachineNotices | None = None) -> None:
+        """notices: of the machines, heard by another fleet, too."""
         self.slots: dict[str, Slot] = {}
-        self.notices = MachineNotices()
+        self.notices = notices or MachineNotices()
+        self.drains = NodeDrains()
         self._adopted: set[str] = set()
         """Taken over, and not heard of yet."""
         self._adopted_s = 0.0
@@ -199,6 +204,7 @@ class Fleet:
         slot.report = None
         slot.ready_since_s = None
         slot.change_since_s = None
+        slot.is_told_to_leave = False
 
     def _follow_sleep(self, slot: Slot, report: LoadReport, now_s: float) -> None:
         """See whether it sleeps or wakes as asked; a replica that does so unasked is what it makes itself."""
@@ -249,7 +255,7 @@ class Fleet:
         slot.change_since_s = None
         slot.no_change_before_s = -math.inf
         slot.promoted_s = None
-        slot.has_started = slot.is_adopted = False
+        slot.has_started = slot.is_adopted = slot.is_told_to_leave = False
         slot.hit_tokens, slot.hits_seen = 0.0, 0
         slot.drain_grace_s = drain_grace_s
         slot.started_s = now_s
@@ -305,7 +311,7 @@ class Fleet:
             limit_s = REST_LIMIT_S if slot.role == "standby" else WAKE_LIMIT_S
             if slot.change_since_s is not None and now_s - slot.change_since_s > limit_s:
                 self._give_up_change(slot, f"it did not within {limit_s:g} s", now_s)
-            replica = _observe(slot, now_s)
+            replica = replace(_observe(slot, now_s), is_node_draining=slot.node in self.drains)
             phase = phase_of(replica, now_s)
             if phase != slot.phase:
                 slot.phase, slot.phase_since_s = phase, now_s
@@ -337,6 +343,8 @@ def _observe(slot: Slot, now_s: float) -> ObservedReplica:
         can_change=now_s >= slot.no_change_before_s,
         lost_tokens=_lost_tokens(slot, now_s),
         is_leaving=report is not None and report.leave_by_s >= 0,
+        node=slot.node,
+        is_told_to_leave=slot.is_told_to_leave,
     )
 
 

@@ -81,17 +81,23 @@ class MachineNotices:
         """Return why no replica of `endpoint` is started now; None: it may be. nodes: ids of the cluster's
         live nodes; empty: there is this machine only.
 
-        Of a cluster's nodes the launcher chooses: starts are held off only while no node is free of notices,
-        and for a while after the choice fell on one that leaves.
+        In a cluster the launcher avoids nodes with notices (`avoided`), and what waits for another node is
+        what makes the cluster add one: starts are held off only for a while after one leaves all the same.
         """
         if not nodes:
             return _hold_off("this machine goes away by a notice", self._windows([""]), now_s)
-        windows = self._windows(nodes)
-        if len(windows) == len(nodes) and min(window.until_s for window in windows) > now_s:
-            return _hold_off("all nodes go away by notices", windows, now_s)
         returns = [m.returns[endpoint] for m in self._machines.values() if endpoint in m.returns]
         last = sorted(returns, key=lambda window: window.until_s)[-1:]
         return _hold_off("its last replica got a node that goes away by a notice", last, now_s)
+
+    def hold_off_at(self, node: str, now_s: float) -> HoldOff | None:
+        """Return why nothing that belongs on `node` alone is started now; None: it may be."""
+        return _hold_off("its gateway's machine goes away by a notice", self._windows([node]), now_s)
+
+    def avoided(self, now_s: float) -> dict[str, float]:
+        """Return the cluster's nodes where nothing is to be started, and for how many seconds more."""
+        left = {node: machine.window.until_s - now_s for node, machine in self._machines.items() if node}
+        return {node: left_s for node, left_s in left.items() if left_s > 0}
 
     def _windows(self, nodes: Collection[str]) -> list[_Window]:
         return [self._machines[node].window for node in nodes if node in self._machines]

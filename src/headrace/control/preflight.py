@@ -82,7 +82,12 @@ def check_keys(config: Config) -> Config:
 
 def check_address(config: Config) -> Config:
     """Return `config` with a free port in place of port 0. Raises ConfigError if an address cannot be had, or
-    its certificate cannot be used."""
+    its certificate cannot be used, or gateways are to be on other machines."""
+    if config.gateway.placement is not None:
+        raise ConfigError(
+            f"gateway.placement is set, and launcher is {config.launcher}, which has this machine only. Set "
+            "launcher: ray (headrace up --launcher ray), or remove gateway.placement"
+        )
     check_certificate(config)
     gateway = config.gateway
     bind = _check_bind("gateway.bind", gateway.bind)

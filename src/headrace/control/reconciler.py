@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from headrace.control.slots import (
     ObservedReplica,
     Phase,
+    is_evacuated,
     lowest_free_id,
     phase_of,
     restart_due_s,
@@ -108,7 +109,16 @@ class RestReplica:
     reason: str
 
 
-Action = StartReplica | StopReplica | ForgetReplica | PromoteReplica | RestReplica
+@dataclass(frozen=True, slots=True)
+class LeaveReplica:
+    """Tell a replica by when its node goes away: it leaves by itself."""
+
+    replica_id: str
+    endpoint: str
+    reason: str
+
+
+Action = StartReplica | StopReplica | ForgetReplica | PromoteReplica | RestReplica | LeaveReplica
 
 
 def reconcile(
@@ -138,9 +148,12 @@ class _Turn:
         self.wanted = {version.generation: version.count for version in desired.versions}
         phases = {replica.replica_id: phase_of(replica, now_s) for replica in replicas}
         self.phases: dict[str, Phase] = phases
-        # A draining replica has given its slot up already. One that leaves by itself, because its machine
-        # does, takes no room from its replacement, unless there is none for more than what is wanted.
-        is_leaving = {r.replica_id for r in replicas if phases[r.replica_id] == "draining"}
+        # A draining replica has given its slot up, one whose node is drained is about to. One that leaves by
+        # itself, because its machine does, takes no room from its replacement, unless there is none for more
+        # than what is wanted.
+        is_leaving = {
+            r.replica_id for r in replicas if phases[r.replica_id] == "draining" or is_evacuated(r, now_s)
+        }
         by_itself = {r.replica_id for r in replicas if r.replica_id in is_leaving and not r.is_stopping}
         self.num_alive = sum(
             r.is_alive for r in replicas if not (desired.surge and r.replica_id in by_itself)

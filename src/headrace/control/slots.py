@@ -66,6 +66,11 @@ class ObservedReplica:
     its prefix cache spared lately."""
     is_leaving: bool = False
     """Its machine is about to go away."""
+    node: str = ""
+    is_node_draining: bool = False
+    """The cluster wants its node empty."""
+    is_told_to_leave: bool = False
+    """For that reason, by this controller."""
 
 
 def phase_of(replica: ObservedReplica, now_s: float) -> Phase:
@@ -77,6 +82,11 @@ def phase_of(replica: ObservedReplica, now_s: float) -> Phase:
     if now_s > replica.lease_ends_s + LOST_AFTER_S:
         return "lost"
     return replica.report_state or "starting"
+
+
+def is_evacuated(replica: ObservedReplica, now_s: float) -> bool:
+    """Whether it is to leave with its node, and another one to take its place, though it works."""
+    return replica.is_node_draining and phase_of(replica, now_s) in ("starting", "ready", "standby")
 
 
 def is_failed(replica: ObservedReplica) -> bool:

@@ -23,6 +23,7 @@ from headrace.api.messages import (
 )
 from headrace.control.config_changes import describe_changes, keep_address
 from headrace.control.durable import DurableFronts, is_durable_front
+from headrace.control.evacuation import evacuate
 from headrace.control.fleet import Fleet, Slot
 from headrace.control.gateway_state import GatewayState
 from headrace.control.notices import HoldOff
@@ -31,6 +32,7 @@ from headrace.control.reconciler import (
     Action,
     DesiredEndpoint,
     ForgetReplica,
+    LeaveReplica,
     PromoteReplica,
     RestReplica,
     StartReplica,
@@ -53,7 +55,7 @@ class SystemState:
         self.started_s = started_s
         self.fleet = Fleet()
         self.gateway = GatewayState(gateway_ids(config))
-        self.durable = DurableFronts(gateway_ids(config))
+        self.durable = DurableFronts(gateway_ids(config), self.fleet.notices)
         self.config = config
         self.rollouts = Rollouts(config, self.gateway.version_counts)
         self.notes: list[str] = []
@@ -77,7 +79,7 @@ class SystemState:
         """Take over what ran before this controller."""
         for process in processes:
             if process.name in self.gateway.processes:
-                self.gateway.adopt(process, now_s)
+                self.gateway.adopt(process, self.nodes.own_node_id, now_s)
         generations = {name: self.rollouts.main_generation(name) for name in self.config.endpoints}
         with_standby = [name for name, endpoint in self.config.endpoints.items() if endpoint.replicas.standby]
         fronts = [process for process in processes if is_durable_front(process.name)]
@@ -89,9 +91,8 @@ class SystemState:
                 slot.drain_grace_s = self.rollouts.section(slot.endpoint).drain_grace_s
 
     def on_started(self, event: ProcessStarted) -> None:
-        essential = self.gateway.processes.get(event.process.name)
-        if essential is not None:
-            essential.pid = event.process.pid
+        if event.process.name in self.gateway.processes:
+            self.gateway.on_started(event.process, self.nodes.own_node_id)
         else:
             self.fleet_of(event.process.name).on_started(event.process)
 
@@ -105,9 +106,8 @@ class SystemState:
 
     def on_waiting(self, name: str, reason: str, now_s: float) -> None:
         """A process that was told to start waits for a place."""
-        essential = self.gateway.processes.get(name)
-        if essential is not None:
-            essential.heard_s = now_s
+        if name in self.gateway.processes:
+            self.gateway.on_waiting(name, reason, now_s)
         else:
             self.fleet_of(name).on_waiting(name, reason, now_s)
 
@@ -134,6 +134,11 @@ class SystemState:
     def slots(self) -> list[Slot]:
         """All fronts: those of replicas, and durable ones."""
         return [*self.fleet.slots.values(), *self.durable.fleet.slots.values()]
+
+    def on_nodes(self, nodes: Nodes, now_s: float, wall_s: float) -> None:
+        """Take what the launcher says of the cluster. wall_s: now_s in seconds since 1970."""
+        self.nodes = nodes
+        self.fleet.drains.note(nodes.nodes, now_s, wall_s)
 
     # ---- the user's wishes ----------------
 
@@ -267,7 +272,9 @@ class SystemState:
             note = self.rollouts.decide(name, count, self.fleet.of(name), demand, now_s)
             if note:
                 self.notes.append(note)
-        actions = reconcile(self.desired(now_s), observed, now_s)
+        desired = self.desired(now_s)
+        actions = reconcile(desired, observed, now_s)
+        actions += evacuate(desired, observed, self.fleet.drains, now_s)
         for action in actions:
             match action:
                 case StartReplica(endpoint=name, generation=generation):
@@ -275,6 +282,8 @@ class SystemState:
                     self.fleet.start(action, config.endpoints[name].drain_grace_s, now_s)
                 case StopReplica():
                     self.fleet.stop(action)
+                case LeaveReplica(replica_id):
+                    self.fleet.slots[replica_id].is_told_to_leave = True
                 case ForgetReplica(replica_id):
                     self.fleet.forget(replica_id)
                 case PromoteReplica(replica_id):
@@ -290,6 +299,15 @@ class SystemState:
         if action.gateway_id:
             return self.durable.config_of(action)
         return self.rollouts.config_of(action.endpoint, action.generation)
+
+    def leaving(self) -> dict[str, float]:
+        """Return by when replicas are to leave with their nodes, on the clock."""
+        drains = self.fleet.drains
+        return {
+            slot.replica_id: drains.leave_by_s(slot.node)
+            for slot in self.fleet.slots.values()
+            if slot.is_told_to_leave and slot.node in drains
+        }
 
     def siblings(self) -> dict[str, list[Sibling]]:
         """Return what each front is to know of its endpoint's replicas."""

@@ -6,13 +6,14 @@ Must not know: what hosts hold.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
 from headrace.api.messages import NodeNeeds, NodeState
 from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent, Reservation
+from headrace.fabric.host_keys import further_keys, group_of, reservation_of
 from headrace.fabric.host_messages import Membership
 
 
@@ -26,6 +27,7 @@ class FakeCluster:
         self._make_host = make_host
         self._nodes = {node.node_id: node for node in nodes}
         self._reserved: dict[str, tuple[NodeNeeds, str]] = {}
+        self._avoids: dict[str, Sequence[str]] = {}
         self.running: dict[str, tuple[Any, str]] = {}
         """Hosts with their nodes."""
         self.silent: set[str] = set()
@@ -50,15 +52,22 @@ class FakeCluster:
         self._nodes[node_id] = msgspec.structs.replace(self._nodes[node_id], is_alive=False, available={})
         self.running = {key: entry for key, entry in self.running.items() if entry[1] != node_id}
 
+    def drain_node(self, node_id: str, deadline_s: float = 0.0) -> None:
+        """It is to go away. deadline_s: when, in seconds since 1970; 0: nobody says."""
+        self._nodes[node_id] = msgspec.structs.replace(
+            self._nodes[node_id], is_draining=True, drain_deadline_s=deadline_s
+        )
+
     # ---- the seam ----------------
 
     async def nodes(self) -> list[NodeState]:
         self._check()
         return [msgspec.structs.replace(node, available=self._free(node)) for node in self._nodes.values()]
 
-    async def reserve(self, key: str, needs: NodeNeeds, likes_node: str) -> None:
+    async def reserve(self, key: str, needs: NodeNeeds, likes_node: str, avoids: Sequence[str]) -> None:
         self._check()
         self.liked.append(likes_node)
+        self._avoids[key] = avoids
         self._reserved[key] = (needs, "")
 
     async def reservation(self, key: str) -> Reservation:
@@ -67,8 +76,10 @@ class FakeCluster:
             return Reservation(is_gone=True)
         needs, node_id = self._reserved[key]
         for node in self._nodes.values():
-            free, has_room = self._free(node), not node_id and node.is_alive
-            is_right = all(node.labels.get(name) == value for name, value in needs.labels.items())
+            free, has_room = self._free(node), not node_id and self._takes(key, node)
+            is_right = node.node_id not in needs.other_than and all(
+                node.labels.get(name) == value for name, value in needs.labels.items()
+            )
             if has_room and is_right and all(free.get(n, 0.0) >= a for n, a in needs.resources.items()):
                 node_id = node.node_id
         self._reserved[key] = (needs, node_id)
@@ -76,8 +87,9 @@ class FakeCluster:
 
     async def start_host(self, key: str, needs: NodeNeeds | None, membership: Membership) -> None:
         self._check()
-        node_id = self._reserved[key][1] if needs is not None else self.own_node_id
-        host = self._make_host(key.rpartition("#")[0], self._nodes[node_id], membership)
+        place = reservation_of(key)[0]
+        node_id = self._reserved[place][1] if needs is not None else self.own_node_id
+        host = self._make_host(group_of(key), self._nodes[node_id], membership)
         self.running[key] = (host, node_id)
 
     async def call(self, key: str, method: str, *arguments: object, limit_s: float) -> bytes:
@@ -98,13 +110,18 @@ class FakeCluster:
     async def release(self, key: str) -> None:
         self._check()
         self._reserved.pop(key, None)
-        host, _ = self.running.pop(key, (None, ""))
-        if host is not None:
-            await asyncio.shield(asyncio.to_thread(host.end))  # also when whoever asked is cancelled
+        self._avoids.pop(key, None)
+        for each in (key, *further_keys(key)):
+            host, _ = self.running.pop(each, (None, ""))
+            if host is not None:
+                await asyncio.shield(asyncio.to_thread(host.end))  # also when whoever asked is cancelled
 
     async def hosts(self) -> list[str]:
         self._check()
-        return sorted({*self.running, *self._reserved})
+        return sorted({*map(_reservation, self.running), *self._reserved})
+
+    def _takes(self, key: str, node: NodeState) -> bool:
+        return node.is_alive and not node.is_draining and node.node_id not in self._avoids[key]
 
     def _check(self) -> None:
         if self.failure:
@@ -116,3 +133,7 @@ class FakeCluster:
             name: total - sum(needs.resources.get(name, 0.0) for needs in taken)
             for name, total in (node.total if node.is_alive else {}).items()
         }
+
+
+def _reservation(key: str) -> str:
+    return reservation_of(key)[0]

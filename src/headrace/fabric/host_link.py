@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import msgspec
@@ -20,7 +20,6 @@ from headrace.api.messages import (
     LauncherError,
     LauncherEvent,
     NodeNeeds,
-    NodeState,
     Place,
     ProcessEnded,
     ProcessSpec,
@@ -32,6 +31,7 @@ from headrace.api.messages import (
 )
 from headrace.clock import Clock
 from headrace.fabric.cluster import Cluster, ClusterUnavailable, HostGivenUp, HostLost, HostSilent
+from headrace.fabric.host_keys import group_of
 from headrace.fabric.host_messages import (
     HostCommand,
     HostEvent,
@@ -41,7 +41,8 @@ from headrace.fabric.host_messages import (
     SetTunnels,
     TunnelsOpened,
 )
-from headrace.fabric.node_choice import choose_node, explain_wait
+from headrace.fabric.place_search import WAITING_PERIOD_S, PlaceSearch, Seeker
+from headrace.fabric.rank_hosts import RankHosts
 
 POLL_S = 1.0
 """A host answers a poll after this long when nothing happens."""
@@ -53,9 +54,8 @@ LOST_AFTER_S = 10.0
 HOST_START_LIMIT_S = 60.0
 """Ray starts a Python process and imports headrace; the first time on a node, from a cold disk."""
 COMMAND_LIMIT_S = 10.0
-WAITING_PERIOD_S = 1.0
-_PLACE_POLL_S = 0.05
-_MAX_PLACE_POLL_S = 0.5
+RANK_LOSS_GRACE_S = 10.0
+"""A replica that lost a rank's host cannot compute again; its streams may go on elsewhere for so long."""
 _log = logging.getLogger(__name__)
 
 
@@ -70,7 +70,7 @@ class Surroundings:
     count_asked: Callable[[str], Counter[str]]
     """How many others of the family wait for a place that was asked on each node."""
     silent_nodes: Callable[[], Collection[str]]
-    """Nodes that no place is asked on: the cluster may take a dead one for alive for most of a minute."""
+    """Nodes that do not answer."""
     on_tunnels: Callable[[], None]
     """Called when a link's address or tunnels change."""
 
@@ -88,8 +88,7 @@ class HostLink:
     ) -> None:
         self.key = key
         self.node_id = ""
-        self.liked_node_id = ""
-        """Where its place was asked for, if not anywhere."""
+        self._search: PlaceSearch | None = None
         self.processes: dict[str, ProcessState] = {}
         """Started and not ended."""
         self.is_released = True
@@ -117,13 +116,21 @@ class HostLink:
         self._surroundings = surroundings
         self._commands: asyncio.Queue[HostCommand] = asyncio.Queue()  # bounded by who may be named in it
         self._sequence = 0
+        self._ranks = RankHosts(key, cluster, clock, self._lose_rank)
+        self._lost_rank = ""
+        """Why a rank was lost, and with it everything here."""
 
     def __repr__(self) -> str:
         return f"HostLink({self.key}, {', '.join(self.names()) or 'empty'})"
 
     @property
     def group(self) -> str:
-        return self.key.rpartition("#")[0]
+        return group_of(self.key)
+
+    @property
+    def liked_node_id(self) -> str:
+        """Where its place was asked for, if not anywhere."""
+        return self._search.liked_node_id if self._search is not None else ""
 
     def names(self) -> list[str]:
         return [*self.processes, *self._waiting]
@@ -191,7 +198,8 @@ class HostLink:
         """Get a place and start the host there. False: nobody wants it any more."""
         if not self._waiting:
             return False  # it was stopped before its turn came
-        place = next(iter(self._waiting.values())).spec.place
+        spec = next(iter(self._waiting.values())).spec
+        place = spec.place
         needs: NodeNeeds | None = None
         if place is not None:
             needs = await self._find_place(place)
@@ -199,6 +207,7 @@ class HostLink:
                 return False
         self.node_id = self.node_id or self._cluster.own_node_id
         await self._cluster.start_host(self.key, needs, self._surroundings.membership)
+        await self._ranks.start(spec.companions, needs, self._surroundings.membership)
         self._take(await self._await_host())
         return True
 
@@ -213,46 +222,20 @@ class HostLink:
             describing.cancel()
 
     async def _find_place(self, place: Place) -> NodeNeeds | None:
-        """Try the choices in their order, the last one without a limit. None: nobody wants it any more."""
-        for index, needs in enumerate(place.choices):
-            nodes = await self._cluster.nodes()
-            self.liked_node_id = self._choose_node(nodes, needs, place)
-            await self._cluster.reserve(self.key, needs, self.liked_node_id)
-            is_last = index == len(place.choices) - 1
-            if await self._await_place(needs, 0.0 if is_last else needs.wait_s):
-                return needs
-            await self._cluster.release(self.key)
-            if not self._waiting:
-                return None
-        return None
-
-    def _choose_node(self, nodes: Sequence[NodeState], needs: NodeNeeds, place: Place) -> str:
+        """Return what was had of `place`. None: nobody wants it any more."""
         around = self._surroundings
-        silent = around.silent_nodes()
-        heard = [node for node in nodes if node.node_id not in silent]
-        num_same = around.count_family(self.group) + around.count_asked(self.group)
-        return choose_node(heard, needs, place.strategy, num_same)
-
-    async def _await_place(self, needs: NodeNeeds, limit_s: float) -> bool:
-        """Whether the place was had within limit_s; 0: no limit. Says meanwhile why it takes long."""
-        began_s = told_s = self._clock.now_s()
-        pause_s = _PLACE_POLL_S
-        while self._waiting:
-            reservation = await self._cluster.reservation(self.key)
-            if reservation.is_gone:
-                raise HostLost("its place was taken away before it was used")
-            if reservation.node_id:
-                self.node_id = reservation.node_id
-                return True
-            now_s = self._clock.now_s()
-            if limit_s and now_s - began_s >= limit_s:
-                return False
-            if now_s - told_s >= WAITING_PERIOD_S:
-                told_s = now_s
-                self._tell_waiting(explain_wait(await self._cluster.nodes(), needs))
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _MAX_PLACE_POLL_S)
-        return False
+        seeker = Seeker(
+            self.key,
+            lambda: bool(self._waiting),
+            lambda: around.count_family(self.group),
+            lambda: around.count_asked(self.group),
+            around.silent_nodes,
+            self._tell_waiting,
+        )
+        self._search = PlaceSearch(seeker, self._cluster, self._clock, place)
+        needs = await self._search.run()
+        self.node_id = self._search.node_id
+        return needs
 
     async def _describe(self, limit_s: float) -> HostReport:
         try:
@@ -282,6 +265,7 @@ class HostLink:
     async def _follow(self) -> None:
         """Pass commands on and follow events until no process is left."""
         sender = asyncio.create_task(self._send_commands())
+        watcher = asyncio.create_task(self._ranks.run())
         try:
             heard_s = self._clock.now_s()
             while self.processes or self._waiting:
@@ -294,11 +278,13 @@ class HostLink:
                     if silent_s >= LOST_AFTER_S:
                         raise HostGivenUp(f"{self._where()} has not answered for {silent_s:.0f} s") from None
                     self._tell_waiting(f"{self._where()} has not answered for {silent_s:.1f} s")
-                if sender.done():
-                    sender.result()
+                for task in (sender, watcher):
+                    if task.done():
+                        task.result()
         finally:
             sender.cancel()
-            await asyncio.gather(sender, return_exceptions=True)
+            watcher.cancel()
+            await asyncio.gather(sender, watcher, return_exceptions=True)
 
     async def _poll(self) -> None:
         answer = await self._cluster.call(self.key, "poll", self._sequence, POLL_S, limit_s=SILENT_AFTER_S)
@@ -332,6 +318,8 @@ class HostLink:
                 self._on_event(ProcessStarted(self.processes[state.name]))
             case ProcessEnded(state):
                 self.processes.pop(state.name, None)
+                if self._lost_rank:
+                    state = msgspec.structs.replace(state, last_output=self._lost_rank)
                 self._on_event(ProcessEnded(self._located(state)))
             case LauncherError(name):
                 if name not in self.processes:
@@ -344,6 +332,12 @@ class HostLink:
                 self._surroundings.on_tunnels()
             case _:
                 pass
+
+    def _lose_rank(self, reason: str) -> None:
+        """What it computed with is gone for good: end all, with a moment to hand open streams over."""
+        self._lost_rank = reason
+        for name in self.names():
+            self.stop(name, RANK_LOSS_GRACE_S)
 
     def _end_all(self, reason: str) -> None:
         """The host is gone, and its processes with it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Mapping
@@ -32,6 +33,8 @@ from headrace.api.run_paths import (
     HOST_PLACEHOLDER,
     IDENTITY_FILE,
     IDENTITY_PLACEHOLDER,
+    KEEPER_PLACEHOLDER,
+    NODE_PLACEHOLDER,
     PYTHON_PLACEHOLDER,
     RUN_DIR_PLACEHOLDER,
 )
@@ -90,6 +93,8 @@ class Keeper:
             PYTHON_PLACEHOLDER: sys.executable,
             HOST_PLACEHOLDER: LOOPBACK,
             IDENTITY_PLACEHOLDER: "",
+            NODE_PLACEHOLDER: LOOPBACK,
+            KEEPER_PLACEHOLDER: secrets.token_hex(8),
         }
         self._tunnels = HostTunnels(run_directory.path, self._say)
         self._tunneling: asyncio.Task[None] | None = None
@@ -133,6 +138,7 @@ class Keeper:
         except OSError as error:
             self._say(TunnelsOpened("", f"{path}: {error}"))
             return
+        self._values[NODE_PLACEHOLDER] = command.address
         if command.address != command.membership.home:
             self._values |= {HOST_PLACEHOLDER: command.address, IDENTITY_PLACEHOLDER: str(path)}
         if not self._is_controllers:
@@ -195,6 +201,7 @@ class Keeper:
         for name, text in spec.files.items():
             path = self._run_directory.path / name
             if not path.exists():
+                path.parent.mkdir(mode=0o700, exist_ok=True)
                 with open(path, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
                     file.write(text)
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import time
 from collections import Counter
+from pathlib import Path
 
 from headrace.api.messages import (
     LauncherError,
@@ -19,13 +21,17 @@ from headrace.api.messages import (
     NodeState,
     Processes,
     ProcessSpec,
+    gateway_group,
+    gateway_of_group,
 )
 from headrace.clock import Clock
 from headrace.fabric.cluster import Cluster, ClusterUnavailable, HostLost, HostSilent
+from headrace.fabric.host_keys import group_of, incarnation_of, make_key
 from headrace.fabric.host_link import HostLink, Surroundings
-from headrace.fabric.host_messages import Membership, SetTunnels
+from headrace.fabric.host_messages import CONTROLLER_GROUP, Membership, SetTunnels
 from headrace.fabric.host_routes import HostView, plan_tunnels
 from headrace.fabric.local import LauncherLost
+from headrace.fabric.own_tunnels import OwnTunnels
 from headrace.fabric.retirement import retire
 
 MAX_QUEUED_EVENTS = 10_000
@@ -36,12 +42,16 @@ REPLAN_DELAY_S = 0.02
 AVOIDED_S = 60.0
 """Nothing is placed on a node whose hosts were given up, until it is heard of again, or for so long: by then
 Ray has seen whether it is dead."""
+_log = logging.getLogger(__name__)
 
 
 class RayLauncher:
     """The Launcher over a Cluster. Made by `connect`."""
 
-    def __init__(self, cluster: Cluster, clock: Clock, identity: bytes) -> None:
+    def __init__(
+        self, cluster: Cluster, clock: Clock, identity: bytes, run_directory: Path | None = None
+    ) -> None:
+        self._own_tunnels = OwnTunnels(run_directory, cluster.own_address, self._on_own_tunnels)
         self._membership = Membership(identity, cluster.own_address)
         self._replan = asyncio.Event()
         self._cluster = cluster
@@ -61,10 +71,13 @@ class RayLauncher:
         return f"RayLauncher({len(self._links)} hosts, {len(self._nodes)} nodes)"
 
     @classmethod
-    async def connect(cls, cluster: Cluster, clock: Clock, identity: bytes) -> RayLauncher:
+    async def connect(
+        cls, cluster: Cluster, clock: Clock, identity: bytes, run_directory: Path | None = None
+    ) -> RayLauncher:
         """Find the hosts of the system that are there. identity: PEM that all its hosts share
-        (`cluster_identity`). Raises LauncherLost."""
-        launcher = cls(cluster, clock, identity)
+        (`cluster_identity`). run_directory: of this machine, with the identity in it; None: nothing of this
+        machine but its hosts is reached by others. Raises LauncherLost."""
+        launcher = cls(cluster, clock, identity, run_directory)
         try:
             await launcher._adopt_all()
         except ClusterUnavailable as error:
@@ -85,7 +98,9 @@ class RayLauncher:
                     LauncherError(spec.name, f"there are {MAX_HOSTS} hosts already, the most there may be")
                 )
                 return
-            link = self._links[group] = self._make_link(f"{group}#{_incarnation()}")
+            link = self._links[group] = self._make_link(
+                make_key(group, _incarnation(), 1 + len(spec.companions))
+            )
             link.start(spec)
             self._spawn(self._live(link))
         else:
@@ -108,6 +123,7 @@ class RayLauncher:
         return event
 
     def close(self) -> None:
+        self._own_tunnels.close()
         for task in self._tasks:
             task.cancel()
 
@@ -124,8 +140,8 @@ class RayLauncher:
         self._nodes = await self._cluster.nodes()
         self._put(Nodes(self._nodes, self._cluster.own_node_id))
         newest: dict[str, str] = {}
-        for key in sorted(await self._cluster.hosts(), key=lambda key: key.rpartition("#")[2]):
-            group = key.rpartition("#")[0]
+        for key in sorted(await self._cluster.hosts(), key=incarnation_of):
+            group = group_of(key)
             if group in newest:
                 self._spawn(self._retire(newest[group]))
             newest[group] = key
@@ -167,10 +183,19 @@ class RayLauncher:
             links = [link for link in self._links.values() if link.address and not link.is_over]
             if any(link.is_unheard for link in self._links.values()):
                 continue  # what goes through its tunnels is cut by no guess; it is heard of, or given up
+            home = self._cluster.own_address
             views = [HostView(link.group, link.address, link.tunnels) for link in links]
-            wishes = plan_tunnels(views, self._cluster.own_address)
+            views.append(HostView(CONTROLLER_GROUP, home, self._own_tunnels.address))
+            wishes = plan_tunnels(views, home)
+            is_alone = all(link.address != home for link in links)
+            self._own_tunnels.set(wishes.get(home) if is_alone else None)
             for link in links:
                 link.set_tunnels(wishes.get(link.address) or SetTunnels([], {}))
+
+    def _on_own_tunnels(self, problem: str) -> None:
+        if problem:
+            _log.warning("%s", problem)
+        self._replan.set()
 
     async def _retire(self, key: str, node_id: str = "") -> None:
         """End a host that may live on. node_id: where it is, if nothing is to be placed there until then."""
@@ -203,8 +228,8 @@ class RayLauncher:
         return {link.node_id for link in self._links.values() if link.is_silent} | self._given_up.keys()
 
     def _family(self, name: str) -> list[HostLink]:
-        family = name.rpartition("-")[0]
-        return [link for link in self._links.values() if link.group.rpartition("-")[0] == family]
+        family = _family_of(name)
+        return [link for link in self._links.values() if _family_of(link.group) == family]
 
     # ---- events ----------------
 
@@ -241,6 +266,11 @@ class RayLauncher:
         self._lost_reason = reason
         if not self._events.full():
             self._events.put_nowait(None)
+
+
+def _family_of(group: str) -> str:
+    """What groups have in common that are to be on different nodes."""
+    return gateway_group("") if gateway_of_group(group) else group.rpartition("-")[0]
 
 
 def _incarnation() -> str:

@@ -33,6 +33,7 @@ from headrace.gateway.metrics_server import serve_metrics
 from headrace.gateway.names import endpoint_of_backend
 from headrace.gateway.outlooks import Outlooks
 from headrace.gateway.paths import GatewayPaths
+from headrace.gateway.placed import localized
 from headrace.gateway.replicas import ReplicaTable
 from headrace.gateway.request_recorder import RequestRecorder
 from headrace.gateway.servers import ServerKeeper
@@ -277,7 +278,7 @@ class Router:
                 self.dispatcher.abandon(completion.id)
             # The first pass ended. The second has the same id and a line of its own, unless it is held, which
             # ends here, or never came: then the relay refused the request.
-            self.dispatcher.client_left(completion.id)
+            self.dispatcher.client_left(completion.id, self._clock.now_s())
             if 200 <= completion.status < 400 or self.dispatcher.knows(completion.id):
                 return
         if endpoint is None:
@@ -302,7 +303,7 @@ class Router:
             for waiting in self._waiting.due(now_s, self.dispatcher.is_held):
                 waiting.park()
             if self.dispatcher.num_held:
-                self.dispatcher.clients_left(self._closed_peers.find())
+                self.dispatcher.clients_left(self._closed_peers.find(), self._clock.now_s())
             await asyncio.sleep(TICK_S)
 
     def _on_controller(self, message: GatewaySpec | Outlook) -> None:
@@ -312,6 +313,7 @@ class Router:
             self._on_spec(message)
 
     def _on_spec(self, spec: GatewaySpec) -> None:
+        spec = localized(spec, self._spec.run_dir, self._spec.node)
         if spec == self._spec:
             return
         if (spec.run_dir, spec.gateway_id) != (self._spec.run_dir, self._spec.gateway_id):

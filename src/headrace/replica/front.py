@@ -104,7 +104,12 @@ class Front:
         self.departure = Departure(clock, self._reporter, streams, spec.handover_after_s, spec.drain_grace_s)
         services = AnswerServices(self.keeper, self.ledger, self._metrics)
         self._generator: Generator = Generator(
-            spec.endpoint, spec.max_open, fingerprint_of(spec), services, self.engine, clock
+            spec.endpoint,
+            spec.max_open + spec.max_surplus,
+            fingerprint_of(spec),
+            services,
+            self.engine,
+            clock,
         )
         self._routes = Routes(self.view, self._generator, self._metrics, spec.needs_gateway)
         heads = AnswerHeads(headers_of(spec), clock.wall_s)
@@ -120,7 +125,8 @@ class Front:
         """Whether text can become tokens and back."""
         return self._generator.has_model()
 
-    def _on_notice(self, left_s: float) -> None:
+    def on_notice(self, left_s: float) -> None:
+        """Its machine goes away in so many seconds: leave."""
         self.departure.leave_by_s = self._clock.now_s() + left_s
         self._stop_requested.set()
 
@@ -152,7 +158,7 @@ class Front:
         self.engine.start()
         tasks = [reporting, loading := asyncio.create_task(self._load_model())]
         for source in notice_sources(self._spec):
-            watcher = NoticeWatcher(source, self._clock, self._on_notice)
+            watcher = NoticeWatcher(source, self._clock, self.on_notice)
             tasks.append(asyncio.create_task(watcher.run()))
         try:
             await self._stop_requested.wait()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from headrace.api.framing import FrameDecoder, encode_frame
-from headrace.api.messages import FinishedRequest, LoadReport, ReportAck, SetSleep, Siblings
+from headrace.api.messages import FinishedRequest, LeaveBy, LoadReport, ReportAck, SetSleep, Siblings
 from headrace.errors import ProtocolError
 from headrace.replica.prefix_digest import PrefixDigest, PrefixFeed, PrefixNews
 
@@ -32,7 +32,8 @@ _MAX_PER_REPORT = 512
 _CONTROLLER_SOCKET = "controller.sock"
 _log = logging.getLogger(__name__)
 
-OnOrder = Callable[[SetSleep | Siblings], None]
+Order = SetSleep | Siblings | LeaveBy
+OnOrder = Callable[[Order], None]
 """Hears what a controller says: how deep the engine is to sleep, and who the siblings are."""
 MakeReport = Callable[[list[FinishedRequest], PrefixNews], LoadReport]
 
@@ -144,9 +145,9 @@ class ReportSink:
         self._news.set()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        # Only a controller may put the engine to sleep, or name siblings.
-        kinds = ReportAck if self.is_router or self._on_order is None else ReportAck | SetSleep | Siblings
-        decoder: FrameDecoder[ReportAck | SetSleep | Siblings] = FrameDecoder(kinds)
+        # Only a controller may put the engine to sleep, name siblings, or send it away.
+        kinds = ReportAck if self.is_router or self._on_order is None else ReportAck | Order
+        decoder: FrameDecoder[ReportAck | Order] = FrameDecoder(kinds)
         while data := await reader.read(65536):
             for message in decoder.feed(data):
                 if isinstance(message, ReportAck):

@@ -15,6 +15,7 @@ from headrace.api.messages import (
     EngineReady,
     FinishedRequest,
     GenerationRequest,
+    LeaveBy,
     LoadReport,
     ReplicaSpec,
     ReplicaState,
@@ -131,6 +132,10 @@ class ReplicaParts(Protocol):
 
     def has_model(self) -> bool:
         """Whether text can become tokens and back."""
+        ...
+
+    def on_notice(self, left_s: float) -> None:
+        """Its machine goes away in so many seconds: leave."""
         ...
 
 
@@ -287,10 +292,12 @@ class SelfView:
         error = self._parts.standby.error
         return error if error and self.state() in ("ready", "standby") else self._parts.engine.phase
 
-    def follow(self, order: SetSleep | Siblings) -> None:
+    def follow(self, order: SetSleep | Siblings | LeaveBy) -> None:
         """Do what the controller said."""
         if isinstance(order, SetSleep):
             self._parts.standby.set_level(order.level)
+        elif isinstance(order, LeaveBy):
+            self._parts.on_notice(order.left_s)
         else:
             siblings = local_siblings(order.siblings, self._spec.run_dir, self._spec.replica_id)
             self._parts.keeper.set_siblings(siblings)

@@ -62,13 +62,14 @@ def test_a_notice_that_stays_makes_trials_rarer_and_one_much_later_begins_anew()
     assert left_s(notices, now_s) == SETTLE_S
 
 
-def test_in_a_cluster_a_node_that_is_free_of_notices_is_enough() -> None:
+def test_in_a_cluster_places_avoid_nodes_with_notices_and_nothing_else_is_held_off() -> None:
     notices = noted("a")
-    assert left_s(notices, 100.0, ("a", "b")) == 0.0
     notices.note("b", "other", 50.0, -math.inf, 100.0)
-    assert left_s(notices, 100.0, ("a", "b")) == 30.0 + SETTLE_S, "the first that may stay after all"
-    assert left_s(notices, 100.0, ("a", "b", "c")) == 0.0
-    assert left_s(notices, 141.0, ("a", "b")) == 0.0
+    assert notices.avoided(100.0) == {"a": 30.0 + SETTLE_S, "b": 50.0 + SETTLE_S}
+    assert left_s(notices, 100.0, ("a", "b")) == 0.0, "what waits for a node makes the cluster add one"
+    assert notices.avoided(141.0) == {"b": 9.0 + SETTLE_S}
+    assert notices.avoided(161.0) == {}
+    assert noted("").avoided(100.0) == {}
 
 
 def test_in_a_cluster_an_endpoint_waits_when_the_choice_fell_on_a_node_that_leaves() -> None:
@@ -106,13 +107,14 @@ def test_whatever_is_said_the_wait_is_bounded(words: list[tuple[str, float, floa
         notices.note(node, "chat", leave_by_s, now_s - age_s, now_s)
         for nodes in ((), ("a",), ("a", "b"), ("a", "c")):
             assert 0.0 <= left_s(notices, now_s, nodes) <= MAX_NOTICE_S + MAX_SETTLE_S
+        assert all(0.0 < left <= MAX_NOTICE_S + MAX_SETTLE_S for left in notices.avoided(now_s).values())
     for nodes in ((), ("a", "b")):
         assert left_s(notices, now_s + MAX_NOTICE_S + MAX_SETTLE_S, nodes) == 0.0
+    assert notices.avoided(now_s + MAX_NOTICE_S + MAX_SETTLE_S) == {}
 
 
 def test_machines_are_forgotten_beyond_a_bound_those_whose_time_is_over_first() -> None:
     notices = noted("first")
     for number in range(MAX_MACHINES):
         notices.note(f"n{number}", "chat", 60.0, -math.inf, 101.0)
-    assert left_s(notices, 101.0, ("first",)) == 0.0
-    assert left_s(notices, 101.0, ("n0",)) > 0.0
+    assert set(notices.avoided(101.0)) == {f"n{number}" for number in range(MAX_MACHINES)}

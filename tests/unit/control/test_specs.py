@@ -142,3 +142,18 @@ def test_vllms_arguments_reach_its_engines_and_decide_their_class() -> None:
     assert other.generation != spec.generation
     native, _ = specs("native", dtype="float16")
     assert native.engine.vllm_args == {}
+
+
+def test_a_replica_takes_what_all_gateways_may_send_it_in_one_moment() -> None:
+    def limits(count: int, max_open: int) -> tuple[int, int]:
+        endpoint = {"model": "simulated", "engine": "simulated", "max_open": max_open}
+        gateway = {"bind": "127.0.0.1:8000", "count": count}
+        spec = replica_process(
+            parse_config({"endpoints": {"chat": endpoint}, "gateway": gateway}), "chat", "chat-1", Path("/r")
+        )
+        front = msgspec.json.decode(spec.argv[-1], type=ReplicaSpec)
+        return front.max_open, front.max_open + front.max_surplus
+
+    assert limits(1, 8) == (8, 8)
+    assert limits(3, 8) == (8, 24)
+    assert limits(3, 40_000) == (40_000, 65_536), "what an engine takes"

@@ -176,6 +176,38 @@ def test_in_a_cluster_the_notice_of_one_node_keeps_nothing_from_the_others() -> 
     assert world.launcher.num_started == num_started + 1
 
 
+def test_the_replica_of_a_drained_node_leaves_when_another_one_is_ready() -> None:
+    world = World(config(chat={"replicas": 1}))
+    nodes = [NodeState("a", "1.1.1.1"), NodeState("b", "1.1.1.2")]
+    world.state.on_nodes(Nodes(nodes, "b"), 100.0, 1000.0)
+    world.settle(3)
+    world.state.fleet.slots["chat-1"].node = "a"
+    drained = msgspec.structs.replace(nodes[0], is_draining=True, drain_deadline_s=1060.0)
+    now_s = world.clock.now_s()
+    world.state.on_nodes(Nodes([drained, nodes[1]], "b"), now_s, 1000.0)
+    world.turn()
+    assert set(world.launcher.alive) == {"chat-1", "chat-2"}
+    assert world.state.leaving() == {}, "the other one is not ready yet"
+    world.state.fleet.slots["chat-2"].node = "b"
+    world.settle(2)
+    assert world.state.leaving() == {"chat-1": now_s + 60.0}
+    told = describe(world.state, Path(), now_s + 1.0)
+    assert [node.leaving for node in told.nodes] == ["draining for 59 s more, by Ray", ""]
+    world.leave_by_notice("chat-1", 59.0)
+    world.settle()
+    assert set(world.launcher.alive) == {"chat-2"}
+    assert world.state.leaving() == {}
+    assert set(world.state.fleet.notices.avoided(world.clock.now_s())) == {"a"}
+
+
+def test_a_drained_node_of_the_controller_is_warned_of() -> None:
+    world = World(config(chat={"replicas": 1}))
+    drained = NodeState("a" * 20, "1.1.1.1", is_draining=True)
+    world.state.on_nodes(Nodes([drained], drained.node_id), 100.0, 1000.0)
+    (warning,) = describe(world.state, Path(), 100.0).warnings
+    assert warning.startswith("node aaaaaaaa is draining, by Ray, without a deadline: the controller")
+
+
 def test_scaling_to_zero_is_obeyed_at_once() -> None:
     world = World(config(chat={"replicas": {"min": 0, "max": 2}}))
     world.held = {"chat": 1}

@@ -13,6 +13,7 @@ from headrace.api.messages import (
     EngineReady,
     EngineSpec,
     GenerationRequest,
+    LeaveBy,
     Placed,
     ReplicaSpec,
     SamplingParams,
@@ -60,6 +61,7 @@ class FakeParts:
     has_begun: bool = False
     level: int = -1
     siblings: list[str] = field(default_factory=list)
+    left_told_s: float = -1.0
     num_checks: int = 0
 
     @property
@@ -85,6 +87,9 @@ class FakeParts:
 
     def set_siblings(self, siblings: Sequence[Sibling]) -> None:
         self.siblings = [sibling.replica_id for sibling in siblings]
+
+    def on_notice(self, left_s: float) -> None:
+        self.left_told_s = left_s
 
     def check_integrity(self) -> None:
         self.num_checks += 1
@@ -194,6 +199,8 @@ def test_orders_reach_the_part_that_they_are_for_and_nobody_is_its_own_sibling()
     assert parts.level == 2
     view.follow(Siblings([Sibling(name, "", "", "ready") for name in ("chat-1", "chat-2")]))
     assert parts.siblings == ["chat-2"]
+    view.follow(LeaveBy(30.0))
+    assert parts.left_told_s == 30.0
 
 
 def test_metrics_show_the_gauges_of_now_after_a_check() -> None:

@@ -2,8 +2,8 @@
 
     front  -> engine      EngineCommand       submit, abort, drain, sleep, wake
     engine -> front       EngineEvent         starting, ready, one StepBatch per step, failed
-    front  -> router and controller   LoadReport (`ReportAck` comes back; from the controller `SetSleep` and
-                                      `Siblings`, too)
+    front  -> router and controller   LoadReport (`ReportAck` comes back; from the controller `SetSleep`,
+                                      `Siblings` and `LeaveBy`, too)
     front  -> sibling's front         PeerCommand, PeerEvent comes back: a stream continued elsewhere
     router -> controller      Demand  (`GatewaySpec` comes back when the config changes, and `Outlook`)
     controller -> supervisor  LauncherCommand (`LauncherEvent` comes back)
@@ -83,6 +83,7 @@ from headrace.api.messages.gateway import (
     TenantRule,
     VersionDemand,
     gateway_group,
+    gateway_of_group,
     haproxy_name,
     relay_name,
     router_name,
@@ -107,6 +108,7 @@ from headrace.api.messages.launcher import (
 )
 from headrace.api.messages.replica import (
     FinishedRequest,
+    LeaveBy,
     LoadReport,
     ReplicaSpec,
     ReplicaState,
@@ -151,6 +153,7 @@ __all__ = [
     "LauncherCommand",
     "LauncherError",
     "LauncherEvent",
+    "LeaveBy",
     "ListKeys",
     "ListProcesses",
     "LoadReport",
@@ -204,6 +207,7 @@ __all__ = [
     "Wake",
     "gateway_group",
     "gateway_of",
+    "gateway_of_group",
     "haproxy_name",
     "relay_name",
     "router_name",
