@@ -70,7 +70,7 @@ class Surroundings:
     count_asked: Callable[[str], Counter[str]]
     """How many others of the family wait for a place that was asked on each node."""
     silent_nodes: Callable[[], Collection[str]]
-    """Nodes that no place is asked on: the cluster may take a dead one for alive for most of a minute."""
+    """Nodes that do not answer."""
     on_tunnels: Callable[[], None]
     """Called when a link's address or tunnels change."""
 
@@ -131,6 +131,11 @@ class HostLink:
     @property
     def group(self) -> str:
         return group_of(self.key)
+
+    @property
+    def liked_node_id(self) -> str:
+        """Where its place was asked for, if not anywhere."""
+        return self._search.liked_node_id if self._search is not None else ""
 
     def names(self) -> list[str]:
         return [*self.processes, *self._waiting]
