@@ -9,6 +9,7 @@ import contextlib
 import json
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,6 +61,7 @@ class System:
             status = self.status()
             if status and condition(status):
                 return status
+            assert self.process.poll() is None, (self.cluster.directory / "up.log").read_text()
             assert time.monotonic() < deadline_s, self.explain(status)
             time.sleep(0.1)
 
@@ -197,6 +199,72 @@ def test_what_fits_nowhere_is_said_and_a_node_that_comes_is_used_and_missed(clus
         assert system.ask().status_code == 200
 
 
+class Load:
+    """Clients that stream one answer after the other; `answers` has how each ended."""
+
+    def __init__(self, system: System, num_clients: int, num_tokens: int) -> None:
+        self.answers: list[str] = []
+        self._system, self._num_tokens = system, num_tokens
+        self._is_over = threading.Event()
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(num_clients)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> list[str]:
+        """Let the open ones end; return how all ended."""
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join(60)
+        return self.answers
+
+    def _run(self) -> None:
+        body = {
+            "model": "chat",
+            "max_tokens": self._num_tokens,
+            "stream": True,
+            "messages": [{"role": "user", "content": "hi"}],
+        }
+        while not self._is_over.is_set():
+            try:
+                answer = httpx.post(
+                    f"http://127.0.0.1:{self._system.port}/v1/chat/completions", json=body, timeout=60
+                )
+                num_tokens = answer.text.count('"content":')
+                is_whole = answer.text.endswith("data: [DONE]\n\n") and num_tokens >= self._num_tokens
+                self.answers.append("whole" if is_whole else f"{answer.status_code}: {answer.text[-500:]}")
+            except httpx.HTTPError as error:
+                self.answers.append(repr(error))
+
+
+def test_a_node_that_ray_drains_is_left_under_load_without_a_lost_request(cluster: RayCluster) -> None:
+    node = cluster.add_node("--num-cpus=2", "--labels=kind=spot")
+    spread = {"replicas": {"min": 2, "max": 4}, "simulated": {"step_ms": 20}}
+    with running(cluster, **spread) as system:
+        status = system.status()
+        spot = next(entry for entry in status["nodes"] if entry["labels"].get("kind") == "spot")
+        assert len(spot["replicas"]) == 1
+        load, num_ready = Load(system, 4, 200), []
+        drained_s = time.monotonic()
+        cluster.drain_node(spot["node_id"], 90)
+
+        def has_left(status: dict[str, Any]) -> bool:
+            num_ready.append(status["endpoints"][0]["ready"])
+            return not any(replica["node"] == spot["node_id"] for replica in status["replicas"])
+
+        told = system.wait(lambda status: any(node["leaving"] for node in status["nodes"]))
+        print(f"status said so after {time.monotonic() - drained_s:.1f} s")
+        said = next(entry["leaving"] for entry in told["nodes"] if entry["node_id"] == spot["node_id"])
+        assert said.startswith("draining for ")
+        system.wait(has_left)
+        print(f"its replica had left after {time.monotonic() - drained_s:.1f} s")
+        assert min(num_ready) == 2, num_ready
+        system.wait(lambda status: len(status["nodes"]) == 1)  # Ray ends a drained node that is empty
+        answers = load.stop()
+        print(f"{len(answers)} answers")
+        assert set(answers) == {"whole"}, [answer for answer in answers if answer != "whole"]
+    node.stop()
+
+
 def test_a_replica_of_another_address_serves(cluster: RayCluster) -> None:
     node = cluster.add_node("--num-cpus=1", "--node-ip-address=127.0.0.2", "--labels=kind=far")
     with running(cluster, nodes={"labels": {"kind": "far"}}) as system:
@@ -206,6 +274,31 @@ def test_a_replica_of_another_address_serves(cluster: RayCluster) -> None:
         assert status["replicas"][0]["address"].startswith("127.0.0.2:")
         assert system.ask().status_code == 200
     node.stop()
+
+
+def test_ranks_have_hosts_of_their_own_and_are_lost_together(cluster: RayCluster) -> None:
+    native = {"tensor_parallel": 2, "num_threads": 2, "dtype": "int8", "kv_cache_mb": 64, "packed_dir": "off"}
+    with running(cluster, engine="native", native=native) as system:
+        before = system.status()
+        expected = system.ask().json()["choices"][0]["message"]["content"]
+        engine, rank = (pid_of(before, f"engine chat-1{which}") for which in ("", " rank 1"))
+        assert psutil.Process(rank).ppid() == pid_of(before, "holder of rank 1")
+        psutil.Process(rank).kill()  # the engine goes with it, and the front starts both again
+        after = system.wait(lambda status: pid_of(status, "engine chat-1") not in (0, engine))
+        after = system.wait(lambda status: bool(status["is_ready"]))
+        assert pid_of(after, "front chat-1") == pid_of(before, "front chat-1")
+        assert system.ask().json()["choices"][0]["message"]["content"] == expected
+        keeper = psutil.Process(pid_of(after, "holder of rank 1")).parent()
+        assert keeper is not None
+        host = keeper.parent()
+        assert host is not None
+        lost_s = time.monotonic()
+        host.kill()
+        status = system.wait(lambda status: "the host of rank 1 is lost" in str(status["replicas"]))
+        print(f"a lost rank's host was noticed within {time.monotonic() - lost_s:.2f} s")
+        status = system.wait(lambda status: bool(status["is_ready"]) and len(status["replicas"]) == 1)
+        assert pid_of(status, "front chat-1") != pid_of(before, "front chat-1")
+        assert system.ask().json()["choices"][0]["message"]["content"] == expected
 
 
 def test_down_ends_a_detached_system_from_anywhere(cluster: RayCluster) -> None:

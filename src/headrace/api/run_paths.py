@@ -26,6 +26,8 @@ IDENTITY_PLACEHOLDER = "@IDENTITY@"
 
 CONTROLLER_SOCKET = "controller.sock"
 ADMIN_HTTP_SOCKET = "admin-http.sock"
+HEARTBEAT_FILE = "controller.beat"
+"""The controller touches it once a second."""
 LOG_DIRECTORY = "logs"
 IDENTITY_FILE = "cluster.pem"
 """The key and certificate that all hosts of a cluster share (`fabric.cluster_identity`), mode 0600."""
@@ -68,6 +70,12 @@ def peer_socket_path(run_dir: str, replica_id: str) -> str:
     """Return the path of the UNIX socket on which a front takes its siblings' streams into its engine; empty
     if that is too long for a socket: then it takes none."""
     return _replica_socket_path(run_dir, "peer", replica_id)
+
+
+def rank_socket_path(run_dir: str, replica_id: str) -> str:
+    """Return the path of the UNIX socket on which a replica's engine finds the ranks that a launcher placed.
+    Short, so that it fits in any run directory, also one that is not known yet."""
+    return f"{run_dir}/ranks-{sha256(replica_id.encode()).hexdigest()[:8]}.sock"
 
 
 def _replica_socket_path(run_dir: str, kind: str, replica_id: str) -> str:

@@ -8,6 +8,7 @@ the socket `FD` closes: the actor died, was killed, or lost its node. Must not k
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import socket
@@ -41,6 +42,7 @@ from headrace.api.run_paths import (
 from headrace.fabric.channel import Channel
 from headrace.fabric.children import Children
 from headrace.fabric.cluster_identity import keep_identity
+from headrace.fabric.heartbeat import Heartbeats
 from headrace.fabric.host_messages import (
     CONTROLLER_GROUP,
     HostCommand,
@@ -55,6 +57,7 @@ from headrace.fabric.run_directory import RunDirectoryError
 from headrace.fabric.shared_run_directory import SharedRunDirectory
 
 LOOPBACK = "127.0.0.1"
+NICENESS_VARIABLE = "RAY_worker_niceness"
 
 
 def localize(spec: ProcessSpec, values: Mapping[str, str]) -> ProcessSpec:
@@ -86,6 +89,7 @@ class Keeper:
         self._failures: dict[str, int] = {}
         self._started_s: dict[str, float] = {}
         self._stopping: set[str] = set()
+        self._heartbeats = Heartbeats()
         self._gone = asyncio.Event()
         self._channel = Channel(HostCommand, self._on_command, self._on_close)
         self._values = {
@@ -107,9 +111,11 @@ class Keeper:
         loop = asyncio.get_running_loop()
         await loop.create_unix_connection(lambda: self._channel, sock=connection)
         self._say(Processes([]))
+        watching = asyncio.create_task(self._watch_heartbeats())
         try:
             await self._gone.wait()
         finally:
+            watching.cancel()
             self._children.kill_all_and_reap()
             if self._tunneling is not None:
                 self._tunneling.cancel()
@@ -164,8 +170,26 @@ class Keeper:
 
     def _start(self, spec: ProcessSpec) -> None:
         state = self._children.start(spec)
-        self._started_s[spec.name] = asyncio.get_running_loop().time()
+        now_s = self._started_s[spec.name] = asyncio.get_running_loop().time()
+        if spec.heartbeat_file:
+            self._heartbeats.watch(spec.name, self._run_directory.path / spec.heartbeat_file, now_s)
         self._say(ProcessStarted(state))
+
+    async def _watch_heartbeats(self) -> None:
+        """Kill what hangs: it is started again as if it had ended by itself."""
+        while True:
+            await asyncio.sleep(Heartbeats.LOOK_S)
+            for name, silent_s in self._heartbeats.hung(asyncio.get_running_loop().time()).items():
+                self._heartbeats.forget(name)
+                self._note_in_log(name, f"{name} has been silent for {silent_s:.0f} s: its keeper kills it")
+                self._children.kill(name)
+
+    def _note_in_log(self, name: str, text: str) -> None:
+        spec = self._restarted.get(name)
+        with contextlib.suppress(OSError):
+            if spec is not None and spec.log_path:
+                with open(spec.log_path, "a", encoding="utf-8") as log:
+                    log.write(f"{text}\n")
 
     def _was_waiting(self, name: str) -> bool:
         """Whether `name` waited for its next start, which now is not to come."""
@@ -177,6 +201,7 @@ class Keeper:
     def _on_ended(self, ended: ProcessState) -> None:
         name = ended.name
         lived_s = asyncio.get_running_loop().time() - self._started_s.pop(name)
+        self._heartbeats.forget(name)
         spec = self._restarted.get(name)
         self._say(ProcessEnded(ended))
         if spec is None or name in self._stopping or ended.exit_code == 0:
@@ -212,8 +237,17 @@ class Keeper:
         self._gone.set()
 
 
+def take_usual_priority() -> None:
+    """Leave the niceness of 15 that Ray gives its workers, where we may: who serves must not come behind
+    everything else of the machine. RAY_worker_niceness, if somebody set it, stands."""
+    if NICENESS_VARIABLE not in os.environ:
+        with contextlib.suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
+
+
 def main() -> int:
     fd, path, name = sys.argv[1:]
+    take_usual_priority()
     setproctitle(f"headrace: keeper {name}")
     connection = socket.socket(fileno=int(fd))
     try:

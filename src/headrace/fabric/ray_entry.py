@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 import socket
 
-from headrace.api.config import split_host_port
+from headrace.api.notation import split_host_port
 from headrace.fabric.cluster import ClusterUnavailable
 
 RAY_VERSION = "2.60"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,6 +44,7 @@ from headrace.replica.validate import (
     check_token_ids,
     count_choices,
     parse_stops,
+    split_prompts,
 )
 
 CHAT_PATH = "/v1/chat/completions"
@@ -125,7 +126,9 @@ class Generator:
         self.remote: RemoteSide | None = None
         """Of a durable front: its engines are replicas'."""
         self.is_closed = False
-        """Every router knows that this replica leaves: refuse what still comes."""
+        """Every router knows that this replica leaves: refuse what still comes, unless it may be held."""
+        self.may_hold: Callable[[bool], bool] = lambda is_leaving: False
+        """Whether requests may wait for an engine here (`policy.resumption.may_hold`)."""
 
     def __repr__(self) -> str:
         return f"Generator({len(self._preparing)} preparing, {len(self._answers)} answers)"
@@ -189,11 +192,11 @@ class Generator:
         self, request: HttpRequest, responder: Responder, record: RequestRecord, headers: str
     ) -> Answer:
         """Return the running answer. Raises RequestError and _ClientGone; then nothing runs."""
-        if self.is_closed:
+        if self._has_failed_open or (self.is_closed and not self.may_hold(True)):
             raise _leaving()
         if self.remote is not None:
             await self.remote.wait_known()
-        limits = self._limits()
+        limits = self._limits(may_hold=self.is_closed or self.may_hold(False))
         # This request is counted as open already.
         if self._services.ledger.num_open > self._max_open:
             raise Overloaded(
@@ -234,9 +237,9 @@ class Generator:
             self._caching.admit(requests[0], request.body)
         return answer
 
-    def _limits(self) -> ModelLimits:
+    def _limits(self, *, may_hold: bool = False) -> ModelLimits:
         engine = self._engine
-        if engine.state != "ready" or engine.info is None:
+        if not (engine.state == "ready" or may_hold) or engine.info is None:
             raise Overloaded(engine.why_not_ready(), retry_after_s=1.0)
         if self._model is None:
             raise Overloaded("the model's tokenizer is being loaded; try again shortly", retry_after_s=1.0)
@@ -368,25 +371,3 @@ def _leaving() -> Overloaded:
 
 def _choice_id(base: str, index: int, total: int) -> str:
     return base if total == 1 else f"{base}#{index}"
-
-
-def split_prompts(prompt: str | list[Any]) -> list[str | list[int]]:
-    """Return the prompts of a completion request. Raises InvalidRequest."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if _is_token_ids(prompt):
-        return [prompt]
-    if prompt and all(isinstance(part, str) for part in prompt):
-        return list(prompt)
-    if prompt and all(isinstance(part, list) and _is_token_ids(part) for part in prompt):
-        return list(prompt)
-    raise InvalidRequest(
-        "prompt must be a text, a list of texts, a list of token ids, or a list of lists of token ids, "
-        "and not empty",
-        param="prompt",
-        code="invalid_type",
-    )
-
-
-def _is_token_ids(value: list[Any]) -> bool:
-    return bool(value) and all(type(part) is int for part in value)

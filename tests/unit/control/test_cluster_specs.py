@@ -11,7 +11,7 @@ import pytest
 from headrace.api.config import Config
 from headrace.api.config_loader import parse_config
 from headrace.api.messages import NodeNeeds, ReplicaSpec
-from headrace.api.run_paths import PYTHON_PLACEHOLDER, RUN_DIR_PLACEHOLDER
+from headrace.api.run_paths import PYTHON_PLACEHOLDER, RUN_DIR_PLACEHOLDER, rank_socket_path
 from headrace.control.config_changes import keep_address
 from headrace.control.specs import (
     CONFIG_FILE,
@@ -34,7 +34,8 @@ def needs_of(**endpoint: Any) -> list[NodeNeeds]:
 def test_a_native_replica_takes_as_many_cores_as_it_has_threads() -> None:
     assert needs_of() == [NodeNeeds({"CPU": 1.0})]
     assert needs_of(native={"num_threads": 4}) == [NodeNeeds({"CPU": 4.0})]
-    assert needs_of(native={"num_threads": 2, "tensor_parallel": 2}) == [NodeNeeds({"CPU": 4.0})]
+    assert needs_of(native={"num_threads": 2, "tensor_parallel": 2}) == [NodeNeeds({"CPU": 2.0})]
+    assert needs_of(native={"tensor_parallel": 3}) == [NodeNeeds({"CPU": 3.0})]
     assert needs_of(nodes={"resources": {"CPU": 2, "GPU": 1}}) == [NodeNeeds({"CPU": 2.0, "GPU": 1.0})]
     assert needs_of(engine="simulated") == [NodeNeeds({"CPU": 0.1})]
 
@@ -42,6 +43,23 @@ def test_a_native_replica_takes_as_many_cores_as_it_has_threads() -> None:
 def test_its_engine_has_the_threads_of_the_cores_that_it_takes() -> None:
     spec = cluster_replica_process(config_of(nodes={"resources": {"CPU": 3}}), "chat", "chat-1", Path("/run"))
     assert msgspec.json.decode(spec.argv[-1], type=ReplicaSpec).engine.num_threads == 3
+
+
+def test_each_further_rank_is_held_by_a_companion_that_finds_the_engine_by_its_socket() -> None:
+    config = config_of(native={"tensor_parallel": 3}, nodes={"resources": {"CPU": 6}})
+    spec = cluster_replica_process(config, "chat", "chat-1", Path("/run"))
+    engine = msgspec.json.decode(spec.argv[-1], type=ReplicaSpec).engine
+    assert engine.rank_socket == rank_socket_path(RUN_DIR_PLACEHOLDER, "chat-1")
+    assert engine.num_threads == 6
+    assert [each.name for each in spec.companions] == ["chat-1-rank-1", "chat-1-rank-2"]
+    assert [each.argv[-2:] for each in spec.companions] == [
+        [engine.rank_socket, "1"],
+        [engine.rank_socket, "2"],
+    ]
+    assert all(each.is_restarted and each.argv[0] == PYTHON_PLACEHOLDER for each in spec.companions)
+    alone = cluster_replica_process(config_of(), "chat", "chat-1", Path("/run"))
+    assert not alone.companions
+    assert not msgspec.json.decode(alone.argv[-1], type=ReplicaSpec).engine.rank_socket
 
 
 def test_preferences_add_to_what_the_section_asks() -> None:
