@@ -1,25 +1,25 @@
 """headrace as one Ray Serve application: `import_path: headrace.ray_serve:app` (docs/guides/ray-serve.md).
 
-Puts the deployment and the system that it holds together. Imports Ray only when it is called.
+Puts the deployment and the system that it holds together. Must not know Ray.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from headrace.control.hosted_system import READY_LIMIT_S, HostedSystem
 from headrace.errors import ConfigError
 from headrace.fabric.ray_serve import application
 
-if TYPE_CHECKING:
-    from ray.serve import Application
-
 _KNOWN: dict[str, tuple[type, ...]] = {"name": (str,), "ready_limit_s": (int, float)}
 
 
-def app(args: dict[str, Any]) -> Application:
-    """Return the application. args: name of the system ("default" if it is not given), and ready_limit_s, how
-    long a start may take (1800). Its config is the deployment's `user_config`. Raises ConfigError."""
+def app(args: dict[str, Any]) -> Any:
+    """Return an Application of Ray Serve. args: name of the system ("default" if it is not given), and
+    ready_limit_s, how long a start may take (1800). The config is the deployment's `user_config`.
+
+    Raises ConfigError.
+    """
     wrong = [key for key, value in args.items() if key not in _KNOWN or not isinstance(value, _KNOWN[key])]
     if wrong:
         given = ", ".join(f"{key}={args[key]!r}" for key in wrong)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
-import psutil
 import pytest
 from tests.integration.front_process import RunningFront, running_front
-from tests.slow.vllm_rig import START_LIMIT_S, spec_of, start_engine, write_model
+from tests.slow.vllm_rig import START_LIMIT_S, is_gone, processes_below, spec_of, start_engine, write_model
 
 from headrace.api.messages import EngineFailed, EngineSpec
 
@@ -33,8 +32,8 @@ def write_adapter(directory: Path, model: Path, seed: int, *, num_layers: int = 
     tensors = {}
     for layer in range(num_layers or config["num_hidden_layers"]):
         name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-        tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, size, generator=random)
-        tensors[f"{name}.lora_B.weight"] = torch.randn(size, RANK, generator=random)
+        tensors[f"{name}.lora_A.weight"] = 0.3 * torch.randn(RANK, size, generator=random)
+        tensors[f"{name}.lora_B.weight"] = 0.3 * torch.randn(size, RANK, generator=random)
     directory.mkdir()
     save_file(tensors, directory / "adapter_model.safetensors")
     described = {
@@ -103,24 +102,34 @@ def test_what_is_served_is_listed_and_what_is_not_is_not_found(front: RunningFro
     assert "this replica serves 'chat', 'poet', 'law'" in missing.text
 
 
-def test_a_stream_goes_on_with_its_adapter_after_the_engine_core_was_killed(front: RunningFront) -> None:
-    undisturbed = ask(front, "poet", max_tokens=200, ignore_eos=True).json()["choices"][0]["text"]
+def stream(front: RunningFront, on_text: Callable[[str], None]) -> str:
     body = {"model": "poet", "prompt": PROMPT, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
-    text, is_killed = "", False
-    url = f"{front.url}/v1/completions"
+    text, url = "", f"{front.url}/v1/completions"
     with httpx.stream("POST", url, json={**body, "stream": True}, timeout=START_LIMIT_S) as answer:
         for line in answer.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
-            if not is_killed and len(text) > 40:
-                is_killed = True
-                for process in psutil.Process(front.process.pid).children(recursive=True):
-                    if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline()):
-                        process.kill()
-    assert is_killed
-    assert text[:60] == undisturbed[:60], "the same weights, before and after"
-    assert len(text) > 60
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                assert "error" not in event, event
+                text += event["choices"][0]["text"]
+                on_text(text)
+    return text
+
+
+def test_a_stream_goes_on_with_its_adapter_after_the_engine_core_was_killed(front: RunningFront) -> None:
+    undisturbed = stream(front, lambda text: None)
+    below = processes_below(front.router.latest.engine_pid)
+    (core,) = [process for process in below if "EngineCore" in process.name() + " ".join(process.cmdline())]
+    killed_at: list[int] = []
+
+    def kill_once(text: str) -> None:
+        if not killed_at and len(text) > 40:
+            killed_at.append(len(text))
+            core.kill()
+
+    text = stream(front, kill_once)
+    assert killed_at
+    assert is_gone(core)
+    assert text == undisturbed, f"cut after {killed_at[0]} characters"
 
 
 def test_an_adapter_that_is_none_ends_the_start_and_says_which(model: Path, tmp_path: Path) -> None:
