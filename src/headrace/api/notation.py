@@ -45,11 +45,3 @@ def split_address(value: str) -> tuple[str, int]:
                 f"{host!r} is not an IP address; use 127.0.0.1, [::1], 0.0.0.0 or localhost"
             ) from None
     return host, int(port)
-
-
-def split_bind(value: str) -> tuple[str, int]:
-    """Split the address of a gateway: `host:port`, or `node:port`. Raises ValueError."""
-    host, separator, port = value.rpartition(":")
-    if host == NODE_HOST and separator:
-        return host, split_address(f"0.0.0.0:{port}")[1]
-    return split_address(value)

@@ -132,11 +132,6 @@ class HostLink:
     def group(self) -> str:
         return group_of(self.key)
 
-    @property
-    def liked_node_id(self) -> str:
-        """Where its place was asked for, if not anywhere."""
-        return self._search.liked_node_id if self._search is not None else ""
-
     def names(self) -> list[str]:
         return [*self.processes, *self._waiting]
 
