@@ -122,7 +122,14 @@ def left_over(cluster: RayCluster) -> list[str]:
 
 
 def pid_of(status: dict[str, Any], name: str) -> int:
-    return next(process["pid"] for process in status["processes"] if process["name"] == name)
+    """0: there is none now."""
+    return next((process["pid"] for process in status["processes"] if process["name"] == name), 0)
+
+
+def titled(title: str) -> psutil.Process:
+    """The process of this title."""
+    (found,) = [process for process in psutil.process_iter() if process.cmdline()[:1] == [title]]
+    return found
 
 
 def test_a_system_serves_scales_and_leaves_nothing(cluster: RayCluster) -> None:
@@ -281,14 +288,15 @@ def test_ranks_have_hosts_of_their_own_and_are_lost_together(cluster: RayCluster
     with running(cluster, engine="native", native=native) as system:
         before = system.status()
         expected = system.ask().json()["choices"][0]["message"]["content"]
-        engine, rank = (pid_of(before, f"engine chat-1{which}") for which in ("", " rank 1"))
-        assert psutil.Process(rank).ppid() == pid_of(before, "holder of rank 1")
-        psutil.Process(rank).kill()  # the engine goes with it, and the front starts both again
+        engine, rank = pid_of(before, "engine chat-1"), titled("headrace: engine chat-1 rank 1")
+        holder = titled("headrace: holder of rank 1")
+        assert rank.ppid() == holder.pid
+        rank.kill()  # the engine goes with it, and the front starts both again
         after = system.wait(lambda status: pid_of(status, "engine chat-1") not in (0, engine))
         after = system.wait(lambda status: bool(status["is_ready"]))
         assert pid_of(after, "front chat-1") == pid_of(before, "front chat-1")
         assert system.ask().json()["choices"][0]["message"]["content"] == expected
-        keeper = psutil.Process(pid_of(after, "holder of rank 1")).parent()
+        keeper = holder.parent()
         assert keeper is not None
         host = keeper.parent()
         assert host is not None
