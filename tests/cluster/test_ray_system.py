@@ -208,6 +208,31 @@ def test_a_replica_of_another_address_serves(cluster: RayCluster) -> None:
     node.stop()
 
 
+def test_ranks_have_hosts_of_their_own_and_are_lost_together(cluster: RayCluster) -> None:
+    native = {"tensor_parallel": 2, "num_threads": 2, "dtype": "int8", "kv_cache_mb": 64, "packed_dir": "off"}
+    with running(cluster, engine="native", native=native) as system:
+        before = system.status()
+        expected = system.ask().json()["choices"][0]["message"]["content"]
+        engine, rank = (pid_of(before, f"engine chat-1{which}") for which in ("", " rank 1"))
+        assert psutil.Process(rank).ppid() == pid_of(before, "holder of rank 1")
+        psutil.Process(rank).kill()  # the engine goes with it, and the front starts both again
+        after = system.wait(lambda status: pid_of(status, "engine chat-1") not in (0, engine))
+        after = system.wait(lambda status: bool(status["is_ready"]))
+        assert pid_of(after, "front chat-1") == pid_of(before, "front chat-1")
+        assert system.ask().json()["choices"][0]["message"]["content"] == expected
+        keeper = psutil.Process(pid_of(after, "holder of rank 1")).parent()
+        assert keeper is not None
+        host = keeper.parent()
+        assert host is not None
+        lost_s = time.monotonic()
+        host.kill()
+        status = system.wait(lambda status: "the host of rank 1 is lost" in str(status["replicas"]))
+        print(f"a lost rank's host was noticed within {time.monotonic() - lost_s:.2f} s")
+        status = system.wait(lambda status: bool(status["is_ready"]) and len(status["replicas"]) == 1)
+        assert pid_of(status, "front chat-1") != pid_of(before, "front chat-1")
+        assert system.ask().json()["choices"][0]["message"]["content"] == expected
+
+
 def test_down_ends_a_detached_system_from_anywhere(cluster: RayCluster) -> None:
     config = write_config(cluster, free_port())
     done = cluster.headrace(

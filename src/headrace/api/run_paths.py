@@ -70,6 +70,12 @@ def peer_socket_path(run_dir: str, replica_id: str) -> str:
     return _replica_socket_path(run_dir, "peer", replica_id)
 
 
+def rank_socket_path(run_dir: str, replica_id: str) -> str:
+    """Return the path of the UNIX socket on which a replica's engine finds the ranks that a launcher placed.
+    Short, so that it fits in any run directory, also one that is not known yet."""
+    return f"{run_dir}/ranks-{sha256(replica_id.encode()).hexdigest()[:8]}.sock"
+
+
 def _replica_socket_path(run_dir: str, kind: str, replica_id: str) -> str:
     """An id that is too long for a socket's name, or that would lead out of the directory, is replaced by its
     hash."""

@@ -10,8 +10,9 @@ import os
 import time
 from pathlib import Path
 
-from headrace.api.config import Config, split_address
+from headrace.api.config import Config
 from headrace.api.endpoint_config import Endpoint
+from headrace.api.notation import split_address
 from headrace.control.key_store import KeyStore, state_directory
 from headrace.engine.model_files.resolve import resolve_model
 from headrace.errors import ConfigError, ModelError

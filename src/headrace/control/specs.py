@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from headrace.api.config import Config, Tenant, split_bind
+from headrace.api.config import Config, Tenant
 from headrace.api.endpoint_config import Endpoint
 from headrace.api.messages import (
     EndpointRule,
@@ -26,6 +26,7 @@ from headrace.api.messages import (
     TenantRule,
     gateway_group,
 )
+from headrace.api.notation import split_bind
 from headrace.api.run_paths import (
     CONTROLLER_SOCKET,
     HOST_PLACEHOLDER,
@@ -35,6 +36,7 @@ from headrace.api.run_paths import (
     NODE_PLACEHOLDER,
     PYTHON_PLACEHOLDER,
     RUN_DIR_PLACEHOLDER,
+    rank_socket_path,
     router_socket_path,
 )
 from headrace.units import MIB
@@ -82,8 +84,26 @@ def cluster_replica_process(
     if config.gateway.placement is not None:  # any host may have a gateway that is not this one's
         host, identity = NODE_PLACEHOLDER, f"{RUN_DIR_PLACEHOLDER}/{IDENTITY_FILE}"
     front = msgspec.structs.replace(front, host=host, identity=identity)
+    ranks = _rank_processes(replica_id, front.engine)
+    if ranks:
+        socket_path = rank_socket_path(RUN_DIR_PLACEHOLDER, replica_id)
+        engine = msgspec.structs.replace(front.engine, rank_socket=socket_path)
+        front = msgspec.structs.replace(front, engine=engine)
     argv = [PYTHON_PLACEHOLDER, *spec.argv[1:-1], msgspec.json.encode(front).decode()]
-    return msgspec.structs.replace(spec, argv=argv, place=place_of(config.endpoints[endpoint]))
+    place = place_of(config.endpoints[endpoint])
+    return msgspec.structs.replace(spec, argv=argv, place=place, companions=ranks)
+
+
+def _rank_processes(replica_id: str, engine: EngineSpec) -> list[ProcessSpec]:
+    """Return what holds ranks 1 and up of a replica on a cluster, in the order of the ranks."""
+    processes = []
+    for rank in range(1, engine.tensor_parallel if engine.kind == "native" else 1):
+        name = f"{replica_id}-rank-{rank}"
+        path = rank_socket_path(RUN_DIR_PLACEHOLDER, replica_id)
+        spec = python_process(name, "headrace.engine.workers.holder", path, Path(RUN_DIR_PLACEHOLDER))
+        argv = [PYTHON_PLACEHOLDER, *spec.argv[1:], str(rank)]
+        processes.append(msgspec.structs.replace(spec, argv=argv, is_restarted=True))
+    return processes
 
 
 def placed_durable_process(
@@ -133,7 +153,7 @@ def _cpus_of(endpoint: Endpoint) -> float:
     if endpoint.engine == "simulated":
         return SIMULATED_CPUS
     native = endpoint.native
-    return float((native.num_threads or 1) * native.tensor_parallel) if endpoint.engine == "native" else 1.0
+    return float(native.num_threads or native.tensor_parallel) if endpoint.engine == "native" else 1.0
 
 
 def replica_process(
@@ -145,7 +165,7 @@ def replica_process(
         threads = threads_per_engine(config)
         if config.launcher == "ray":  # the cores that it is given, wherever it is
             cpus = place_of(config.endpoints[endpoint]).choices[0].resources["CPU"]
-            threads = max(1, int(cpus) // config.endpoints[endpoint].native.tensor_parallel)
+            threads = max(1, int(cpus))
         engine = msgspec.structs.replace(spec.engine, num_threads=threads)
         spec = msgspec.structs.replace(spec, engine=engine)
     spec = msgspec.structs.replace(spec, engine=msgspec.structs.replace(spec.engine, is_standby=is_standby))

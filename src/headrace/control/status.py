@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 import headrace
-from headrace.api.config import Gateway, is_loopback, split_bind
+from headrace.api.config import Gateway, is_loopback
 from headrace.api.messages import (
     EndpointStatus,
     GatewayStatus,
@@ -23,6 +23,7 @@ from headrace.api.messages import (
     ReplicaStatus,
     SystemStatus,
 )
+from headrace.api.notation import split_bind
 from headrace.api.run_paths import NODE_HOST
 from headrace.control.durable import is_durable_front
 from headrace.control.fleet import Slot

@@ -8,6 +8,7 @@ the socket `FD` closes: the actor died, was killed, or lost its node. Must not k
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import socket
@@ -55,6 +56,7 @@ from headrace.fabric.run_directory import RunDirectoryError
 from headrace.fabric.shared_run_directory import SharedRunDirectory
 
 LOOPBACK = "127.0.0.1"
+NICENESS_VARIABLE = "RAY_worker_niceness"
 
 
 def localize(spec: ProcessSpec, values: Mapping[str, str]) -> ProcessSpec:
@@ -212,8 +214,17 @@ class Keeper:
         self._gone.set()
 
 
+def take_usual_priority() -> None:
+    """Leave the niceness of 15 that Ray gives its workers, where we may: who serves must not come behind
+    everything else of the machine. RAY_worker_niceness, if somebody set it, stands."""
+    if NICENESS_VARIABLE not in os.environ:
+        with contextlib.suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
+
+
 def main() -> int:
     fd, path, name = sys.argv[1:]
+    take_usual_priority()
     setproctitle(f"headrace: keeper {name}")
     connection = socket.socket(fileno=int(fd))
     try:

@@ -48,24 +48,28 @@ def kept_apart(place: Place, needs: NodeNeeds, num_same: Mapping[str, int]) -> N
     )
 
 
-def label_selector(needs: NodeNeeds, avoids: Collection[str] = ()) -> list[dict[str, str]] | None:
+def label_selector(
+    needs: NodeNeeds, avoids: Collection[str] = (), num_bundles: int = 1
+) -> list[dict[str, str]] | None:
     """Return what a node's labels must be, in Ray's words; None: anything. Ray gives every node its id as a
     label, and takes `!in(a,b)` for none of these. avoids: ids of nodes that it must not be, either."""
     nodes = sorted({*needs.other_than, *avoids})
     others = {"ray.io/node-id": f"!in({','.join(nodes)})"} if nodes else {}
     labels = {**others, **needs.labels}
-    return [labels] if labels else None
+    return [labels] * num_bundles if labels else None
 
 
 def explain_wait(nodes: Sequence[NodeState], needs: NodeNeeds, avoided: Collection[str] = ()) -> str:
-    """Say what is asked, why no node gives it now, and what would. avoided: ids of nodes that go away."""
+    """Say what is asked, why no node gives it now, and what would. avoided: ids of nodes that go away or are
+    silent."""
     leaving = [node for node in nodes if node.node_id in avoided]
     text = _explain_wait([node for node in nodes if node not in leaving], needs)
     would = [n.node_id[:8] for n in leaving if n.is_alive and _is_right(n, needs) and _has(n.total, needs)]
     if not would:
         return text
     more = f" and {len(would) - _SHOWN_NODES} more" if len(would) > _SHOWN_NODES else ""
-    return f"{text}. Nothing is put on nodes that go away: {', '.join(would[:_SHOWN_NODES])}{more}"
+    names = ", ".join(would[:_SHOWN_NODES])
+    return f"{text}. Nothing is put on nodes that go away or do not answer: {names}{more}"
 
 
 def _explain_wait(nodes: Sequence[NodeState], needs: NodeNeeds) -> str:

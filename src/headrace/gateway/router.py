@@ -13,8 +13,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from headrace.api.config import split_address
 from headrace.api.messages import Demand, GatewaySpec, Outlook, ReplicaView
+from headrace.api.notation import split_address
 from headrace.clock import Clock
 from headrace.errors import ConfigError, ProtocolError
 from headrace.gateway.answers import Answers, parked, refusal

@@ -173,6 +173,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     """Of all ranks together."""
     tensor_parallel: int = 1
     """Processes that compute the model together, each a part of every matrix."""
+    rank_socket: str = ""
+    """UNIX socket where the other ranks come to the engine, placed by a launcher; empty: it starts them."""
     dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
     kv_dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
     speculation: Literal["off", "ngram", "draft"] = "off"

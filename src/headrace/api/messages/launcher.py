@@ -49,6 +49,9 @@ class ProcessSpec(Record, frozen=True):
     """Processes of one group are always on one node and share what holds them there; empty: alone."""
     files: dict[str, str] = {}
     """Files of the run directory that are written before the start unless they are there: name -> text."""
+    companions: list[ProcessSpec] = []
+    """Processes with hosts of their own in the same place, which is divided evenly among all of these hosts.
+    They are started with this one, end with it, and the loss of one's host is the end of all. Places only."""
     is_restarted: bool = False
     """What holds it starts it again, after a growing pause, when it ends with another code than 0."""
 
