@@ -93,6 +93,7 @@ class RayCluster:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ENABLE_RECORD_ACTOR_TASK_LOGGING": "0",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # else a node that is told to end waits for 30 s
             "PYTHONPATH": f"{REPOSITORY / 'src'}",
             "TMPDIR": str(directory),
             "XDG_STATE_HOME": str(directory / "state"),
@@ -111,7 +112,17 @@ class RayCluster:
             time.sleep(0.1)
 
     def add_node(self, *options: str) -> RayNode:
-        return self._start(f"--address={self.address}", *options)
+        """Return a node that the cluster knows."""
+        num_before = self._num_started()
+        node = self._start(f"--address={self.address}", *options)
+        deadline_s = time.monotonic() + START_LIMIT_S
+        while self._num_started() == num_before:
+            assert time.monotonic() < deadline_s, (self.directory / "ray.log").read_text()
+            time.sleep(0.1)
+        return node
+
+    def _num_started(self) -> int:
+        return (self.directory / "ray.log").read_text().count("Ray runtime started")
 
     def headrace(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command of headrace to its end."""
@@ -127,6 +138,21 @@ class RayCluster:
         """As somebody with Ray's own tools might: the one whose name begins so."""
         done = subprocess.run(
             [sys.executable, "-c", REMOVE_GROUP, self.address, name],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+
+    def drain_node(self, node_id: str, deadline_s: int) -> None:
+        """As an operator, or who takes spot machines away, tells Ray: it goes in so many seconds."""
+        reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=a test"]
+        done = subprocess.run(
+            [
+                *(*RAY, "drain-node", f"--address={self.address}", f"--node-id={node_id}"),
+                *(*reason, f"--deadline-remaining-seconds={deadline_s}"),
+            ],
             env=self.environment,
             capture_output=True,
             text=True,

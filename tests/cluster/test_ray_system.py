@@ -9,6 +9,7 @@ import contextlib
 import json
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,6 +61,7 @@ class System:
             status = self.status()
             if status and condition(status):
                 return status
+            assert self.process.poll() is None, (self.cluster.directory / "up.log").read_text()
             assert time.monotonic() < deadline_s, self.explain(status)
             time.sleep(0.1)
 
@@ -76,7 +78,9 @@ class System:
         assert self.process.wait(60) == 0, (self.cluster.directory / "up.log").read_text()
 
 
-def write_config(cluster: RayCluster, port: int, **endpoint: object) -> Path:
+def write_config(
+    cluster: RayCluster, port: int, gateway: dict[str, object] | None = None, **endpoint: object
+) -> Path:
     chat = {
         "model": "smollm2-135m-instruct",
         "engine": "simulated",
@@ -84,15 +88,18 @@ def write_config(cluster: RayCluster, port: int, **endpoint: object) -> Path:
         **endpoint,
     }
     path = cluster.directory / "config.yaml"
-    path.write_text(json.dumps({"endpoints": {"chat": chat}, "gateway": {"bind": f"127.0.0.1:{port}"}}))
+    address = {"bind": f"127.0.0.1:{port}", **(gateway or {})}
+    path.write_text(json.dumps({"endpoints": {"chat": chat}, "gateway": address}))
     return path
 
 
 @contextmanager
-def running(cluster: RayCluster, **endpoint: object) -> Iterator[System]:
+def running(
+    cluster: RayCluster, gateway: dict[str, object] | None = None, **endpoint: object
+) -> Iterator[System]:
     """A system that serves; it is stopped at the end, and then nothing of it is left."""
     port = free_port()
-    config = write_config(cluster, port, **endpoint)
+    config = write_config(cluster, port, gateway, **endpoint)
     process = cluster.begin("up", str(config), "--launcher", "ray", "--address", cluster.address)
     system = System(cluster, process, port)
     try:
@@ -197,6 +204,72 @@ def test_what_fits_nowhere_is_said_and_a_node_that_comes_is_used_and_missed(clus
         assert system.ask().status_code == 200
 
 
+class Load:
+    """Clients that stream one answer after the other; `answers` has how each ended."""
+
+    def __init__(self, system: System, num_clients: int, num_tokens: int) -> None:
+        self.answers: list[str] = []
+        self._system, self._num_tokens = system, num_tokens
+        self._is_over = threading.Event()
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(num_clients)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> list[str]:
+        """Let the open ones end; return how all ended."""
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join(60)
+        return self.answers
+
+    def _run(self) -> None:
+        body = {
+            "model": "chat",
+            "max_tokens": self._num_tokens,
+            "stream": True,
+            "messages": [{"role": "user", "content": "hi"}],
+        }
+        while not self._is_over.is_set():
+            try:
+                answer = httpx.post(
+                    f"http://127.0.0.1:{self._system.port}/v1/chat/completions", json=body, timeout=60
+                )
+                num_tokens = answer.text.count('"content":')
+                is_whole = answer.text.endswith("data: [DONE]\n\n") and num_tokens >= self._num_tokens
+                self.answers.append("whole" if is_whole else f"{answer.status_code}: {answer.text[-500:]}")
+            except httpx.HTTPError as error:
+                self.answers.append(repr(error))
+
+
+def test_a_node_that_ray_drains_is_left_under_load_without_a_lost_request(cluster: RayCluster) -> None:
+    node = cluster.add_node("--num-cpus=2", "--labels=kind=spot")
+    spread = {"replicas": {"min": 2, "max": 4}, "simulated": {"step_ms": 20}}
+    with running(cluster, **spread) as system:
+        status = system.status()
+        spot = next(entry for entry in status["nodes"] if entry["labels"].get("kind") == "spot")
+        assert len(spot["replicas"]) == 1
+        load, num_ready = Load(system, 4, 200), []
+        drained_s = time.monotonic()
+        cluster.drain_node(spot["node_id"], 90)
+
+        def has_left(status: dict[str, Any]) -> bool:
+            num_ready.append(status["endpoints"][0]["ready"])
+            return not any(replica["node"] == spot["node_id"] for replica in status["replicas"])
+
+        told = system.wait(lambda status: any(node["leaving"] for node in status["nodes"]))
+        print(f"status said so after {time.monotonic() - drained_s:.1f} s")
+        said = next(entry["leaving"] for entry in told["nodes"] if entry["node_id"] == spot["node_id"])
+        assert said.startswith("draining for ")
+        system.wait(has_left)
+        print(f"its replica had left after {time.monotonic() - drained_s:.1f} s")
+        assert min(num_ready) == 2, num_ready
+        system.wait(lambda status: len(status["nodes"]) == 1)  # Ray ends a drained node that is empty
+        answers = load.stop()
+        print(f"{len(answers)} answers")
+        assert set(answers) == {"whole"}, [answer for answer in answers if answer != "whole"]
+    node.stop()
+
+
 def test_a_replica_of_another_address_serves(cluster: RayCluster) -> None:
     node = cluster.add_node("--num-cpus=1", "--node-ip-address=127.0.0.2", "--labels=kind=far")
     with running(cluster, nodes={"labels": {"kind": "far"}}) as system:
@@ -206,6 +279,31 @@ def test_a_replica_of_another_address_serves(cluster: RayCluster) -> None:
         assert status["replicas"][0]["address"].startswith("127.0.0.2:")
         assert system.ask().status_code == 200
     node.stop()
+
+
+def test_gateways_are_on_nodes_of_their_kind_never_two_on_one(cluster: RayCluster) -> None:
+    nodes = [
+        cluster.add_node("--num-cpus=4", f"--node-ip-address=127.0.0.{n}", "--labels=kind=edge")
+        for n in (2, 2)  # one address, and so one port for both: loopback is that of the head's machine, too
+    ]
+    placement = {"resources": {"CPU": 0.5}, "labels": {"kind": "edge"}}
+    with running(cluster, {"count": 2, "placement": placement}) as system:
+        status = system.status()
+        edges = {node["node_id"]: node for node in status["nodes"] if node["labels"].get("kind") == "edge"}
+        places = {gateway["gateway_id"]: gateway["node"] for gateway in status["gateways"]}
+        assert set(places.values()) == set(edges)
+        assert sorted(sum((node["gateways"] for node in edges.values()), [])) == ["g1", "g2"]
+        assert sum("only programs there reach it" in text for text in status["warnings"]) == 2
+        for _ in range(8):  # the kernel gives each connection to one of them
+            assert system.ask().status_code == 200
+        router = psutil.Process(pid_of(status, f"router-{min(places)}"))
+        router.parent().kill()  # its keeper, with all of the gateway
+        system.wait(lambda status: not status["is_ready"])
+        status = system.wait(lambda status: bool(status["is_ready"]))
+        assert {gateway["gateway_id"]: gateway["node"] for gateway in status["gateways"]} == places
+        assert system.ask().status_code == 200
+    for node in nodes:
+        node.stop()
 
 
 def test_ranks_have_hosts_of_their_own_and_are_lost_together(cluster: RayCluster) -> None:

@@ -101,8 +101,10 @@ async def started(launcher: RayLauncher, spec: ProcessSpec) -> int:
 async def test_replicas_of_an_endpoint_are_spread_over_the_nodes() -> None:
     cluster = make_cluster(HERE, THERE)
     async with launched(cluster) as launcher:
-        for number in (1, 2):
-            await started(launcher, sleeper(f"chat-{number}", NodeNeeds({"CPU": 1.0})))
+        for number in (1, 2):  # at the same moment: the second one knows where the first one is going to be
+            launcher.start(sleeper(f"chat-{number}", NodeNeeds({"CPU": 1.0})))
+        for _ in range(2):
+            await take(launcher, ProcessStarted)
         assert sorted(cluster.liked) == ["here", "there"]
         launcher.list_processes()
         event = await take(launcher, Processes)

@@ -26,7 +26,7 @@ from headrace.api.messages import GetStatus
 from headrace.control.admin import NotRunning, ask
 
 RAY_PORT, GATEWAY_PORT = 6379, 8000
-READY_LIMIT_S = 150.0
+RAY_LIMIT_S, READY_LIMIT_S = 180.0, 180.0
 STARTED = "Ray runtime started"
 KEY = "hr-three-hosts"
 Status = dict[str, Any]
@@ -76,7 +76,7 @@ class RayHosts:
         )
         log = host.disk / "ray.log"
         if host is self.head:  # the others need it
-            wait_for("Ray's head is there", lambda: STARTED in log.read_text(), 90.0)
+            wait_for("Ray's head is there", lambda: STARTED in log.read_text(), RAY_LIMIT_S)
 
     def up(self, endpoints: Mapping[str, object], gateway: Mapping[str, object] | None = None) -> None:
         """Start `headrace up --launcher ray` on the head, and wait until it serves."""
@@ -155,5 +155,5 @@ def ray_hosts(count: int) -> Iterator[RayHosts]:
             cluster.start_ray(host)
         for host in cluster.hosts:
             log = host.disk / "ray.log"
-            wait_for(f"{host} has joined", lambda log=log: STARTED in log.read_text(), 90.0)
+            wait_for(f"{host} has joined", lambda log=log: STARTED in log.read_text(), RAY_LIMIT_S)
         yield cluster

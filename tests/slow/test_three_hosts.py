@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from benchmarks.watched_streams import Ask, SteadyLoad, StreamResult, ask_all
 from tests.cluster.hosts_rig import Host, wait_for
 from tests.slow.ray_hosts import KEY, RayHosts, Status, ray_hosts
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 NUM_TOKENS = 150
 SIMULATED = {"model": "smollm2-135m-instruct", "engine": "simulated", "simulated": {"step_ms": 20}}
 ENDPOINTS = {
@@ -31,20 +32,23 @@ ASKS = [
 NUM_STREAMS = 12
 NOTICE_LIMIT_S = 3.0
 """2 s, and what a busy machine adds."""
-SETTLE_LIMIT_S = 120.0
+SETTLE_LIMIT_S = 150.0
+GIVEN_UP_AFTER_S = 12.0
+"""The launcher may give a host up that is back already: Ray's connections to it come back later."""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster() -> Iterator[RayHosts]:
+    """A fresh one for each test: what one does to hosts moves replicas, and Ray remembers it for a minute."""
     with ray_hosts(3) as cluster:
         cluster.up(ENDPOINTS)
         yield cluster
         cluster.down()
-        for host in cluster.hosts:
+        for host in cluster.hosts:  # at one that is dead nothing is
             wait_for(f"nothing is left on {host}", lambda host=host: not host.titles("headrace"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def right(cluster: RayHosts) -> list[StreamResult]:
     return ask_all(cluster.url, list(ASKS), NUM_STREAMS, KEY)
 
@@ -69,6 +73,18 @@ def settled(cluster: RayHosts, status: Status) -> bool:
     return all(fronts_on(host) == cluster.names_on(status, host) for host in cluster.hosts)
 
 
+def wait_settled(cluster: RayHosts, stays_s: float = 0.0) -> Status:
+    """Wait until all is settled, and has been so for a while."""
+    deadline_s, since_s = time.monotonic() + SETTLE_LIMIT_S, math.inf
+    while True:
+        now_s, status = time.monotonic(), cluster.status()
+        since_s = min(since_s, now_s) if status and settled(cluster, status) else math.inf
+        if now_s - since_s >= stays_s:
+            return status
+        assert now_s < deadline_s, f"not settled within {SETTLE_LIMIT_S} s: {cluster.explain(status)}"
+        time.sleep(0.1)
+
+
 def fronts_on(host: Host) -> list[str]:
     """The replicas whose fronts run on a host."""
     names = [title.split()[2] for title in host.titles("headrace: front ")]
@@ -77,7 +93,7 @@ def fronts_on(host: Host) -> list[str]:
 
 def other_host(cluster: RayHosts) -> Host:
     """One without the gateway that has replicas of both endpoints."""
-    status = cluster.wait("all is settled", lambda status: settled(cluster, status), SETTLE_LIMIT_S)
+    status = wait_settled(cluster)
     for host in cluster.hosts[1:]:
         if {name.rpartition("-")[0] for name in cluster.names_on(status, host)} == {"chat", "safe"}:
             return host
@@ -107,7 +123,7 @@ def open_at(load: SteadyLoad, replicas: list[str]) -> set[int]:
 
 
 def test_replicas_are_spread_over_the_hosts_and_serve(cluster: RayHosts, right: list[StreamResult]) -> None:
-    status = cluster.wait("all is settled", lambda status: settled(cluster, status))
+    status = wait_settled(cluster)
     where = {r["replica_id"]: cluster.host_of(status, r) for r in status["replicas"]}
     assert len({where[f"chat-{number}"] for number in (1, 2, 3)}) == 3, where
     assert where["safe-1"] is not where["safe-2"], where
@@ -139,14 +155,13 @@ def test_a_host_that_loses_its_power_takes_its_own_streams_with_it_and_no_others
         victim.kill()
         cluster.wait("it is noticed", lambda status: is_missed(status, before, replicas), 15)
         noticed_s = time.monotonic() - killed_s
-        status = cluster.wait("others replace them", lambda status: settled(cluster, status), SETTLE_LIMIT_S)
+        status = wait_settled(cluster)
         assert not cluster.names_on(status, victim)
         print(
             f"a host without power: noticed after {noticed_s:.2f} s, "
             f"{', '.join(replicas)} replaced after {time.monotonic() - killed_s:.1f} s"
         )
     check(load, right, excused)
-    cluster.add_host()
     assert noticed_s < NOTICE_LIMIT_S
 
 
@@ -175,9 +190,10 @@ def test_a_host_that_is_cut_off_and_comes_back_loses_no_stream_of_others_and_has
         time.sleep(outage_s)  # so long it is away
         victim.heal()
         healed_s = time.monotonic()
-        status = cluster.wait("all is settled", lambda status: settled(cluster, status), SETTLE_LIMIT_S)
+        status = wait_settled(cluster, GIVEN_UP_AFTER_S)
+        took_s = time.monotonic() - healed_s - GIVEN_UP_AFTER_S
         print(
-            f"cut off for {outage_s} s: settled {time.monotonic() - healed_s:.1f} s after, "
+            f"cut off for {outage_s} s: settled {took_s:.1f} s after, "
             f"had {replicas}, has {cluster.names_on(status, victim)}"
         )
     check(load, right, excused)

@@ -171,7 +171,12 @@ class Config(Section):
     @field_validator("endpoints")
     @classmethod
     def _check_names(cls, value: dict[str, Endpoint]) -> dict[str, Endpoint]:
-        for name in value:
+        adapters = [name for endpoint in value.values() for name in endpoint.vllm.lora]
+        if twice := sorted({name for name in adapters if name in value or adapters.count(name) > 1}):
+            raise ValueError(
+                f"vllm.lora: {', '.join(twice)}: named twice; endpoints and adapters are all names of models"
+            )
+        for name in [*value, *adapters]:
             if not ENDPOINT_NAME.fullmatch(name):
                 raise ValueError(
                     f"endpoint name {name!r}: use 1 to 128 letters, digits or . _ / : - "

@@ -26,6 +26,8 @@ IDENTITY_PLACEHOLDER = "@IDENTITY@"
 
 CONTROLLER_SOCKET = "controller.sock"
 ADMIN_HTTP_SOCKET = "admin-http.sock"
+HEARTBEAT_FILE = "controller.beat"
+"""The controller touches it once a second."""
 LOG_DIRECTORY = "logs"
 IDENTITY_FILE = "cluster.pem"
 """The key and certificate that all hosts of a cluster share (`fabric.cluster_identity`), mode 0600."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import msgspec
 from headrace.api.config import Config
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import AdminCommand, AdminReply, Shutdown
-from headrace.api.run_paths import IDENTITY_FILE
+from headrace.api.run_paths import HEARTBEAT_FILE, IDENTITY_FILE
 from headrace.clock import SystemClock
 from headrace.control.admin import ANSWER_LIMIT_S, NoAnswer, NotRunning, checked_reply
 from headrace.control.drain import GATEWAY_GRACE_S, MARGIN_S
@@ -23,6 +24,7 @@ from headrace.control.specs import ADMIN_SOCKET, cluster_controller_process
 from headrace.errors import ConfigError
 from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent, HostUnavailable
 from headrace.fabric.cluster_identity import identity_pem, make_secret
+from headrace.fabric.heartbeat import beat
 from headrace.fabric.host_messages import CONTROLLER_GROUP, HostReport
 from headrace.fabric.launcher import Launcher
 from headrace.fabric.ray_cluster import RayCluster
@@ -38,7 +40,8 @@ async def connect_launcher(run_directory: Path, system: str) -> Launcher:
     if its identity is not in `run_directory`, where its keeper has put it."""
     identity = (run_directory / IDENTITY_FILE).read_bytes()
     cluster = await RayCluster.connect(system, "auto")
-    return await RayLauncher.connect(cluster, SystemClock(), identity, run_directory)
+    heartbeat = functools.partial(beat, run_directory / HEARTBEAT_FILE)
+    return await RayLauncher.connect(cluster, SystemClock(), identity, run_directory, heartbeat)
 
 
 def check_for_cluster(config: Config) -> Config:
@@ -93,6 +96,20 @@ class ClusterSystem:
             await self._cluster.release(key)  # left by a system that did not end well; also its config
         spec = cluster_controller_process(config, self._name)
         await self._cluster.start_controller(spec, identity_pem(make_secret()))
+
+    async def is_held(self) -> bool:
+        """Whether its controller has a host, which Ray starts again if it ends."""
+        return await self._cluster.has_controller()
+
+    async def home_address(self) -> str:
+        """Return the address of the controller's machine, where the gateways are. Raises NotRunning."""
+        try:
+            report = await self._describe()
+        except HostLost as error:
+            raise NotRunning(f"the controller of {self._name!r} has no host: {error}") from None
+        if report is None:
+            raise NoAnswer(f"the host of the controller of {self._name!r} does not answer")
+        return report.address
 
     async def is_there(self) -> bool:
         """Whether anything of it is on the cluster."""

@@ -14,6 +14,7 @@ from headrace.api.config import Config
 from headrace.api.endpoint_config import Endpoint
 from headrace.api.notation import split_address
 from headrace.control.key_store import KeyStore, state_directory
+from headrace.engine.lora import rank_of
 from headrace.engine.model_files.resolve import resolve_model
 from headrace.errors import ConfigError, ModelError
 from headrace.gateway.certificate import load_certificate
@@ -48,7 +49,8 @@ def check_models(config: Config) -> Config:
                 )
         except ModelError as error:
             problems.append(f"{path}.model: {error}")
-        endpoints[name] = endpoint.model_copy(update={"model": _absolute(endpoint.model)})
+        vllm = endpoint.vllm.model_copy(update={"lora": _checked_adapters(path, endpoint, problems)})
+        endpoints[name] = endpoint.model_copy(update={"model": _absolute(endpoint.model), "vllm": vllm})
     if problems:
         raise ConfigError(problems)
     tls = config.gateway.tls
@@ -97,6 +99,17 @@ def check_address(config: Config) -> Config:
     addresses = {"bind": bind, "metrics_bind": metrics_bind, "admin_bind": admin_bind}
     changed = gateway.model_copy(update=addresses)
     return config.model_copy(update={"gateway": changed})
+
+
+def _checked_adapters(path: str, endpoint: Endpoint, problems: list[str]) -> dict[str, str]:
+    """Return the adapters with absolute paths; what is wrong with them is added to `problems`."""
+    found = {name: Path(text).expanduser().absolute() for name, text in endpoint.vllm.lora.items()}
+    for name, directory in found.items():
+        try:
+            rank_of(name, directory)
+        except ConfigError as error:
+            problems.append(f"{path}.{error}")
+    return {name: str(directory) for name, directory in found.items()}
 
 
 def _absolute(model: str) -> str:

@@ -29,6 +29,7 @@ from headrace.api.messages import (
 from headrace.api.notation import split_bind
 from headrace.api.run_paths import (
     CONTROLLER_SOCKET,
+    HEARTBEAT_FILE,
     HOST_PLACEHOLDER,
     IDENTITY_FILE,
     IDENTITY_PLACEHOLDER,
@@ -70,8 +71,10 @@ def cluster_controller_process(config: Config, system: str) -> ProcessSpec:
     """Return the spec of the controller of `system` for a host of a cluster, with its first config."""
     spec = controller_process(Path(RUN_DIR_PLACEHOLDER))
     argv = [PYTHON_PLACEHOLDER, *spec.argv[1:], system]
-    files = {CONFIG_FILE: config.model_dump_json()}
-    return msgspec.structs.replace(spec, argv=argv, files=files, is_restarted=True)
+    files = {CONFIG_FILE: config.model_dump_json(), HEARTBEAT_FILE: ""}
+    return msgspec.structs.replace(
+        spec, argv=argv, files=files, is_restarted=True, heartbeat_file=HEARTBEAT_FILE
+    )
 
 
 def cluster_replica_process(
@@ -211,6 +214,7 @@ def stream_class_of(endpoint: Endpoint) -> str:
         parts += [native.dtype, native.kv_dtype, str(native.block_size)]
     if endpoint.engine == "vllm":
         parts.append(msgspec.json.encode(endpoint.vllm.args, order="sorted").decode())
+        parts += [f"{name} {path}" for name, path in sorted(endpoint.vllm.lora.items())]
     return sha256(msgspec.json.encode(parts)).hexdigest()[:12]
 
 
@@ -282,6 +286,7 @@ def gateway_spec(config: Config, run_directory: Path, keys: Mapping[str, str] | 
                 itl_s=endpoint.slo.itl_ms / 1000,
                 tell_after_s=endpoint.queue.tell_after_s,
                 is_durable=endpoint.streams.durable,
+                adapters=list(endpoint.vllm.lora),
             )
             for name, endpoint in config.endpoints.items()
         ],
@@ -352,7 +357,7 @@ def _durable_spec(config: Config, name: str, run_directory: Path) -> ReplicaSpec
     num_open = endpoint.max_open * max(1, endpoint.replicas.max)
     return msgspec.structs.replace(
         _replica_spec(config, name, "", run_directory),
-        engine=EngineSpec(endpoint.engine, endpoint.model),
+        engine=EngineSpec(endpoint.engine, endpoint.model, lora=endpoint.vllm.lora),
         report_sockets=[],
         max_open=min(num_open, MAX_DURABLE_OPEN),
         max_surplus=0,  # it has one gateway
@@ -382,6 +387,7 @@ def _engine_spec(endpoint: Endpoint, state_dir: str) -> EngineSpec:
         simulated_start_s=simulated.start_s,
         simulated_prefill_token_s=simulated.prefill_ms_per_token / 1000,
         vllm_args=endpoint.vllm.args if endpoint.engine == "vllm" else {},
+        lora=endpoint.vllm.lora,
     )
 
 

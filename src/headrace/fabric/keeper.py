@@ -42,6 +42,7 @@ from headrace.api.run_paths import (
 from headrace.fabric.channel import Channel
 from headrace.fabric.children import Children
 from headrace.fabric.cluster_identity import keep_identity
+from headrace.fabric.heartbeat import Heartbeats
 from headrace.fabric.host_messages import (
     CONTROLLER_GROUP,
     HostCommand,
@@ -88,6 +89,7 @@ class Keeper:
         self._failures: dict[str, int] = {}
         self._started_s: dict[str, float] = {}
         self._stopping: set[str] = set()
+        self._heartbeats = Heartbeats()
         self._gone = asyncio.Event()
         self._channel = Channel(HostCommand, self._on_command, self._on_close)
         self._values = {
@@ -109,9 +111,11 @@ class Keeper:
         loop = asyncio.get_running_loop()
         await loop.create_unix_connection(lambda: self._channel, sock=connection)
         self._say(Processes([]))
+        watching = asyncio.create_task(self._watch_heartbeats())
         try:
             await self._gone.wait()
         finally:
+            watching.cancel()
             self._children.kill_all_and_reap()
             if self._tunneling is not None:
                 self._tunneling.cancel()
@@ -166,8 +170,26 @@ class Keeper:
 
     def _start(self, spec: ProcessSpec) -> None:
         state = self._children.start(spec)
-        self._started_s[spec.name] = asyncio.get_running_loop().time()
+        now_s = self._started_s[spec.name] = asyncio.get_running_loop().time()
+        if spec.heartbeat_file:
+            self._heartbeats.watch(spec.name, self._run_directory.path / spec.heartbeat_file, now_s)
         self._say(ProcessStarted(state))
+
+    async def _watch_heartbeats(self) -> None:
+        """Kill what hangs: it is started again as if it had ended by itself."""
+        while True:
+            await asyncio.sleep(Heartbeats.LOOK_S)
+            for name, silent_s in self._heartbeats.hung(asyncio.get_running_loop().time()).items():
+                self._heartbeats.forget(name)
+                self._note_in_log(name, f"{name} has been silent for {silent_s:.0f} s: its keeper kills it")
+                self._children.kill(name)
+
+    def _note_in_log(self, name: str, text: str) -> None:
+        spec = self._restarted.get(name)
+        with contextlib.suppress(OSError):
+            if spec is not None and spec.log_path:
+                with open(spec.log_path, "a", encoding="utf-8") as log:
+                    log.write(f"{text}\n")
 
     def _was_waiting(self, name: str) -> bool:
         """Whether `name` waited for its next start, which now is not to come."""
@@ -179,6 +201,7 @@ class Keeper:
     def _on_ended(self, ended: ProcessState) -> None:
         name = ended.name
         lived_s = asyncio.get_running_loop().time() - self._started_s.pop(name)
+        self._heartbeats.forget(name)
         spec = self._restarted.get(name)
         self._say(ProcessEnded(ended))
         if spec is None or name in self._stopping or ended.exit_code == 0:

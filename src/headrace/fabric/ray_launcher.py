@@ -12,6 +12,7 @@ import logging
 import secrets
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from headrace.api.messages import (
@@ -49,8 +50,14 @@ class RayLauncher:
     """The Launcher over a Cluster. Made by `connect`."""
 
     def __init__(
-        self, cluster: Cluster, clock: Clock, identity: bytes, run_directory: Path | None = None
+        self,
+        cluster: Cluster,
+        clock: Clock,
+        identity: bytes,
+        run_directory: Path | None = None,
+        heartbeat: Callable[[], None] = lambda: None,
     ) -> None:
+        self._heartbeat = heartbeat
         self._own_tunnels = OwnTunnels(run_directory, cluster.own_address, self._on_own_tunnels)
         self._membership = Membership(identity, cluster.own_address)
         self._replan = asyncio.Event()
@@ -72,12 +79,18 @@ class RayLauncher:
 
     @classmethod
     async def connect(
-        cls, cluster: Cluster, clock: Clock, identity: bytes, run_directory: Path | None = None
+        cls,
+        cluster: Cluster,
+        clock: Clock,
+        identity: bytes,
+        run_directory: Path | None = None,
+        heartbeat: Callable[[], None] = lambda: None,
     ) -> RayLauncher:
         """Find the hosts of the system that are there. identity: PEM that all its hosts share
         (`cluster_identity`). run_directory: of this machine, with the identity in it; None: nothing of this
-        machine but its hosts is reached by others. Raises LauncherLost."""
-        launcher = cls(cluster, clock, identity, run_directory)
+        machine but its hosts is reached by others. heartbeat: called whenever the controller asks for all
+        processes, as it does every second. Raises LauncherLost."""
+        launcher = cls(cluster, clock, identity, run_directory, heartbeat)
         try:
             await launcher._adopt_all()
         except ClusterUnavailable as error:
@@ -114,6 +127,7 @@ class RayLauncher:
             link.stop(name, grace_s)
 
     def list_processes(self) -> None:
+        self._heartbeat()
         self._put(Processes([state for link in self._links.values() for state in link.processes.values()]))
 
     async def next_event(self) -> LauncherEvent:

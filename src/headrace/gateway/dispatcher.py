@@ -179,13 +179,8 @@ class Dispatcher:
         if bound is not None:
             self._tenants.settle(bound.endpoint, bound.charge, finished, now_s)
             bound.charge.judge(bound.endpoint, finished, generation)
-            if bound.front_state is None:
-                bound.front_state = finished.state
-                bound.front_reported_s = now_s
-                bound.free_slot()
+            if bound.hear(finished, now_s):
                 self._binder.slot_freed(bound)
-            elif finished.state is TerminalState.FINISHED:
-                bound.front_state = finished.state  # what failed first was tried again elsewhere
             return
         endpoint = self.endpoints.get(endpoint_name)
         if endpoint is None or request_id in self._held:

@@ -43,7 +43,7 @@ from headrace.observability.line_log import BackgroundLog, RotatingFile
 from headrace.observability.request_record import RequestRecord
 from headrace.observability.request_statistics import RequestStatistics
 from headrace.observability.router_metrics import RouterMetrics, RouterSnapshot
-from headrace.policy.prompt import PromptHead, read_prompt
+from headrace.policy.prompt import PromptHead, prompt_salt, read_prompt
 from headrace.private_socket import bind_private_socket
 
 logger = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ class Router:
         prompt = read_prompt(
             head if isinstance(head, bytes) else b"",
             size if isinstance(size, int) else 0,
-            tenant,
+            prompt_salt(tenant, self._adapter(endpoint, arguments)),
             text_argument(arguments, b"session"),
         )
         relays = arguments.get(b"relays")
@@ -230,6 +230,12 @@ class Router:
             tell_after_s = self.dispatcher.endpoints[endpoint].rule.tell_after_s
             self._waiting.held(request_id, waiting, now_s + (tell_after_s or math.inf))
             self._controller.send_soon()
+
+    def _adapter(self, endpoint: str, arguments: Arguments) -> str:
+        """Return the adapter that was asked for; empty: the endpoint's model itself."""
+        model = text_argument(arguments, b"model")  # told only where there are adapters
+        state = self.dispatcher.endpoints.get(endpoint) if model else None
+        return model if state is not None and model in state.rule.adapters else ""
 
     def _tell(
         self, call: SpoeCall, request_id: str, endpoint: str, decision: Bound | Refused, prompt: PromptHead

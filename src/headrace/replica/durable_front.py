@@ -38,6 +38,7 @@ from headrace.replica.report import Reporter
 from headrace.replica.resumption import StreamKeeper
 from headrace.replica.routes import Routes
 from headrace.replica.self_view import FrontTraits, fingerprint_of, headers_of
+from headrace.replica.served_models import ServedModels
 from headrace.replica.text_model import PromptEncoder, load_text_model
 
 _LAST_MOMENTS_S = 2.0
@@ -74,7 +75,12 @@ class DurableFront:
         self.departure = Departure(clock, self._reporter, no_engine, 0.0, spec.drain_grace_s)
         services = AnswerServices(self.engine, self.ledger, self._metrics)
         self._generator = Generator(
-            spec.endpoint, spec.max_open, fingerprint_of(spec), services, self.engine, clock
+            ServedModels(spec.endpoint, spec.engine.lora),
+            spec.max_open,
+            fingerprint_of(spec),
+            services,
+            self.engine,
+            clock,
         )
         self._generator.remote = self.engine
         self._routes = Routes(self.view, self._generator, self._metrics, spec.needs_gateway)

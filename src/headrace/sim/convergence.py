@@ -35,7 +35,7 @@ def unsettled(world: World) -> Problem | None:
 
 def miscounted(world: World) -> Problem | None:
     """Return the first request whose log lines, of all routers that ever were, say something else than its
-    client got: more than one line, or other tokens. Lines may be missing where a router was."""
+    client got: finished more than once, or with other tokens. Lines may be missing where a router was."""
     for state in world.crowd.states.values():
         if state.outcome != "done":
             continue

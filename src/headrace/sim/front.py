@@ -9,11 +9,12 @@ from headrace.api.messages import GenerationRequest, LeaveBy, ReplicaSpec, SetSl
 from headrace.api.run_paths import CONTROLLER_SOCKET, front_socket_path, peer_socket_path
 from headrace.policy.resumption import Limits
 from headrace.replica.departure import Departure
+from headrace.replica.engine_streams import EngineStreams
 from headrace.replica.peer_link import PeerPool
 from headrace.replica.peer_server import PeerServer
 from headrace.replica.prefix_digest import PrefixDigest
 from headrace.replica.prompt_caching import PromptCaching
-from headrace.replica.resumption import EngineStreams, StreamKeeper
+from headrace.replica.resumption import StreamKeeper
 from headrace.replica.self_view import FrontTraits, SelfView
 from headrace.replica.standby import Standby
 from headrace.sim.engine_link import EngineLink
@@ -119,9 +120,10 @@ class FrontProcess(ServingFront):
         self.keeper.submit(generation, stream)
 
     def _why_refused(self) -> str:
-        if self.is_closed:
+        if self.has_failed_open or (self.is_closed and not self.keeper.may_hold(True)):
             return "this replica is leaving"
-        if self.engine.state != "ready" or not self._has_model:
+        can_wait = self.is_closed or self.keeper.may_hold(False)
+        if not (self.engine.state == "ready" or can_wait) or not self._has_model:
             return f"the engine is {self.engine.state}"
         if self.ledger.num_open > self.spec.max_open + self.spec.max_surplus:
             return "too many are open"

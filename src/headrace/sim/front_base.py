@@ -56,7 +56,7 @@ class ServingFront(Process):
         self.ledger = Ledger(self.metrics, Silent(), host, self.reporter)
         self.streams: dict[FrontStream, None] = {}
         self.num_preparing = 0
-        self.is_closed = False
+        self.is_closed = self.has_failed_open = False
         self._is_leaving = False
         self._has_model = False
 
@@ -154,6 +154,7 @@ class ServingFront(Process):
         raise NotImplementedError
 
     def _fail_open(self) -> None:
+        self.has_failed_open = True
         for stream in list(self.streams):
             stream.fail(Overloaded("this replica is leaving; send the request again", retry_after_s=1.0))
 

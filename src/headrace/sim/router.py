@@ -147,7 +147,7 @@ class RouterProcess(Process):
         self.records: dict[str, int] = {}
         """Lines of the request log by request id."""
         self.told_tokens: dict[str, int | None] = {}
-        """What those lines say of the output, by request id."""
+        """What the lines of finished ones say of the output, by request id."""
         self.last_record = ""
         self.recorder = RequestRecorder(spec.gateway_id, host, self._on_record)
         self.dispatcher = Dispatcher(spec.endpoints, self.replicas, self.recorder, spec.tenants)
@@ -265,7 +265,8 @@ class RouterProcess(Process):
     def _on_record(self, record: RequestRecord) -> None:
         self.last_record = record.id
         self.records[record.id] = self.records.get(record.id, 0) + 1
-        self.told_tokens[record.id] = record.output_tokens
+        if record.state == TerminalState.FINISHED.value:
+            self.told_tokens[record.id] = record.output_tokens
 
     # ---- the keeper's rounds: the real coroutine, one command to HAProxy at a time
 

@@ -14,6 +14,7 @@ from headrace.api.endpoint_config import Endpoint
 from headrace.api.messages import ReplicaSpec, TenantRule
 from headrace.control import specs
 from headrace.control.specs import (
+    durable_process,
     gateway_spec,
     generation_of,
     replica_process,
@@ -124,6 +125,22 @@ def test_packed_weights_lie_in_the_state_directory_if_nothing_else_is_said(
     tree = config(native={"packed_dir": setting}).model_copy(update={"state_dir": state_dir})
     process = replica_process(tree, "chat", "chat-1", Path("/run/x"))
     assert msgspec.json.decode(process.argv[-1], type=ReplicaSpec).engine.packed_dir == packed_dir
+
+
+def test_adapters_reach_engines_gateways_and_durable_fronts_and_decide_the_class() -> None:
+    def config(**lora: str) -> Config:
+        tree = {"model": "m/m", "engine": "vllm", "vllm": {"lora": lora}}
+        return parse_config({"endpoints": {"chat": tree}})
+
+    poet, law = config(poet="/a"), config(poet="/b")
+    process = replica_process(poet, "chat", "chat-1", Path("/run"))
+    assert msgspec.json.decode(process.argv[-1], type=ReplicaSpec).engine.lora == {"poet": "/a"}
+    assert gateway_spec(poet, Path("/run")).endpoints[0].adapters == ["poet"]
+    front = durable_process(poet, "chat", "chat:g1-1", "g1", Path("/run"))
+    assert msgspec.json.decode(front.argv[-1], type=ReplicaSpec).engine.lora == {"poet": "/a"}
+    classes = {stream_class_of(c.endpoints["chat"]) for c in (config(), poet, law)}
+    assert len(classes) == 3, "a stream goes on with the same weights only"
+    assert generation_of(poet, "chat") != generation_of(law, "chat")
 
 
 def test_vllms_arguments_reach_its_engines_and_decide_their_class() -> None:

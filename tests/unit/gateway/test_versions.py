@@ -18,6 +18,7 @@ from headrace.api.messages import (
 )
 from headrace.gateway.arrivals import Arrival
 from headrace.gateway.dispatcher import Dispatcher
+from headrace.gateway.flights import LOG_GRACE_S, ORPHAN_LIMIT_S
 from headrace.gateway.replicas import ReplicaTable
 from headrace.gateway.versions import MAX_VERSIONS, VersionBook
 from headrace.policy.prompt import PromptHead
@@ -175,11 +176,24 @@ def test_when_the_first_in_turn_leaves_the_next_one_is_bound_at_once(way: str) -
     world.dispatcher.check_integrity()
 
 
+def test_one_that_failed_before_its_first_token_and_is_never_heard_of_again_is_given_up() -> None:
+    world = World()
+    world.report(OLD)
+    world.arrive("a")
+    world.report(OLD, ended("a", TerminalState.FAILED, num_output_tokens=0))
+    world.dispatcher.tick(ORPHAN_LIMIT_S + 1.0)
+    demand = world.demand
+    assert (demand.num_in_flight, demand.failed) == (0, 1)
+    world.dispatcher.check_integrity()
+
+
 def test_a_request_that_failed_first_and_was_answered_elsewhere_finished() -> None:
     world = World()
     world.report(OLD)
     world.arrive("a")
     world.report(OLD, ended("a", TerminalState.FAILED, num_output_tokens=0))
+    world.dispatcher.tick(LOG_GRACE_S + 1.0)
+    assert world.demand.num_in_flight == 1, "only the log knows whether it lives on elsewhere"
     world.report(NEW, ended("a"))
     world.complete("a")
     demand = world.demand

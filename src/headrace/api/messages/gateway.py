@@ -28,6 +28,8 @@ class EndpointRule(Record, frozen=True):
     """A stream that is held for longer is begun, with comment lines; 0: none is."""
     is_durable: bool = False
     """Requests go to the gateway's durable fronts; replicas' own fronts are for when there is none."""
+    adapters: list[str] = []
+    """Further names of models that its replicas serve."""
 
 
 class EndpointOutlook(Record, frozen=True):

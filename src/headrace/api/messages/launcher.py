@@ -54,6 +54,8 @@ class ProcessSpec(Record, frozen=True):
     They are started with this one, end with it, and the loss of one's host is the end of all. Places only."""
     is_restarted: bool = False
     """What holds it starts it again, after a growing pause, when it ends with another code than 0."""
+    heartbeat_file: str = ""
+    """One of `files` that it touches while it is well: what holds it kills one that does not. Empty: none."""
 
 
 class ProcessState(Record, frozen=True):
