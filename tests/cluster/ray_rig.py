@@ -102,7 +102,8 @@ class RayCluster:
 
     def start_head(self, *options: str) -> RayNode:
         port = self.address.rpartition(":")[2]
-        node = self.head = self._start("--head", f"--port={port}", "--include-dashboard=false", *options)
+        head = ("--head", f"--port={port}", "--include-dashboard=false")
+        node = self.head = self._start(*head, *options)
         deadline_s = time.monotonic() + START_LIMIT_S
         while True:
             with contextlib.suppress(OSError):
