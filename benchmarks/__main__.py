@@ -7,6 +7,7 @@ import importlib
 import signal
 import sys
 
+from benchmarks.namespaces import run_in_namespaces
 from benchmarks.peers.catalogue import UnknownPeer
 from benchmarks.report import Skipped
 
@@ -14,7 +15,10 @@ NAMES = (
     *("gateway", "tokens", "peers", "router", "placement", "fairness", "held"),
     *("engine", "roofline", "prompts", "overhead", "speculation", "structured", "start", "memory"),
     *("parallel", "zero", "survive", "autoscaling", "simulation", "vllm", "durable"),
+    *("fleet", "cluster"),
 )
+IN_NAMESPACES = ("fleet", "cluster")
+"""Those that start a Ray cluster."""
 WITH_PEERS = ("peers", "engine", "prompts")
 """Those that `--only` says the peers of."""
 
@@ -36,8 +40,15 @@ def main() -> int:
     if only and (len(names) != 1 or names[0] not in WITH_PEERS):
         parser.error(f"--only belongs to {' or '.join(WITH_PEERS)} alone: NAME --only PEER,…")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that whatever was started is ended
+    failed = 0
     for name in names:
         options = {"only": only} if only else {}
+        if name in IN_NAMESPACES:
+            flags = ["--quick"] * arguments.quick + ["--no-report"] * arguments.no_report
+            code = run_in_namespaces([name, *flags])
+            if code is not None:
+                failed = failed or code
+                continue
         print(f"== {name}", file=sys.stderr, flush=True)
         try:
             report = importlib.import_module(f"benchmarks.{name}").run(is_quick=arguments.quick, **options)
@@ -50,7 +61,7 @@ def main() -> int:
         if not arguments.no_report:
             for path in report.write():
                 print(f"wrote {path}", file=sys.stderr)
-    return 0
+    return failed
 
 
 if __name__ == "__main__":

@@ -30,12 +30,13 @@ class Ask:
     num_words: int
     num_tokens: int
     is_seeded: bool = False
+    model: str = "chat"
 
     def body(self) -> dict[str, Any]:
         """Return the request as JSON would have it."""
         words = [f"item{(self.number * 7919 + k * 104729) % 9973}" for k in range(self.num_words)]
         return {
-            "model": "chat",
+            "model": self.model,
             "stream": True,
             "stream_options": {"include_usage": True},
             "max_tokens": self.num_tokens,
@@ -141,13 +142,14 @@ def _take_line(result: StreamResult, line: str) -> None:
             result.text += text
 
 
-def make_client(num_connections: int) -> httpx.AsyncClient:
-    """Return a client for so many streams at once."""
+def make_client(num_connections: int, key: str = "") -> httpx.AsyncClient:
+    """Return a client for so many streams at once. key: of a tenant; empty: none is asked for."""
     limits = httpx.Limits(max_connections=num_connections + 4)
-    return httpx.AsyncClient(timeout=LIMIT_S, limits=limits)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx.AsyncClient(timeout=LIMIT_S, limits=limits, headers=headers)
 
 
-def ask_all(url: str, asks: list[Ask], at_once: int = 4) -> list[StreamResult]:
+def ask_all(url: str, asks: list[Ask], at_once: int = 4, key: str = "") -> list[StreamResult]:
     """Send each request once, a few at a time, and return the answers in their order."""
 
     async def run() -> list[StreamResult]:
@@ -157,7 +159,7 @@ def ask_all(url: str, asks: list[Ask], at_once: int = 4) -> list[StreamResult]:
             async with room:
                 return await ask(client, url, request)
 
-        async with make_client(at_once) as client:
+        async with make_client(at_once, key) as client:
             return list(await asyncio.gather(*(one(request) for request in asks)))
 
     return asyncio.run(run())
@@ -166,8 +168,11 @@ def ask_all(url: str, asks: list[Ask], at_once: int = 4) -> list[StreamResult]:
 class SteadyLoad:
     """`num_streams` streams at any time, in a thread of its own, until the block ends."""
 
-    def __init__(self, url: str, asks: list[Ask], right: list[StreamResult], num_streams: int) -> None:
+    def __init__(
+        self, url: str, asks: list[Ask], right: list[StreamResult], num_streams: int, key: str = ""
+    ) -> None:
         self._url = url
+        self._key = key
         self._asks = asks
         self._right = {result.ask.number: result for result in right}
         self._num_streams = num_streams
@@ -203,7 +208,7 @@ class SteadyLoad:
         ]
 
     async def _run(self) -> None:
-        async with make_client(self._num_streams) as client:
+        async with make_client(self._num_streams, self._key) as client:
             await asyncio.gather(*(self._client(client, k) for k in range(self._num_streams)))
 
     async def _client(self, client: httpx.AsyncClient, position: int) -> None:

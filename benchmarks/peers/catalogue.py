@@ -121,10 +121,11 @@ def smg(policy: str) -> Callable[[Rig], list[str]]:
     return command
 
 
-def ray_serve(proxy: str) -> Callable[[Rig], list[str]]:
+def ray_serve(proxy: str, num_replicas: int = 1, step_ms: float = 5.0) -> Callable[[Rig], list[str]]:
     def command(rig: Rig) -> list[str]:
         python = str(INSTALLED / "ray-serve" / "bin" / "python")
-        return [python, str(APPLICATION), str(rig.port), str(rig.folder / "ray"), proxy]
+        fleet = (str(num_replicas), f"{step_ms:g}")
+        return [python, str(APPLICATION), str(rig.port), str(rig.folder / "ray"), proxy, *fleet]
 
     return command
 
@@ -135,6 +136,7 @@ def ray_variables(rig: Rig) -> dict[str, str]:
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_worker_niceness": "0",  # its default of 15 would let the client that shares the cores go first
     }
 
 
@@ -218,6 +220,20 @@ def catalogue() -> list[Peer]:
             note="its own application",
         ),
     ]
+
+
+def ray_fleet(num_replicas: int, step_ms: float) -> Peer:
+    """Return Ray Serve as its makers recommend for throughput, with so many replicas of its application."""
+    return Peer(
+        "ray-fleet",
+        f"Ray Serve, HAProxy + direct streaming, {num_replicas} replicas",
+        "ray-serve",
+        "ray",
+        ray_serve("haproxy", num_replicas, step_ms),
+        variables=ray_haproxy_variables,
+        role_of=ray_role,
+        has_own_backend=True,
+    )
 
 
 def on_request() -> list[Peer]:

@@ -4,7 +4,8 @@ It is Ray Serve's best case: bytes are made ahead, nothing is tokenized or detok
 for the loop leave in one piece. One task gives every open stream a token per step, on a grid, like headrace's
 simulated engine. Must not import headrace: it lives in another environment.
 
-`python ray_serve_app.py PORT TEMP_DIR python|haproxy`; it serves until SIGTERM or until stdin closes.
+`python ray_serve_app.py PORT TEMP_DIR python|haproxy [REPLICAS [STEP_MS]]`; it serves until SIGTERM or until
+stdin closes.
 """
 
 import asyncio
@@ -97,8 +98,8 @@ def last_chunks(request_id: str, num_tokens: int) -> bytes:
 class Replica:
     """Front and engine in one: what Ray Serve calls a replica."""
 
-    def __init__(self) -> None:
-        self._grid = StepGrid(0.005)
+    def __init__(self, step_s: float) -> None:
+        self._grid = StepGrid(step_s)
         self._num_requests = 0
 
     @app.get("/health")
@@ -138,23 +139,26 @@ class Replica:
         yield last_chunks(request_id, max_tokens)
 
 
-def build(is_direct: bool) -> Any:
+def build(is_direct: bool, num_replicas: int, step_s: float) -> Any:
     """Return the application; `is_direct`: with Ray Serve LLM's router, which HAProxy asks per request."""
+    replicas = Replica.options(num_replicas=num_replicas)
     if not is_direct:
-        return Replica.bind()
+        return replicas.bind(step_s)
     # The wiring of ray.serve.llm's build_openai_app with direct streaming on, around our replica.
     from ray.llm._internal.serve.core.ingress.router import LLMRouter
     from ray.serve.config import RequestRouterConfig
     from ray.serve.experimental.round_robin_router import RoundRobinRouter
 
     choice = RequestRouterConfig(request_router_class=RoundRobinRouter)
-    replica = Replica.options(request_router_config=choice).bind()
+    replica = replicas.options(request_router_config=choice).bind(step_s)
     router = serve.deployment(LLMRouter, max_ongoing_requests=MAX_OPEN, ray_actor_options={"num_cpus": 0})
     return replica._with_ingress_request_router(router.bind(server=replica))
 
 
 def main() -> int:
     port, temp_dir, proxy = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    num_replicas = int(sys.argv[4]) if len(sys.argv) > 4 else 1
+    step_s = float(sys.argv[5]) / 1e3 if len(sys.argv) > 5 else 0.005
     ray.init(
         num_cpus=2,
         _node_ip_address="127.0.0.1",
@@ -165,7 +169,8 @@ def main() -> int:
     )
     quiet = {"log_level": "ERROR", "enable_access_log": False}
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet)
-    serve.run(build(proxy == "haproxy"), name=APPLICATION, route_prefix="/", logging_config=quiet)
+    application = build(proxy == "haproxy", num_replicas, step_s)
+    serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
     print("ready", flush=True)
     os.read(0, 1)
     ray.shutdown()

@@ -61,7 +61,7 @@ class RunningPeer:
 
 
 @contextmanager
-def running(peer: Peer, front_url: str) -> Iterator[RunningPeer]:
+def running(peer: Peer, front_url: str, start_limit_s: float = START_LIMIT_S) -> Iterator[RunningPeer]:
     """Start a peer before the front at `front_url` (without /v1) and yield it when it has served a stream.
     Raises PeerFailed."""
     with tempfile.TemporaryDirectory(prefix="hr-", ignore_cleanup_errors=True) as name:
@@ -83,7 +83,7 @@ def running(peer: Peer, front_url: str) -> Iterator[RunningPeer]:
             )
         url = f"http://127.0.0.1:{rig.port}/v1"
         try:
-            _await_stream(peer, process, url, log_path)
+            _await_stream(peer, process, url, log_path, start_limit_s)
             start_s = time.monotonic() - started_s
             _settle(process.pid)
             yield RunningPeer(peer, process, url, start_s, command, variables)
@@ -96,8 +96,10 @@ def _clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
 
 
-def _await_stream(peer: Peer, process: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
-    until_s = time.monotonic() + START_LIMIT_S
+def _await_stream(
+    peer: Peer, process: subprocess.Popen[bytes], url: str, log_path: Path, limit_s: float
+) -> None:
+    until_s = time.monotonic() + limit_s
     reason = "no answer"
     while time.monotonic() < until_s:
         if process.poll() is not None:
@@ -110,7 +112,7 @@ def _await_stream(peer: Peer, process: subprocess.Popen[bytes], url: str, log_pa
         except httpx.HTTPError as error:
             reason = str(error)
         time.sleep(0.1)
-    raise PeerFailed(f"{peer.name} served no stream in {START_LIMIT_S:g} s ({reason}): {_tail(log_path)}")
+    raise PeerFailed(f"{peer.name} served no stream in {limit_s:g} s ({reason}): {_tail(log_path)}")
 
 
 def _tail(path: Path) -> str:

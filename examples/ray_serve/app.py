@@ -94,6 +94,11 @@ class Prompt:
         ]
 
 
+class ModelFailed(Exception):
+    """The endpoint did not answer. The client's own errors cannot pass between Ray's processes: they do not
+    unpickle."""
+
+
 @serve.deployment(max_ongoing_requests=256)
 class Model:
     """The headrace endpoint."""
@@ -107,13 +112,16 @@ class Model:
         await self._client.models.retrieve(self._model, timeout=5)
 
     async def stream(self, messages: list[Any]) -> AsyncIterator[str]:
-        """Yield the answer's text as it comes."""
-        chunks = await self._client.chat.completions.create(
-            model=self._model, messages=messages, stream=True, max_tokens=64, temperature=0
-        )
-        async for chunk in chunks:
-            if chunk.choices and (text := chunk.choices[0].delta.content):
-                yield text
+        """Yield the answer's text as it comes. Raises ModelFailed."""
+        try:
+            chunks = await self._client.chat.completions.create(
+                model=self._model, messages=messages, stream=True, max_tokens=64, temperature=0
+            )
+            async for chunk in chunks:
+                if chunk.choices and (text := chunk.choices[0].delta.content):
+                    yield text
+        except openai.OpenAIError as error:
+            raise ModelFailed(type(error).__name__) from None
 
 
 class Question(BaseModel):
@@ -148,8 +156,9 @@ class Ask:
             async for text in self._model.stream.remote(messages):
                 yield event({"text": text})
         except Exception as error:
-            reason = error.__cause__ or error
-            yield event({"error": f"the model did not answer: {type(reason).__name__}"})
+            cause = getattr(error, "cause", error)  # Ray wraps what another process raised
+            reason = cause if isinstance(cause, ModelFailed) else type(cause).__name__
+            yield event({"error": f"the model did not answer: {reason}"})
         else:
             yield event({"sources": passages})
 

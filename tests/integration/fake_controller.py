@@ -15,8 +15,9 @@ from headrace.api.config import Config
 from headrace.api.messages import GatewaySpec, ProcessSpec, haproxy_name, relay_name, router_name
 from headrace.clock import SystemClock
 from headrace.control import essentials, slots
-from headrace.control.app import Controller, ProcessSources
+from headrace.control.app import Controller
 from headrace.control.applied import read_config
+from headrace.control.process_sources import ProcessSources
 from headrace.control.specs import replica_process
 from headrace.fabric.local import LocalLauncher
 from headrace.gateway.paths import GatewayPaths

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import msgspec
 
-from headrace.api.config import split_address
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import Demand, GatewaySpec, LoadReport, ReplicaSpec, ReplicaView
+from headrace.api.notation import split_address
 from headrace.api.run_paths import alive_socket_path, relay_socket_path, router_socket_path
 
 INTERVAL_S = 0.1

@@ -99,6 +99,22 @@ def test_without_siblings_the_restarted_engine_goes_on(ready: Fronts) -> None:
     assert last_line(ready[0], "alone")["hosts"] == []
 
 
+def test_requests_that_come_while_an_engine_is_started_again_are_served(ready: Fronts) -> None:
+    """One begins at a sibling; with none, it waits for the engine. Nobody is answered 503."""
+    whole = Answer(ready[0], "held", seed=5).text()
+    for number, has_sibling in enumerate((True, False), 2):
+        if not has_sibling:
+            ready.forget_each_other()
+        num_restarts = ready.report(0).engine_restarts
+        kill_engine(ready, 0)
+        ready.controller(0).wait_for(lambda report: report.state == "starting")
+        answer = Answer(ready[0], "held", seed=5)
+        assert (answer.text(), answer.status) == (whole, 200)
+        assert last_line(ready[0], "held", number)["state"] == "finished"
+        wait_new_engine(ready, 0, num_restarts)
+    check_conservation(ready[0])
+
+
 def test_a_host_that_dies_in_turn_is_followed_by_the_own_engine(ready: Fronts) -> None:
     fields: dict[str, Any] = {"seed": 9, "max_tokens": 300}
     whole = Answer(ready[0], "twice", **fields).text()

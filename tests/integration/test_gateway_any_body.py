@@ -153,6 +153,21 @@ async def test_a_long_body_without_a_good_model_is_refused_in_openais_shape(gate
     await wait_for(has_a_line_each, "the request log has them all")
 
 
+async def test_an_adapter_is_reached_by_its_name_wherever_that_is_in_the_body() -> None:
+    chat = EndpointRule("chat", "mock", 64, 30.0, adapters=["poet"])
+    async with running_gateway(chat, TWO_ENDPOINTS[1]) as gateway:
+        await gateway.add_front("chat-1")
+        for size in (10, MB):
+            answer = await ask(gateway, sdk_body(size, "poet"))
+            assert (answer.status, answer.headers["x-replica"]) == (200, "chat-1")
+            missing = await ask(gateway, sdk_body(size, "painter"))
+            assert missing.status == 404
+            assert "Known models: chat, poet, other." in missing.error()["message"]
+        listed = await gateway.request("GET", "/v1/models")
+        assert [card["id"] for card in json.loads(listed.body)["data"]] == ["chat", "poet", "other"]
+        await wait_for(lambda: gateway.endpoint().finished == 2, "both are the endpoint's")
+
+
 async def test_an_answer_through_the_relay_comes_as_it_is_made(gateway: Gateway) -> None:
     await gateway.add_front("chat-1")
     client = await gateway.connect()

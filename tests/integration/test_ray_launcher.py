@@ -32,7 +32,7 @@ from headrace.api.messages import (
 )
 from headrace.api.run_paths import PYTHON_PLACEHOLDER, RUN_DIR_PLACEHOLDER
 from headrace.clock import SystemClock
-from headrace.fabric import host_link
+from headrace.fabric import host_link, retirement
 from headrace.fabric.fake_cluster import FakeCluster
 from headrace.fabric.host_messages import HostEvent, HostEvents, HostReport
 from headrace.fabric.local import LauncherLost
@@ -116,6 +116,17 @@ async def test_replicas_of_an_endpoint_are_spread_over_the_nodes() -> None:
         event = await take(launcher, Processes)
         assert isinstance(event, Processes)
         assert sorted(process.name for process in event.processes) == ["chat-1", "chat-2"]
+
+
+@pytest.mark.slow
+async def test_replicas_that_are_started_at_the_same_time_are_spread_too() -> None:
+    cluster = make_cluster(HERE, THERE)
+    async with launched(cluster) as launcher:
+        for number in (1, 2):
+            launcher.start(sleeper(f"chat-{number}", NodeNeeds({"CPU": 1.0})))
+        for _ in (1, 2):
+            await take(launcher, ProcessStarted)
+        assert sorted(cluster.liked) == ["here", "there"]
 
 
 @pytest.mark.slow
@@ -204,6 +215,7 @@ async def test_a_silent_node_is_told_of_and_given_up_only_after_a_while(
     monkeypatch.setattr(host_link, "SILENT_AFTER_S", 0.3)
     monkeypatch.setattr(host_link, "LOST_AFTER_S", 1.0)
     monkeypatch.setattr(host_link, "POLL_S", 0.1)
+    monkeypatch.setattr(retirement, "SILENT_LIMIT_S", 0.2)
     cluster = make_cluster(HERE, THERE)
     async with launched(cluster) as launcher:
         pid = await started(launcher, sleeper("chat-1", NodeNeeds({"CPU": 1.0}, {"kind": "spot"})))
@@ -220,6 +232,59 @@ async def test_a_silent_node_is_told_of_and_given_up_only_after_a_while(
         assert isinstance(ended, ProcessEnded)
         assert "has not answered for 1 s" in ended.process.last_output
         await until(lambda: not psutil.pid_exists(pid))
+
+
+@pytest.mark.slow
+async def test_nothing_is_placed_on_a_node_that_is_silent_though_the_cluster_takes_it_for_alive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host_link, "SILENT_AFTER_S", 0.1)
+    monkeypatch.setattr(host_link, "LOST_AFTER_S", 4.0)
+    monkeypatch.setattr(host_link, "POLL_S", 0.05)
+    monkeypatch.setattr(retirement, "SILENT_LIMIT_S", 0.1)
+    cluster = make_cluster(HERE, THERE)
+    async with launched(cluster) as launcher:
+        await started(launcher, sleeper("fuller-1", NodeNeeds({"CPU": 1.0}, {"kind": "head"})))
+        await started(launcher, sleeper("chat-1", NodeNeeds({"CPU": 0.1}, {"kind": "spot"})))
+        cluster.silent.add("there")
+        await take(launcher, ProcessWaiting)
+        await started(launcher, sleeper("silent-1", NodeNeeds({"CPU": 0.1})))
+        assert cluster.liked.pop() == "here"
+        await take(launcher, ProcessEnded)
+        await until(lambda: len(cluster.running) == 2)  # its place was given back
+        await started(launcher, sleeper("given-1", NodeNeeds({"CPU": 0.1})))
+        assert cluster.liked.pop() == "here"
+
+
+@pytest.mark.slow
+async def test_what_a_host_holds_that_is_heard_of_again_after_it_was_given_up_is_asked_to_leave(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(host_link, "SILENT_AFTER_S", 0.1)
+    monkeypatch.setattr(host_link, "LOST_AFTER_S", 0.3)
+    monkeypatch.setattr(host_link, "POLL_S", 0.1)
+    monkeypatch.setattr(retirement, "CALL_LIMIT_S", 0.2)
+    finishing = (
+        f"import pathlib, signal, sys, time; path = pathlib.Path({str(tmp_path)!r}); "
+        "signal.signal(signal.SIGTERM, lambda *_: ((path / 'done').touch(), sys.exit(0))); "
+        "(path / 'ready').touch(); time.sleep(600)"
+    )
+    cluster = make_cluster(HERE, THERE)
+    async with launched(cluster) as launcher:
+        spec = sleeper("chat-1", NodeNeeds({"CPU": 1.0}, {"kind": "spot"}))
+        pid = await started(
+            launcher, msgspec.structs.replace(spec, argv=[PYTHON_PLACEHOLDER, "-c", finishing])
+        )
+        await until((tmp_path / "ready").exists)
+        cluster.silent.add("there")
+        await take(launcher, ProcessEnded)
+        again = await started(launcher, sleeper("chat-1", NodeNeeds({"CPU": 1.0}, {"kind": "head"})))
+        assert psutil.pid_exists(pid)
+        cluster.silent.clear()
+        await until(lambda: len(cluster.running) == 1)
+        assert (tmp_path / "done").exists()
+        assert not psutil.pid_exists(pid)
+        assert psutil.pid_exists(again)
 
 
 @pytest.mark.slow
@@ -339,7 +404,7 @@ async def test_nothing_is_put_on_a_node_that_is_drained_or_has_a_notice() -> Non
         launcher.start(sleeper("chat-1", NodeNeeds({"CPU": 1.0}, {"kind": "spot"})))
         waits = await take(launcher, ProcessWaiting)
         assert isinstance(waits, ProcessWaiting)
-        assert waits.reason.endswith("Nothing is put on nodes that go away: there")
+        assert waits.reason.endswith("Nothing is put on nodes that go away or do not answer: there")
         notice = Place([NodeNeeds({"CPU": 1.0})], avoided={"here": 1.5})
         launcher.start(msgspec.structs.replace(sleeper("talk-1"), place=notice))
         started_event = await take(launcher, ProcessStarted)
@@ -420,3 +485,91 @@ def next_host_event(host: Host, after: int) -> HostEvent:
     events = msgspec.msgpack.decode(host.poll(after, LIMIT_S), type=HostEvents).events
     assert events, f"nothing after event {after}"
     return events[0]
+
+
+def replica_of_three(name: str, tmp_path: Path) -> ProcessSpec:
+    """A process with two companions, each of which says its pid."""
+    program = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); {}"
+
+    def says(number: int) -> ProcessSpec:
+        argv = [
+            PYTHON_PLACEHOLDER,
+            "-S",
+            "-c",
+            program.format("time.sleep(600)"),
+            str(tmp_path / f"{number}"),
+        ]
+        return ProcessSpec(f"{name}-rank-{number}", argv, is_restarted=True)
+
+    return sleeper(name, NodeNeeds({"CPU": 2.0}), companions=[says(1), says(2)])
+
+
+async def pids_in(tmp_path: Path) -> list[int]:
+    """Of the two companions, once both have said them."""
+    paths = [tmp_path / "1", tmp_path / "2"]
+    await until(lambda: all(path.exists() and path.read_text() for path in paths))
+    return [int(path.read_text()) for path in paths]
+
+
+@pytest.mark.slow
+async def test_companions_have_hosts_of_their_own_in_one_place_and_end_with_it(tmp_path: Path) -> None:
+    cluster = make_cluster(HERE, THERE)
+    async with launched(cluster) as launcher:
+        pid = await started(launcher, replica_of_three("chat-1", tmp_path))
+        pids = await pids_in(tmp_path)
+        assert len(cluster.running) == 3
+        assert len({node for _, node in cluster.running.values()}) == 1
+        assert len(await cluster.hosts()) == 1
+        keepers = {each.parent() for each in map(psutil.Process, [pid, *pids])}
+        assert len(keepers) == 3
+        launcher.list_processes()
+        event = await take(launcher, Processes)
+        assert isinstance(event, Processes)
+        assert [process.name for process in event.processes] == ["chat-1"]
+        launcher.stop("chat-1", 5.0)
+        ended = await take(launcher, ProcessEnded)
+        assert isinstance(ended, ProcessEnded)
+        assert ended.process.exit_code == -15
+        await until(lambda: not any(map(psutil.pid_exists, pids)) and not cluster.running)
+
+
+@pytest.mark.slow
+async def test_a_companion_that_ends_is_started_again_and_one_whose_host_is_lost_ends_all(
+    tmp_path: Path,
+) -> None:
+    cluster = make_cluster(HERE)
+    async with launched(cluster) as launcher:
+        pid = await started(launcher, replica_of_three("chat-1", tmp_path))
+        first, second = await pids_in(tmp_path)
+        (tmp_path / "1").unlink()
+        psutil.Process(first).kill()
+        assert (await pids_in(tmp_path))[0] != first
+        keeper = psutil.Process(second).parent()
+        assert keeper is not None
+        keeper.kill()
+        ended = await take(launcher, ProcessEnded)
+        assert isinstance(ended, ProcessEnded)
+        assert (ended.process.name, ended.process.pid, ended.process.exit_code) == ("chat-1", pid, -15)
+        assert "the host of rank 2 is lost" in ended.process.last_output
+        assert "its keeper ended with -9" in ended.process.last_output
+        await until(lambda: not psutil.pid_exists(second) and not cluster.running)
+
+
+@pytest.mark.slow
+async def test_a_later_controller_watches_the_companions_that_it_finds(tmp_path: Path) -> None:
+    cluster = make_cluster(HERE)
+    async with launched(cluster) as first:
+        pid = await started(first, replica_of_three("chat-1", tmp_path))
+        pids = await pids_in(tmp_path)
+        first.close()
+        second = await RayLauncher.connect(cluster, SystemClock(), b"")
+        assert psutil.pid_exists(pid)
+        key = next(key for key in cluster.running if key.endswith("/3/1"))
+        host, _ = cluster.running.pop(key)
+        host.end()
+        ended = await take(second, ProcessEnded)
+        while not (isinstance(ended, ProcessEnded) and ended.process.name == "chat-1"):
+            ended = await take(second, ProcessEnded)
+        assert "the host of rank 1 is lost: " in ended.process.last_output
+        await until(lambda: not any(map(psutil.pid_exists, [pid, *pids])))
+        second.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import csv
 import hashlib
 import json
 import ssl
@@ -26,6 +27,7 @@ SEVERAL_CHECKS_S = 3.0
 CHAT = json.dumps(
     {"model": "chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 ).encode()
+STREAM = json.dumps({**json.loads(CHAT), "stream": True}).encode()
 ENDPOINT = EndpointRule("chat", "simulated", 64, 30.0)
 
 
@@ -62,8 +64,8 @@ async def two_hosts(directory: Path, **gateway_settings: object) -> AsyncIterato
         await ours.close()
 
 
-async def chat(hosts: TwoHosts, **headers: str) -> HttpAnswer:
-    return await hosts.gateway.request("POST", "/v1/chat/completions", CHAT, headers)
+async def chat(hosts: TwoHosts, body: bytes = CHAT, **headers: str) -> HttpAnswer:
+    return await hosts.gateway.request("POST", "/v1/chat/completions", body, headers)
 
 
 async def ask_directly(front: RunningFront, context: ssl.SSLContext | None) -> bytes:
@@ -87,12 +89,32 @@ async def test_a_replica_of_another_host_serves_over_tls_and_passes_haproxys_che
         gateway = hosts.gateway
         num_asked, end_s = 0, asyncio.get_running_loop().time() + SEVERAL_CHECKS_S
         while asyncio.get_running_loop().time() < end_s:
-            answer = await chat(hosts)
-            assert answer.status == 200
+            answer = await chat(hosts, body=STREAM if num_asked % 2 else CHAT)  # short streams go over HTTP/2
+            assert answer.status == 200, answer.body
             assert answer.headers["x-headrace-replica"] == "chat-1"
             num_asked += 1
             await asyncio.sleep(0.1)
         await wait_for(lambda: gateway.endpoint().finished == num_asked, "the router heard of their ends")
+
+
+async def test_short_streams_reach_another_host_on_http2_and_its_checks_pass(tmp_path: Path) -> None:
+    stream = json.dumps({**json.loads(CHAT), "stream": True}).encode()
+    async with two_hosts(tmp_path, replica_protocol="h2") as hosts:
+        for _ in range(3):
+            answer = await hosts.gateway.request("POST", "/v1/chat/completions", stream, {})
+            assert answer.status == 200
+        await asyncio.sleep(SEVERAL_CHECKS_S)
+        server = await server_stats(hosts.gateway, "ep-chat_h2", "chat-1")
+        assert (server["stot"], server["status"], server["check_status"]) == ("3", "UP", "L7OK"), server
+
+
+async def server_stats(gateway: Gateway, backend: str, server: str) -> dict[str, str]:
+    """What HAProxy says of one of its servers."""
+    reader, writer = await asyncio.open_unix_connection(gateway.paths.runtime_socket)
+    writer.write(b"show stat\n")
+    rows = csv.DictReader((await reader.read()).decode().removeprefix("# ").splitlines())
+    writer.close()
+    return next(row for row in rows if (row["pxname"], row["svname"]) == (backend, server))
 
 
 async def test_only_who_has_the_clusters_key_gets_through_to_a_front(tmp_path: Path) -> None:

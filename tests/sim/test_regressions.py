@@ -10,6 +10,7 @@ from headrace.sim.world import World
 FOUND: dict[int, str] = {
     149: "a request that came again within a step got the token of its aborted first try, and so one twice",
     310: "a stop between a child's death and its reaping was kept for the next one (simulated supervisor)",
+    1674: "a paused rollout, which keeps replicas of both versions, was taken for too many (the check)",
     2215: "who came before a request that waited for its version was held until the next tick, beside room",
 }
 

@@ -6,23 +6,17 @@ import contextlib
 import json
 import os
 import shutil
-import signal
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from tests.e2e.conftest import ROOT, free_port
+from tests.slow.ray_serve_rig import running, short_directory
 
 import headrace
 
 EXAMPLE = ROOT / "examples" / "ray_serve"
-SERVE = ROOT / ".peers" / "ray-serve" / "bin" / "serve"
-START_LIMIT_S = 240.0
-IN_NAMESPACES = ["unshare", "--pid", "--mount", "--ipc", "--fork", "--kill-child", "--mount-proc"]
-"""Ray's processes end with this one, and meet no other Ray of this machine."""
 
 
 @pytest.fixture(scope="module")
@@ -46,38 +40,32 @@ def running_application(directory: Path, base_url: str) -> Iterator[str]:
     assert "port: 8001" in config
     config = config.replace("http://127.0.0.1:8000/v1", base_url).replace("port: 8001", f"port: {port}")
     (directory / "serve.yaml").write_text(config)
-    log = directory / "serve.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*IN_NAMESPACES, str(SERVE), "run", "serve.yaml"],
-            cwd=directory,
-            env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(directory)},
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
     url = f"http://127.0.0.1:{port}"
-    deadline_s = time.monotonic() + START_LIMIT_S
-    try:
-        while "Deployed app" not in log.read_text():
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline_s, log.read_text()[-3000:]
-            time.sleep(0.2)
+
+    def is_deployed() -> bool:
+        with contextlib.suppress(httpx.HTTPError):  # 404 before it knows the application
+            return httpx.post(f"{url}/ask", json={}, timeout=30).status_code == 422
+        return False
+
+    with running(directory, "serve", "run", "serve.yaml", is_up=is_deployed):
         yield url
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # namespaces and all
-        process.wait()
 
 
 def events_of(text: str) -> list[dict[str, object]]:
     return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(os.geteuid() != 0, reason="namespaces of its own for Ray need root")
 def test_the_example_answers_from_its_passages_and_says_when_its_model_is_gone(
-    tmp_path: Path, system: headrace.System
+    system: headrace.System,
 ) -> None:
-    with running_application(tmp_path, system.url) as url, httpx.Client(timeout=60) as client:
+    with (
+        short_directory() as directory,
+        running_application(directory, system.url) as url,
+        httpx.Client(timeout=60) as client,
+    ):
         answer = client.post(f"{url}/ask", json={"question": "What is the capital of Italy?"})
         assert answer.status_code == 200
         *texts, last = events_of(answer.text)

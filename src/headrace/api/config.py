@@ -13,13 +13,14 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from headrace.api.endpoint_config import Endpoint
-from headrace.api.node_config import Ray
+from headrace.api.node_config import GatewayPlacement, Ray
+from headrace.api.notation import TENANT_NAME, split_bind
 from headrace.api.notice_address import checked_notice_headers, checked_notice_url
+from headrace.api.run_paths import NODE_HOST
 from headrace.api.section import Section
-from headrace.errors import ConfigError
 
 ENDPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
-TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+WILDCARDS = ("0.0.0.0", "::")  # noqa: S104, compared only
 KEY_HASH = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -78,9 +79,14 @@ class Gateway(Section):
     """The public address."""
 
     bind: str = "127.0.0.1:8000"
-    """host:port. Other than loopback needs tenants: without keys, anyone who reaches it could use it."""
+    """host:port. Other than loopback needs tenants: without keys, anyone who reaches it could use it. With
+    placement, node:8000 is each gateway's own node, 0.0.0.0:8000 all its addresses, and 127.0.0.1:8000 serves
+    programs on that node alone."""
     count: Annotated[int, Field(ge=1, le=16)] = 1
-    """Gateways (HAProxy and router) side by side on one port; one that dies costs its own connections."""
+    """Gateways (HAProxy and router) side by side on one port; one that dies costs its own connections. With
+    placement: each on a node of its own."""
+    placement: GatewayPlacement | None = None
+    """With launcher ray: the nodes that hold gateways. Without it all stand beside the controller."""
     tls: Tls | None = None
     """Certificate of the public address; HTTP/2 is then offered, too. Without it: plain HTTP."""
     max_connections_per_address: Annotated[int, Field(ge=0, le=1_000_000)] = 0
@@ -105,7 +111,7 @@ class Gateway(Section):
     @classmethod
     def _check_bind(cls, value: str) -> str:
         if value:
-            split_address(value)
+            split_bind(value)
         return value
 
 
@@ -136,7 +142,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_tenants(self) -> Config:
-        problems = [*_tenant_problems(self.tenants, self.endpoints), *_bind_problems(self)]
+        problems = [
+            *_tenant_problems(self.tenants, self.endpoints),
+            *_bind_problems(self),
+            *_place_problems(self),
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -161,7 +171,12 @@ class Config(Section):
     @field_validator("endpoints")
     @classmethod
     def _check_names(cls, value: dict[str, Endpoint]) -> dict[str, Endpoint]:
-        for name in value:
+        adapters = [name for endpoint in value.values() for name in endpoint.vllm.lora]
+        if twice := sorted({name for name in adapters if name in value or adapters.count(name) > 1}):
+            raise ValueError(
+                f"vllm.lora: {', '.join(twice)}: named twice; endpoints and adapters are all names of models"
+            )
+        for name in [*value, *adapters]:
             if not ENDPOINT_NAME.fullmatch(name):
                 raise ValueError(
                     f"endpoint name {name!r}: use 1 to 128 letters, digits or . _ / : - "
@@ -214,31 +229,30 @@ def _bind_problems(config: Config) -> list[str]:
     return problems
 
 
+def _place_problems(config: Config) -> list[str]:
+    """Addresses that cannot be had where the gateways are."""
+    gateway, problems = config.gateway, []
+    for field in ("bind", "admin_bind", "metrics_bind"):
+        address: str = getattr(gateway, field)
+        if not address or is_loopback(address):
+            continue
+        host, port = split_bind(address)
+        if gateway.placement is None and host == NODE_HOST:
+            problems.append(
+                f"gateway.{field}: {address}: {NODE_HOST} is the node of a gateway with placement; set "
+                "gateway.placement, or write an address of this machine"
+            )
+        if gateway.placement is not None and host not in (NODE_HOST, *WILDCARDS):
+            problems.append(
+                f"gateway.{field}: {address} is one machine's address, and with placement gateways are on "
+                f"several; write {NODE_HOST}:{port}, which is each one's own"
+            )
+    return problems
+
+
 def is_loopback(address: str) -> bool:
     """Whether `host:port` can be reached from its own machine only."""
-    host, _ = split_address(address)
+    host, _ = split_bind(address)
+    if host == NODE_HOST:
+        return False
     return host == "localhost" or ipaddress.ip_address(host).is_loopback
-
-
-def split_host_port(value: str, field: str) -> tuple[str, int]:
-    """Split `host:port` of somebody else, whose host may be a name. Raises ConfigError."""
-    host, separator, port = value.rpartition(":")
-    if not separator or not host or not port.isdigit() or not 0 < int(port) <= 65535:
-        raise ConfigError(f"{field} is {value!r}; it must be host:port, for example 10.0.0.1:6379, or auto")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def split_address(value: str) -> tuple[str, int]:
-    """Split `host:port` (`[::1]:8000` for IPv6). Raises ValueError that says what is allowed."""
-    host, separator, port = value.rpartition(":")
-    if not separator or not port.isdigit() or not 0 <= int(port) <= 65535:
-        raise ValueError(f"{value!r} is not host:port; write for example 127.0.0.1:8000")
-    host = host.removeprefix("[").removesuffix("]")
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        if host != "localhost":
-            raise ValueError(
-                f"{host!r} is not an IP address; use 127.0.0.1, [::1], 0.0.0.0 or localhost"
-            ) from None
-    return host, int(port)

@@ -207,6 +207,9 @@ class VllmEngine(Section):
     args: dict[str, Any] = {}
     """Arguments of vLLM's engine by its own names (max_model_len, tensor_parallel_size, ...), checked by vLLM
     when a replica starts. The model, its tokenizer and data parallelism are not among them."""
+    lora: dict[str, str] = {}
+    """LoRA adapters of the model: public model name -> directory with adapter_config.json and
+    adapter_model.safetensors. Each is served under its name, by the endpoint's replicas."""
 
 
 class SimulatedEngine(Section):
@@ -262,6 +265,10 @@ class Endpoint(Section):
 
     @model_validator(mode="after")
     def _check_vllm(self) -> Endpoint:
+        if self.engine != "vllm" and self.vllm.lora:
+            raise ValueError(
+                f"engine is {self.engine} and vllm.lora names adapters; only engine vllm serves them"
+            )
         if self.engine == "vllm" and self.replicas.standby:
             raise ValueError(
                 f"engine is vllm and replicas.standby is {self.replicas.standby}; vLLM engines cannot sleep, "

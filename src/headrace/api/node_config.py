@@ -68,16 +68,7 @@ class NodeSettings(Section):
     @field_validator("resources")
     @classmethod
     def _check_resources(cls, value: dict[str, float]) -> dict[str, float]:
-        for name, amount in value.items():
-            if not RESOURCE_NAME.fullmatch(name):
-                raise ValueError(
-                    f"resource name {name!r}: use CPU, GPU, memory, or letters, digits and . _ : -"
-                )
-            if not math.isfinite(amount) or not 0 < amount <= 1e15:
-                raise ValueError(f"resource {name} is {amount}; it must be more than 0")
-            if name == "GPU" and amount > 1 and amount != int(amount):
-                raise ValueError(f"resource GPU is {amount}; above 1 it must be a whole number")
-        return value
+        return check_resources(value)
 
     @field_validator("labels")
     @classmethod
@@ -92,6 +83,38 @@ class NodeSettings(Section):
                 "add resources: {GPU: 1}"
             )
         return self
+
+
+class GatewayPlacement(Section):
+    """The nodes that hold gateways, one on each. Only launcher ray can do that."""
+
+    resources: dict[str, float] = {}
+    """Amount of each resource that a gateway takes, as for a replica. Without CPU: one core per thread of its
+    HAProxy."""
+    labels: dict[str, str] = {}
+    """Labels that the node must have, each with its value."""
+
+    @field_validator("resources")
+    @classmethod
+    def _check_resources(cls, value: dict[str, float]) -> dict[str, float]:
+        return check_resources(value)
+
+    @field_validator("labels")
+    @classmethod
+    def _check_labels(cls, value: dict[str, str]) -> dict[str, str]:
+        return check_labels(value)
+
+
+def check_resources(resources: dict[str, float]) -> dict[str, float]:
+    """Return `resources`. Raises ValueError that says what is allowed."""
+    for name, amount in resources.items():
+        if not RESOURCE_NAME.fullmatch(name):
+            raise ValueError(f"resource name {name!r}: use CPU, GPU, memory, or letters, digits and . _ : -")
+        if not math.isfinite(amount) or not 0 < amount <= 1e15:
+            raise ValueError(f"resource {name} is {amount}; it must be more than 0")
+        if name == "GPU" and amount > 1 and amount != int(amount):
+            raise ValueError(f"resource GPU is {amount}; above 1 it must be a whole number")
+    return resources
 
 
 def check_labels(labels: dict[str, str]) -> dict[str, str]:

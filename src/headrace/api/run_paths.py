@@ -13,8 +13,14 @@ RUN_DIR_PLACEHOLDER = "@RUN_DIR@"
 PYTHON_PLACEHOLDER = "@PYTHON@"
 """Stands for the host's own Python."""
 HOST_PLACEHOLDER = "@HOST@"
-"""Stands for the address that fronts of the host listen on: loopback where the controller is, which has the
-gateways, and elsewhere the one by which other hosts know it."""
+"""Stands for the address that fronts of the host listen on while all gateways are beside the controller:
+loopback there, and elsewhere the one by which other hosts know it."""
+NODE_PLACEHOLDER = "@NODE@"
+"""Stands for the address by which other hosts know the host."""
+NODE_HOST = "node"
+"""In an address of a gateway, as users write it: the address of the node that holds it, whichever that is."""
+KEEPER_PLACEHOLDER = "@KEEPER@"
+"""Stands for a word that no two keepers have: what a process finds of another keeper's is out of date."""
 IDENTITY_PLACEHOLDER = "@IDENTITY@"
 """Stands for the path of the cluster's identity where fronts of the host show it; else for nothing."""
 
@@ -64,6 +70,12 @@ def peer_socket_path(run_dir: str, replica_id: str) -> str:
     """Return the path of the UNIX socket on which a front takes its siblings' streams into its engine; empty
     if that is too long for a socket: then it takes none."""
     return _replica_socket_path(run_dir, "peer", replica_id)
+
+
+def rank_socket_path(run_dir: str, replica_id: str) -> str:
+    """Return the path of the UNIX socket on which a replica's engine finds the ranks that a launcher placed.
+    Short, so that it fits in any run directory, also one that is not known yet."""
+    return f"{run_dir}/ranks-{sha256(replica_id.encode()).hexdigest()[:8]}.sock"
 
 
 def _replica_socket_path(run_dir: str, kind: str, replica_id: str) -> str:

@@ -47,8 +47,10 @@ def greeting(status: SystemStatus, elapsed_s: float, needs_key: bool = False) ->
     message = '{"role": "user", "content": "What is the capital of Italy?"}'
     body = f'{{"model": "{name}", "temperature": 0, "messages": [{message}]}}'
     key = '-H "authorization: Bearer $HEADRACE_API_KEY" ' if needs_key else ""
+    others = [gateway.url for gateway in status.gateways if gateway.url not in ("", status.url)]
+    also = "".join(f"also:  {url}\n" for url in others)
     return (
-        f"ready: {status.url} after {format_seconds(elapsed_s)}\n"
+        f"ready: {status.url} after {format_seconds(elapsed_s)}\n{also}"
         f"try:   curl -s {status.url}/chat/completions {key}-H 'content-type: application/json' -d '{body}'\n"
         "look:  headrace status    stop: Ctrl-C"
     )

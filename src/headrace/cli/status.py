@@ -260,6 +260,11 @@ def _notes(system: SystemStatus) -> list[str]:
 
     notes = [_describe_size(endpoint) for endpoint in system.endpoints]
     notes += [_describe_rollout(rollout) for rollout in system.rollouts]
+    notes += [
+        f"{gateway.gateway_id}: {gateway.url} on node {gateway.node[:8]}"
+        for gateway in system.gateways
+        if gateway.node and gateway.url
+    ]
     notes += system.warnings
     for replica in system.replicas:
         if replica.state in ("starting", "standby", "ready") and replica.phase:

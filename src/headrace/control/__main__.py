@@ -15,9 +15,9 @@ from pathlib import Path
 from setproctitle import setproctitle
 
 from headrace.clock import SystemClock
-from headrace.control.app import Controller, ProcessSources
+from headrace.control.app import Controller
 from headrace.control.applied import read_config
-from headrace.control.specs import cluster_replica_process
+from headrace.control.process_sources import ProcessSources, cluster_sources
 from headrace.errors import HeadraceError
 from headrace.fabric.launcher import Launcher
 from headrace.fabric.local import LocalLauncher
@@ -32,7 +32,7 @@ async def _run(run_directory: Path, system: str) -> None:
         from headrace.control.cluster_system import connect_launcher
 
         launcher = await connect_launcher(run_directory, system)
-        sources = ProcessSources(prepare, process_specs, cluster_replica_process)
+        sources = cluster_sources(config)
     else:
         launcher = await LocalLauncher.connect(run_directory)
         sources = ProcessSources(prepare, process_specs)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from headrace.api.config import Config
 from headrace.api.messages import (
@@ -32,7 +32,6 @@ from headrace.api.messages import (
     Nodes,
     ProcessEnded,
     Processes,
-    ProcessSpec,
     ProcessStarted,
     ProcessWaiting,
     ReportAck,
@@ -50,15 +49,9 @@ from headrace.control.drain import drain
 from headrace.control.essentials import Essential
 from headrace.control.identity import open_identity
 from headrace.control.probe import watch_gateway
+from headrace.control.process_sources import ProcessSources
 from headrace.control.reconciler import Action, PromoteReplica, RestReplica, StartReplica, StopReplica
-from headrace.control.specs import (
-    ADMIN_SOCKET,
-    CONFIG_FILE,
-    avoiding,
-    durable_process,
-    gateway_specs,
-    replica_process,
-)
+from headrace.control.specs import ADMIN_SOCKET, CONFIG_FILE, avoiding, gateway_place, gateway_specs
 from headrace.control.status import describe
 from headrace.control.system_state import SystemState
 from headrace.errors import ConfigError, HeadraceError
@@ -73,18 +66,6 @@ KEYS_CHECK_S = 0.5
 STOP_MARGIN_S = 15.0
 """A front ends itself when its drain grace is over; only one that does not is killed, this much later."""
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessSources:
-    """Where specs of processes come from; tests put programs of their own in their place."""
-
-    prepare_gateway: Callable[[GatewaySpec], list[ProcessSpec]]
-    """For a fresh start: writes one gateway's files and returns the specs of its processes."""
-    gateway_processes: Callable[[GatewaySpec], list[ProcessSpec]]
-    """The same specs without touching the files, which hold the running replicas."""
-    prepare_replica: Callable[[Config, str, str, Path, bool], ProcessSpec] = replica_process
-    """Config, endpoint, replica id, run directory, whether it is to be a standby."""
 
 
 class Controller:
@@ -224,7 +205,7 @@ class Controller:
             case StartReplica(endpoint=endpoint, is_standby=is_standby, gateway_id=gateway_id):
                 config, directory = state.config_of(action), self._run_directory
                 if gateway_id:
-                    spec = durable_process(config, endpoint, name, gateway_id, directory)
+                    spec = self._sources.prepare_durable(config, endpoint, name, gateway_id, directory)
                 else:
                     spec = self._sources.prepare_replica(config, endpoint, name, directory, is_standby)
                 self._launcher.start(avoiding(spec, state.fleet.notices.avoided(self._clock.now_s())))
@@ -259,11 +240,14 @@ class Controller:
             return
         is_fresh = not any(essential.num_starts for essential in processes)
         get_specs = self._sources.prepare_gateway if is_fresh else self._sources.gateway_processes
+        place = gateway_place(self._state.config)
         try:
-            if is_fresh and self._keys() is None:
+            if (is_fresh or place is not None) and self._keys() is None:
                 raise ConfigError(self._identity.error)
             specs = {
-                spec.name: spec for gateway in self._gateway_specs().values() for spec in get_specs(gateway)
+                spec.name: msgspec.structs.replace(spec, place=place)
+                for gateway in self._gateway_specs().values()
+                for spec in get_specs(gateway)
             }
         except (HeadraceError, OSError) as error:
             for essential in due:

@@ -41,7 +41,7 @@ async def connect_launcher(run_directory: Path, system: str) -> Launcher:
     identity = (run_directory / IDENTITY_FILE).read_bytes()
     cluster = await RayCluster.connect(system, "auto")
     heartbeat = functools.partial(beat, run_directory / HEARTBEAT_FILE)
-    return await RayLauncher.connect(cluster, SystemClock(), identity, heartbeat)
+    return await RayLauncher.connect(cluster, SystemClock(), identity, run_directory, heartbeat)
 
 
 def check_for_cluster(config: Config) -> Config:
@@ -96,6 +96,20 @@ class ClusterSystem:
             await self._cluster.release(key)  # left by a system that did not end well; also its config
         spec = cluster_controller_process(config, self._name)
         await self._cluster.start_controller(spec, identity_pem(make_secret()))
+
+    async def is_held(self) -> bool:
+        """Whether its controller has a host, which Ray starts again if it ends."""
+        return await self._cluster.has_controller()
+
+    async def home_address(self) -> str:
+        """Return the address of the controller's machine, where the gateways are. Raises NotRunning."""
+        try:
+            report = await self._describe()
+        except HostLost as error:
+            raise NotRunning(f"the controller of {self._name!r} has no host: {error}") from None
+        if report is None:
+            raise NoAnswer(f"the host of the controller of {self._name!r} does not answer")
+        return report.address
 
     async def is_there(self) -> bool:
         """Whether anything of it is on the cluster."""

@@ -14,6 +14,7 @@ _FIXED_GATEWAY_FIELDS = (
     "bind",
     "admin_bind",
     "count",
+    "placement",
     "metrics_bind",
     "max_connections",
     "num_threads",

@@ -14,6 +14,7 @@ import msgspec
 from headrace.api.config import Config
 from headrace.api.messages import LoadReport, ProcessState
 from headrace.control.fleet import Fleet, Slot
+from headrace.control.notices import MachineNotices
 from headrace.control.reconciler import (
     Action,
     DesiredEndpoint,
@@ -60,9 +61,12 @@ class _Group:
 class DurableFronts:
     """All durable fronts of one system."""
 
-    def __init__(self, gateway_ids: Iterable[str]) -> None:
-        self.fleet = Fleet()
+    def __init__(self, gateway_ids: Iterable[str], notices: MachineNotices | None = None) -> None:
+        """notices: of the machines, as replicas hear them, too."""
+        self.fleet = Fleet(notices)
         """Its slots' endpoint is the group's name."""
+        self._nodes: dict[str, str] = {}
+        """Of each gateway's durable fronts, as far as one was heard of; bounded by the gateways."""
         self._gateway_ids = tuple(gateway_ids)
         self._groups: dict[str, _Group] = {}
         self._served: dict[str, str] = {}
@@ -107,6 +111,8 @@ class DurableFronts:
         slot = self.fleet.slots.get(report.replica_id)
         if slot is not None:
             self._served[report.replica_id] = report.endpoint
+            if slot.pid and report.gateway_id in self._gateway_ids:
+                self._nodes[report.gateway_id] = slot.node
             self.fleet.on_report(msgspec.structs.replace(report, endpoint=slot.endpoint), now_s)
 
     def forgive(self, endpoint: str) -> None:
@@ -122,9 +128,10 @@ class DurableFronts:
         if not self.fleet.is_settled(now_s):
             return []
         actions: list[Action] = []
-        for action in reconcile(
-            [_desired(name, group) for name, group in self._groups.items()], observed, now_s
-        ):
+        desired = [
+            _desired(name, group, self._hold_off(group, now_s)) for name, group in self._groups.items()
+        ]
+        for action in reconcile(desired, observed, now_s):
             match action:
                 case StartReplica(endpoint=name, generation=generation):
                     group = self._groups[name]
@@ -138,9 +145,18 @@ class DurableFronts:
                     self.fleet.forget(replica_id)
         return actions
 
+    def _hold_off(self, group: _Group, now_s: float) -> str:
+        hold_off = self.fleet.notices.hold_off_at(self._nodes.get(group.gateway_id, ""), now_s)
+        return hold_off.reason if hold_off is not None else ""
+
     def config_of(self, action: StartReplica) -> Config:
         """Return the config from which a durable front is started."""
         return self._groups[group_of(action.endpoint, action.gateway_id)].configs[action.generation]
+
+    @property
+    def num_wanted(self) -> int:
+        """How many there are to be at all gateways."""
+        return sum(group.count for group in self._groups.values())
 
     def is_ready(self, serving: Mapping[str, frozenset[str]]) -> bool:
         """Whether each group has what it is to have. `serving`: by gateway, whom it sends requests to."""
@@ -156,7 +172,7 @@ class DurableFronts:
         )
 
 
-def _desired(name: str, group: _Group) -> DesiredEndpoint:
+def _desired(name: str, group: _Group, hold_off: str) -> DesiredEndpoint:
     versions = tuple(WantedVersion(generation, group.num_each) for generation in group.configs)
     return DesiredEndpoint(
         name,
@@ -164,5 +180,6 @@ def _desired(name: str, group: _Group) -> DesiredEndpoint:
         group.count + _NUM_LEAVING,
         versions,
         reason=f"{group.endpoint} is durable",
+        hold_off=hold_off,
         id_prefix=name,
     )

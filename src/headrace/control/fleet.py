@@ -81,9 +81,10 @@ class Slot:
 class Fleet:
     """All slots. Changed by events only, read through `observe`."""
 
-    def __init__(self) -> None:
+    def __init__(self, notices: MachineNotices | None = None) -> None:
+        """notices: of the machines, heard by another fleet, too."""
         self.slots: dict[str, Slot] = {}
-        self.notices = MachineNotices()
+        self.notices = notices or MachineNotices()
         self.drains = NodeDrains()
         self._adopted: set[str] = set()
         """Taken over, and not heard of yet."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from headrace.api.messages import Demand, EndpointDemand, ProcessState, haproxy_name, relay_name, router_name
-from headrace.control.essentials import Essential
+from headrace.control.essentials import HUNG_AFTER_S, Essential
 from headrace.control.version_counts import VersionCounts
 
 DEMAND_FRESH_S = 2.0
@@ -34,6 +34,14 @@ class GatewayPair:
     demand_s: float = field(default=-math.inf)
     has_answered: bool = False
     """HAProxy answered its last probe."""
+    node: str = ""
+    """Id of the node that it is on, or was on last; empty: this machine."""
+    is_elsewhere: bool = False
+    """That is not the controller's node: what it says comes through a tunnel."""
+    waiting_for: str = ""
+    """Why it has no node, or is not heard on it; empty: it has one, and is."""
+    unreached_s: float = -math.inf
+    """When nothing at all was heard of it on another node: it may be the way there that was broken."""
     num_silences: int = 0
     """HAProxy's last probes in a row to which it said nothing on any socket."""
 
@@ -46,10 +54,29 @@ class GatewayPair:
     def hung(self, now_s: float) -> list[Essential]:
         """Return what must be killed. HAProxy is judged by its silences, not by time without an answer: at
         its limit of connections it answers no probe, and killing it would cut all streams."""
+        if now_s - self.unreached_s <= HUNG_AFTER_S:
+            return []
         found = [essential for essential in (self.router, self.relay) if essential.is_hung(now_s)]
         if self.num_silences >= MAX_SILENCES and self.haproxy.is_alive and not self.haproxy.is_stopping:
             found.append(self.haproxy)
         return found
+
+    @property
+    def processes(self) -> tuple[Essential, Essential, Essential]:
+        return self.router, self.haproxy, self.relay
+
+    @property
+    def is_placeless(self) -> bool:
+        """It waits for a node: nothing of it runs, and no request is there."""
+        return bool(self.waiting_for) and not any(essential.pid for essential in self.processes)
+
+    def is_reached(self, now_s: float) -> bool:
+        """Whether any of its processes was heard lately."""
+        return (
+            self.fresh_demand(now_s) is not None
+            or self.has_answered
+            or (self.relay.is_alive and now_s - self.relay.heard_s <= DEMAND_FRESH_S)
+        )
 
     def fresh_demand(self, now_s: float) -> Demand | None:
         """What the router said lately; None if it said nothing."""
@@ -62,9 +89,7 @@ class GatewayState:
     def __init__(self, gateway_ids: Iterable[str]) -> None:
         self.pairs = {gateway_id: GatewayPair.of(gateway_id) for gateway_id in gateway_ids}
         self.processes = {
-            essential.name: essential
-            for pair in self.pairs.values()
-            for essential in (pair.router, pair.haproxy, pair.relay)
+            essential.name: essential for pair in self.pairs.values() for essential in pair.processes
         }
         self.version_counts = VersionCounts()
         self._ticked_s = math.inf
@@ -77,22 +102,44 @@ class GatewayState:
         """Every HAProxy answered its last probe."""
         return all(pair.has_answered for pair in self.pairs.values())
 
-    def adopt(self, process: ProcessState, now_s: float) -> None:
+    def adopt(self, process: ProcessState, own_node_id: str, now_s: float) -> None:
         """Take over a process that ran before this controller."""
         self.processes[process.name].on_adopted(process, now_s)
+        self._note_node(process, own_node_id)
+
+    def on_started(self, process: ProcessState, own_node_id: str) -> None:
+        """A process runs, on some node. own_node_id: the controller's."""
+        self.processes[process.name].pid = process.pid
+        self._note_node(process, own_node_id)
+
+    def on_waiting(self, name: str, reason: str, now_s: float) -> None:
+        """A process waits for a node, or its node is silent: then it is not judged by its own silence."""
+        self.processes[name].heard_s = now_s
+        self._pair_of(name).waiting_for = reason
+
+    def _note_node(self, process: ProcessState, own_node_id: str) -> None:
+        pair = self._pair_of(process.name)
+        pair.node, pair.waiting_for = process.node, ""
+        pair.is_elsewhere = process.node not in ("", own_node_id)
+
+    def _pair_of(self, name: str) -> GatewayPair:
+        return next(pair for pair in self.pairs.values() if self.processes[name] in pair.processes)
 
     def on_demand(self, demand: Demand, now_s: float) -> None:
         """Take a router's view. One of an unknown or an earlier router process is ignored."""
         pair = self.pairs.get(demand.router_id)
         if pair is None or (pair.router.pid and demand.pid != pair.router.pid):
             return
-        pair.demand, pair.demand_s = demand, now_s
+        pair.demand, pair.demand_s, pair.waiting_for = demand, now_s, ""
         pair.router.heard_s = now_s
         self.version_counts.observe(demand)
 
     def on_tick(self, now_s: float) -> None:
         """A tick begins. After one that came late everybody has the time again to be heard: it was the
-        controller that stood still."""
+        controller that stood still. So has a gateway of which nothing was heard."""
+        for pair in self.pairs.values():
+            if pair.is_elsewhere and not pair.is_reached(now_s):
+                pair.unreached_s, pair.num_silences = now_s, 0
         late_s = now_s - self._ticked_s
         self._ticked_s = now_s
         if late_s > STOOD_STILL_S:
@@ -114,6 +161,8 @@ class GatewayState:
     def on_ended(self, name: str, error: str, now_s: float) -> None:
         """A router, HAProxy or relay ended or could not be started."""
         self.processes[name].on_ended(now_s, error)
+        if not any(essential.pid for essential in self._pair_of(name).processes):
+            self._pair_of(name).waiting_for = ""
         for pair in self.pairs.values():
             if name == pair.router.name:
                 pair.demand = None
@@ -153,8 +202,9 @@ class GatewayState:
         return words
 
     def is_heard(self, now_s: float) -> bool:
-        """Whether every router said something lately."""
-        return all(pair.fresh_demand(now_s) is not None for pair in self.pairs.values())
+        """Whether every router that has a node said something lately."""
+        placed = [pair for pair in self.pairs.values() if not pair.is_placeless]
+        return bool(placed) and all(pair.fresh_demand(now_s) is not None for pair in placed)
 
     def serving_replicas(self, now_s: float) -> frozenset[str] | None:
         """Replicas that every gateway sends requests to. None: some router has not said so lately."""

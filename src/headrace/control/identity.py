@@ -10,8 +10,9 @@ import logging
 import os
 from pathlib import Path
 
-from headrace.api.config import TENANT_NAME, Config
+from headrace.api.config import Config
 from headrace.api.messages import AdminReply, CreateKey, KeyInfo, ListKeys, RevokeKey
+from headrace.api.notation import TENANT_NAME
 from headrace.control.key_store import KeyStore, StoredKey, state_directory
 from headrace.errors import ConfigError
 

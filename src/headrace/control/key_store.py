@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from headrace.api.config import TENANT_NAME
+from headrace.api.notation import TENANT_NAME
 from headrace.errors import ConfigError
 
 FILE_NAME = "keys.json"

@@ -90,6 +90,10 @@ class MachineNotices:
         last = sorted(returns, key=lambda window: window.until_s)[-1:]
         return _hold_off("its last replica got a node that goes away by a notice", last, now_s)
 
+    def hold_off_at(self, node: str, now_s: float) -> HoldOff | None:
+        """Return why nothing that belongs on `node` alone is started now; None: it may be."""
+        return _hold_off("its gateway's machine goes away by a notice", self._windows([node]), now_s)
+
     def avoided(self, now_s: float) -> dict[str, float]:
         """Return the cluster's nodes where nothing is to be started, and for how many seconds more."""
         left = {node: machine.window.until_s - now_s for node, machine in self._machines.items() if node}

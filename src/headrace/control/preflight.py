@@ -10,9 +10,11 @@ import os
 import time
 from pathlib import Path
 
-from headrace.api.config import Config, split_address
+from headrace.api.config import Config
 from headrace.api.endpoint_config import Endpoint
+from headrace.api.notation import split_address
 from headrace.control.key_store import KeyStore, state_directory
+from headrace.engine.lora import rank_of
 from headrace.engine.model_files.resolve import resolve_model
 from headrace.errors import ConfigError, ModelError
 from headrace.gateway.certificate import load_certificate
@@ -47,7 +49,8 @@ def check_models(config: Config) -> Config:
                 )
         except ModelError as error:
             problems.append(f"{path}.model: {error}")
-        endpoints[name] = endpoint.model_copy(update={"model": _absolute(endpoint.model)})
+        vllm = endpoint.vllm.model_copy(update={"lora": _checked_adapters(path, endpoint, problems)})
+        endpoints[name] = endpoint.model_copy(update={"model": _absolute(endpoint.model), "vllm": vllm})
     if problems:
         raise ConfigError(problems)
     tls = config.gateway.tls
@@ -82,7 +85,12 @@ def check_keys(config: Config) -> Config:
 
 def check_address(config: Config) -> Config:
     """Return `config` with a free port in place of port 0. Raises ConfigError if an address cannot be had, or
-    its certificate cannot be used."""
+    its certificate cannot be used, or gateways are to be on other machines."""
+    if config.gateway.placement is not None:
+        raise ConfigError(
+            f"gateway.placement is set, and launcher is {config.launcher}, which has this machine only. Set "
+            "launcher: ray (headrace up --launcher ray), or remove gateway.placement"
+        )
     check_certificate(config)
     gateway = config.gateway
     bind = _check_bind("gateway.bind", gateway.bind)
@@ -91,6 +99,17 @@ def check_address(config: Config) -> Config:
     addresses = {"bind": bind, "metrics_bind": metrics_bind, "admin_bind": admin_bind}
     changed = gateway.model_copy(update=addresses)
     return config.model_copy(update={"gateway": changed})
+
+
+def _checked_adapters(path: str, endpoint: Endpoint, problems: list[str]) -> dict[str, str]:
+    """Return the adapters with absolute paths; what is wrong with them is added to `problems`."""
+    found = {name: Path(text).expanduser().absolute() for name, text in endpoint.vllm.lora.items()}
+    for name, directory in found.items():
+        try:
+            rank_of(name, directory)
+        except ConfigError as error:
+            problems.append(f"{path}.{error}")
+    return {name: str(directory) for name, directory in found.items()}
 
 
 def _absolute(model: str) -> str:

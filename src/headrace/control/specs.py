@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from headrace.api.config import Config, Tenant, split_address
+from headrace.api.config import Config, Tenant
 from headrace.api.endpoint_config import Endpoint
 from headrace.api.messages import (
     EndpointRule,
@@ -24,7 +24,9 @@ from headrace.api.messages import (
     ProcessSpec,
     ReplicaSpec,
     TenantRule,
+    gateway_group,
 )
+from headrace.api.notation import split_bind
 from headrace.api.run_paths import (
     CONTROLLER_SOCKET,
     HEARTBEAT_FILE,
@@ -32,8 +34,10 @@ from headrace.api.run_paths import (
     IDENTITY_FILE,
     IDENTITY_PLACEHOLDER,
     LOG_DIRECTORY,
+    NODE_PLACEHOLDER,
     PYTHON_PLACEHOLDER,
     RUN_DIR_PLACEHOLDER,
+    rank_socket_path,
     router_socket_path,
 )
 from headrace.units import MIB
@@ -43,6 +47,8 @@ CONFIG_FILE = "config.json"
 ROLLOUTS_FILE = "rollouts.json"
 MAX_DURABLE_OPEN = 4000
 """Requests of one durable front: its server takes a few connections more."""
+MAX_OPEN = 65_536
+"""Requests of one replica, by whichever gateways: as many as an engine takes."""
 PRIORITIES = ("high", "normal", "low")
 """Bands, from the one that is served first."""
 SIMULATED_CPUS = 0.1
@@ -77,9 +83,48 @@ def cluster_replica_process(
     """Like `replica_process`, for whichever host of a cluster gets it."""
     spec = replica_process(config, endpoint, replica_id, Path(RUN_DIR_PLACEHOLDER), is_standby)
     front = msgspec.json.decode(spec.argv[-1], type=ReplicaSpec)
-    front = msgspec.structs.replace(front, host=HOST_PLACEHOLDER, identity=IDENTITY_PLACEHOLDER)
+    host, identity = HOST_PLACEHOLDER, IDENTITY_PLACEHOLDER
+    if config.gateway.placement is not None:  # any host may have a gateway that is not this one's
+        host, identity = NODE_PLACEHOLDER, f"{RUN_DIR_PLACEHOLDER}/{IDENTITY_FILE}"
+    front = msgspec.structs.replace(front, host=host, identity=identity)
+    ranks = _rank_processes(replica_id, front.engine)
+    if ranks:
+        socket_path = rank_socket_path(RUN_DIR_PLACEHOLDER, replica_id)
+        engine = msgspec.structs.replace(front.engine, rank_socket=socket_path)
+        front = msgspec.structs.replace(front, engine=engine)
     argv = [PYTHON_PLACEHOLDER, *spec.argv[1:-1], msgspec.json.encode(front).decode()]
-    return msgspec.structs.replace(spec, argv=argv, place=place_of(config.endpoints[endpoint]))
+    place = place_of(config.endpoints[endpoint])
+    return msgspec.structs.replace(spec, argv=argv, place=place, companions=ranks)
+
+
+def _rank_processes(replica_id: str, engine: EngineSpec) -> list[ProcessSpec]:
+    """Return what holds ranks 1 and up of a replica on a cluster, in the order of the ranks."""
+    processes = []
+    for rank in range(1, engine.tensor_parallel if engine.kind == "native" else 1):
+        name = f"{replica_id}-rank-{rank}"
+        path = rank_socket_path(RUN_DIR_PLACEHOLDER, replica_id)
+        spec = python_process(name, "headrace.engine.workers.holder", path, Path(RUN_DIR_PLACEHOLDER))
+        argv = [PYTHON_PLACEHOLDER, *spec.argv[1:], str(rank)]
+        processes.append(msgspec.structs.replace(spec, argv=argv, is_restarted=True))
+    return processes
+
+
+def placed_durable_process(
+    config: Config, endpoint: str, front_id: str, gateway_id: str, run_directory: Path
+) -> ProcessSpec:
+    """Like `durable_process`, for the host of a gateway that has a place of its own."""
+    spec = durable_process(config, endpoint, front_id, gateway_id, Path(RUN_DIR_PLACEHOLDER))
+    place, group = gateway_place(config), gateway_group(gateway_id)
+    return msgspec.structs.replace(spec, argv=[PYTHON_PLACEHOLDER, *spec.argv[1:]], place=place, group=group)
+
+
+def gateway_place(config: Config) -> Place | None:
+    """Return where on a cluster gateways may be; None: beside the controller."""
+    placement = config.gateway.placement
+    if placement is None:
+        return None
+    resources = {"CPU": float(config.gateway.num_threads), **placement.resources}
+    return Place([NodeNeeds(resources, placement.labels)], "apart")
 
 
 def avoiding(spec: ProcessSpec, nodes: Mapping[str, float]) -> ProcessSpec:
@@ -111,7 +156,7 @@ def _cpus_of(endpoint: Endpoint) -> float:
     if endpoint.engine == "simulated":
         return SIMULATED_CPUS
     native = endpoint.native
-    return float((native.num_threads or 1) * native.tensor_parallel) if endpoint.engine == "native" else 1.0
+    return float(native.num_threads or native.tensor_parallel) if endpoint.engine == "native" else 1.0
 
 
 def replica_process(
@@ -123,7 +168,7 @@ def replica_process(
         threads = threads_per_engine(config)
         if config.launcher == "ray":  # the cores that it is given, wherever it is
             cpus = place_of(config.endpoints[endpoint]).choices[0].resources["CPU"]
-            threads = max(1, int(cpus) // config.endpoints[endpoint].native.tensor_parallel)
+            threads = max(1, int(cpus))
         engine = msgspec.structs.replace(spec.engine, num_threads=threads)
         spec = msgspec.structs.replace(spec, engine=engine)
     spec = msgspec.structs.replace(spec, engine=msgspec.structs.replace(spec.engine, is_standby=is_standby))
@@ -169,6 +214,7 @@ def stream_class_of(endpoint: Endpoint) -> str:
         parts += [native.dtype, native.kv_dtype, str(native.block_size)]
     if endpoint.engine == "vllm":
         parts.append(msgspec.json.encode(endpoint.vllm.args, order="sorted").decode())
+        parts += [f"{name} {path}" for name, path in sorted(endpoint.vllm.lora.items())]
     return sha256(msgspec.json.encode(parts)).hexdigest()[:12]
 
 
@@ -197,6 +243,8 @@ def gateway_specs(
     keys: SHA-256 of each valid key -> its tenant. admin_key_hash: SHA-256 of the admin API's key.
     traffic: by endpoint, the generations' parts of the requests.
     """
+    if config.gateway.placement is not None:
+        run_directory = Path(RUN_DIR_PLACEHOLDER)
     spec = gateway_spec(config, run_directory, keys)
     rules = [
         msgspec.structs.replace(rule, traffic=dict((traffic or {}).get(rule.name, {})))
@@ -215,7 +263,7 @@ def gateway_specs(
 def metrics_address(bind: str, index: int) -> str:
     """Return where the gateway number `index` (from 0) offers its metrics: each has its own port, because a
     scraper must get every gateway's numbers, not those of one that the kernel picks."""
-    return f"{bind.rpartition(':')[0]}:{split_address(bind)[1] + index}" if bind else ""
+    return f"{bind.rpartition(':')[0]}:{split_bind(bind)[1] + index}" if bind else ""
 
 
 def gateway_spec(config: Config, run_directory: Path, keys: Mapping[str, str] | None = None) -> GatewaySpec:
@@ -238,6 +286,7 @@ def gateway_spec(config: Config, run_directory: Path, keys: Mapping[str, str] | 
                 itl_s=endpoint.slo.itl_ms / 1000,
                 tell_after_s=endpoint.queue.tell_after_s,
                 is_durable=endpoint.streams.durable,
+                adapters=list(endpoint.vllm.lora),
             )
             for name, endpoint in config.endpoints.items()
         ],
@@ -253,6 +302,7 @@ def gateway_spec(config: Config, run_directory: Path, keys: Mapping[str, str] | 
         max_connections_per_address=gateway.max_connections_per_address,
         replica_protocol=gateway.replica_protocol,
         identity=str(run_directory / IDENTITY_FILE) if config.launcher == "ray" else "",
+        node=NODE_PLACEHOLDER if gateway.placement is not None else "",
     )
 
 
@@ -283,6 +333,7 @@ def _replica_spec(config: Config, name: str, replica_id: str, run_directory: Pat
             str(run_directory / CONTROLLER_SOCKET),
         ],
         max_open=endpoint.max_open,
+        max_surplus=min((len(gateway_ids(config)) - 1) * endpoint.max_open, MAX_OPEN - endpoint.max_open),
         max_body_bytes=config.gateway.max_body_mb * MIB,
         drain_grace_s=endpoint.drain_grace_s,
         lease_s=LEASE_S,
@@ -306,9 +357,10 @@ def _durable_spec(config: Config, name: str, run_directory: Path) -> ReplicaSpec
     num_open = endpoint.max_open * max(1, endpoint.replicas.max)
     return msgspec.structs.replace(
         _replica_spec(config, name, "", run_directory),
-        engine=EngineSpec(endpoint.engine, endpoint.model),
+        engine=EngineSpec(endpoint.engine, endpoint.model, lora=endpoint.vllm.lora),
         report_sockets=[],
         max_open=min(num_open, MAX_DURABLE_OPEN),
+        max_surplus=0,  # it has one gateway
         stream_class="",
     )
 
@@ -335,6 +387,7 @@ def _engine_spec(endpoint: Endpoint, state_dir: str) -> EngineSpec:
         simulated_start_s=simulated.start_s,
         simulated_prefill_token_s=simulated.prefill_ms_per_token / 1000,
         vllm_args=endpoint.vllm.args if endpoint.engine == "vllm" else {},
+        lora=endpoint.vllm.lora,
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 import headrace
-from headrace.api.config import Gateway
+from headrace.api.config import Gateway, is_loopback
 from headrace.api.messages import (
     EndpointStatus,
     GatewayStatus,
@@ -23,6 +23,8 @@ from headrace.api.messages import (
     ReplicaStatus,
     SystemStatus,
 )
+from headrace.api.notation import split_bind
+from headrace.api.run_paths import NODE_HOST
 from headrace.control.durable import is_durable_front
 from headrace.control.fleet import Slot
 from headrace.control.gateway_state import GatewayPair
@@ -45,14 +47,14 @@ def describe(state: SystemState, run_directory: Path, now_s: float) -> SystemSta
         in_flight.update({view.replica_id: view.num_in_flight for view in demand.replicas})
     return SystemStatus(
         version=headrace.__version__,
-        url=gateway_url(state.config.gateway),
+        url=_url(state),
         uptime_s=now_s - state.started_s,
         is_ready=state.is_ready(now_s),
         endpoints=[_endpoint(state, endpoint, etas[endpoint.name]) for endpoint in desired],
         replicas=[_replica(slot, in_flight.get(slot.replica_id, 0), now_s) for slot in slots],
         processes=_processes(state),
         run_dir=str(run_directory),
-        gateways=[_gateway(pair, now_s) for pair in state.gateway.pairs.values()],
+        gateways=[_gateway(state, pair, now_s) for pair in state.gateway.pairs.values()],
         tenants=tenant_statuses(state.gateway.demands(), state.config.tenants),
         warnings=_warnings(state, now_s),
         rollouts=state.rollouts.statuses(slots, counts, now_s),
@@ -63,11 +65,33 @@ def describe(state: SystemState, run_directory: Path, now_s: float) -> SystemSta
     )
 
 
-def gateway_url(gateway: Gateway) -> str:
-    """Return the address that a client on this machine uses for the gateway."""
+def gateway_url(gateway: Gateway, node_address: str = "") -> str:
+    """Return the address that a client uses for the gateway: on this machine, or anywhere if it is on a node
+    of its own with `node_address` and does not listen on that node's loopback alone."""
     host, _, port = gateway.bind.rpartition(":")
-    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104, compared only
+    here = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104, compared only
+    if node_address and host in (NODE_HOST, *here):
+        host = f"[{node_address}]" if ":" in node_address else node_address
+    host = here.get(host, host)
     return f"{'https' if gateway.tls else 'http'}://{host}:{port}/v1"
+
+
+def _url(state: SystemState) -> str:
+    pairs = sorted(state.gateway.pairs.values(), key=lambda pair: not pair.has_answered)  # stable
+    urls = [url for pair in pairs if (url := _url_of(state, pair))]
+    return urls[0] if urls else gateway_url(state.config.gateway)
+
+
+def _url_of(state: SystemState, pair: GatewayPair) -> str:
+    """Where clients reach a gateway; empty: it has no node yet."""
+    if state.config.gateway.placement is None:
+        return gateway_url(state.config.gateway)
+    address = _node_address(state, pair.node)
+    return gateway_url(state.config.gateway, address) if address and not pair.is_placeless else ""
+
+
+def _node_address(state: SystemState, node_id: str) -> str:
+    return next((node.address for node in state.nodes.nodes if node.node_id == node_id), "")
 
 
 def _slot_order(slot: Slot) -> tuple[str, int]:
@@ -104,6 +128,9 @@ def _endpoint(state: SystemState, desired: DesiredEndpoint, eta_s: float) -> End
 
 def _warnings(state: SystemState, now_s: float) -> list[str]:
     warnings = sorted({d.certificate_problem for d in state.gateway.demands() if d.certificate_problem})
+    warnings += [
+        text for pair in state.gateway.pairs.values() if (text := _gateway_warning(state, pair, now_s))
+    ]
     for name in state.config.endpoints:
         hold_off = state.hold_off(name, now_s)
         if hold_off is not None:
@@ -119,19 +146,43 @@ def _warnings(state: SystemState, now_s: float) -> list[str]:
     return warnings
 
 
-def _gateway(pair: GatewayPair, now_s: float) -> GatewayStatus:
+def _gateway_warning(state: SystemState, pair: GatewayPair, now_s: float) -> str:
+    """What somebody should know of a gateway's place; empty: nothing."""
+    if pair.waiting_for:
+        return f"gateway {pair.gateway_id}: {pair.waiting_for}"
+    if state.config.gateway.placement is None or not any(each.pid for each in pair.processes):
+        return ""
+    bind, where = state.config.gateway.bind, f"{pair.node[:8]} ({_node_address(state, pair.node)})"
+    if pair.is_elsewhere and not pair.is_reached(now_s):
+        return (
+            f"gateway {pair.gateway_id}: nothing is heard of it on node {where}; it serves with what it "
+            "knows. Nodes must reach each other on the ports that their kernels give out"
+        )
+    if is_loopback(bind):
+        return (
+            f"gateway {pair.gateway_id} listens on {bind} of node {where}, and only programs there reach it. "
+            f"For others set gateway.bind to {NODE_HOST}:{split_bind(bind)[1]}"
+        )
+    return ""
+
+
+def _gateway(state: SystemState, pair: GatewayPair, now_s: float) -> GatewayStatus:
     demand = pair.fresh_demand(now_s)
     views = demand.replicas if demand is not None else []
     endpoints = demand.endpoints if demand is not None else []
+    router = pair.router.state if demand is not None or not pair.router.is_alive else "silent"
     return GatewayStatus(
         gateway_id=pair.gateway_id,
-        router=pair.router.state if demand is not None or not pair.router.is_alive else "silent",
-        haproxy=pair.haproxy.state,
+        router="waiting" if pair.is_placeless else router,
+        haproxy="waiting" if pair.is_placeless else pair.haproxy.state,
         is_answering=pair.has_answered,
         num_held=sum(endpoint.num_held for endpoint in endpoints),
         oldest_held_s=max((endpoint.oldest_held_s for endpoint in endpoints), default=0.0),
         num_in_flight=sum(endpoint.num_in_flight for endpoint in endpoints),
         num_serving=sum(view.is_serving and not is_durable_front(view.replica_id) for view in views),
+        url=_url_of(state, pair),
+        node="" if pair.is_placeless else pair.node,
+        waiting_for=pair.waiting_for,
     )
 
 
@@ -177,6 +228,10 @@ def _durable_front(state: SystemState, slot: Slot, num_in_flight: int, now_s: fl
 def _nodes(state: SystemState, slots: Sequence[Slot], now_s: float) -> list[NodeStatus]:
     """Nodes that are there, and those that are gone but had replicas that are still spoken of."""
     by_node: dict[str, list[str]] = {}
+    gateways: dict[str, list[str]] = {}
+    for pair in state.gateway.pairs.values():
+        if pair.node and not pair.is_placeless:
+            gateways.setdefault(pair.node, []).append(pair.gateway_id)
     for slot in slots:
         if slot.node:
             by_node.setdefault(slot.node, []).append(slot.replica_id)
@@ -189,6 +244,7 @@ def _nodes(state: SystemState, slots: Sequence[Slot], now_s: float) -> list[Node
             node.available,
             node.labels,
             by_node.get(node.node_id, []),
+            gateways.get(node.node_id, []),
             _why_leaving(state, node.node_id, now_s),
         )
         for node in state.nodes.nodes
@@ -215,11 +271,13 @@ def _processes(state: SystemState) -> list[ProcessStatus]:
         ),
         ProcessStatus("controller", os.getpid(), "running", 0, resident_bytes(os.getpid())),
     ]
-    for essential in state.gateway.processes.values():
-        restarts = max(essential.num_starts - 1, 0)
-        memory = resident_bytes(essential.pid)
-        name, pid, error = essential.name, essential.pid, essential.last_error
-        processes.append(ProcessStatus(name, pid, essential.state, restarts, memory, error))
+    for pair in state.gateway.pairs.values():
+        for essential in pair.processes:
+            restarts = max(essential.num_starts - 1, 0)
+            memory = 0 if pair.is_elsewhere else resident_bytes(essential.pid)
+            name, pid, error = essential.name, essential.pid, essential.last_error
+            state_word = "waiting" if pair.is_placeless and essential.is_alive else essential.state
+            processes.append(ProcessStatus(name, pid, state_word, restarts, memory, error))
     for slot in sorted(state.slots, key=_slot_order):
         restarts = slot.num_starts - 1
         is_here = slot.node in ("", state.nodes.own_node_id)

@@ -55,7 +55,7 @@ class SystemState:
         self.started_s = started_s
         self.fleet = Fleet()
         self.gateway = GatewayState(gateway_ids(config))
-        self.durable = DurableFronts(gateway_ids(config))
+        self.durable = DurableFronts(gateway_ids(config), self.fleet.notices)
         self.config = config
         self.rollouts = Rollouts(config, self.gateway.version_counts)
         self.notes: list[str] = []
@@ -79,7 +79,7 @@ class SystemState:
         """Take over what ran before this controller."""
         for process in processes:
             if process.name in self.gateway.processes:
-                self.gateway.adopt(process, now_s)
+                self.gateway.adopt(process, self.nodes.own_node_id, now_s)
         generations = {name: self.rollouts.main_generation(name) for name in self.config.endpoints}
         with_standby = [name for name, endpoint in self.config.endpoints.items() if endpoint.replicas.standby]
         fronts = [process for process in processes if is_durable_front(process.name)]
@@ -91,9 +91,8 @@ class SystemState:
                 slot.drain_grace_s = self.rollouts.section(slot.endpoint).drain_grace_s
 
     def on_started(self, event: ProcessStarted) -> None:
-        essential = self.gateway.processes.get(event.process.name)
-        if essential is not None:
-            essential.pid = event.process.pid
+        if event.process.name in self.gateway.processes:
+            self.gateway.on_started(event.process, self.nodes.own_node_id)
         else:
             self.fleet_of(event.process.name).on_started(event.process)
 
@@ -107,9 +106,8 @@ class SystemState:
 
     def on_waiting(self, name: str, reason: str, now_s: float) -> None:
         """A process that was told to start waits for a place."""
-        essential = self.gateway.processes.get(name)
-        if essential is not None:
-            essential.heard_s = now_s
+        if name in self.gateway.processes:
+            self.gateway.on_waiting(name, reason, now_s)
         else:
             self.fleet_of(name).on_waiting(name, reason, now_s)
 

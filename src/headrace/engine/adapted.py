@@ -37,6 +37,8 @@ def run_adapted(
     backend = start_vllm(spec, phases.begin)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            phases.begin("loading the adapters")
+            runner.run(backend.load_adapters())
             phases.begin("computing the first tokens")
             runner.run(warm_up(backend))
             say_ready(backend.ready, channel, drain, phases)

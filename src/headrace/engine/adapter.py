@@ -6,7 +6,7 @@ time a step was, and the load. Must not know any backend's words, sockets, text 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Protocol
@@ -69,6 +69,8 @@ class Backend(Protocol):
     next_step, which another one awaits."""
 
     ready: EngineReady
+    adapters: Collection[str]
+    """Names that a request's `lora` may have."""
 
     async def submit(self, request: GenerationRequest) -> None:
         """Take a request, whose `resume_from` is empty. Raises InvalidRequest if it refuses, EngineDead."""
@@ -140,7 +142,8 @@ class AdaptedEngine:
         if request_id in self._open:
             raise InvalidRequest(f"request id {request_id!r} is in use; ids must be unique")
         ready = self._ready
-        check_request(request, ready.vocab_size, ready.max_context_tokens, knows_grammars=True)
+        limits = ready.vocab_size, ready.max_context_tokens
+        check_request(request, *limits, knows_grammars=True, adapters=self._backend.adapters)
         continued = continued_request(request)
         if not self._open:
             self._work.rest(self._clock.now_ns())

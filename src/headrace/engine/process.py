@@ -234,7 +234,7 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
 
         read_ahead_all(Path(spec.packed_dir), str(files.path))
     limit_spinning()
-    group = start_ranks(spec, files)
+    group = start_ranks(spec, files, on_phase)
     on_phase("importing torch")
     from headrace.engine.fused_sampling import load_fused_sampling
     from headrace.engine.native import NativeEngine
@@ -255,10 +255,10 @@ def build_engine(spec: EngineSpec, on_phase: OnPhase, clock: Clock) -> Engine:
     return engine
 
 
-def start_ranks(spec: EngineSpec, files: ModelFiles) -> WorkerGroup | None:
+def start_ranks(spec: EngineSpec, files: ModelFiles, on_phase: OnPhase) -> WorkerGroup | None:
     """Start the other ranks' processes, which import torch meanwhile.
 
-    Raises ConfigError where the model cannot be cut into so many parts, ModelError, OSError.
+    Raises ConfigError where the model cannot be cut into so many parts, ModelError, EngineDead, OSError.
     """
     if spec.tensor_parallel == 1:
         return None
@@ -266,9 +266,14 @@ def start_ranks(spec: EngineSpec, files: ModelFiles) -> WorkerGroup | None:
     from headrace.engine.operations.shard import cut
     from headrace.engine.workers.group import WorkerGroup
     from headrace.engine.workers.local import start_local_rank
+    from headrace.engine.workers.placed import Lobby
 
     cut(read_metadata(files).hyperparameters, spec.tensor_parallel)  # before anything is started in vain
-    return WorkerGroup(spec, start_local_rank)
+    if not spec.rank_socket:
+        return WorkerGroup(spec, start_local_rank)
+    on_phase("waiting for the hosts of the other ranks")
+    with Lobby(spec.rank_socket) as lobby:
+        return WorkerGroup(spec, lobby.start_rank)
 
 
 def compiler_for(files: ModelFiles, eos_token_ids: frozenset[int]) -> Compiler:

@@ -23,12 +23,20 @@ NO_TOKEN = -1
 
 
 def check_request(
-    request: GenerationRequest, vocab_size: int, max_context_tokens: int, *, knows_grammars: bool = False
+    request: GenerationRequest,
+    vocab_size: int,
+    max_context_tokens: int,
+    *,
+    knows_grammars: bool = False,
+    adapters: Collection[str] = (),
 ) -> None:
     """Raise InvalidRequest, saying what was got and what is allowed, if `request` can never run."""
     prompt = request.prompt_token_ids
-    if request.lora:
-        raise InvalidRequest(f"LoRA {request.lora!r} was asked for; this engine serves none", param="lora")
+    if request.lora and request.lora not in adapters:
+        known = ", ".join(adapters) or "none"
+        raise InvalidRequest(
+            f"LoRA {request.lora!r} was asked for; adapters of this engine are: {known}", param="lora"
+        )
     if request.grammar and not knows_grammars:
         raise InvalidRequest("a grammar was given; this engine does not support grammars", param="grammar")
     if not prompt:

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from headrace.api.messages import (
 )
 from headrace.engine.adapter import BackendOutput, BackendStep, without_end
 from headrace.engine.last_words import LogMark
+from headrace.engine.lora import adapter_arguments
 from headrace.engine.model_files.resolve import resolve_model
 from headrace.engine.vllm_blocks import BlockNames
 from headrace.errors import ConfigError, EngineDead, HeadraceError, InvalidRequest
@@ -39,6 +40,7 @@ OWN_ARGUMENTS: Mapping[str, str] = {
     "disable_log_stats": "the load comes from vLLM's statistics",
     "data_parallel_size": "use replicas",
     "enable_log_requests": "prompts do not belong into logs",
+    "enable_lora": "name the adapters in vllm.lora",
 }
 """Arguments that are not the user's, and why."""
 _DEFAULTS: Mapping[str, Any] = {
@@ -67,9 +69,11 @@ _FINISH_REASONS: Mapping[str, FinishReason] = {
 class VllmBackend:
     """One engine core of vLLM's, in processes of its own."""
 
-    def __init__(self, llm: Any, private: Path, events: str) -> None:
+    def __init__(self, llm: Any, private: Path, events: str, adapters: Mapping[str, str]) -> None:
         """`llm`: an AsyncLLM whose output handler does not run. `private`: a directory of its sockets,
-        removed at the end. `events`: where it tells of its prefix cache; empty: nowhere."""
+        removed at the end. `events`: where it tells of its prefix cache; empty: nowhere. `adapters`: public
+        name -> directory."""
+        from vllm.lora.request import LoRARequest
         from vllm.sampling_params import SamplingParams as VllmSampling
         from vllm.sampling_params import StructuredOutputsParams
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -82,6 +86,21 @@ class VllmBackend:
         self._private = private
         self._cache_events = _CacheEvents(events) if events else None
         self.ready = _describe(llm.vllm_config)
+        self.adapters: Collection[str] = list(adapters)
+        self._adapters = {
+            name: LoRARequest(name, number, path) for number, (name, path) in enumerate(adapters.items(), 1)
+        }
+
+    async def load_adapters(self) -> None:
+        """Load each adapter once, before anyone asks: one that is bad would end the core in the middle of a
+        step. Raises ConfigError, EngineDead."""
+        for name, adapter in self._adapters.items():
+            try:
+                await self._llm.add_lora(adapter)
+            except self._dead_error as error:
+                raise _dead(error) from error
+            except Exception as error:  # whatever its worker met while it read foreign files
+                raise ConfigError(f"vLLM cannot use the LoRA adapter {name!r}: {_brief(error)}") from error
 
     async def submit(self, request: GenerationRequest) -> None:
         try:
@@ -90,6 +109,7 @@ class VllmBackend:
                 _prompt(request),
                 self._sampling(request),
                 supported_tasks=("generate",),
+                lora_request=self._adapters[request.lora] if request.lora else None,
                 priority=-request.priority,  # vLLM serves the lowest first
             )
         except (ValueError, TypeError, OverflowError) as error:
@@ -177,7 +197,12 @@ def start_vllm(spec: EngineSpec, on_phase: Callable[[str], None]) -> VllmBackend
     its processes fail to start.
     """
     on_phase("finding the model")
-    arguments = {"model": _model_directory(spec.model), **_DEFAULTS, **checked_arguments(spec.vllm_args)}
+    arguments = {
+        "model": _model_directory(spec.model),
+        **_DEFAULTS,
+        **adapter_arguments(spec.lora),
+        **checked_arguments(spec.vllm_args),
+    }
     private = Path(tempfile.mkdtemp(prefix="headrace-vllm-"))  # of this user alone
     events = "" if "kv_events_config" in arguments else f"ipc://{private}/events"
     if events:
@@ -189,7 +214,7 @@ def start_vllm(spec: EngineSpec, on_phase: Callable[[str], None]) -> VllmBackend
     for name, value in (_VARIABLES | {"VLLM_RPC_BASE_PATH": str(private)}).items():
         os.environ.setdefault(name, value)
     try:
-        return VllmBackend(_start(arguments, on_phase), private, events)
+        return VllmBackend(_start(arguments, on_phase), private, events, spec.lora)
     except BaseException:  # a signal to end, too
         _kill_children()
         shutil.rmtree(private, ignore_errors=True)

@@ -26,6 +26,10 @@ class HostUnavailable(HostLost):
     """Its connection broke: its process or its node is gone. One that is restarted comes again."""
 
 
+class HostGivenUp(HostLost):
+    """It was silent for too long. It may live on where nobody reaches it, and be reached again."""
+
+
 class HostSilent(HeadraceError):
     """A host has not answered within the limit. It may answer later."""
 
@@ -40,7 +44,8 @@ class Reservation:
 
 
 class Cluster(Protocol):
-    """A cluster as one system sees it. A host is named by its key, `GROUP#INCARNATION`, unique for all time.
+    """A cluster as one system sees it. A host is named by its key (`host_keys`), unique for all time. A
+    reservation has the key of its first host; that says how many hosts it is for, all of one node.
 
     Raises ClusterUnavailable, each method, when the cluster itself does not answer.
     """
@@ -61,7 +66,7 @@ class Cluster(Protocol):
 
     async def reserve(self, key: str, needs: NodeNeeds, likes_node: str, avoids: Sequence[str]) -> None:
         """Ask for a place for the host `key`; `likes_node`: there, if it has room; `avoids`: never on these.
-        `reservation` tells."""
+        `reservation` tells. What is needed is divided evenly among the hosts of the reservation."""
         ...
 
     async def reservation(self, key: str) -> Reservation:
@@ -78,9 +83,9 @@ class Cluster(Protocol):
         ...
 
     async def release(self, key: str) -> None:
-        """End the host and give its place back. Both may be gone already."""
+        """End the hosts of a reservation and give the place back. Each may be gone already."""
         ...
 
     async def hosts(self) -> list[str]:
-        """Return the keys of all hosts and reservations of this system."""
+        """Return the keys of all reservations and first hosts of this system."""
         ...

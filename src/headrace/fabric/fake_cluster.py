@@ -13,6 +13,7 @@ import msgspec
 
 from headrace.api.messages import NodeNeeds, NodeState
 from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent, Reservation
+from headrace.fabric.host_keys import further_keys, group_of, reservation_of
 from headrace.fabric.host_messages import Membership
 
 
@@ -76,7 +77,9 @@ class FakeCluster:
         needs, node_id = self._reserved[key]
         for node in self._nodes.values():
             free, has_room = self._free(node), not node_id and self._takes(key, node)
-            is_right = all(node.labels.get(name) == value for name, value in needs.labels.items())
+            is_right = node.node_id not in needs.other_than and all(
+                node.labels.get(name) == value for name, value in needs.labels.items()
+            )
             if has_room and is_right and all(free.get(n, 0.0) >= a for n, a in needs.resources.items()):
                 node_id = node.node_id
         self._reserved[key] = (needs, node_id)
@@ -84,8 +87,9 @@ class FakeCluster:
 
     async def start_host(self, key: str, needs: NodeNeeds | None, membership: Membership) -> None:
         self._check()
-        node_id = self._reserved[key][1] if needs is not None else self.own_node_id
-        host = self._make_host(key.rpartition("#")[0], self._nodes[node_id], membership)
+        place = reservation_of(key)[0]
+        node_id = self._reserved[place][1] if needs is not None else self.own_node_id
+        host = self._make_host(group_of(key), self._nodes[node_id], membership)
         self.running[key] = (host, node_id)
 
     async def call(self, key: str, method: str, *arguments: object, limit_s: float) -> bytes:
@@ -107,13 +111,14 @@ class FakeCluster:
         self._check()
         self._reserved.pop(key, None)
         self._avoids.pop(key, None)
-        host, _ = self.running.pop(key, (None, ""))
-        if host is not None:
-            await asyncio.shield(asyncio.to_thread(host.end))  # also when whoever asked is cancelled
+        for each in (key, *further_keys(key)):
+            host, _ = self.running.pop(each, (None, ""))
+            if host is not None:
+                await asyncio.shield(asyncio.to_thread(host.end))  # also when whoever asked is cancelled
 
     async def hosts(self) -> list[str]:
         self._check()
-        return sorted({*self.running, *self._reserved})
+        return sorted({*map(_reservation, self.running), *self._reserved})
 
     def _takes(self, key: str, node: NodeState) -> bool:
         return node.is_alive and not node.is_draining and node.node_id not in self._avoids[key]
@@ -128,3 +133,7 @@ class FakeCluster:
             name: total - sum(needs.resources.get(name, 0.0) for needs in taken)
             for name, total in (node.total if node.is_alive else {}).items()
         }
+
+
+def _reservation(key: str) -> str:
+    return reservation_of(key)[0]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import msgspec
@@ -29,7 +30,8 @@ from headrace.api.messages import (
     StopProcess,
 )
 from headrace.clock import Clock
-from headrace.fabric.cluster import Cluster, ClusterUnavailable, HostLost, HostSilent
+from headrace.fabric.cluster import Cluster, ClusterUnavailable, HostGivenUp, HostLost, HostSilent
+from headrace.fabric.host_keys import group_of
 from headrace.fabric.host_messages import (
     HostCommand,
     HostEvent,
@@ -40,6 +42,7 @@ from headrace.fabric.host_messages import (
     TunnelsOpened,
 )
 from headrace.fabric.place_search import WAITING_PERIOD_S, PlaceSearch, Seeker
+from headrace.fabric.rank_hosts import RankHosts
 
 POLL_S = 1.0
 """A host answers a poll after this long when nothing happens."""
@@ -51,6 +54,8 @@ LOST_AFTER_S = 10.0
 HOST_START_LIMIT_S = 60.0
 """Ray starts a Python process and imports headrace; the first time on a node, from a cold disk."""
 COMMAND_LIMIT_S = 10.0
+RANK_LOSS_GRACE_S = 10.0
+"""A replica that lost a rank's host cannot compute again; its streams may go on elsewhere for so long."""
 _log = logging.getLogger(__name__)
 
 
@@ -60,8 +65,12 @@ class Surroundings:
 
     membership: Membership
     """Of every host."""
-    count_family: Callable[[str], Mapping[str, int]]
+    count_family: Callable[[str], Counter[str]]
     """How many processes of the family of a name each node has."""
+    count_asked: Callable[[str], Counter[str]]
+    """How many others of the family wait for a place that was asked on each node."""
+    silent_nodes: Callable[[], Collection[str]]
+    """Nodes that do not answer."""
     on_tunnels: Callable[[], None]
     """Called when a link's address or tunnels change."""
 
@@ -83,6 +92,10 @@ class HostLink:
         """Started and not ended."""
         self.is_released = True
         """False after its end: its place could not be given back."""
+        self.is_silent = False
+        """It did not answer when it was polled last."""
+        self.was_given_up = False
+        """It ended, and what it held may live on: its place is still to be given back."""
         self.is_over = False
         """Nothing can be started here any more."""
         self.address = ""
@@ -101,20 +114,23 @@ class HostLink:
         self._on_event = on_event
         self._surroundings = surroundings
         self._commands: asyncio.Queue[HostCommand] = asyncio.Queue()  # bounded by who may be named in it
-        self._sequence = 0
         self._search: PlaceSearch | None = None
+        self._sequence = 0
+        self._ranks = RankHosts(key, cluster, clock, self._lose_rank)
+        self._lost_rank = ""
+        """Why a rank was lost, and with it everything here."""
 
     def __repr__(self) -> str:
         return f"HostLink({self.key}, {', '.join(self.names()) or 'empty'})"
 
     @property
-    def group(self) -> str:
-        return self.key.rpartition("#")[0]
+    def liked_node_id(self) -> str:
+        """Where its place was asked for, if not anywhere."""
+        return self._search.liked_node_id if self._search else ""
 
     @property
-    def likely_node(self) -> str:
-        """Where it is, or is likely to be; empty: nobody knows."""
-        return self.node_id or (self._search.liked_node if self._search is not None else "")
+    def group(self) -> str:
+        return group_of(self.key)
 
     def names(self) -> list[str]:
         return [*self.processes, *self._waiting]
@@ -154,7 +170,8 @@ class HostLink:
         self.is_unheard = True
 
     async def run(self, *, is_adopted: bool = False) -> None:
-        """Live until no process is left, or the host is lost. Its place is given back in any case."""
+        """Live until no process is left, or the host is lost. Its place is given back, unless it
+        `was_given_up`."""
         reason = "the launcher was closed"
         try:
             if not is_adopted and not await self._begin():
@@ -163,20 +180,26 @@ class HostLink:
             reason = ""
         except (HostLost, ClusterUnavailable) as error:
             reason = str(error)
+            self.was_given_up = isinstance(error, HostGivenUp)
         finally:
             self.is_over = True
             if reason != "the launcher was closed":
                 self._end_all(reason)
-                try:
-                    await self._cluster.release(self.key)
-                except ClusterUnavailable:
-                    self.is_released = False
+                if not self.was_given_up:
+                    await self._give_back()
+
+    async def _give_back(self) -> None:
+        try:
+            await self._cluster.release(self.key)
+        except ClusterUnavailable:
+            self.is_released = False
 
     async def _begin(self) -> bool:
         """Get a place and start the host there. False: nobody wants it any more."""
         if not self._waiting:
             return False  # it was stopped before its turn came
-        place = next(iter(self._waiting.values())).spec.place
+        spec = next(iter(self._waiting.values())).spec
+        place = spec.place
         needs: NodeNeeds | None = None
         if place is not None:
             needs = await self._find_place(place)
@@ -184,6 +207,7 @@ class HostLink:
                 return False
         self.node_id = self.node_id or self._cluster.own_node_id
         await self._cluster.start_host(self.key, needs, self._surroundings.membership)
+        await self._ranks.start(spec.companions, needs, self._surroundings.membership)
         self._take(await self._await_host())
         return True
 
@@ -199,10 +223,13 @@ class HostLink:
 
     async def _find_place(self, place: Place) -> NodeNeeds | None:
         """Return what was had of `place`. None: nobody wants it any more."""
+        around = self._surroundings
         seeker = Seeker(
             self.key,
             lambda: bool(self._waiting),
-            lambda: self._surroundings.count_family(self.group),
+            lambda: around.count_family(self.group),
+            lambda: around.count_asked(self.group),
+            around.silent_nodes,
             self._tell_waiting,
         )
         self._search = PlaceSearch(seeker, self._cluster, self._clock, place)
@@ -238,22 +265,26 @@ class HostLink:
     async def _follow(self) -> None:
         """Pass commands on and follow events until no process is left."""
         sender = asyncio.create_task(self._send_commands())
+        watcher = asyncio.create_task(self._ranks.run())
         try:
             heard_s = self._clock.now_s()
             while self.processes or self._waiting:
                 try:
                     await self._poll()
-                    heard_s = self._clock.now_s()
+                    heard_s, self.is_silent = self._clock.now_s(), False
                 except HostSilent:
+                    self.is_silent = True
                     silent_s = self._clock.now_s() - heard_s
                     if silent_s >= LOST_AFTER_S:
-                        raise HostLost(f"{self._where()} has not answered for {silent_s:.0f} s") from None
+                        raise HostGivenUp(f"{self._where()} has not answered for {silent_s:.0f} s") from None
                     self._tell_waiting(f"{self._where()} has not answered for {silent_s:.1f} s")
-                if sender.done():
-                    sender.result()
+                for task in (sender, watcher):
+                    if task.done():
+                        task.result()
         finally:
             sender.cancel()
-            await asyncio.gather(sender, return_exceptions=True)
+            watcher.cancel()
+            await asyncio.gather(sender, watcher, return_exceptions=True)
 
     async def _poll(self) -> None:
         answer = await self._cluster.call(self.key, "poll", self._sequence, POLL_S, limit_s=SILENT_AFTER_S)
@@ -287,6 +318,8 @@ class HostLink:
                 self._on_event(ProcessStarted(self.processes[state.name]))
             case ProcessEnded(state):
                 self.processes.pop(state.name, None)
+                if self._lost_rank:
+                    state = msgspec.structs.replace(state, last_output=self._lost_rank)
                 self._on_event(ProcessEnded(self._located(state)))
             case LauncherError(name):
                 if name not in self.processes:
@@ -299,6 +332,12 @@ class HostLink:
                 self._surroundings.on_tunnels()
             case _:
                 pass
+
+    def _lose_rank(self, reason: str) -> None:
+        """What it computed with is gone for good: end all, with a moment to hand open streams over."""
+        self._lost_rank = reason
+        for name in self.names():
+            self.stop(name, RANK_LOSS_GRACE_S)
 
     def _end_all(self, reason: str) -> None:
         """The host is gone, and its processes with it."""

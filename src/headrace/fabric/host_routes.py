@@ -9,14 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headrace.api.messages import gateway_group
-from headrace.api.run_paths import CONTROLLER_SOCKET, peer_socket_path, router_socket_path
-from headrace.fabric.host_messages import SetTunnels
+from headrace.api.messages import gateway_group, gateway_of_group
+from headrace.api.run_paths import (
+    ADMIN_HTTP_SOCKET,
+    CONTROLLER_SOCKET,
+    alive_socket_path,
+    peer_socket_path,
+    relay_socket_path,
+    router_socket_path,
+    runtime_socket_path,
+)
+from headrace.fabric.host_messages import CONTROLLER_GROUP, SetTunnels
 
 CONTROLLER = "controller"
-_ROUTER = "router:"
+ADMIN = "admin"
 _PEER = "peer:"
-_GATEWAY_GROUP = gateway_group("")
+_ROUTER = "router:"
+_PROBED = {"alive:": alive_socket_path, "runtime:": runtime_socket_path, "relay:": relay_socket_path}
+"""Of a gateway: what the controller asks for life, and nobody else."""
+_GATEWAY = {_ROUTER: router_socket_path, **_PROBED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +35,7 @@ class HostView:
     """One host actor, as the launcher knows it."""
 
     group: str
-    """What it holds: a gateway's processes, or a front."""
+    """What it holds: a gateway's processes, a front, or the controller."""
     address: str
     """Of its node."""
     tunnels: str = ""
@@ -36,12 +47,21 @@ def plan_tunnels(hosts: Iterable[HostView], home: str) -> dict[str, SetTunnels]:
     hosts have one address: then nothing has to be carried, and nobody listens."""
     offered: dict[str, list[str]] = {home: [CONTROLLER]}
     tunnels: dict[str, str] = {}
+    have_gateway: set[str] = set()
     for host in sorted(hosts, key=lambda host: host.group):
-        offered.setdefault(host.address, []).append(_name_of(host.group))
+        offered.setdefault(host.address, []).extend(_names_of(host, home))
+        if gateway_of_group(host.group) and host.address != home:
+            have_gateway.add(host.address)
         if host.tunnels:
             tunnels[host.address] = host.tunnels
     if len(offered) == 1:
         return {}
+    if have_gateway:
+        offered[home].append(ADMIN)
+
+    def is_wanted(name: str, here: str) -> bool:
+        return here in have_gateway if name == ADMIN else here == home or not name.startswith(tuple(_PROBED))
+
     return {
         here: SetTunnels(
             offered[here],
@@ -50,6 +70,7 @@ def plan_tunnels(hosts: Iterable[HostView], home: str) -> dict[str, SetTunnels]:
                 for there in sorted(offered)
                 if there != here and there in tunnels
                 for name in offered[there]
+                if is_wanted(name, here)
             },
         )
         for here in offered
@@ -60,14 +81,19 @@ def socket_path_of(name: str, run_dir: str) -> str:
     """Return where the host with `run_dir` has, or wants, the socket `name`; empty: nowhere."""
     if name == CONTROLLER:
         return f"{run_dir}/{CONTROLLER_SOCKET}"
-    if name.startswith(_ROUTER):
-        return router_socket_path(run_dir, name.removeprefix(_ROUTER))
+    if name == ADMIN:
+        return f"{run_dir}/{ADMIN_HTTP_SOCKET}"
     if name.startswith(_PEER):
         return peer_socket_path(run_dir, name.removeprefix(_PEER))
-    return ""
+    kind, mark, gateway_id = name.partition(":")
+    path_of = _GATEWAY.get(kind + mark)
+    return path_of(run_dir, gateway_id) if path_of and gateway_of_group(gateway_group(gateway_id)) else ""
 
 
-def _name_of(group: str) -> str:
-    if group.startswith(_GATEWAY_GROUP):
-        return _ROUTER + group.removeprefix(_GATEWAY_GROUP)
-    return _PEER + group
+def _names_of(host: HostView, home: str) -> list[str]:
+    """What a host offers of its own."""
+    if host.group == CONTROLLER_GROUP:
+        return []  # offered in any case
+    if gateway_id := gateway_of_group(host.group):
+        return [kind + gateway_id for kind in (_GATEWAY if host.address != home else [_ROUTER])]
+    return [_PEER + host.group]

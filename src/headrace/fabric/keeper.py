@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Mapping
@@ -33,6 +34,8 @@ from headrace.api.run_paths import (
     HOST_PLACEHOLDER,
     IDENTITY_FILE,
     IDENTITY_PLACEHOLDER,
+    KEEPER_PLACEHOLDER,
+    NODE_PLACEHOLDER,
     PYTHON_PLACEHOLDER,
     RUN_DIR_PLACEHOLDER,
 )
@@ -54,6 +57,7 @@ from headrace.fabric.run_directory import RunDirectoryError
 from headrace.fabric.shared_run_directory import SharedRunDirectory
 
 LOOPBACK = "127.0.0.1"
+NICENESS_VARIABLE = "RAY_worker_niceness"
 
 
 def localize(spec: ProcessSpec, values: Mapping[str, str]) -> ProcessSpec:
@@ -93,6 +97,8 @@ class Keeper:
             PYTHON_PLACEHOLDER: sys.executable,
             HOST_PLACEHOLDER: LOOPBACK,
             IDENTITY_PLACEHOLDER: "",
+            NODE_PLACEHOLDER: LOOPBACK,
+            KEEPER_PLACEHOLDER: secrets.token_hex(8),
         }
         self._tunnels = HostTunnels(run_directory.path, self._say)
         self._tunneling: asyncio.Task[None] | None = None
@@ -138,6 +144,7 @@ class Keeper:
         except OSError as error:
             self._say(TunnelsOpened("", f"{path}: {error}"))
             return
+        self._values[NODE_PLACEHOLDER] = command.address
         if command.address != command.membership.home:
             self._values |= {HOST_PLACEHOLDER: command.address, IDENTITY_PLACEHOLDER: str(path)}
         if not self._is_controllers:
@@ -219,6 +226,7 @@ class Keeper:
         for name, text in spec.files.items():
             path = self._run_directory.path / name
             if not path.exists():
+                path.parent.mkdir(mode=0o700, exist_ok=True)
                 with open(path, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
                     file.write(text)
 
@@ -229,8 +237,17 @@ class Keeper:
         self._gone.set()
 
 
+def take_usual_priority() -> None:
+    """Leave the niceness of 15 that Ray gives its workers, where we may: who serves must not come behind
+    everything else of the machine. RAY_worker_niceness, if somebody set it, stands."""
+    if NICENESS_VARIABLE not in os.environ:
+        with contextlib.suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
+
+
 def main() -> int:
     fd, path, name = sys.argv[1:]
+    take_usual_priority()
     setproctitle(f"headrace: keeper {name}")
     connection = socket.socket(fileno=int(fd))
     try:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
-from headrace.api.messages import NodeNeeds, NodeState
+import msgspec
+
+from headrace.api.messages import NodeNeeds, NodeState, Place
 
 ACCELERATOR_PREFIX = "accelerator_type:"
 """A node with an accelerator offers a resource of this name and its type."""
@@ -19,15 +21,15 @@ _SHOWN_NODES = 3
 def choose_node(
     nodes: Sequence[NodeState],
     needs: NodeNeeds,
-    strategy: Literal["spread", "pack"],
+    strategy: Literal["spread", "pack", "apart"],
     num_same: Mapping[str, int],
 ) -> str:
     """Return the id of the node to ask for; empty: none has room now, whoever comes next will do.
 
     num_same: processes of the same family by node id. Among nodes with as many, spread takes the emptier one
-    and pack the fuller one.
+    and pack the fuller one. apart is spread: those that it must not be are in `needs`.
     """
-    sign = 1 if strategy == "spread" else -1
+    sign = -1 if strategy == "pack" else 1
     fitting = [
         node for node in nodes if node.is_alive and _is_right(node, needs) and _has(node.available, needs)
     ]
@@ -37,15 +39,37 @@ def choose_node(
     return fitting[0].node_id if fitting else ""
 
 
+def kept_apart(place: Place, needs: NodeNeeds, num_same: Mapping[str, int]) -> NodeNeeds:
+    """Return `needs` with the nodes that it must not be, because one of its family is there."""
+    if place.strategy != "apart":
+        return needs
+    return msgspec.structs.replace(
+        needs, other_than=sorted(node for node, count in num_same.items() if count)
+    )
+
+
+def label_selector(
+    needs: NodeNeeds, avoids: Collection[str] = (), num_bundles: int = 1
+) -> list[dict[str, str]] | None:
+    """Return what a node's labels must be, in Ray's words; None: anything. Ray gives every node its id as a
+    label, and takes `!in(a,b)` for none of these. avoids: ids of nodes that it must not be, either."""
+    nodes = sorted({*needs.other_than, *avoids})
+    others = {"ray.io/node-id": f"!in({','.join(nodes)})"} if nodes else {}
+    labels = {**others, **needs.labels}
+    return [labels] * num_bundles if labels else None
+
+
 def explain_wait(nodes: Sequence[NodeState], needs: NodeNeeds, avoided: Collection[str] = ()) -> str:
-    """Say what is asked, why no node gives it now, and what would. avoided: ids of nodes that go away."""
+    """Say what is asked, why no node gives it now, and what would. avoided: ids of nodes that go away or are
+    silent."""
     leaving = [node for node in nodes if node.node_id in avoided]
     text = _explain_wait([node for node in nodes if node not in leaving], needs)
     would = [n.node_id[:8] for n in leaving if n.is_alive and _is_right(n, needs) and _has(n.total, needs)]
     if not would:
         return text
     more = f" and {len(would) - _SHOWN_NODES} more" if len(would) > _SHOWN_NODES else ""
-    return f"{text}. Nothing is put on nodes that go away: {', '.join(would[:_SHOWN_NODES])}{more}"
+    names = ", ".join(would[:_SHOWN_NODES])
+    return f"{text}. Nothing is put on nodes that go away or do not answer: {names}{more}"
 
 
 def _explain_wait(nodes: Sequence[NodeState], needs: NodeNeeds) -> str:
@@ -59,6 +83,11 @@ def _explain_wait(nodes: Sequence[NodeState], needs: NodeNeeds) -> str:
         return (
             f"waits for a node: {asked} is asked, and no node has that much; "
             f"{_describe_largest(right, needs)}. Ask for no more than that, or add such a node to the cluster"
+        )
+    if any(_is_right(node, msgspec.structs.replace(needs, other_than=[])) for node in alive):
+        return (
+            f"waits for a node: {asked} is asked, and each of the {len(needs.other_than)} nodes that would "
+            "do has one already. Add such a node to the cluster, or ask for fewer"
         )
     what = "none" if not alive else f"none of the {len(alive)} nodes"
     return (
@@ -81,6 +110,8 @@ def _describe_kind(needs: NodeNeeds) -> str:
 
 def _is_right(node: NodeState, needs: NodeNeeds) -> bool:
     """Whether it is of the kind asked for, with or without room."""
+    if node.node_id in needs.other_than:
+        return False
     if needs.accelerator_type and f"{ACCELERATOR_PREFIX}{needs.accelerator_type}" not in node.total:
         return False
     return all(node.labels.get(name) == value for name, value in needs.labels.items())

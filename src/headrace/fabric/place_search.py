@@ -1,4 +1,6 @@
-"""Getting a place for a host: choices in their order, away from nodes that go away, and words while it waits.
+"""Getting a place for a host: choices in their order, away from nodes that go away or are silent.
+
+Says meanwhile what is waited for.
 
 Must not know: what the place is for, or how a cluster gives it.
 """
@@ -6,14 +8,15 @@ Must not know: what the place is for, or how a cluster gives it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from headrace.api.messages import NodeNeeds, NodeState, Place
 from headrace.clock import Clock
 from headrace.fabric.cluster import Cluster, HostLost
-from headrace.fabric.node_choice import choose_node, explain_wait
+from headrace.fabric.node_choice import choose_node, explain_wait, kept_apart
 
 WAITING_PERIOD_S = 1.0
 """How often it is said what a place is waited for."""
@@ -29,17 +32,22 @@ class Seeker:
     key: str
     """Of the host."""
     is_wanted: Callable[[], bool]
-    count_same: Callable[[], Mapping[str, int]]
+    count_same: Callable[[], Counter[str]]
     """Processes of the same family, by node id."""
+    count_asked: Callable[[], Counter[str]]
+    """Others of the family that wait for a place which was asked on each node."""
+    silent_nodes: Callable[[], Collection[str]]
+    """Those that do not answer: a cluster may take a dead one for alive for most of a minute."""
     tell: Callable[[str], None]
     """Hears why it takes long."""
 
 
 class PlaceSearch:
-    """One search. `node_id` is where the place is, once it was had; `liked_node` where it was asked for."""
+    """One search. `node_id` is where the place is, once it was had; `liked_node_id` where it was asked for,
+    if not anywhere."""
 
     def __init__(self, seeker: Seeker, cluster: Cluster, clock: Clock, place: Place) -> None:
-        self.node_id = self.liked_node = ""
+        self.node_id = self.liked_node_id = ""
         self._seeker = seeker
         self._cluster = cluster
         self._clock = clock
@@ -61,16 +69,17 @@ class PlaceSearch:
                 return needs if outcome == "had" else None
         return None
 
-    async def _try_choice(self, needs: NodeNeeds, limit_s: float) -> _Outcome:
+    async def _try_choice(self, choice: NodeNeeds, limit_s: float) -> _Outcome:
         """limit_s: 0 is none."""
         began_s = self._clock.now_s()
         while True:
+            needs = self._apart(choice)
             nodes = await self._cluster.nodes()
             avoided = self._avoided(nodes)
             staying = [node for node in nodes if node.node_id not in avoided]
-            self.liked_node = ""  # it does not count itself
-            self.liked_node = choose_node(staying, needs, self._place.strategy, self._seeker.count_same())
-            await self._cluster.reserve(self._seeker.key, needs, self.liked_node, avoided)
+            num_same = self._seeker.count_same() + self._seeker.count_asked()
+            self.liked_node_id = choose_node(staying, needs, self._place.strategy, num_same)
+            await self._cluster.reserve(self._seeker.key, needs, self.liked_node_id, avoided)
             end_s = began_s + limit_s if limit_s else None
             outcome = await self._await_place(needs, end_s, avoided)
             if outcome == "had":
@@ -80,15 +89,20 @@ class PlaceSearch:
                 return outcome
 
     async def _await_place(self, needs: NodeNeeds, end_s: float | None, avoided: Sequence[str]) -> _Outcome:
-        """anew: the place is on a node that goes away, or one that was avoided does not."""
+        """anew: the place is on a node that goes away, or one that was avoided does not, or others of the
+        family that it must be apart from have moved."""
         pause_s = _PLACE_POLL_S
         while self._seeker.is_wanted():
+            if self._apart(needs) != needs:
+                return "anew"
             reservation = await self._cluster.reservation(self._seeker.key)
             if reservation.is_gone:
                 raise HostLost("its place was taken away before it was used")
             if reservation.node_id:
                 now_avoided = self._avoided(await self._cluster.nodes())
                 if reservation.node_id in now_avoided and reservation.node_id not in avoided:
+                    return "anew"
+                if self._apart(needs) != needs:
                     return "anew"
                 self.node_id = reservation.node_id
                 return "had"
@@ -106,12 +120,17 @@ class PlaceSearch:
             pause_s = min(2 * pause_s, _MAX_PLACE_POLL_S)
         return "unwanted"
 
+    def _apart(self, needs: NodeNeeds) -> NodeNeeds:
+        """What is asked for as the others of the family are placed now."""
+        return kept_apart(self._place, needs, self._seeker.count_same())
+
     def _avoided(self, nodes: Sequence[NodeState]) -> list[str]:
-        """Live nodes that go away: the cluster drains them, or they have notices."""
+        """Live nodes that go away, because the cluster drains them or they have notices, or do not answer."""
         spent_s = self._clock.now_s() - self._began_s
-        left = self._place.avoided
+        left, silent = self._place.avoided, self._seeker.silent_nodes()
         return [
             node.node_id
             for node in nodes
-            if node.is_alive and (node.is_draining or left.get(node.node_id, 0.0) > spent_s)
+            if node.is_alive
+            and (node.is_draining or left.get(node.node_id, 0.0) > spent_s or node.node_id in silent)
         ]

@@ -9,44 +9,46 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
 import logging
-import os
-import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from headrace.api.config import split_host_port
 from headrace.api.messages import NodeNeeds, NodeState, ProcessSpec
 from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent, HostUnavailable, Reservation
+from headrace.fabric.host_keys import further_keys, group_of, is_key, reservation_of
 from headrace.fabric.host_messages import CONTROLLER_GROUP, Membership
-from headrace.fabric.node_choice import ACCELERATOR_PREFIX
+from headrace.fabric.node_choice import label_selector
+from headrace.fabric.ray_bundles import actor_options, bundle
+from headrace.fabric.ray_entry import (
+    check_installed,
+    check_reachable,
+    check_token,
+    reason_of,
+    resolve_address,
+)
 from headrace.fabric.ray_host import END_LIMIT_S, ControllerActor, HostActor
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
-RAY_VERSION = "2.60"
-REACH_LIMIT_S = 4.0
 CONNECT_LIMIT_S = 40.0
 CALL_LIMIT_S = 15.0
 MAX_CONCURRENCY = 16
 """Threads of a host: one poll, commands, questions, and polls of callers that gave up."""
-_ACCELERATOR_SHARE = 0.001
-_NODE_ID_LABEL = "ray.io/node-id"
-"""Every node has it, by Ray."""
-_MAX_REASON_CHARACTERS = 400
 ResultT = TypeVar("ResultT")
 
 
 class RayCluster:
-    """The connection of one system to a Ray cluster. Made by `connect`; one per process."""
+    """The connection of one system to a Ray cluster. Made by `connect`; one per process, which may have been
+    connected before, as Ray's own workers are."""
 
     def __init__(self, system: str, address: str) -> None:
         self._system = system
+        self._namespace = f"headrace-{system}"
+        self._is_connection_ours = False
         self.address = address
         self._executor = ThreadPoolExecutor(8, thread_name_prefix="ray")
         self._actors: dict[str, Any] = {}
@@ -62,10 +64,10 @@ class RayCluster:
 
         Raises ClusterUnavailable, within seconds, with what to do.
         """
-        _check_installed()
-        address = _resolve_address(address)
-        await asyncio.to_thread(_check_reachable, address)
-        await asyncio.to_thread(_check_token, address)
+        check_installed()
+        address = resolve_address(address)
+        await asyncio.to_thread(check_reachable, address)
+        await asyncio.to_thread(check_token, address)
         cluster = cls(system, address)
         await cluster._connect(address)
         return cluster
@@ -83,7 +85,8 @@ class RayCluster:
         import ray
 
         self._executor.shutdown(wait=False, cancel_futures=True)
-        ray.shutdown()
+        if self._is_connection_ours:
+            ray.shutdown()
 
     # ---- the seam ----------------
 
@@ -93,17 +96,15 @@ class RayCluster:
     async def reserve(self, key: str, needs: NodeNeeds, likes_node: str, avoids: Sequence[str]) -> None:
         from ray.util.placement_group import placement_group
 
-        labels = dict(needs.labels)
-        if avoids:
-            labels.setdefault(_NODE_ID_LABEL, f"!in({','.join(avoids)})")
+        num_hosts = 1 + len(further_keys(key))
 
         def ask() -> Any:
             return placement_group(
-                [_bundle(needs)],
+                [bundle(needs, num_hosts)] * num_hosts,
                 strategy="STRICT_PACK",
                 name=self._group_name(key),
                 lifetime="detached",
-                bundle_label_selector=[labels] if labels else None,
+                bundle_label_selector=label_selector(needs, avoids, num_hosts),
                 _soft_target_node_id=likes_node or None,
             )
 
@@ -128,11 +129,12 @@ class RayCluster:
         if needs is None:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(self._own_node_id, soft=False)
         else:
-            options = _actor_options(needs)
+            place, index = reservation_of(key)
+            options = actor_options(needs, 1 + len(further_keys(place)))
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-                self._groups[key], placement_group_bundle_index=0
+                self._groups[place], placement_group_bundle_index=index
             )
-        arguments = (self._system, key.rpartition("#")[0], msgspec.msgpack.encode(membership))
+        arguments = (self._system, group_of(key), msgspec.msgpack.encode(membership))
         await self._start_actor(HostActor, key, options, arguments, max_restarts=0)
 
     async def call(self, key: str, method: str, *arguments: object, limit_s: float) -> bytes:
@@ -154,21 +156,22 @@ class RayCluster:
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        with contextlib.suppress(HostLost, HostSilent):
-            await self.call(key, "end", limit_s=END_LIMIT_S)  # killed by Ray, it could not clean up
-        actor = self._actors.pop(key, None)
+        keys = [key, *further_keys(key)]
+        ends = (self.call(each, "end", limit_s=END_LIMIT_S) for each in keys)
+        await asyncio.gather(*map(_unless_gone, ends))  # killed by Ray, they could not clean up
+        actors = {each: self._actors.pop(each, None) for each in keys}
         group = self._groups.pop(key, None)
 
         def end() -> None:
-            with contextlib.suppress(ValueError):  # it is gone
-                ray.kill(actor or ray.get_actor(key), no_restart=True)
-            with contextlib.suppress(ValueError):
-                remove_placement_group(group or ray.util.get_placement_group(self._group_name(key)))
+            for each, actor in actors.items():
+                with contextlib.suppress(ValueError):  # it is gone
+                    ray.kill(actor or ray.get_actor(each, namespace=self._namespace), no_restart=True)
+            if found := group or _find_group(self._group_name(key), self._namespace):
+                remove_placement_group(found)
 
         await self._run(end)
 
     async def hosts(self) -> list[str]:
-        import ray
         from ray.util.placement_group import placement_group_table
 
         prefix = self._group_name("")
@@ -180,7 +183,7 @@ class RayCluster:
                 for entry in groups
                 if entry["name"].startswith(prefix) and entry["state"] != "REMOVED"
             }
-            return reserved | {name for name in ray.util.list_named_actors() if "#" in name}
+            return reserved | {reservation_of(name)[0] for name in self._actor_names() if is_key(name)}
 
         return sorted(await self._run(find))
 
@@ -203,9 +206,7 @@ class RayCluster:
 
     async def has_controller(self) -> bool:
         """Whether the system's controller has a host."""
-        import ray
-
-        return CONTROLLER_GROUP in await self._run(ray.util.list_named_actors)
+        return CONTROLLER_GROUP in await self._run(self._actor_names)
 
     # ---- inside ----------------
 
@@ -213,14 +214,16 @@ class RayCluster:
         import ray
 
         def connect() -> None:
-            logging.getLogger("ray").setLevel(logging.ERROR)
-            ray.init(
-                address=address,
-                namespace=f"headrace-{self._system}",
-                log_to_driver=False,
-                configure_logging=False,
-                logging_level=logging.ERROR,
-            )
+            if not ray.is_initialized():
+                logging.getLogger("ray").setLevel(logging.ERROR)
+                ray.init(
+                    address=address,
+                    namespace=self._namespace,
+                    log_to_driver=False,
+                    configure_logging=False,
+                    logging_level=logging.ERROR,
+                )
+                self._is_connection_ours = True
             self._own_node_id = ray.get_runtime_context().get_node_id()
             self._own_address = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
@@ -245,6 +248,7 @@ class RayCluster:
                 ray.remote(kind)
                 .options(
                     name=name,
+                    namespace=self._namespace,
                     lifetime="detached",
                     max_restarts=max_restarts,
                     max_concurrency=MAX_CONCURRENCY,
@@ -261,7 +265,7 @@ class RayCluster:
         actor = self._actors.get(key)
         if actor is None:
             try:
-                actor = await self._run(ray.get_actor, key)
+                actor = await self._run(ray.get_actor, key, self._namespace)
             except ValueError:
                 raise HostLost("Ray has no such actor") from None
             self._actors[key] = actor
@@ -284,92 +288,29 @@ class RayCluster:
         except (RayError, RuntimeError, OSError) as error:
             raise ClusterUnavailable(reason_of(error)) from None
 
+    def _actor_names(self) -> list[str]:
+        import ray
+
+        named = ray.util.list_named_actors(all_namespaces=True)
+        return [entry["name"] for entry in named if entry["namespace"] == self._namespace]
+
     def _group_name(self, key: str) -> str:
-        return f"headrace-{self._system}/{key}"
+        return f"{self._namespace}/{key}"
 
 
-def reason_of(error: BaseException) -> str:
-    """Return what matters of one of Ray's errors, in one line: they have many."""
-    text = str(error) or type(error).__name__
-    for mark in ("The actor is dead because ", "ModuleNotFoundError: ", "Version mismatch: "):
-        if mark in text:
-            text = mark + text.split(mark, 1)[1]
-            break
-    line = " ".join(text.split())
-    return line if len(line) <= _MAX_REASON_CHARACTERS else line[:_MAX_REASON_CHARACTERS] + "…"
+async def _unless_gone(call: Awaitable[bytes]) -> None:
+    with contextlib.suppress(HostLost, HostSilent):
+        await call
 
 
-def _check_installed() -> None:
-    try:
-        version = importlib.metadata.version("ray")
-    except importlib.metadata.PackageNotFoundError:
-        raise ClusterUnavailable("ray is not installed; pip install headrace[ray]") from None
-    if not version.startswith(f"{RAY_VERSION}."):
-        raise ClusterUnavailable(
-            f"ray {version} is installed, and headrace is made for {RAY_VERSION}; "
-            "pip install headrace[ray], with the same version on the cluster"
-        )
+def _find_group(name: str, namespace: str) -> PlacementGroup | None:
+    """Ray's own function looks only into the namespace of the process."""
+    from ray._private.state import state
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup
 
-
-def _resolve_address(address: str) -> str:
-    """Return host:port of the cluster's head."""
-    if address not in ("", "auto"):
-        return address
-    import ray._private.services as services
-
-    found = os.environ.get("RAY_ADDRESS", "")
-    if found and found != "auto":
-        return found
-    try:
-        return str(services.canonicalize_bootstrap_address_or_die("auto"))
-    except (ConnectionError, ValueError):
-        raise ClusterUnavailable(
-            "no Ray cluster runs on this machine. Start one (ray start --head), or say where it is: "
-            "--address HOST:PORT, or ray.address in the config"
-        ) from None
-
-
-def _check_reachable(address: str) -> None:
-    """Ray itself takes long to say that nobody listens."""
-    host, port = split_host_port(address, "ray.address")
-    try:
-        socket.create_connection((host, port), REACH_LIMIT_S).close()
-    except OSError as error:
-        raise ClusterUnavailable(
-            f"the Ray cluster at {address} cannot be reached: {error.strerror or error}. Check --address "
-            "(host:port of the head, usually port 6379), and that the cluster runs"
-        ) from None
-
-
-def _check_token(address: str) -> None:
-    """Ray's own connection tries for 20 s and then says only that it failed."""
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
-    from ray.exceptions import AuthenticationError, RayError
-
-    try:
-        GcsClient(address=address)
-    except AuthenticationError:
-        mode = os.environ.get("RAY_AUTH_MODE", "") or "not set"
-        raise ClusterUnavailable(
-            f"the Ray cluster at {address} does not accept our token (RAY_AUTH_MODE is {mode}). Put the "
-            "cluster's token into ~/.ray/auth_token, or set RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
-        ) from None
-    except (RayError, RuntimeError, OSError) as error:
-        raise ClusterUnavailable(f"the Ray cluster at {address} cannot be used: {reason_of(error)}") from None
-
-
-def _bundle(needs: NodeNeeds) -> dict[str, float]:
-    accelerator = {f"{ACCELERATOR_PREFIX}{needs.accelerator_type}": _ACCELERATOR_SHARE}
-    return {**needs.resources, **(accelerator if needs.accelerator_type else {})}
-
-
-def _actor_options(needs: NodeNeeds) -> dict[str, Any]:
-    """The actor takes all of its bundle, so that Ray shows it the GPUs that it has."""
-    rest = _bundle(needs)
-    options: dict[str, Any] = {"num_cpus": rest.pop("CPU", 0), "num_gpus": rest.pop("GPU", 0)}
-    if memory := rest.pop("memory", 0):
-        options["memory"] = memory
-    return {**options, "resources": rest}
+    entry = state.get_placement_group_by_name(name, namespace)  # type: ignore[no-untyped-call]
+    return entry and PlacementGroup(PlacementGroupID(bytes.fromhex(entry["placement_group_id"])))
 
 
 def _read_nodes() -> list[NodeState]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 
 from headrace.api.messages import (
     LauncherError,
@@ -20,28 +22,43 @@ from headrace.api.messages import (
     NodeState,
     Processes,
     ProcessSpec,
+    gateway_group,
+    gateway_of_group,
 )
 from headrace.clock import Clock
 from headrace.fabric.cluster import Cluster, ClusterUnavailable, HostLost, HostSilent
+from headrace.fabric.host_keys import group_of, incarnation_of, make_key
 from headrace.fabric.host_link import HostLink, Surroundings
-from headrace.fabric.host_messages import Membership, SetTunnels
+from headrace.fabric.host_messages import CONTROLLER_GROUP, Membership, SetTunnels
 from headrace.fabric.host_routes import HostView, plan_tunnels
 from headrace.fabric.local import LauncherLost
+from headrace.fabric.own_tunnels import OwnTunnels
+from headrace.fabric.retirement import retire
 
 MAX_QUEUED_EVENTS = 10_000
 MAX_HOSTS = 2048
 NODES_PERIOD_S = 1.0
 RELEASE_LIMIT_S = 15.0
 REPLAN_DELAY_S = 0.02
+_log = logging.getLogger(__name__)
+AVOIDED_S = 60.0
+"""Nothing is placed on a node whose hosts were given up, until it is heard of again, or for so long: by then
+Ray has seen whether it is dead."""
 
 
 class RayLauncher:
     """The Launcher over a Cluster. Made by `connect`."""
 
     def __init__(
-        self, cluster: Cluster, clock: Clock, identity: bytes, heartbeat: Callable[[], None]
+        self,
+        cluster: Cluster,
+        clock: Clock,
+        identity: bytes,
+        run_directory: Path | None = None,
+        heartbeat: Callable[[], None] = lambda: None,
     ) -> None:
         self._heartbeat = heartbeat
+        self._own_tunnels = OwnTunnels(run_directory, cluster.own_address, self._on_own_tunnels)
         self._membership = Membership(identity, cluster.own_address)
         self._replan = asyncio.Event()
         self._cluster = cluster
@@ -53,6 +70,8 @@ class RayLauncher:
         self._nodes: list[NodeState] = []
         self._unreleased: set[str] = set()
         """Hosts whose places could not be given back while the cluster did not answer."""
+        self._given_up: dict[str, float] = {}
+        """Nodes whose hosts were given up because they were silent, and until when they are avoided."""
         self._lost_reason = ""
 
     def __repr__(self) -> str:
@@ -60,12 +79,18 @@ class RayLauncher:
 
     @classmethod
     async def connect(
-        cls, cluster: Cluster, clock: Clock, identity: bytes, heartbeat: Callable[[], None] = lambda: None
+        cls,
+        cluster: Cluster,
+        clock: Clock,
+        identity: bytes,
+        run_directory: Path | None = None,
+        heartbeat: Callable[[], None] = lambda: None,
     ) -> RayLauncher:
         """Find the hosts of the system that are there. identity: PEM that all its hosts share
-        (`cluster_identity`). heartbeat: called whenever the controller asks for all processes, as it does
-        every second. Raises LauncherLost."""
-        launcher = cls(cluster, clock, identity, heartbeat)
+        (`cluster_identity`). run_directory: of this machine, with the identity in it; None: nothing of this
+        machine but its hosts is reached by others. heartbeat: called whenever the controller asks for all
+        processes, as it does every second. Raises LauncherLost."""
+        launcher = cls(cluster, clock, identity, run_directory, heartbeat)
         try:
             await launcher._adopt_all()
         except ClusterUnavailable as error:
@@ -86,7 +111,9 @@ class RayLauncher:
                     LauncherError(spec.name, f"there are {MAX_HOSTS} hosts already, the most there may be")
                 )
                 return
-            link = self._links[group] = self._make_link(f"{group}#{_incarnation()}")
+            link = self._links[group] = self._make_link(
+                make_key(group, _incarnation(), 1 + len(spec.companions))
+            )
             link.start(spec)
             self._spawn(self._live(link))
         else:
@@ -110,13 +137,16 @@ class RayLauncher:
         return event
 
     def close(self) -> None:
+        self._own_tunnels.close()
         for task in self._tasks:
             task.cancel()
 
     # ---- hosts ----------------
 
     def _make_link(self, key: str) -> HostLink:
-        surroundings = Surroundings(self._membership, self._count_family, self._replan.set)
+        surroundings = Surroundings(
+            self._membership, self._count_family, self._count_asked, self._silent_nodes, self._replan.set
+        )
         return HostLink(key, self._cluster, self._clock, self._put, surroundings)
 
     async def _adopt_all(self) -> None:
@@ -124,10 +154,10 @@ class RayLauncher:
         self._nodes = await self._cluster.nodes()
         self._put(Nodes(self._nodes, self._cluster.own_node_id))
         newest: dict[str, str] = {}
-        for key in sorted(await self._cluster.hosts(), key=lambda key: key.rpartition("#")[2]):
-            group = key.rpartition("#")[0]
+        for key in sorted(await self._cluster.hosts(), key=incarnation_of):
+            group = group_of(key)
             if group in newest:
-                self._spawn(self._release(newest[group]))
+                self._spawn(self._retire(newest[group]))
             newest[group] = key
         await asyncio.gather(*(self._adopt(key) for key in newest.values()))
 
@@ -155,6 +185,8 @@ class RayLauncher:
             self._replan.set()
             if not link.is_released:
                 self._unreleased.add(link.key)
+            if link.was_given_up:
+                self._spawn(self._retire(link.key, link.node_id))
 
     async def _tend_tunnels(self) -> None:
         """Tell every host what its machine's tunnels are to do, whenever that may have changed."""
@@ -165,10 +197,29 @@ class RayLauncher:
             links = [link for link in self._links.values() if link.address and not link.is_over]
             if any(link.is_unheard for link in self._links.values()):
                 continue  # what goes through its tunnels is cut by no guess; it is heard of, or given up
+            home = self._cluster.own_address
             views = [HostView(link.group, link.address, link.tunnels) for link in links]
-            wishes = plan_tunnels(views, self._cluster.own_address)
+            views.append(HostView(CONTROLLER_GROUP, home, self._own_tunnels.address))
+            wishes = plan_tunnels(views, home)
+            is_alone = all(link.address != home for link in links)
+            self._own_tunnels.set(wishes.get(home) if is_alone else None)
             for link in links:
                 link.set_tunnels(wishes.get(link.address) or SetTunnels([], {}))
+
+    def _on_own_tunnels(self, problem: str) -> None:
+        if problem:
+            _log.warning("%s", problem)
+        self._replan.set()
+
+    async def _retire(self, key: str, node_id: str = "") -> None:
+        """End a host that may live on. node_id: where it is, if nothing is to be placed there until then."""
+        try:
+            if node_id:
+                self._given_up[node_id] = self._clock.now_s() + AVOIDED_S
+            if await retire(self._cluster, key):
+                self._given_up.pop(node_id, None)
+        except ClusterUnavailable:
+            self._unreleased.add(key)
 
     async def _release(self, key: str) -> None:
         with contextlib.suppress(ClusterUnavailable, TimeoutError):
@@ -178,13 +229,21 @@ class RayLauncher:
     def _link_of(self, name: str) -> HostLink | None:
         return next((link for link in self._links.values() if name in link.names()), None)
 
-    def _count_family(self, name: str) -> Mapping[str, int]:
-        family = name.rpartition("-")[0]
-        return Counter(
-            link.likely_node
-            for link in self._links.values()
-            if link.likely_node and link.group.rpartition("-")[0] == family
-        )
+    def _count_family(self, name: str) -> Counter[str]:
+        return Counter(link.node_id for link in self._family(name) if link.node_id)
+
+    def _count_asked(self, name: str) -> Counter[str]:
+        others = [link for link in self._family(name) if link.group != name and not link.node_id]
+        return Counter(link.liked_node_id for link in others if link.liked_node_id)
+
+    def _silent_nodes(self) -> set[str]:
+        now_s = self._clock.now_s()
+        self._given_up = {node: until_s for node, until_s in self._given_up.items() if until_s > now_s}
+        return {link.node_id for link in self._links.values() if link.is_silent} | self._given_up.keys()
+
+    def _family(self, name: str) -> list[HostLink]:
+        family = _family_of(name)
+        return [link for link in self._links.values() if _family_of(link.group) == family]
 
     # ---- events ----------------
 
@@ -221,6 +280,11 @@ class RayLauncher:
         self._lost_reason = reason
         if not self._events.full():
             self._events.put_nowait(None)
+
+
+def _family_of(group: str) -> str:
+    """What groups have in common that are to be on different nodes."""
+    return gateway_group("") if gateway_of_group(group) else group.rpartition("-")[0]
 
 
 def _incarnation() -> str:

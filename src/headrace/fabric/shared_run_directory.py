@@ -11,6 +11,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from hashlib import sha256
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from headrace.fabric.run_directory import (
     make_private_directory,
 )
 
-_JOIN_ATTEMPTS = 20
+JOIN_LIMIT_S = 5.0
+_JOIN_PAUSE_S = 0.01
 
 
 def host_run_directory(system: str, address: str) -> Path:
@@ -66,10 +68,11 @@ class SharedRunDirectory:
     def join(cls, path: Path) -> SharedRunDirectory:
         """Make `path`, or share it with the keepers that have it; what dead ones left in it is removed.
 
-        Raises RunDirectoryError.
+        Waits for one that is just removing it. Raises RunDirectoryError.
         """
         check_length(path)
-        for _ in range(_JOIN_ATTEMPTS):
+        end_s = time.monotonic() + JOIN_LIMIT_S
+        while time.monotonic() < end_s:
             # Whoever leaves last removes what we just made: then simply begin again.
             with contextlib.suppress(FileNotFoundError):
                 make_private_directory(path.parent)
@@ -83,7 +86,8 @@ class SharedRunDirectory:
                     (path / LOG_DIRECTORY).mkdir(mode=0o700, exist_ok=True)
                     return cls(path, lock_fd)
                 os.close(lock_fd)
-        raise RunDirectoryError(f"{path}: others keep removing it; try again")
+            time.sleep(_JOIN_PAUSE_S)
+        raise RunDirectoryError(f"{path}: others keep removing it for {JOIN_LIMIT_S:g} s; try again")
 
     def leave(self) -> None:
         """Give our part of the lock back. The last one removes the directory, and its parent if empty."""

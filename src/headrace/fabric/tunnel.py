@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headrace.api.config import split_address
 from headrace.api.framing import FRAME_HEADER_BYTES, FrameDecoder, encode_frame
 from headrace.api.messages import Message
+from headrace.api.notation import split_address
 from headrace.cluster_tls import client_context, server_context
 from headrace.errors import ProtocolError
 from headrace.private_socket import bind_private_socket

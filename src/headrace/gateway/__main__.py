@@ -15,6 +15,7 @@ import uvloop
 
 from headrace.api.messages import GatewaySpec
 from headrace.clock import SystemClock
+from headrace.gateway.placed import localized
 from headrace.gateway.process import fd_limit
 from headrace.gateway.router import Router
 from headrace.lifetime import die_with_parent
@@ -30,6 +31,7 @@ def main() -> int:
     except msgspec.DecodeError as error:
         print(f"not a GatewaySpec: {error}", file=sys.stderr)
         return 2
+    spec = localized(spec, spec.run_dir, spec.node)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     setproctitle.setproctitle(f"headrace: router {spec.gateway_id}")
     die_with_parent()

@@ -22,6 +22,7 @@ from headrace.api.messages import (
 )
 from headrace.gateway.arrivals import Arrival, Bound, NobodyListens, Refused, RequestListener
 from headrace.gateway.binding import Binder, Held
+from headrace.gateway.conservation import check_conservation
 from headrace.gateway.decisions import make_placer
 from headrace.gateway.dispatch_tenants import Charge, TenantBook
 from headrace.gateway.endpoint_state import EndpointState
@@ -178,10 +179,7 @@ class Dispatcher:
         if bound is not None:
             self._tenants.settle(bound.endpoint, bound.charge, finished, now_s)
             bound.charge.judge(bound.endpoint, finished, generation)
-            if bound.front_state is None:
-                bound.front_state = finished.state
-                bound.front_reported_s = now_s
-                bound.free_slot()
+            if bound.hear(finished, now_s):
                 self._binder.slot_freed(bound)
             return
         endpoint = self.endpoints.get(endpoint_name)
@@ -235,21 +233,22 @@ class Dispatcher:
         if endpoint is not None:
             endpoint.placer.forget(replica.replica_id)
 
-    def clients_left(self, clients: Set[Hashable]) -> None:
+    def clients_left(self, clients: Set[Hashable], now_s: float) -> None:
         """Cancel the requests held for clients that closed their connections."""
         for request_id in [key for key, held in self._held.items() if held.arrival.client in clients]:
-            self.client_left(request_id)
+            self.client_left(request_id, now_s)
 
     def knows(self, request_id: str) -> bool:
         """Whether the request was announced, and is open or ended not long ago."""
         return request_id in self._held or request_id in self._flights or self._flights.has_ended(request_id)
 
-    def client_left(self, request_id: str) -> None:
+    def client_left(self, request_id: str, now_s: float) -> None:
         """Cancel one request if it is held: its client closed the connection."""
         held = self._held.get(request_id)
         if held is not None:
             self._cancel(request_id)
             held.arrival.answer(Refused("The client left.", "cancelled", 1))
+            self._binder.pump(held.arrival.endpoint, now_s)  # whose turn it is now may have room
 
     def abandon(self, request_id: str) -> None:
         """End a bound request that no replica will ever see, if it is one: its client left first."""
@@ -276,6 +275,7 @@ class Dispatcher:
             endpoint.queue.cancel(request_id)
             # Not ended yet for HAProxy: the completion line tells how it ended, ORPHAN_LIMIT_S bounds it.
             self._flights.enter(request_id, InFlight(endpoint, None, now_s, held.charge))
+        self._binder.pump_all(now_s)  # others' requests may come before theirs
 
     def pump(self, endpoint_name: str, now_s: float) -> None:
         """Bind held requests of an endpoint while a replica has room."""
@@ -335,21 +335,7 @@ class Dispatcher:
 
     def check_integrity(self) -> None:
         """Raise AssertionError, showing the sum, if a request was lost or counted twice, or a slot leaked."""
-        for name, endpoint in self.endpoints.items():
-            held, ended = len(endpoint.queue), sum(endpoint.ended.values())
-            total = held + endpoint.num_in_flight + ended
-            assert endpoint.arrived == total, (
-                f"{name}: arrived {endpoint.arrived} != held {held} + in flight {endpoint.num_in_flight} "
-                f"+ ended {ended}"
-            )
-            endpoint.queue.check_integrity()
-        in_flight = sum(endpoint.num_in_flight for endpoint in self.endpoints.values())
-        assert in_flight == len(self._flights), f"in flight {in_flight} != {len(self._flights)} remembered"
-        held = sum(len(endpoint.queue) for endpoint in self.endpoints.values())
-        assert held == len(self._held), f"held {held} != {len(self._held)} remembered"
-        held_tokens = sum(request.charge.num_prompt_tokens for request in self._held.values())
-        counted = sum(endpoint.held_prompt_tokens for endpoint in self.endpoints.values())
-        assert held_tokens == counted, f"held prompt tokens {held_tokens} != {counted} counted"
+        check_conservation(self._binder, self._flights)
         self._tenants.check_integrity(
             bound.charge.limits for bound in self._flights.open.values() if bound.replica
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
-from headrace.api.messages import TerminalState
+from headrace.api.messages import FinishedRequest, TerminalState
 from headrace.gateway.dispatch_tenants import Charge
 from headrace.gateway.endpoint_state import EndpointState
 from headrace.gateway.replicas import Replica, ReplicaTable
@@ -35,6 +35,8 @@ class InFlight(msgspec.Struct, gc=False):
     charge: Charge
     front_state: TerminalState | None = None
     front_reported_s: float = 0.0
+    may_live_on: bool = False
+    """Its front refused it, or failed before its first token: HAProxy sends it to another one."""
     front: Replica | None = None
     """The durable front that has its stream; None: the replica's own."""
 
@@ -64,6 +66,19 @@ class InFlight(msgspec.Struct, gc=False):
             if self.charge.limits is not None:
                 self.charge.limits.free(replica.replica_id)
             self.replica = None
+
+    def hear(self, finished: FinishedRequest, now_s: float) -> bool:
+        """Take a front's word on the end. True if the slot is free by it: with the first one. Of a request
+        that was tried again elsewhere a later word counts for its state."""
+        is_first = self.front_state is None
+        if is_first or finished.state is TerminalState.FINISHED:
+            is_begun = finished.num_output_tokens > 0
+            is_retried = finished.state in (TerminalState.REFUSED, TerminalState.FAILED)
+            self.may_live_on = is_retried and not is_begun
+            self.front_state, self.front_reported_s = finished.state, now_s
+        if is_first:
+            self.free_slot()
+        return is_first
 
     def move_slot(self, replica: Replica) -> None:
         """Another replica has it now; nothing happens if its slot is free already."""
@@ -143,7 +158,8 @@ class Flights:
         old: dict[str, list[str]] = {}
         for request_id, bound in list(self.open.items()):
             if bound.front_state is not None:
-                if now_s - bound.front_reported_s >= LOG_GRACE_S:
+                grace_s = ORPHAN_LIMIT_S if bound.may_live_on else LOG_GRACE_S
+                if now_s - bound.front_reported_s >= grace_s:
                     yield request_id, bound.front_state
             elif (holder := bound.holder) is None or holder.is_gone:
                 if now_s - bound.bound_s >= ORPHAN_LIMIT_S:

@@ -6,7 +6,7 @@ Also the format of the completion log. Must not know HAProxy's configuration gra
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
@@ -40,7 +40,7 @@ def model_card(name: str) -> str:
     return to_json({"id": name, "object": "model", "created": MODEL_CREATED_S, "owned_by": "headrace"})
 
 
-def models_list(names: Sequence[str]) -> str:
+def models_list(names: Iterable[str]) -> str:
     cards = ",".join(model_card(name) for name in names)
     return f'{{"object":"list","data":[{cards}]}}'
 

@@ -145,8 +145,13 @@ spoe-group decide
 spoe-message decide
   args id=unique-id endpoint=var(txn.backend) tenant=var(txn.tenant) client=src client_port=src_port \
 path=path size=req.body_size session=req.hdr(x-session-id) explain=var(txn.explain) \
-relays=var(txn.relays) head=req.body,bytes(0,{ROUTER_HEAD_BYTES})
+relays=var(txn.relays){_model_argument(spec)} head=req.body,bytes(0,{ROUTER_HEAD_BYTES})
 """
+
+
+def _model_argument(spec: GatewaySpec) -> str:
+    """The router knows the endpoint; the model's name says more only where there are adapters."""
+    return " model=var(txn.model)" if any(rule.adapters for rule in spec.endpoints) else ""
 
 
 def _global_section(spec: GatewaySpec, paths: GatewayPaths, max_connections: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from headrace.api.messages import GatewaySpec
 from headrace.gateway import haproxy_answers as answers
-from headrace.gateway.haproxy_identity import identity_rules, lookup
+from headrace.gateway.haproxy_identity import identity_rules, lookup, served_names
 from headrace.gateway.haproxy_words import bind_address, return_format, return_text
 from headrace.gateway.names import SHARED_SUFFIX, backend_name
 from headrace.gateway.paths import GatewayPaths
@@ -45,7 +45,7 @@ def has_models(spec: GatewaySpec) -> bool:
 
 def frontend_section(spec: GatewaySpec, paths: GatewayPaths, max_connections: int) -> str:
     """The public address. max_connections: clients; second passes and probes have room beyond them."""
-    names = [rule.name for rule in spec.endpoints]
+    names = _all_names(spec)
     limit = spec.max_body_bytes
     headers_too_large = f"if {{ req.hdrs,length gt {MAX_HEADER_BYTES} }}"
     body_too_large = f"if is_generation {{ req.hdr_val(content-length) gt {limit} }}"
@@ -87,6 +87,10 @@ def frontend_section(spec: GatewaySpec, paths: GatewayPaths, max_connections: in
 {_decide_rules(paths, _WAIT_RULES)}  use_backend headrace-status if is_status
   use_backend %[var(txn.backend)] if has_backend
 """
+
+
+def _all_names(spec: GatewaySpec) -> list[str]:
+    return list(served_names([rule.name for rule in spec.endpoints], spec))
 
 
 def tls_options(spec: GatewaySpec, paths: GatewayPaths) -> str:
@@ -139,7 +143,7 @@ def _rules_without_model(spec: GatewaySpec, paths: GatewayPaths) -> str:
 def internal_frontend(spec: GatewaySpec, paths: GatewayPaths) -> str:
     """The second pass of a relayed request: same id, same tenant, its model in a header. Limits and keys were
     applied in the first pass, which the router was not told of: the request counts once."""
-    known = [] if spec.tenants else [rule.name for rule in spec.endpoints]
+    known = [] if spec.tenants else _all_names(spec)
     find_backend = f"{lookup(spec, 'txn.model')},map_str({paths.endpoint_map})"
     return f"""frontend headrace-internal
   bind unix@{paths.internal_socket} mode 600

@@ -11,7 +11,7 @@ Must not know where keys come from, or how a request goes on once it is known wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from headrace.api.messages import GatewaySpec
 from headrace.errors import ConfigError
@@ -60,11 +60,11 @@ def lookup(spec: GatewaySpec, variable: str) -> str:
 
 def identity_files(spec: GatewaySpec, paths: GatewayPaths) -> dict[str, str]:
     """Return {path: content} of every map but keys.map. Raises ConfigError if they would be too large."""
-    names = [rule.name for rule in spec.endpoints]
+    names = served_names([rule.name for rule in spec.endpoints], spec)
     if not spec.tenants:
         _check_list(names)
         return {
-            paths.endpoint_map: "".join(f"{name} {backend_name(name)}\n" for name in names),
+            paths.endpoint_map: "".join(f"{name} {backend_name(owner)}\n" for name, owner in names.items()),
             paths.models: answers.models_list(names),
             paths.model_map: "".join(f"{name} {answers.model_card(name)}\n" for name in names),
             paths.tenant_map: "",
@@ -76,10 +76,11 @@ def identity_files(spec: GatewaySpec, paths: GatewayPaths) -> dict[str, str]:
             f"{MAX_MAP_LINES} entries. Give more tenants the same `endpoints`."
         )
     backends, cards = [], []
-    for name, members in sets.items():
+    for name, endpoints in sets.items():
+        members = served_names(endpoints, spec)
         _check_list(members)
-        backends += [f"{name}/{member} {backend_name(member)}\n" for member in members]
-        backends += [f"{name} {backend_name(member)}\n" for member in members if len(members) == 1]
+        backends += [f"{name}/{member} {backend_name(owner)}\n" for member, owner in members.items()]
+        backends += [f"{name} {backend_name(member)}\n" for member in endpoints if len(endpoints) == 1]
         cards += [f"{name}/{member} {answers.model_card(member)}\n" for member in members]
         cards.append(f"{name} {answers.models_list(members)}\n")
     return {
@@ -88,6 +89,12 @@ def identity_files(spec: GatewaySpec, paths: GatewayPaths) -> dict[str, str]:
         paths.model_map: "".join(cards),
         paths.tenant_map: "".join(f"{tenant} {name}\n" for tenant, name in set_of.items()),
     }
+
+
+def served_names(endpoints: Sequence[str], spec: GatewaySpec) -> dict[str, str]:
+    """Return each name of a model that these endpoints serve, and whose it is: their own, and adapters'."""
+    adapters = {rule.name: rule.adapters for rule in spec.endpoints}
+    return {name: endpoint for endpoint in endpoints for name in (endpoint, *adapters[endpoint])}
 
 
 def endpoint_sets(spec: GatewaySpec) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -118,7 +125,7 @@ def parse_key_map(text: str) -> dict[str, str]:
     return {pair[0]: pair[1] for pair in pairs if len(pair) == 2 and len(pair[0]) == 64}
 
 
-def _check_list(names: Sequence[str]) -> None:
+def _check_list(names: Collection[str]) -> None:
     size = len(answers.models_list(names))
     if size > MAX_LIST_BYTES:
         raise ConfigError(

@@ -5,7 +5,7 @@ Must not know what is answered, or when.
 
 from __future__ import annotations
 
-from headrace.api.config import split_address
+from headrace.api.notation import split_address
 from headrace.errors import ConfigError
 
 _RETURN = "http-request return status"

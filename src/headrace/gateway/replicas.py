@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from headrace.api.config import split_address
 from headrace.api.messages import LoadReport, ReplicaState
+from headrace.api.notation import split_address
 from headrace.api.run_paths import front_socket_path
 from headrace.errors import ProtocolError
 from headrace.gateway.names import REPLICA_ID, encode_name

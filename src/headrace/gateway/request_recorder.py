@@ -107,7 +107,7 @@ class RequestRecorder:
         parts.completion = completion
         if parts.state is None:  # the router refused to know it, so that the dispatcher did not count it
             parts.state = classify(completion)
-        if parts.finished is not None or not _is_told_by_front(parts):
+        if _has_last_word(parts) or not _is_told_by_front(parts):
             self._write(completion.id, parts)
 
     def front_finished(self, finished: FinishedRequest) -> None:
@@ -116,12 +116,14 @@ class RequestRecorder:
         parts = self._open.get(request_id)
         if parts is None:
             if gateway_of(request_id) == self._gateway_id:
-                self._early[request_id] = finished
+                early = self._early.get(request_id)
+                if early is None or _is_better(finished, early):
+                    self._early[request_id] = finished
                 if len(self._early) > MAX_EARLY:
                     self._early.popitem(last=False)
-        elif parts.finished is None:
+        elif parts.finished is None or _is_better(finished, parts.finished):
             parts.finished = finished
-            if parts.completion is not None:
+            if parts.completion is not None and _has_last_word(parts):
                 self._write(request_id, parts)
 
     def answered_by_haproxy(self, completion: Completion) -> None:
@@ -169,12 +171,38 @@ def _is_told_by_front(parts: _Parts) -> bool:
     return line.status not in (502, 503, 504)
 
 
+def _is_better(word: FinishedRequest, known: FinishedRequest) -> bool:
+    """Whether `word` is of a later try: HAProxy sends what was refused or broken off elsewhere."""
+    is_finished, was_finished = (each.state is TerminalState.FINISHED for each in (word, known))
+    return is_finished > was_finished or (
+        is_finished == was_finished and word.num_output_tokens > known.num_output_tokens
+    )
+
+
+def _has_last_word(parts: _Parts) -> bool:
+    """Whether no front will say more: not if HAProxy saw a whole answer, and who spoke broke its own off."""
+    front, line = parts.finished, parts.completion
+    if front is None or line is None:
+        return False
+    return front.state is TerminalState.FINISHED or classify(line) is not TerminalState.FINISHED
+
+
+def _word_on_answer(parts: _Parts) -> FinishedRequest | None:
+    """Return what is known of the answer that HAProxy saw; nothing where only an earlier try was heard of."""
+    front, line = parts.finished, parts.completion
+    if front is None or line is None or classify(line) is not TerminalState.FINISHED:
+        return front
+    is_other = front.state in (TerminalState.REFUSED, TerminalState.ABORTED)
+    is_other |= front.state is TerminalState.FAILED and parts.state is TerminalState.FINISHED
+    return None if is_other else front
+
+
 _NO_LINE = Completion("", status=-1, bytes_in=-1, bytes_out=-1)
 
 
 def _join(gateway_id: str, request_id: str, parts: _Parts, wall_s: float) -> RequestRecord:
     """Return the record."""
-    line, front, bound = parts.completion or _NO_LINE, parts.finished, parts.bound
+    line, front, bound = parts.completion or _NO_LINE, _word_on_answer(parts), parts.bound
     held_ms = ttft_ms = head_ms = first_ms = None
     if parts.answered_s is not None and parts.arrived_s is not None:
         held_ms = _milliseconds(parts.answered_s - parts.arrived_s)

@@ -13,8 +13,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from headrace.api.config import split_address
 from headrace.api.messages import Demand, GatewaySpec, Outlook, ReplicaView
+from headrace.api.notation import split_address
 from headrace.clock import Clock
 from headrace.errors import ConfigError, ProtocolError
 from headrace.gateway.answers import Answers, parked, refusal
@@ -33,6 +33,7 @@ from headrace.gateway.metrics_server import serve_metrics
 from headrace.gateway.names import endpoint_of_backend
 from headrace.gateway.outlooks import Outlooks
 from headrace.gateway.paths import GatewayPaths
+from headrace.gateway.placed import localized
 from headrace.gateway.replicas import ReplicaTable
 from headrace.gateway.request_recorder import RequestRecorder
 from headrace.gateway.servers import ServerKeeper
@@ -42,7 +43,7 @@ from headrace.observability.line_log import BackgroundLog, RotatingFile
 from headrace.observability.request_record import RequestRecord
 from headrace.observability.request_statistics import RequestStatistics
 from headrace.observability.router_metrics import RouterMetrics, RouterSnapshot
-from headrace.policy.prompt import PromptHead, read_prompt
+from headrace.policy.prompt import PromptHead, prompt_salt, read_prompt
 from headrace.private_socket import bind_private_socket
 
 logger = logging.getLogger(__name__)
@@ -206,7 +207,7 @@ class Router:
         prompt = read_prompt(
             head if isinstance(head, bytes) else b"",
             size if isinstance(size, int) else 0,
-            tenant,
+            prompt_salt(tenant, self._adapter(endpoint, arguments)),
             text_argument(arguments, b"session"),
         )
         relays = arguments.get(b"relays")
@@ -229,6 +230,12 @@ class Router:
             tell_after_s = self.dispatcher.endpoints[endpoint].rule.tell_after_s
             self._waiting.held(request_id, waiting, now_s + (tell_after_s or math.inf))
             self._controller.send_soon()
+
+    def _adapter(self, endpoint: str, arguments: Arguments) -> str:
+        """Return the adapter that was asked for; empty: the endpoint's model itself."""
+        model = text_argument(arguments, b"model")  # told only where there are adapters
+        state = self.dispatcher.endpoints.get(endpoint) if model else None
+        return model if state is not None and model in state.rule.adapters else ""
 
     def _tell(
         self, call: SpoeCall, request_id: str, endpoint: str, decision: Bound | Refused, prompt: PromptHead
@@ -277,7 +284,7 @@ class Router:
                 self.dispatcher.abandon(completion.id)
             # The first pass ended. The second has the same id and a line of its own, unless it is held, which
             # ends here, or never came: then the relay refused the request.
-            self.dispatcher.client_left(completion.id)
+            self.dispatcher.client_left(completion.id, self._clock.now_s())
             if 200 <= completion.status < 400 or self.dispatcher.knows(completion.id):
                 return
         if endpoint is None:
@@ -302,7 +309,7 @@ class Router:
             for waiting in self._waiting.due(now_s, self.dispatcher.is_held):
                 waiting.park()
             if self.dispatcher.num_held:
-                self.dispatcher.clients_left(self._closed_peers.find())
+                self.dispatcher.clients_left(self._closed_peers.find(), self._clock.now_s())
             await asyncio.sleep(TICK_S)
 
     def _on_controller(self, message: GatewaySpec | Outlook) -> None:
@@ -312,6 +319,7 @@ class Router:
             self._on_spec(message)
 
     def _on_spec(self, spec: GatewaySpec) -> None:
+        spec = localized(spec, self._spec.run_dir, self._spec.node)
         if spec == self._spec:
             return
         if (spec.run_dir, spec.gateway_id) != (self._spec.run_dir, self._spec.gateway_id):

@@ -81,7 +81,9 @@ class Server:
         """
         limit = f" maxconn {self.max_open}" if self.max_open else ""
         protocol = "proto h2 " if self.is_shared else ""
-        protocol += f"{identity_options(self.identity)} " if self.identity and not self.socket_path else ""
+        if self.identity and not self.socket_path:
+            # HAProxy 2.8's check on HTTP/2 over TLS never gets beyond the preface; fronts take both.
+            protocol += f"{identity_options(self.identity)} {'check-proto h1 ' if self.is_shared else ''}"
         backup = "backup " if self.is_backup else ""
         checks = "check inter 1s fastinter 200ms downinter 200ms fall 2 rise 1"
         return f"{protocol}{backup}{checks} {_ON_REFUSAL}{limit}"

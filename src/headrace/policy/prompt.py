@@ -68,7 +68,7 @@ _decode = msgspec.json.Decoder(_Body).decode
 def read_prompt(head: bytes, body_bytes: int, salt: str, session_header: str = "") -> PromptHead:
     """Read the first bytes of a generation request's body; at most HEAD_BYTES count.
 
-    `salt`: the tenant; hashes and sessions of different tenants never meet. `session_header`: x-session-id,
+    `salt`: `prompt_salt`; hashes and sessions of different salts never meet. `session_header`: x-session-id,
     which goes before the body's `prompt_cache_key` and `user`.
     """
     root = xxh3_64_intdigest(b"headrace prompt\0" + salt.encode("utf-8", "surrogatepass"))
@@ -81,6 +81,11 @@ def read_prompt(head: bytes, body_bytes: int, salt: str, session_header: str = "
         else:
             return _read_body(body, root, session)
     return _read_head(head[:HEAD_BYTES], body_bytes, root, session)
+
+
+def prompt_salt(tenant: str, adapter: str = "") -> str:
+    """Return the salt of a request's prompt: what one adapter computed of it is of no use to another."""
+    return f"{tenant}\0{adapter}" if adapter else tenant
 
 
 def _read_body(body: _Body, root: int, session: bytes) -> PromptHead:

@@ -146,6 +146,21 @@ def decide(
     return GiveUp("its own engine computes differently now, and no sibling as it did")
 
 
+def may_hold(own: OwnEngine, siblings: Sequence[SiblingView], limits: Limits, *, is_leaving: bool) -> bool:
+    """Say whether a request that comes now may wait in a front whose engine is being started again, or that
+    leaves, after every gateway has let it go: who still sends it something has no better place then. One that
+    leaves keeps it only while no sibling is ready: a gateway that is refused goes there, and its answer has
+    all the time that it needs."""
+    if not limits.max_attempts or not own.stream_class:
+        return False
+    if not is_leaving:
+        return own.state == "starting"
+    alike = [each for each in siblings if each.stream_class in (own.stream_class, "")]
+    if any(each.is_ready for each in alike):
+        return False
+    return own.state in ("ready", "starting") or any(each.may_become_ready for each in alike)
+
+
 def find_sibling(stream: Stranded, siblings: Sequence[SiblingView], now_s: float) -> ContinueAt | None:
     """Return the least loaded sibling that can continue `stream` bit for bit, if there is one."""
     hosts = [

@@ -25,6 +25,7 @@ from headrace.replica.answer import AnswerServices
 from headrace.replica.departure import Departure
 from headrace.replica.engine_client import EngineClient
 from headrace.replica.engine_silence import EngineTimeLimits
+from headrace.replica.engine_streams import EngineStreams
 from headrace.replica.generation import Generator
 from headrace.replica.grammar_checker import GrammarChecker
 from headrace.replica.http_messages import AnswerHeads, HttpLimits
@@ -38,9 +39,10 @@ from headrace.replica.prefix_digest import PrefixDigest
 from headrace.replica.prompt_caching import PromptCaching, shared_prefix_tokens
 from headrace.replica.report import Reporter
 from headrace.replica.restart import RestartPolicy
-from headrace.replica.resumption import EngineStreams, StreamKeeper
+from headrace.replica.resumption import StreamKeeper
 from headrace.replica.routes import Routes
 from headrace.replica.self_view import FrontTraits, SelfView, fingerprint_of, headers_of
+from headrace.replica.served_models import ServedModels
 from headrace.replica.standby import Standby
 from headrace.replica.text_model import PromptEncoder, TextModel, load_text_model
 
@@ -104,8 +106,14 @@ class Front:
         self.departure = Departure(clock, self._reporter, streams, spec.handover_after_s, spec.drain_grace_s)
         services = AnswerServices(self.keeper, self.ledger, self._metrics)
         self._generator: Generator = Generator(
-            spec.endpoint, spec.max_open, fingerprint_of(spec), services, self.engine, clock
+            ServedModels(spec.endpoint, spec.engine.lora),
+            spec.max_open + spec.max_surplus,
+            fingerprint_of(spec),
+            services,
+            self.engine,
+            clock,
         )
+        self._generator.may_hold = self.keeper.may_hold
         self._routes = Routes(self.view, self._generator, self._metrics, spec.needs_gateway)
         heads = AnswerHeads(headers_of(spec), clock.wall_s)
         self._server = HttpServer(self._routes.handle, limits.http, heads, clock)

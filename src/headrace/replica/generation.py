@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from headrace.api.openai import (
     refuse_unsupported,
 )
 from headrace.clock import Clock
-from headrace.errors import InvalidRequest, NotFound, Overloaded, RequestError
+from headrace.errors import InvalidRequest, Overloaded, RequestError
 from headrace.replica.answer import Answer, AnswerServices, GenerationFailed, TextRules
 from headrace.replica.answer_shape import AnswerShape
 from headrace.replica.chat import flatten_messages
@@ -34,6 +34,7 @@ from headrace.replica.http_responder import Responder
 from headrace.replica.ledger import RequestRecord
 from headrace.replica.prompt_caching import PromptCaching
 from headrace.replica.request_head import open_record, place_of
+from headrace.replica.served_models import ServedModels
 from headrace.replica.structured_output import read_form
 from headrace.replica.text_model import PromptEncoder, TextModel
 from headrace.replica.validate import (
@@ -43,6 +44,7 @@ from headrace.replica.validate import (
     check_token_ids,
     count_choices,
     parse_stops,
+    split_prompts,
 )
 
 CHAT_PATH = "/v1/chat/completions"
@@ -64,6 +66,8 @@ class Prompt:
     choices_per_prompt: int
     grammar: str
     """What each answer must match; empty: anything."""
+    adapter: str
+    """Empty: the model itself."""
 
 
 class ServingEngine(Protocol):
@@ -97,14 +101,14 @@ class Generator:
 
     def __init__(
         self,
-        endpoint: str,
+        models: ServedModels,
         max_open: int,
         fingerprint: str,
         services: AnswerServices,
         engine: ServingEngine,
         clock: Clock,
     ) -> None:
-        self._endpoint = endpoint
+        self.models = models
         self._max_open = max_open
         self._fingerprint = fingerprint
         self._services = services
@@ -122,7 +126,9 @@ class Generator:
         self.remote: RemoteSide | None = None
         """Of a durable front: its engines are replicas'."""
         self.is_closed = False
-        """Every router knows that this replica leaves: refuse what still comes."""
+        """Every router knows that this replica leaves: refuse what still comes, unless it may be held."""
+        self.may_hold: Callable[[bool], bool] = lambda is_leaving: False
+        """Whether requests may wait for an engine here (`policy.resumption.may_hold`)."""
 
     def __repr__(self) -> str:
         return f"Generator({len(self._preparing)} preparing, {len(self._answers)} answers)"
@@ -186,11 +192,11 @@ class Generator:
         self, request: HttpRequest, responder: Responder, record: RequestRecord, headers: str
     ) -> Answer:
         """Return the running answer. Raises RequestError and _ClientGone; then nothing runs."""
-        if self.is_closed:
+        if self._has_failed_open or (self.is_closed and not self.may_hold(True)):
             raise _leaving()
         if self.remote is not None:
             await self.remote.wait_known()
-        limits = self._limits()
+        limits = self._limits(may_hold=self.is_closed or self.may_hold(False))
         # This request is counted as open already.
         if self._services.ledger.num_open > self._max_open:
             raise Overloaded(
@@ -199,7 +205,7 @@ class Generator:
         is_chat = request.path == CHAT_PATH
         decoder: RequestDecoder[Any] = self._chat_decoder if is_chat else self._completion_decoder
         fields: GenerationFields = decoder.decode(request.body)
-        self.check_model(fields.model)
+        self.models.check(fields.model)
         refuse_unsupported(fields)
         has_usage = check_stream_options(fields)
         record.is_stream = bool(fields.stream)
@@ -212,7 +218,7 @@ class Generator:
         shape = AnswerShape(
             answer_id=f"{'chatcmpl' if is_chat else 'cmpl'}-{record.request_id}",
             created=int(self._clock.wall_s()),
-            model=self._endpoint,
+            model=fields.model,
             fingerprint=self._fingerprint,
             is_chat=is_chat,
             is_stream=record.is_stream,
@@ -231,20 +237,13 @@ class Generator:
             self._caching.admit(requests[0], request.body)
         return answer
 
-    def _limits(self) -> ModelLimits:
+    def _limits(self, *, may_hold: bool = False) -> ModelLimits:
         engine = self._engine
-        if engine.state != "ready" or engine.info is None:
+        if not (engine.state == "ready" or may_hold) or engine.info is None:
             raise Overloaded(engine.why_not_ready(), retry_after_s=1.0)
         if self._model is None:
             raise Overloaded("the model's tokenizer is being loaded; try again shortly", retry_after_s=1.0)
         return ModelLimits(engine.info.vocab_size, engine.info.max_context_tokens)
-
-    def check_model(self, model: str) -> None:
-        """Raise NotFound unless `model` is what this replica serves."""
-        if model != self._endpoint:
-            raise NotFound(
-                f"model {model[:200]!r} does not exist; this replica serves {self._endpoint!r}", param="model"
-            )
 
     async def _read_prompt(self, fields: GenerationFields, limits: ModelLimits) -> Prompt:
         stops = parse_stops(fields.stop)
@@ -259,8 +258,8 @@ class Generator:
             num_characters = sum(map(len, prompts))
             token_ids = [await self._encode_prompt(prompt, limits, num_characters) for prompt in prompts]
         longest = max(map(len, token_ids))
-        seed = int.from_bytes(os.urandom(7), "big")
-        return Prompt(token_ids, stops, build_sampling(fields, limits, longest, seed), n, grammar)
+        sampling = build_sampling(fields, limits, longest, int.from_bytes(os.urandom(7), "big"))
+        return Prompt(token_ids, stops, sampling, n, grammar, self.models.adapter_of(fields.model))
 
     async def _read_grammar(self, fields: GenerationFields) -> str:
         """Return what the answer must match. Raises InvalidRequest, and Overloaded if there is no time."""
@@ -283,7 +282,7 @@ class Generator:
         flat = flatten_messages(messages)
         if self._model.chat_template is None:
             raise InvalidRequest(
-                f"the model of {self._endpoint!r} has no chat template, so it cannot chat; "
+                f"the model of {self.models.endpoint!r} has no chat template, so it cannot chat; "
                 f"use {COMPLETIONS_PATH}, or serve an instruct model"
             )
         text = self._model.chat_template.render(flat)
@@ -333,7 +332,7 @@ class Generator:
             attempt += 1
             base = f"{record.request_id}~{attempt}"
         assert self._caching is not None
-        cache_salt = self._caching.salt_of(record.tenant)
+        cache_salt = self._caching.salt_of(record.tenant, prompt.adapter)
         requests = []
         for k in range(total):
             seeded = msgspec.structs.replace(sampling, seed=sampling.seed + k % n)
@@ -345,6 +344,7 @@ class Generator:
                     seeded,
                     tenant=record.tenant,
                     cache_salt=cache_salt,
+                    lora=prompt.adapter,
                     grammar=prompt.grammar,
                     num_shared_tokens=self._caching.num_shared(token_ids),
                 )
@@ -371,25 +371,3 @@ def _leaving() -> Overloaded:
 
 def _choice_id(base: str, index: int, total: int) -> str:
     return base if total == 1 else f"{base}#{index}"
-
-
-def split_prompts(prompt: str | list[Any]) -> list[str | list[int]]:
-    """Return the prompts of a completion request. Raises InvalidRequest."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if _is_token_ids(prompt):
-        return [prompt]
-    if prompt and all(isinstance(part, str) for part in prompt):
-        return list(prompt)
-    if prompt and all(isinstance(part, list) and _is_token_ids(part) for part in prompt):
-        return list(prompt)
-    raise InvalidRequest(
-        "prompt must be a text, a list of texts, a list of token ids, or a list of lists of token ids, "
-        "and not empty",
-        param="prompt",
-        code="invalid_type",
-    )
-
-
-def _is_token_ids(value: list[Any]) -> bool:
-    return bool(value) and all(type(part) is int for part in value)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from headrace.api.messages import GenerationRequest, StepBatch
 from headrace.engine.kv_cache.prefix_cache import BlockHash, extend_hashes, root_hash
-from headrace.policy.prompt import HEAD_BYTES, PREFIX_BYTES, read_prompt
+from headrace.policy.prompt import HEAD_BYTES, PREFIX_BYTES, prompt_salt, read_prompt
 
 MAX_HASHES = 32_768
 """Hashes tied to blocks; at the bound the one used longest ago is withdrawn."""
@@ -114,7 +114,7 @@ class PrefixDigest:
 
     def admit(self, request: GenerationRequest, body: bytes) -> None:
         """A request went to the engine; `body` is what the router saw the head of."""
-        head = read_prompt(body[:HEAD_BYTES], len(body), request.tenant)
+        head = read_prompt(body[:HEAD_BYTES], len(body), prompt_salt(request.tenant, request.lora))
         self.expect(request, head.hashes, head.num_bytes)
 
     def expect(self, request: GenerationRequest, hashes: Sequence[int], num_bytes: int) -> None:

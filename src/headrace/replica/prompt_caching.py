@@ -13,6 +13,7 @@ from hashlib import blake2b
 
 from headrace.api.messages import GenerationRequest
 from headrace.errors import InvalidRequest
+from headrace.policy.prompt import prompt_salt
 from headrace.replica.prefix_digest import PrefixDigest
 from headrace.replica.text_model import PromptEncoder, TextModel
 
@@ -29,9 +30,11 @@ class PromptCaching:
         self._digest = digest
         self._shared_tokens = list(shared_tokens)
 
-    def salt_of(self, tenant: str) -> str:
-        """Return the cache salt of a tenant: the same on every replica of the endpoint, and for ever."""
-        return blake2b(tenant.encode(), digest_size=16, key=self._key).hexdigest()
+    def salt_of(self, tenant: str, adapter: str = "") -> str:
+        """Return the cache salt of a tenant, for the model or one of its adapters: the same on every replica
+        of the endpoint, and for ever."""
+        owner = prompt_salt(tenant, adapter).encode()
+        return blake2b(owner, digest_size=16, key=self._key).hexdigest()
 
     def num_shared(self, token_ids: Sequence[int]) -> int:
         """Return how many first tokens are those of the declared prefix."""

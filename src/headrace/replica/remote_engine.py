@@ -15,7 +15,7 @@ import msgspec
 
 from headrace.api.messages import EngineReady, EngineSpec, GenerationRequest, Placed, Sibling
 from headrace.errors import Overloaded
-from headrace.policy.prompt import HEAD_BYTES, read_prompt
+from headrace.policy.prompt import HEAD_BYTES, prompt_salt, read_prompt
 from headrace.policy.resumption import OwnEngine
 from headrace.replica.carried_stream import Continuable
 from headrace.replica.engine_client import EngineStream
@@ -114,7 +114,8 @@ class RemoteEngine:
         num_bytes = 0
         if len({tuple(request.prompt_token_ids) for request in requests}) == 1:
             # Of several prompts, the head does not say where each begins.
-            head = read_prompt(body[:HEAD_BYTES], len(body), record.tenant)
+            salt = prompt_salt(record.tenant, requests[0].lora)
+            head = read_prompt(body[:HEAD_BYTES], len(body), salt)
             hashes, num_bytes = list(head.hashes), head.num_bytes
         placed = Placed(record.request_id, place, hashes, num_bytes)
         first, *others = requests

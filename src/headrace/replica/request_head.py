@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 
-from headrace.api.config import TENANT_NAME
+from headrace.api.notation import TENANT_NAME
 from headrace.replica.http_messages import HttpRequest
 from headrace.replica.ledger import RequestRecord
 

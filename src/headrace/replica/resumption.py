@@ -29,9 +29,10 @@ from headrace.policy.resumption import (
     Stranded,
     decide,
     find_sibling,
+    may_hold,
 )
 from headrace.replica.carried_stream import CarriedStream, Continuable, num_on_trial
-from headrace.replica.engine_client import EngineClient, EngineStream
+from headrace.replica.engine_client import EngineStream
 from headrace.replica.moves import Moves
 from headrace.replica.peer_link import HostedStream
 
@@ -114,21 +115,35 @@ class StreamKeeper:
     # ---- what answers ask
 
     def submit(self, request: GenerationRequest, stream: Continuable) -> None:
-        """Hand a new request to the own engine. Raises Overloaded."""
-        self._engine.submit(request, stream)
+        """Hand a new request to the own engine. While that is being started again, or gone for good, it waits
+        if it may (`policy.resumption.may_hold`). Raises Overloaded."""
+        own = self._own()
+        if own.state == "ready" or not (self.may_hold(False) or self.may_hold(True)):
+            self._engine.submit(request, stream)
+            return
+        carried = self._carry_new(request, stream, own.stream_class)
+        self._place(carried, carried.stranded_at_s)
+
+    def may_hold(self, is_leaving: bool) -> bool:
+        """Whether a request that comes now may wait for an engine."""
+        return may_hold(self._own(), self._views(), self._limits, is_leaving=is_leaving)
 
     def place(self, request: GenerationRequest, stream: Continuable) -> None:
         """Hand a new request to the engine of the replica where a router placed it; if that is not known to
         take it, where there is room, and else to the next that comes."""
-        now_s = self._clock.now_s()
-        carried = CarriedStream(self, stream, "")
-        carried.host, carried.stranded_at_s, carried.cause = None, now_s, "placed"
-        self._carried[request.request_id] = carried
+        carried = self._carry_new(request, stream, "")
+        now_s = carried.stranded_at_s
         sibling = None if request.placed is None else self._siblings.get(request.placed.replica_id)
         if sibling is not None and sibling.stream_class and sibling.peer_socket:
             self._continue(carried, ContinueAt(sibling.replica_id, "a router placed it there"), now_s)
         else:
             self._place(carried, now_s)
+
+    def _carry_new(self, request: GenerationRequest, stream: Continuable, stream_class: str) -> CarriedStream:
+        carried = CarriedStream(self, stream, stream_class)
+        carried.host, carried.stranded_at_s, carried.cause = None, self._clock.now_s(), "placed"
+        self._carried[request.request_id] = carried
+        return carried
 
     def abort(self, request_id: str) -> None:
         """Take a request back, wherever it is. Its stream hears nothing more; unknown ids are ignored."""
@@ -285,7 +300,8 @@ class StreamKeeper:
         carried.host = target.replica_id
         if target.replica_id:
             carried.path = self._siblings[target.replica_id].peer_socket
-            self._sent[target.replica_id] += carried.cause != "placed"  # those are in its own counts
+            # What a router placed there is in its own counts.
+            self._sent[target.replica_id] += carried.cause != "placed" or stream.request.placed is None
             self._peers.submit(carried.path, request, carried)
         else:
             try:
@@ -328,7 +344,7 @@ class StreamKeeper:
         lost = carried.lost_reason or "it was taken away"
         words = f"the engine was lost while it answered ({lost})"
         if carried.cause == "placed":
-            words = "no replica began it"
+            words = "no engine began it" if carried.stream.request.placed is None else "no replica began it"
         carried.stream.fail(ReplicaLost(f"{words}; {decision.reason}; send the request again"))
 
     def _take_back(self, carried: CarriedStream) -> None:
@@ -367,22 +383,3 @@ class StreamKeeper:
 
 def _is_leaving(sibling: Sibling | None) -> bool:
     return sibling is not None and (sibling.state in ("draining", "standby") or sibling.leave_by_s >= 0)
-
-
-class EngineStreams:
-    """What the own engine is still needed for, for whoever wants it free."""
-
-    def __init__(self, engine: EngineClient, keeper: StreamKeeper, num_preparing: Callable[[], int]) -> None:
-        """`num_preparing`: requests that will go to the engine in a moment."""
-        self._engine = engine
-        self._keeper = keeper
-        self._num_preparing = num_preparing
-
-    def num_in_engine(self) -> int:
-        return self._num_preparing() + self._engine.num_requests + self._keeper.num_waiting
-
-    def can_hand_over(self) -> bool:
-        return self._keeper.has_room_elsewhere()
-
-    def hand_over(self) -> int:
-        return self._keeper.hand_over()

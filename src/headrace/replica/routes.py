@@ -126,11 +126,17 @@ class Routes:
     # ---- the model
 
     def _list_models(self, _request: HttpRequest, responder: Responder) -> None:
-        _send_json(responder, 200, ModelList("list", [self._front.model_card()]))
+        cards = [self._card(name) for name in self._generator.models.names]
+        _send_json(responder, 200, ModelList("list", cards))
 
     def _tell_model(self, request: HttpRequest, responder: Responder) -> None:
-        self._generator.check_model(unquote(request.path.removeprefix(MODELS_PATH + "/")))
-        _send_json(responder, 200, self._front.model_card())
+        name = unquote(request.path.removeprefix(MODELS_PATH + "/"))
+        self._generator.models.check(name)
+        _send_json(responder, 200, self._card(name))
+
+    def _card(self, name: str) -> ModelCard:
+        """An adapter's card is that of its model, under its own name."""
+        return msgspec.structs.replace(self._front.model_card(), id=name)
 
     def _start_tokenize(self, request: HttpRequest, responder: Responder) -> None:
         task = asyncio.get_running_loop().create_task(self._tokenize(request, responder))
@@ -141,7 +147,7 @@ class Routes:
         try:
             fields = self._tokenize_decoder.decode(request.body)
             if fields.model is not None:
-                self._generator.check_model(fields.model)
+                self._generator.models.check(fields.model)
             if (fields.prompt is None) == (fields.messages is None):
                 raise InvalidRequest("send either prompt or messages", param="prompt")
             if fields.messages is not None:
@@ -159,7 +165,7 @@ class Routes:
     def _detokenize(self, request: HttpRequest, responder: Responder) -> None:
         fields = self._detokenize_decoder.decode(request.body)
         if fields.model is not None:
-            self._generator.check_model(fields.model)
+            self._generator.models.check(fields.model)
         _send_json(responder, 200, {"prompt": self._generator.decode_text(fields.tokens)})
 
 

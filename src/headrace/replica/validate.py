@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from headrace.api.messages import SamplingParams
 from headrace.api.openai import ChatCompletionRequest, CompletionRequest, GenerationFields
@@ -210,3 +211,25 @@ def check_token_ids(token_ids: list[int], vocab_size: int, name: str) -> None:
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         wrong = min(token_ids) if min(token_ids) < 0 else max(token_ids)
         raise InvalidRequest(f"{name} has the token id {wrong}; ids are 0 to {vocab_size - 1}", param=name)
+
+
+def split_prompts(prompt: str | list[Any]) -> list[str | list[int]]:
+    """Return the prompts of a completion request. Raises InvalidRequest."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if _is_token_ids(prompt):
+        return [prompt]
+    if prompt and all(isinstance(part, str) for part in prompt):
+        return list(prompt)
+    if prompt and all(isinstance(part, list) and _is_token_ids(part) for part in prompt):
+        return list(prompt)
+    raise InvalidRequest(
+        "prompt must be a text, a list of texts, a list of token ids, or a list of lists of token ids, "
+        "and not empty",
+        param="prompt",
+        code="invalid_type",
+    )
+
+
+def _is_token_ids(value: list[Any]) -> bool:
+    return bool(value) and all(type(part) is int for part in value)

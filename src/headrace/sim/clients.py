@@ -14,6 +14,7 @@ from typing import Literal
 
 from headrace.sim.answers import Question, expected_tokens
 from headrace.sim.http import HttpAnswer, HttpError, HttpRequest
+from headrace.sim.invariants import Violation
 from headrace.sim.machine import Host, Process, Registry
 from headrace.sim.network import End, Weather, connect
 
@@ -45,6 +46,9 @@ class ClientState:
     ended_s: float = 0.0
     first_token_s: float = 0.0
     end: End | None = None
+    front_id: str = ""
+    """Who answers it, and under which id; empty: nobody does yet."""
+    request_id: str = ""
 
 
 class Crowd(Process):
@@ -57,11 +61,14 @@ class Crowd(Process):
         weather: Weather,
         kind_of: Callable[[str], str],
         gateways: list[str],
+        why_not_cut: Callable[[str], str],
     ) -> None:
-        """kind_of: which engine an endpoint has, for the right answer."""
+        """kind_of: which engine an endpoint has, for the right answer. why_not_cut: why the stream of a front
+        cannot have been cut; empty: it may have been."""
         super().__init__(registry, "clients", host)
         self._weather = weather
         self._kind_of = kind_of
+        self._why_not_cut = why_not_cut
         self._addresses_public = [f"public-{gateway}" for gateway in gateways]
         self.states: dict[int, ClientState] = {}
         self.outcomes: Counter[str] = Counter()
@@ -109,6 +116,9 @@ class Crowd(Process):
             state.status, state.reason = answer.status, answer.reason
             self._finish(state, "error status")
             return
+        if answer.front_id:
+            assert state.front_id in ("", answer.front_id), f"{name} is answered by {answer.front_id}, too"
+            state.front_id, state.request_id = answer.front_id, answer.request_id
         if answer.token_ids and not state.received:
             state.first_token_s = self.timeline.now_s
         state.received += tuple(answer.token_ids)
@@ -129,6 +139,11 @@ class Crowd(Process):
     def _on_close(self, state: ClientState) -> None:
         if state.outcome is None:
             self._finish(state, "cut")
+            problem = self._why_not_cut(state.front_id) if state.front_id else ""
+            if problem:
+                raise Violation(
+                    64, "a durable stream outlives replicas", f"client {state.plan.number}: {problem}"
+                )
 
     def _leave(self, state: ClientState) -> None:
         if state.outcome is None:

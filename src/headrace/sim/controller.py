@@ -33,8 +33,7 @@ from headrace.control.connections import Connections
 from headrace.control.essentials import Essential
 from headrace.control.reconciler import Action, PromoteReplica, RestReplica, StartReplica, StopReplica
 from headrace.control.rollouts import KeptRollout
-from headrace.control.siblings import siblings_of
-from headrace.control.specs import gateway_specs, replica_process
+from headrace.control.specs import durable_process, gateway_specs, replica_process
 from headrace.control.system_state import SystemState
 from headrace.errors import ConfigError
 from headrace.fabric.channel import Channel
@@ -166,9 +165,13 @@ class ControllerProcess(Process):
     def _act(self, state: SystemState, action: Action) -> None:
         name = action.replica_id
         match action:
-            case StartReplica(endpoint=endpoint, generation=generation, is_standby=is_standby):
-                config, path = state.rollouts.config_of(endpoint, generation), Path(self._run_directory.path)
-                self._order(StartProcess(replica_process(config, endpoint, name, path, is_standby)))
+            case StartReplica(endpoint=endpoint, is_standby=is_standby, gateway_id=gateway_id):
+                config, path = state.config_of(action), Path(self._run_directory.path)
+                if gateway_id:
+                    spec = durable_process(config, endpoint, name, gateway_id, path)
+                else:
+                    spec = replica_process(config, endpoint, name, path, is_standby)
+                self._order(StartProcess(spec))
             case StopReplica(grace_s=grace_s):
                 self._order(StopProcess(name, grace_s + STOP_MARGIN_S if grace_s > 0 else 0.0))
             case PromoteReplica():
@@ -181,7 +184,7 @@ class ControllerProcess(Process):
         for note in state.notes:
             self._note(f"controller: {note}")
         state.notes.clear()
-        self._connections.send_siblings(siblings_of(state.fleet.slots.values()), now_s)
+        self._connections.send_siblings(state.siblings(), now_s)
         self._connections.send_outlooks(state.outlooks(now_s), now_s)
         if state.traffic(now_s) != self._told_traffic:
             self._tell_routers(state)
@@ -218,11 +221,11 @@ class ControllerProcess(Process):
         assert self.state is not None
         now_s = self.host.now_s()
         if isinstance(message, LoadReport):
-            slot = self.state.fleet.slots.get(message.replica_id)
+            slot = self.state.fleet_of(message.replica_id).slots.get(message.replica_id)
             if slot is not None:
                 self._connections.add_front(message.replica_id, _as_channel(end))
             before = slot.report.state if slot is not None and slot.report is not None else None
-            self.state.fleet.on_report(message, now_s)
+            self.state.on_report(message, now_s)
             end.send(ReportAck(message.sequence, is_released=True))
             if before != message.state:
                 self.wake()

@@ -5,6 +5,7 @@ Must not know how long that may take.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,33 @@ class Problem:
 
 def unsettled(world: World) -> Problem | None:
     """Return the first thing that is not at rest, or None."""
-    return _open_requests(world) or _open_fronts(world) or _open_routers(world) or _fleet(world)
+    return (
+        _open_requests(world)
+        or _open_fronts(world)
+        or _open_routers(world)
+        or _fleet(world)
+        or _durable_fronts(world)
+    )
+
+
+def miscounted(world: World) -> Problem | None:
+    """Return the first request whose log lines, of all routers that ever were, say something else than its
+    client got: finished more than once, or with other tokens. Lines may be missing where a router was."""
+    for state in world.crowd.states.values():
+        if state.outcome != "done":
+            continue
+        lines = [
+            router.told_tokens[state.request_id]
+            for router in world.all_routers
+            if state.request_id in router.told_tokens
+        ]
+        if len(lines) > 1 or any(count not in (None, len(state.received)) for count in lines):
+            return Problem(
+                27,
+                "usage is told once",
+                f"{state.request_id}: its client got {len(state.received)} tokens, its lines say {lines}",
+            )
+    return None
 
 
 def _open_requests(world: World) -> Problem | None:
@@ -35,6 +62,13 @@ def _open_requests(world: World) -> Problem | None:
 
 
 def _open_fronts(world: World) -> Problem | None:
+    for durable in world.durable.values():
+        if durable.is_alive and (durable.ledger.num_open or durable.peers.num_streams):
+            return Problem(
+                1,
+                "nothing is left open at a front",
+                f"{durable.name}: {durable.ledger.num_open} open, {durable.peers.num_streams} at replicas",
+            )
     for front in world.fronts.values():
         if front.is_alive and (front.ledger.num_open or front.engine.num_requests or front.guests.num_guests):
             return Problem(
@@ -73,15 +107,33 @@ def _fleet(world: World) -> Problem | None:
             for name, front in world.supervisor.children.items()
             if name in world.fronts and world.fronts[name].spec.endpoint == desired.name
         ]
-        num_wanted = desired.count + desired.num_standby
-        if len(fronts) != num_wanted:
+        # Of each version its own; together more than the count where a paused rollout keeps both, as its
+        # user said.
+        wanted = Counter({version.generation: version.count for version in desired.versions})
+        wanted[desired.standby_generation] += desired.num_standby
+        if Counter(world.fronts[front.name].spec.generation for front in fronts) != +wanted:
             return Problem(
                 11,
                 "the fleet is as wanted",
-                f"{desired.name}: {[front.name for front in fronts]} run, {desired.count} and "
+                f"{desired.name}: {[front.name for front in fronts]} run, {desired.versions} and "
                 f"{desired.num_standby} on standby are wanted",
             )
         asleep = [front.name for front in fronts if world.fronts[front.name].view.state() == "standby"]
         if len(asleep) != desired.num_standby:
             return Problem(11, "standby is as wanted", f"{asleep} sleep, {desired.num_standby} are to")
+    return None
+
+
+def _durable_fronts(world: World) -> Problem | None:
+    """As many of each endpoint and text at each gateway as are wanted. Those before may still be leaving."""
+    assert world.controller is not None
+    state = world.controller.state
+    assert state is not None
+    for slot in state.durable.fleet.slots.values():
+        if slot.replica_id not in world.supervisor.children:
+            return Problem(11, "durable fronts are as wanted", f"{slot.replica_id} does not run")
+    running = [name for name in world.supervisor.children if name in world.durable]
+    if len(running) != state.durable.num_wanted:
+        wanted = state.durable.num_wanted
+        return Problem(11, "durable fronts are as wanted", f"{running} run, {wanted} are wanted")
     return None

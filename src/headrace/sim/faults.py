@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 CALM_LATENCY_S = 0.0003
 STEERING: tuple[Literal["pause", "resume", "promote", "undo"], ...] = ("pause", "resume", "promote", "undo")
+CUTTING: frozenset[FaultKind] = frozenset(
+    {"haproxy killed", "relay killed", "durable front killed", "durable front paused", "link cut"}
+)
+"""What may cut a stream that a durable front has begun: it breaks what the stream goes through."""
 MENDED_AFTER_S = 240.0
 """A version that cannot start is to be taken back by itself; only where there is none before it, the user
 must help: then this long after the faults."""
@@ -43,6 +47,9 @@ class Breaker:
             "front paused": lambda fault: self._pause(fault, self._fronts()),
             "router killed": lambda fault: self._kill(fault, self._living(world.routers.values())),
             "router paused": lambda fault: self._pause(fault, self._living(world.routers.values())),
+            "relay killed": lambda fault: self._kill(fault, self._living(world.relays.values())),
+            "durable front killed": lambda fault: self._kill(fault, self._living(world.durable.values())),
+            "durable front paused": lambda fault: self._pause(fault, self._living(world.durable.values())),
             "haproxy killed": lambda fault: self._kill(fault, self._living(world.haproxies.values())),
             "controller killed": lambda fault: self._kill(fault, self._controllers()),
             "controller paused": lambda fault: self._pause(fault, self._controllers()),

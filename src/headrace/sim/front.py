@@ -1,59 +1,35 @@
 """The front of a simulated replica: the real engine client, stream keeper, guests, standby and departure.
 
-Stands for `replica.front`, and for the HTTP and text around it, which a simulation has not. Must not know
-what gateways decide.
+Stands for `replica.front`. Must not know what gateways decide.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from typing import Any
-
-from headrace.api.messages import (
-    LeaveBy,
-    ReplicaSpec,
-    SetSleep,
-    Siblings,
-    TerminalState,
-)
+from headrace.api.messages import GenerationRequest, LeaveBy, ReplicaSpec, SetSleep, Siblings
 from headrace.api.run_paths import CONTROLLER_SOCKET, front_socket_path, peer_socket_path
-from headrace.errors import Overloaded
-from headrace.observability.front_metrics import FrontMetrics
 from headrace.policy.resumption import Limits
 from headrace.replica.departure import Departure
-from headrace.replica.ledger import Ledger, RequestRecord
+from headrace.replica.engine_streams import EngineStreams
 from headrace.replica.peer_link import PeerPool
 from headrace.replica.peer_server import PeerServer
 from headrace.replica.prefix_digest import PrefixDigest
 from headrace.replica.prompt_caching import PromptCaching
-from headrace.replica.report import Listeners
-from headrace.replica.resumption import EngineStreams, StreamKeeper
+from headrace.replica.resumption import StreamKeeper
 from headrace.replica.self_view import FrontTraits, SelfView
 from headrace.replica.standby import Standby
 from headrace.sim.engine_link import EngineLink
 from headrace.sim.engines import EngineBehaviour
-from headrace.sim.http import HttpError, HttpRequest
-from headrace.sim.machine import Host, Process, Registry
+from headrace.sim.front_base import LAST_REPORTS_S, ServingFront
+from headrace.sim.machine import Host, Registry
 from headrace.sim.network import End, Weather
-from headrace.sim.process_loop import Pipe, ProcessLoop
+from headrace.sim.process_loop import Pipe
 from headrace.sim.reporting import ReportSink
 from headrace.sim.streams import FrontStream
 
-POLL_S = 0.01
-LAST_REPORTS_S = 0.5
 ENGINE_STOP_S = 2.0
-PATH = "/v1/chat/completions"
 
 
-class Silent:
-    """A request log that nobody reads."""
-
-    def write(self, fields: dict[str, Any]) -> None:
-        pass
-
-
-class FrontProcess(Process):
+class FrontProcess(ServingFront):
     """One front process, started with the spec that the controller made."""
 
     def __init__(
@@ -65,20 +41,11 @@ class FrontProcess(Process):
         behaviour: EngineBehaviour,
         busy_interval_s: float,
     ) -> None:
-        super().__init__(registry, spec.replica_id, host)
-        self.process_loop = ProcessLoop(self)
-        self.loop = self.process_loop.as_loop()
-        self.process_loop.weather = weather
-        self.spec = spec
-        self.weather = weather
-        self.metrics = FrontMetrics(spec.endpoint, spec.replica_id)
+        super().__init__(registry, host, spec, weather)
         traits = FrontTraits(self.pid, 0, speaks_h2=False, busy_interval_s=busy_interval_s)
         self.view = SelfView(spec, self, self.metrics, traits)
         self.digest = PrefixDigest()
-        self.reporter: Listeners[ReportSink] = Listeners([])
         self.caching = PromptCaching(spec.endpoint, self.digest)
-        self.ledger = Ledger(self.metrics, Silent(), host, self.reporter)
-        self.streams: dict[FrontStream, None] = {}
         self.engine = EngineLink(
             self,
             weather,
@@ -93,7 +60,7 @@ class FrontProcess(Process):
         self.keeper: StreamKeeper = StreamKeeper(
             self.engine, self.peers, self.view.own_engine, limits, self.metrics, host
         )
-        self.guests = PeerServer(self.engine, self.view.why_no_guest, self.reporter.notify)
+        self.guests = PeerServer(self.engine, self.view.why_no_guest, self.reporter.notify, self.digest)
         streams = EngineStreams(self.engine, self.keeper, lambda: 0)
         self.standby = Standby(
             self.engine,
@@ -105,9 +72,6 @@ class FrontProcess(Process):
         self.departure = Departure(host, self.reporter, streams, spec.handover_after_s, spec.drain_grace_s)
         self.sleep_wish = 0
         """What the controller or the user asked for last."""
-        self.is_closed = False
-        self._is_leaving = False
-        self._has_model = False
 
     def begin(self) -> None:
         """What the program does first."""
@@ -128,13 +92,6 @@ class FrontProcess(Process):
             self.reporter.sinks.append(sink)
         self.engine.start()
         self.after(self.random.uniform(0.05, 0.5), self._load_model, "front start")
-
-    def _load_model(self) -> None:
-        self._has_model = True
-        self.reporter.notify()
-
-    def has_model(self) -> bool:
-        return self._has_model
 
     # ---- what others ask
 
@@ -159,68 +116,24 @@ class FrontProcess(Process):
 
     # ---- requests
 
-    def _on_request(self, request: HttpRequest, end: End) -> None:
-        record = RequestRecord(request.request_id, request.request_id, PATH, self.host.now_s())
-        record.tenant, record.is_stream = request.tenant, True
-        self.ledger.open(record)
-        reason = self._why_refused()
-        if reason:
-            record.finish_reason = "refused"
-            self.ledger.close(record, TerminalState.REFUSED)
-            end.send(HttpError(503, reason))
-            end.close()
-            return
-        kind = self.spec.engine.kind
-        salt = self.caching.salt_of(request.tenant)
-        generation = request.question.request(self._free_id(record.request_id), kind, request.tenant, salt)
-        record.num_prompt_tokens = len(generation.prompt_token_ids)
-        stream = FrontStream(self, record, end, generation)
-        self.streams[stream] = None
+    def _submit(self, generation: GenerationRequest, stream: FrontStream) -> None:
         self.keeper.submit(generation, stream)
-        self.caching.admit(generation, request.question.body())
 
     def _why_refused(self) -> str:
-        if self.is_closed:
+        if self.has_failed_open or (self.is_closed and not self.keeper.may_hold(True)):
             return "this replica is leaving"
-        if self.engine.state != "ready" or not self._has_model:
+        can_wait = self.is_closed or self.keeper.may_hold(False)
+        if not (self.engine.state == "ready" or can_wait) or not self._has_model:
             return f"the engine is {self.engine.state}"
-        if self.ledger.num_open > self.spec.max_open:
+        if self.ledger.num_open > self.spec.max_open + self.spec.max_surplus:
             return "too many are open"
         return ""
 
-    def _free_id(self, request_id: str) -> str:
-        base, attempt = request_id, 1
-        while self.keeper.has_request(base):
-            attempt += 1
-            base = f"{request_id}~{attempt}"
-        return base
-
-    def close_stream(self, stream: FrontStream, state: TerminalState) -> None:
-        self.streams.pop(stream, None)
-        self.ledger.close(stream.record, state)
-
-    def abort_stream(self, stream: FrontStream) -> None:
-        self.keeper.abort(stream.request.request_id)
-
-    def stream_lost_engine(self, stream: FrontStream, reason: str) -> None:
-        self.keeper.on_engine_lost(stream, reason)
-
     # ---- the end
 
-    def on_notice(self, left_s: float) -> None:
-        """Its machine goes away in so many seconds."""
-        self.departure.leave_by_s = self.host.now_s() + left_s
-        self.terminate()
-
-    def terminate(self) -> None:
-        """SIGTERM."""
-        if self._is_leaving:
-            return
-        self._is_leaving = True
-        if self.view.address:
-            self.process_loop.create_task(self._leave())
-        else:
-            self.exit(0)
+    @property
+    def is_listening(self) -> bool:
+        return bool(self.view.address)
 
     async def _leave(self) -> None:
         """Be released, hand over what stays open, free the engine, relay to the end, exit."""
@@ -232,19 +145,13 @@ class FrontProcess(Process):
         if await departure.free_engine():
             await self.engine.stop(ENGINE_STOP_S)
             await departure.wait_for_streams(lambda: self.ledger.num_open)
-        for stream in list(self.streams):
-            stream.fail(Overloaded("this replica is leaving; send the request again", retry_after_s=1.0))
+        self._fail_open()
         self.guests.close()
         self.keeper.close()
         self.peers.close()
         await self.engine.stop(ENGINE_STOP_S)
         await self._wait_until(self.reporter.has_told_all, LAST_REPORTS_S)
         self.exit(0)
-
-    async def _wait_until(self, condition: Callable[[], bool], limit_s: float) -> None:
-        deadline_s = self.host.now_s() + limit_s
-        while not condition() and self.host.now_s() < deadline_s:  # noqa: ASYNC110, as the real front does
-            await asyncio.sleep(POLL_S)
 
     def died(self, code: int) -> None:
         """Its engine dies with it."""
@@ -255,5 +162,4 @@ class FrontProcess(Process):
     def check_integrity(self) -> None:
         """Raise AssertionError unless every request is counted, and is where it is said to be."""
         self.view.check_integrity()
-        num_open, num_streams = self.ledger.num_open, len(self.streams)
-        assert num_open == num_streams, f"{num_open} open in the ledger, {num_streams} streams"
+        super().check_integrity()

@@ -98,7 +98,8 @@ class HaproxyProcess(Process):
         return self.relay_address in self.registry.listeners
 
     def find_server(self, endpoint: str, name: str) -> ServerEntry | None:
-        """The server that the router named if it can be used, else the least loaded one."""
+        """The server that the router named if it can be used, else the least loaded one; a backup only if
+        there is no other."""
         backend = backend_name(endpoint)
         able = [
             server
@@ -108,7 +109,7 @@ class HaproxyProcess(Process):
         for server in able:
             if name and server.server.name == name:
                 return server
-        return min(able, key=lambda server: server.num_open, default=None)
+        return min(able, key=lambda server: (server.server.is_backup, server.num_open), default=None)
 
     def forget(self, passage: Passage) -> None:
         self._passages.pop(passage.call, None)

@@ -19,6 +19,8 @@ class HttpRequest(msgspec.Struct, frozen=True):
     tenant: str
     question: Question
     request_id: str = ""
+    place: str = ""
+    """To a durable front: the replica whose engine the router named."""
     wait: Literal["", "told", "router"] = ""
     """To the relay. told: the client is to be told that it waits; router: there was none."""
 
@@ -37,6 +39,9 @@ class HttpPiece(msgspec.Struct, frozen=True):
     end: Literal["", "done", "error"] = ""
     """done: the answer is complete. error: an error event ends it."""
     reason: str = ""
+    front_id: str = ""
+    """Who answers; empty: the relay, while the request waits."""
+    request_id: str = ""
 
 
 HttpAnswer = HttpError | HttpPiece

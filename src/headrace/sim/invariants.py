@@ -20,8 +20,10 @@ from headrace.control.reconciler import (
 from headrace.gateway.endpoint_state import EndpointState
 from headrace.policy.placement import has_room, load_of
 from headrace.policy.traffic import choose_version, own_wait_s
+from headrace.sim.durable_front import DurableFrontProcess
 from headrace.sim.engines import EngineProcess
 from headrace.sim.front import FrontProcess
+from headrace.sim.front_base import ServingFront
 from headrace.sim.machine import Process
 from headrace.sim.router import RouterProcess
 
@@ -51,7 +53,7 @@ class Check:
     """Events of a process between two looks. A sum that is wrong stays wrong: it need not be seen at once."""
 
 
-def _requests_are_counted(front: FrontProcess) -> str:
+def _requests_are_counted(front: ServingFront) -> str:
     front.check_integrity()
     return ""
 
@@ -114,7 +116,7 @@ def _each_line_once(router: RouterProcess) -> str:
 
 
 CHECKS: Sequence[Check] = (
-    Check(1, "request conservation at the front", FrontProcess, _requests_are_counted, 16),
+    Check(1, "request conservation at the front", ServingFront, _requests_are_counted, 16),
     Check(1, "request conservation at the router", RouterProcess, _router_counts_requests, 16),
     Check(2, "KV conservation", EngineProcess, _blocks_are_counted),
     Check(9, "work conservation", RouterProcess, _nothing_waits_for_room),
@@ -141,7 +143,7 @@ def check(process: Process) -> None:
 
 _LOOKS: dict[type[Process], list[tuple[int, Callable[[Any], str], Check]]] = {
     kind: [(entry.every, entry.look, entry) for entry in CHECKS if issubclass(kind, entry.kind)]
-    for kind in (EngineProcess, FrontProcess, RouterProcess)
+    for kind in (EngineProcess, FrontProcess, DurableFrontProcess, RouterProcess)
 }
 
 

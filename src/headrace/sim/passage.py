@@ -94,6 +94,8 @@ class Passage:
         elif isinstance(decision, Parked):
             self._go_to_relay(msgspec.structs.replace(self.request, wait="told"))
         else:
+            if decision is not None and decision.place:
+                self.request = msgspec.structs.replace(self.request, place=decision.place)
             server = self.owner.find_server(self.request.endpoint, decision.server_name if decision else "")
             if server is not None or decision is not None:
                 self._go(server)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from headrace.api.messages import FinishedRequest, LoadReport, ReportAck
+from headrace.api.run_paths import CONTROLLER_SOCKET
 from headrace.replica.prefix_digest import PrefixDigest, PrefixFeed, PrefixNews
 from headrace.replica.report import MAX_RETRY_S, MIN_GAP_S, MIN_RETRY_S
 from headrace.sim.machine import Process
@@ -42,7 +43,7 @@ class ReportSink:
         self._interval_s = interval_s
         self._finished: deque[FinishedRequest] = deque(maxlen=4096)
         self._prefixes: PrefixFeed | None = digest.subscribe() if digest is not None else None
-        self.is_router = digest is not None
+        self.is_router = not address.endswith(CONTROLLER_SOCKET)
         self._end: End | None = None
         self._next: Timer | None = None
         self._next_s = 0.0

@@ -146,6 +146,8 @@ class RouterProcess(Process):
         self.replicas = ReplicaTable(spec.run_dir, spec.gateway_id, uses_h2=False)
         self.records: dict[str, int] = {}
         """Lines of the request log by request id."""
+        self.told_tokens: dict[str, int | None] = {}
+        """What the lines of finished ones say of the output, by request id."""
         self.last_record = ""
         self.recorder = RequestRecorder(spec.gateway_id, host, self._on_record)
         self.dispatcher = Dispatcher(spec.endpoints, self.replicas, self.recorder, spec.tenants)
@@ -168,6 +170,7 @@ class RouterProcess(Process):
         base = f"{spec.run_dir}/{spec.gateway_id}"
         self._spoe_address, self._log_address = f"{base}/spoe.sock", f"{base}/log.sock"
         self._report_address = router_socket_path(spec.run_dir, spec.gateway_id)
+        self.membership.set_rules(spec.endpoints)
         self.num_bound = 0
         self.num_parked = 0
 
@@ -249,7 +252,7 @@ class RouterProcess(Process):
             waiting = self.waiting.leave(line.id)
             if waiting is not None and not waiting.is_rejoined and not self.dispatcher.is_held(line.id):
                 self.dispatcher.abandon(line.id)
-            self.dispatcher.client_left(line.id)
+            self.dispatcher.client_left(line.id, self.host.now_s())
             if 200 <= line.status < 400 or self.dispatcher.knows(line.id):
                 return
         if endpoint is None:
@@ -262,6 +265,8 @@ class RouterProcess(Process):
     def _on_record(self, record: RequestRecord) -> None:
         self.last_record = record.id
         self.records[record.id] = self.records.get(record.id, 0) + 1
+        if record.state == TerminalState.FINISHED.value:
+            self.told_tokens[record.id] = record.output_tokens
 
     # ---- the keeper's rounds: the real coroutine, one command to HAProxy at a time
 
@@ -309,7 +314,7 @@ class RouterProcess(Process):
             waiting.park()
         haproxy = self._find_haproxy()
         if self.dispatcher.num_held and haproxy is not None and haproxy.closed_clients:
-            self.dispatcher.clients_left(frozenset(haproxy.closed_clients))
+            self.dispatcher.clients_left(frozenset(haproxy.closed_clients), now_s)
 
     def _connect_controller(self) -> None:
         address = f"{self.spec.run_dir}/{CONTROLLER_SOCKET}"

@@ -40,6 +40,8 @@ FaultKind = Literal[
     "replica slept",
     "rollout steered",
     "notice given",
+    "durable front killed",
+    "durable front paused",
 ]
 WEIGHTS: dict[FaultKind, int] = {
     "engine killed": 6,
@@ -66,6 +68,28 @@ WEIGHTS: dict[FaultKind, int] = {
     "rollout steered": 2,
     "notice given": 2,
 }
+DURABLE_RATIO = 0.25
+"""Of the seeds, have durable endpoints."""
+RELAY_RATIO = 0.15
+DURABLE_KINDS: tuple[FaultKind, ...] = (
+    "host lost",
+    "host lost",
+    "front killed",
+    "front killed",
+    "engine killed",
+    "durable front killed",
+    "durable front paused",
+)
+PAUSES = frozenset(
+    {
+        "engine paused",
+        "front paused",
+        "router paused",
+        "controller paused",
+        "links stalled",
+        "durable front paused",
+    }
+)
 CALM_S = 15.0
 """Without faults at the beginning, so that there is something to break."""
 
@@ -113,7 +137,9 @@ class Scenario:
 def draw(seed: int, hours: float = 0.0) -> Scenario:
     """Return the scenario of a seed. hours: how long it goes on, 0: some minutes."""
     random = Random(f"scenario {seed}")  # noqa: S311, not a secret
-    config = _draw_config(random)
+    # Of their own, so that what is drawn beside them stays what it was.
+    further = Random(f"further {seed}")  # noqa: S311, not a secret
+    config = _with_durable(further, _draw_config(random))
     ends_s = hours * 3600 if hours else random.choice((30.0, 45.0, 60.0, 120.0))
     faults = _draw_faults(random, ends_s, config)
     num_hosts = random.randint(1, 3)
@@ -121,7 +147,7 @@ def draw(seed: int, hours: float = 0.0) -> Scenario:
         seed=seed,
         config=config,
         clients=_draw_clients(random, config, ends_s),
-        faults=faults,
+        faults=_with_extras(further, faults, ends_s, config),
         ends_s=ends_s,
         num_hosts=num_hosts,
         skews=tuple(random.uniform(-1e-3, 1e-3) for _ in range(num_hosts + 1)),
@@ -230,10 +256,53 @@ def _draw_faults(random: Random, ends_s: float, config: Config) -> tuple[Fault, 
     while now_s < ends_s:
         kind = random.choices(kinds, weights)[0]
         duration_s = 0.0
-        if kind in ("engine paused", "front paused", "router paused", "controller paused", "links stalled"):
-            duration_s = random.choice((0.2, 1.0, 4.0, 16.0)) * random.uniform(0.5, 1.5)
+        if kind in PAUSES:
+            duration_s = _draw_pause_s(random)
         elif kind in ("network slow", "reports doubled"):
             duration_s = random.uniform(1.0, 15.0)
         faults.append(Fault(now_s, kind, random.random(), duration_s, random.random()))
         now_s += random.expovariate(1 / mean_gap_s) if random.random() < 0.8 else random.uniform(0.0, 0.2)
     return tuple(faults)
+
+
+def _draw_pause_s(random: Random) -> float:
+    return random.choice((0.2, 1.0, 4.0, 16.0)) * random.uniform(0.5, 1.5)
+
+
+def _with_durable(random: Random, config: Config) -> Config:
+    """Let the endpoints of some seeds be durable, as far as their streams may be continued."""
+    if random.random() >= DURABLE_RATIO:
+        return config
+    num_fronts = random.choice((1, 1, 2))
+    change = {"durable": True, "durable_fronts": num_fronts}
+    endpoints = {
+        name: endpoint.model_copy(update={"streams": endpoint.streams.model_copy(update=change)})
+        if endpoint.streams.resume_attempts
+        else endpoint
+        for name, endpoint in config.endpoints.items()
+    }
+    return config.model_copy(update={"endpoints": endpoints})
+
+
+def _with_extras(
+    random: Random, faults: tuple[Fault, ...], ends_s: float, config: Config
+) -> tuple[Fault, ...]:
+    """Add what only some worlds have something to break of: durable streams, and requests in relays."""
+    more: list[Fault] = []
+    if any(endpoint.streams.durable for endpoint in config.endpoints.values()):
+        # Some lose replicas alone: there, no stream may be cut.
+        kinds = random.choice((DURABLE_KINDS, DURABLE_KINDS[:5]))
+        for _ in range(random.choice((0, 2, 8))):
+            kind = random.choice(kinds)
+            pause_s = _draw_pause_s(random) if kind in PAUSES else 0.0
+            more.append(
+                Fault(random.uniform(0.3, 1.0) * ends_s, kind, random.random(), pause_s, random.random())
+            )
+        if random.random() < 0.5:
+            faults = ()
+    if random.random() < RELAY_RATIO:
+        more += [
+            Fault(random.uniform(0.1, 1.0) * ends_s, "relay killed", random.random())
+            for _ in range(random.randint(1, 3))
+        ]
+    return tuple(sorted((*faults, *more), key=lambda fault: fault.at_s)) if more else faults

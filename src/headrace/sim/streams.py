@@ -6,7 +6,7 @@ engines, reports or drains.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 from headrace.api.messages import GenerationRequest, StepOutput, TerminalState
 from headrace.errors import RequestError
@@ -17,6 +17,8 @@ from headrace.sim.network import End
 
 class StreamOwner(Protocol):
     """The front, as its streams see it."""
+
+    name: str
 
     def close_stream(self, stream: FrontStream, state: TerminalState) -> None: ...
 
@@ -60,10 +62,15 @@ class FrontStream:
             record.num_cached_tokens = output.num_cached_tokens
         self.token_ids += output.token_ids
         if output.finish_reason is not None:
-            self._finish(TerminalState.FINISHED, output.finish_reason, HttpPiece(output.token_ids, "done"))
+            self._finish(TerminalState.FINISHED, output.finish_reason, self._piece(output.token_ids, "done"))
         elif output.token_ids:
-            self._end.send(HttpPiece(output.token_ids))
+            self._end.send(self._piece(output.token_ids))
         return False
+
+    def _piece(
+        self, token_ids: list[int], end: Literal["", "done", "error"] = "", reason: str = ""
+    ) -> HttpPiece:
+        return HttpPiece(token_ids, end, reason, self._owner.name, self.record.request_id)
 
     def flush(self) -> None:
         """Each output is sent as it comes."""
@@ -89,7 +96,7 @@ class FrontStream:
             self._end_with_error(error.message, error.status)
 
     def _end_with_error(self, reason: str, status: int) -> None:
-        answer = HttpPiece([], "error", reason) if self.token_ids else HttpError(status, reason)
+        answer = self._piece([], "error", reason) if self.token_ids else HttpError(status, reason)
         self._finish(TerminalState.FAILED, "error", answer)
 
     def _on_client_gone(self) -> None:

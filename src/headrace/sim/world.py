@@ -13,15 +13,18 @@ from pathlib import Path
 import msgspec
 
 from headrace.api.messages import ProcessSpec, ReplicaSpec
+from headrace.control.durable import is_durable_front
 from headrace.control.fleet import Slot
-from headrace.control.reconciler import Action
+from headrace.control.reconciler import Action, StopReplica
 from headrace.control.specs import gateway_ids, gateway_specs
 from headrace.control.system_state import SystemState
 from headrace.sim.clients import Crowd
 from headrace.sim.controller import ControllerProcess, RunDirectory
-from headrace.sim.convergence import unsettled
-from headrace.sim.faults import Breaker
+from headrace.sim.convergence import miscounted, unsettled
+from headrace.sim.durable_front import DurableFrontProcess
+from headrace.sim.faults import CUTTING, Breaker
 from headrace.sim.front import FrontProcess
+from headrace.sim.front_base import ServingFront
 from headrace.sim.haproxy import ConfigOnDisk, HaproxyProcess
 from headrace.sim.invariants import EndpointView, PlanView, Violation, check, check_actions
 from headrace.sim.machine import Host, Process, Registry
@@ -83,10 +86,17 @@ class World:
             self.weather,
             lambda name: scenario.config.endpoints[name].engine,
             gateways,
+            self._why_not_cut,
         )
         self.breaker = Breaker(self)
         self.all_fronts: list[FrontProcess] = []
         """Also those that are gone."""
+        self.durable: dict[str, DurableFrontProcess] = {}
+        self.all_durable: list[DurableFrontProcess] = []
+        self.relays: dict[str, RelayProcess] = {}
+        self.all_routers: list[RouterProcess] = []
+        self._stopped_fronts: set[str] = set()
+        """Durable fronts that were told to leave: those end what they cannot finish in their grace."""
 
     # ---- running
 
@@ -115,9 +125,12 @@ class World:
             self.breaker.counts,
             Counter(self.crowd.outcomes),
             converged_s,
-            sum(sum(front.metrics.num_resumed.values()) for front in self.all_fronts),
+            sum(sum(front.metrics.num_resumed.values()) for front in self._every_front()),
             tuple(self.history),
         )
+
+    def _every_front(self) -> list[ServingFront]:
+        return [*self.all_fronts, *self.all_durable]
 
     def _run_until(self, end_s: float) -> None:
         while self.timeline.run_next(end_s):
@@ -132,6 +145,8 @@ class World:
             problem = unsettled(self)
             elapsed_s = self.timeline.now_s - began_s
             if not problem:
+                if miscount := miscounted(self):
+                    raise Violation(miscount.number, miscount.name, miscount.message)
                 return elapsed_s
             if elapsed_s > CONVERGES_WITHIN_S:
                 raise Violation(problem.number, f"convergence: {problem.name}", problem.message)
@@ -151,7 +166,8 @@ class World:
         kind, _, gateway = spec.name.partition("-")
         control = self.hosts[0]
         if spec.argv:
-            return self._make_front(msgspec.json.decode(spec.argv[-1], type=ReplicaSpec))
+            front = msgspec.json.decode(spec.argv[-1], type=ReplicaSpec)
+            return self._make_durable(front) if front.gateway_id else self._make_front(front)
         if kind == "router":
             return self._make_router(gateway)
         if kind == "haproxy":
@@ -163,6 +179,7 @@ class World:
             return haproxy
         if kind == "relay":
             relay = RelayProcess(self.registry, control, gateway, RUN_DIR, self.weather)
+            self.relays[gateway] = relay
             relay.begin()
             return relay
         self.controller = ControllerProcess(
@@ -182,6 +199,7 @@ class World:
             lambda: self.haproxies.get(gateway),
         )
         self.routers[gateway] = router
+        self.all_routers.append(router)
         router.begin()
         return router
 
@@ -195,6 +213,23 @@ class World:
         self.all_fronts.append(front)
         front.begin()
         return front
+
+    def _make_durable(self, spec: ReplicaSpec) -> DurableFrontProcess:
+        interval_s = self.scenario.busy_interval_s
+        front = DurableFrontProcess(self.registry, self.hosts[0], spec, self.weather, interval_s)
+        self.durable[spec.replica_id] = front
+        self.all_durable.append(front)
+        self._stopped_fronts.discard(spec.replica_id)
+        front.begin()
+        return front
+
+    def _why_not_cut(self, front_id: str) -> str:
+        """Say why a stream of this front cannot have been cut; empty: it may have been."""
+        if front_id not in self.durable or front_id in self._stopped_fronts:
+            return ""
+        if any(self.breaker.counts[kind] for kind in CUTTING):
+            return ""
+        return f"its stream from {front_id} was cut, and only replicas were lost"
 
     def _answers(self, name: str) -> bool:
         process = self.supervisor.children.get(name)
@@ -214,6 +249,8 @@ class World:
         actions = state.plan(now_s)
         for action in actions:
             self.note(f"controller: {type(action).__name__} {action.replica_id}: {action.reason}")
+            if isinstance(action, StopReplica) and not action.is_failure:
+                self._stopped_fronts.add(action.replica_id)
         if actions:
             views = {}
             for desired in state.desired(now_s):
@@ -221,7 +258,7 @@ class World:
                 needed = desired.count - (desired.surge == 0)  # without room for more, the old one goes first
                 limit = max(desired.max_count, desired.count) + desired.surge
                 views[desired.name] = EndpointView(needed, limit, num_alive, ready)
-            check_actions(actions, PlanView(views))
+            check_actions([a for a in actions if not is_durable_front(a.replica_id)], PlanView(views))
         return actions
 
 

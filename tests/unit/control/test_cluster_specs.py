@@ -10,15 +10,19 @@ import pytest
 
 from headrace.api.config import Config
 from headrace.api.config_loader import parse_config
-from headrace.api.messages import NodeNeeds, ReplicaSpec
-from headrace.api.run_paths import PYTHON_PLACEHOLDER, RUN_DIR_PLACEHOLDER
+from headrace.api.messages import NodeNeeds, Place, ReplicaSpec
+from headrace.api.run_paths import NODE_PLACEHOLDER, PYTHON_PLACEHOLDER, RUN_DIR_PLACEHOLDER, rank_socket_path
 from headrace.control.config_changes import keep_address
+from headrace.control.preflight import check_address
 from headrace.control.specs import (
     CONFIG_FILE,
     cluster_controller_process,
     cluster_replica_process,
+    gateway_place,
+    gateway_specs,
     generation_of,
     place_of,
+    placed_durable_process,
 )
 from headrace.errors import ConfigError
 
@@ -34,7 +38,8 @@ def needs_of(**endpoint: Any) -> list[NodeNeeds]:
 def test_a_native_replica_takes_as_many_cores_as_it_has_threads() -> None:
     assert needs_of() == [NodeNeeds({"CPU": 1.0})]
     assert needs_of(native={"num_threads": 4}) == [NodeNeeds({"CPU": 4.0})]
-    assert needs_of(native={"num_threads": 2, "tensor_parallel": 2}) == [NodeNeeds({"CPU": 4.0})]
+    assert needs_of(native={"num_threads": 2, "tensor_parallel": 2}) == [NodeNeeds({"CPU": 2.0})]
+    assert needs_of(native={"tensor_parallel": 3}) == [NodeNeeds({"CPU": 3.0})]
     assert needs_of(nodes={"resources": {"CPU": 2, "GPU": 1}}) == [NodeNeeds({"CPU": 2.0, "GPU": 1.0})]
     assert needs_of(engine="simulated") == [NodeNeeds({"CPU": 0.1})]
 
@@ -42,6 +47,23 @@ def test_a_native_replica_takes_as_many_cores_as_it_has_threads() -> None:
 def test_its_engine_has_the_threads_of_the_cores_that_it_takes() -> None:
     spec = cluster_replica_process(config_of(nodes={"resources": {"CPU": 3}}), "chat", "chat-1", Path("/run"))
     assert msgspec.json.decode(spec.argv[-1], type=ReplicaSpec).engine.num_threads == 3
+
+
+def test_each_further_rank_is_held_by_a_companion_that_finds_the_engine_by_its_socket() -> None:
+    config = config_of(native={"tensor_parallel": 3}, nodes={"resources": {"CPU": 6}})
+    spec = cluster_replica_process(config, "chat", "chat-1", Path("/run"))
+    engine = msgspec.json.decode(spec.argv[-1], type=ReplicaSpec).engine
+    assert engine.rank_socket == rank_socket_path(RUN_DIR_PLACEHOLDER, "chat-1")
+    assert engine.num_threads == 6
+    assert [each.name for each in spec.companions] == ["chat-1-rank-1", "chat-1-rank-2"]
+    assert [each.argv[-2:] for each in spec.companions] == [
+        [engine.rank_socket, "1"],
+        [engine.rank_socket, "2"],
+    ]
+    assert all(each.is_restarted and each.argv[0] == PYTHON_PLACEHOLDER for each in spec.companions)
+    alone = cluster_replica_process(config_of(), "chat", "chat-1", Path("/run"))
+    assert not alone.companions
+    assert not msgspec.json.decode(alone.argv[-1], type=ReplicaSpec).engine.rank_socket
 
 
 def test_preferences_add_to_what_the_section_asks() -> None:
@@ -90,3 +112,64 @@ def test_a_config_that_is_applied_stays_on_the_cluster_and_cannot_move_there() -
     assert keep_address(config_of("local", native={"num_threads": 2}), running).launcher == "ray"
     with pytest.raises(ConfigError, match="launcher: is local and cannot become ray"):
         keep_address(config_of("ray"), config_of("local"))
+
+
+def placed_config(bind: str = "node:8000", **gateway: Any) -> Config:
+    chat = {"model": "m", "streams": {"durable": True}}
+    keys = {"acme": {"keys": ["sha256:" + "a" * 64]}}
+    section = {"bind": bind, "count": 2, "placement": {"labels": {"kind": "edge"}}, **gateway}
+    return parse_config({"launcher": "ray", "endpoints": {"chat": chat}, "tenants": keys, "gateway": section})
+
+
+def test_gateways_with_a_placement_are_kept_apart_on_nodes_of_that_kind() -> None:
+    assert gateway_place(config_of()) is None
+    assert gateway_place(placed_config(num_threads=2)) == Place(
+        [NodeNeeds({"CPU": 2.0}, {"kind": "edge"})], "apart"
+    )
+    given = placed_config(placement={"resources": {"CPU": 0.5, "edge": 1}})
+    assert gateway_place(given) == Place([NodeNeeds({"CPU": 0.5, "edge": 1.0})], "apart")
+
+
+def test_gateways_elsewhere_are_told_nothing_of_the_controllers_machine() -> None:
+    for spec in gateway_specs(
+        placed_config(metrics_bind="node:9000"), Path("/run/of/the/controller")
+    ).values():
+        assert (spec.run_dir, spec.node) == (RUN_DIR_PLACEHOLDER, NODE_PLACEHOLDER)
+        assert "/run/of/the/controller" not in msgspec.json.encode(spec).decode()
+    assert spec.metrics_bind == "node:9001"
+
+
+def test_fronts_listen_for_gateways_of_every_host_and_durable_ones_share_their_gateways_place() -> None:
+    config = placed_config()
+    replica = cluster_replica_process(config, "chat", "chat-1", Path("/run"))
+    front = msgspec.json.decode(replica.argv[-1], type=ReplicaSpec)
+    assert (front.host, front.identity) == (NODE_PLACEHOLDER, f"{RUN_DIR_PLACEHOLDER}/cluster.pem")
+    durable = placed_durable_process(config, "chat", "chat:g2-1", "g2", Path("/run"))
+    assert (durable.place, durable.group) == (gateway_place(config), "gateway-g2")
+    assert "/run/" not in " ".join(durable.argv)
+
+
+@pytest.mark.parametrize(
+    ("gateway", "words"),
+    [
+        ({"bind": "10.0.0.7:8000"}, "write node:8000"),
+        ({"bind": "127.0.0.1:8000", "metrics_bind": "10.0.0.7:9000"}, "write node:9000"),
+        ({"placement": None}, "set gateway.placement"),
+        ({"bind": "node:80000"}, "not host:port"),
+        ({"placement": {"resources": {"edge": 0}}}, "must be more than 0"),
+        ({"placement": {"label": {}}}, "label"),
+    ],
+)
+def test_addresses_and_placements_that_cannot_be_are_refused_in_words(
+    gateway: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        placed_config(**{"bind": "node:8000", **gateway})
+
+
+def test_one_machine_has_no_nodes_for_gateways() -> None:
+    config = placed_config("127.0.0.1:0").model_copy(update={"launcher": "local"})
+    with pytest.raises(ConfigError, match="launcher: ray"):
+        check_address(config)
+    with pytest.raises(ConfigError, match=r"gateway\.placement: is .* while the system runs"):
+        keep_address(placed_config(placement={"labels": {"kind": "other"}}), placed_config())

@@ -41,9 +41,9 @@ def config(num_gateways: int = 1, num_fronts: int = 1, **chat: Any) -> Config:
 class World(SystemWorld):
     """Durable fronts report, too, and each gateway sends requests to its own."""
 
-    def report(self, replica_id: str) -> None:
+    def report(self, replica_id: str, **changes: Any) -> None:
         """Called once per turn and replica: durable fronts report with the first."""
-        super().report(replica_id)
+        super().report(replica_id, **changes)
         self.report_fronts()
 
     def report_fronts(self) -> None:
@@ -96,6 +96,42 @@ def test_one_that_dies_is_started_again_and_nothing_else() -> None:
     world.settle(10)
     assert world.is_ready
     assert world.launcher.num_started == num_started + 1
+
+
+@pytest.mark.parametrize("who", ["a durable front", "a replica"])
+def test_on_a_machine_with_a_notice_none_is_started_until_it_is_clear_that_it_stays(who: str) -> None:
+    world = World(config(replicas={"min": 1}))
+    world.settle(3)
+    slot = world.state.durable.fleet.slots["chat:g1-1"]
+    if who == "a replica":
+        world.leave_by_notice("chat-1", 20.0)
+        world.launcher.end("chat:g1-1", 0)
+    else:
+        report = LoadReport(
+            "chat:g1-1", "chat", "m", "a:1", slot.pid, 2, 3.0, "draining",
+            generation=slot.generation, gateway_id="g1", leave_by_s=20.0,
+        )  # fmt: skip
+        world.state.on_report(report, world.clock.now_s())
+        world.launcher.end("chat:g1-1", 0)
+    world.take_events()
+    began_s = world.clock.now_s()
+    while world.clock.now_s() < began_s + 25.0:
+        world.turn()
+        assert not world.fronts()
+    while world.clock.now_s() < began_s + 60.0:
+        world.turn()
+    assert world.fronts() == {"chat:g1-1"}, "the machine was not taken away after all"
+
+
+def test_the_notice_of_another_machine_than_its_gateways_keeps_no_durable_front_from_starting() -> None:
+    world = World(config(replicas={"min": 1}))
+    world.settle(3)
+    world.state.fleet.slots["chat-1"].node = "another"
+    world.leave_by_notice("chat-1", 20.0)
+    world.launcher.end("chat:g1-1", -9)
+    world.take_events()
+    world.settle(10)
+    assert world.fronts() == {"chat:g1-1"}
 
 
 def test_engine_settings_restart_none_and_a_change_of_theirs_starts_the_new_one_first() -> None:

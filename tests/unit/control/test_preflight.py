@@ -46,6 +46,19 @@ def test_a_native_engine_without_torch_says_what_to_install(monkeypatch: pytest.
     check_models(config())
 
 
+def test_adapters_must_be_there_and_their_paths_become_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "poet").mkdir()
+    (tmp_path / "poet" / "adapter_config.json").write_text('{"r": 4}')
+    monkeypatch.chdir(tmp_path)
+    wrong = config(a={"model": "simulated", "engine": "vllm", "vllm": {"lora": {"poet": "poet"}}})
+    with pytest.raises(
+        ConfigError, match=r"endpoints\.a\.vllm\.lora\.poet: .*adapter_model\.safetensors not found"
+    ):
+        check_models(wrong)
+
+
 def test_vllm_must_be_installed_and_is_given_hugging_face_models_only(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from headrace.api.endpoint_config import Endpoint
 from headrace.api.messages import ReplicaSpec, TenantRule
 from headrace.control import specs
 from headrace.control.specs import (
+    durable_process,
     gateway_spec,
     generation_of,
     replica_process,
@@ -126,6 +127,22 @@ def test_packed_weights_lie_in_the_state_directory_if_nothing_else_is_said(
     assert msgspec.json.decode(process.argv[-1], type=ReplicaSpec).engine.packed_dir == packed_dir
 
 
+def test_adapters_reach_engines_gateways_and_durable_fronts_and_decide_the_class() -> None:
+    def config(**lora: str) -> Config:
+        tree = {"model": "m/m", "engine": "vllm", "vllm": {"lora": lora}}
+        return parse_config({"endpoints": {"chat": tree}})
+
+    poet, law = config(poet="/a"), config(poet="/b")
+    process = replica_process(poet, "chat", "chat-1", Path("/run"))
+    assert msgspec.json.decode(process.argv[-1], type=ReplicaSpec).engine.lora == {"poet": "/a"}
+    assert gateway_spec(poet, Path("/run")).endpoints[0].adapters == ["poet"]
+    front = durable_process(poet, "chat", "chat:g1-1", "g1", Path("/run"))
+    assert msgspec.json.decode(front.argv[-1], type=ReplicaSpec).engine.lora == {"poet": "/a"}
+    classes = {stream_class_of(c.endpoints["chat"]) for c in (config(), poet, law)}
+    assert len(classes) == 3, "a stream goes on with the same weights only"
+    assert generation_of(poet, "chat") != generation_of(law, "chat")
+
+
 def test_vllms_arguments_reach_its_engines_and_decide_their_class() -> None:
     def specs(engine: str, **args: object) -> tuple[ReplicaSpec, Endpoint]:
         tree = {"model": "m/m", "engine": engine, "vllm": {"args": args}}
@@ -142,3 +159,18 @@ def test_vllms_arguments_reach_its_engines_and_decide_their_class() -> None:
     assert other.generation != spec.generation
     native, _ = specs("native", dtype="float16")
     assert native.engine.vllm_args == {}
+
+
+def test_a_replica_takes_what_all_gateways_may_send_it_in_one_moment() -> None:
+    def limits(count: int, max_open: int) -> tuple[int, int]:
+        endpoint = {"model": "simulated", "engine": "simulated", "max_open": max_open}
+        gateway = {"bind": "127.0.0.1:8000", "count": count}
+        spec = replica_process(
+            parse_config({"endpoints": {"chat": endpoint}, "gateway": gateway}), "chat", "chat-1", Path("/r")
+        )
+        front = msgspec.json.decode(spec.argv[-1], type=ReplicaSpec)
+        return front.max_open, front.max_open + front.max_surplus
+
+    assert limits(1, 8) == (8, 8)
+    assert limits(3, 8) == (8, 24)
+    assert limits(3, 40_000) == (40_000, 65_536), "what an engine takes"

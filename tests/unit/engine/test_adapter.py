@@ -27,6 +27,7 @@ class FakeBackend:
 
     def __init__(self) -> None:
         self.ready = READY
+        self.adapters = ("pirate",)
         self.submitted: list[GenerationRequest] = []
         self.submissions: asyncio.Queue[GenerationRequest] = asyncio.Queue()
         self.aborted: list[str] = []
@@ -257,3 +258,13 @@ def test_the_token_that_ends_an_answer_is_no_part_of_it() -> None:
     assert without_end([4, 2], logprobs) == ([4], logprobs[:1])
     assert without_end([2], None) == ([], None)
     assert without_end([], None) == ([], None)
+
+
+async def test_an_adapter_that_it_has_reaches_the_backend_also_of_a_stream_that_goes_on() -> None:
+    rig = Rig()
+    await rig.submit("a", lora="pirate", resume_from=[5, 6])
+    (submitted,) = rig.backend.submitted
+    assert (submitted.lora, submitted.prompt_token_ids[-2:]) == ("pirate", [5, 6])
+    with pytest.raises(InvalidRequest, match="'poet' was asked for; adapters of this engine are: pirate"):
+        await rig.submit("b", lora="poet")
+    assert rig.engine.has_work()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from collections.abc import Callable
 
 from headrace.api.messages import NodeNeeds, NodeState, Place
 from headrace.clock import VirtualClock
@@ -23,10 +25,12 @@ class Cluster(FakeCluster):
         self.clock = VirtualClock(100.0)
         self.drained_when_had = ""
         self.asked: list[list[str]] = []
+        self.when_asked: Callable[[], None] = lambda: None
 
     async def reserve(self, key: str, needs: NodeNeeds, likes_node: str, avoids: object) -> None:
         assert isinstance(avoids, list)
         self.asked.append(avoids)
+        self.when_asked()
         await super().reserve(key, needs, likes_node, avoids)
 
     async def reservation(self, key: str) -> Reservation:
@@ -37,9 +41,18 @@ class Cluster(FakeCluster):
         return found
 
 
-def search(cluster: Cluster, place: Place, told: list[str] | None = None) -> PlaceSearch:
-    told = [] if told is None else told
-    seeker = Seeker("chat-1#1", lambda: len(told) < 3, dict, told.append)
+def search(
+    cluster: Cluster, place: Place, told: list[str] | None = None, same: Counter[str] | None = None
+) -> PlaceSearch:
+    """same: how many of the family each node has; changed by the test."""
+    told, family = [] if told is None else told, Counter[str]() if same is None else same
+
+    def count_same() -> Counter[str]:
+        return family.copy()
+
+    seeker = Seeker(
+        "chat-1#1", lambda: len(told) < 3, count_same, Counter, lambda: cluster.silent, told.append
+    )
     return PlaceSearch(seeker, cluster, cluster.clock, place)
 
 
@@ -62,7 +75,7 @@ async def test_a_node_with_a_notice_is_avoided_for_as_long_as_was_said() -> None
     searching = search(cluster, Place([ONE_CPU], avoided={"here": 2.0}), told)
     assert await run(searching) == ONE_CPU
     assert (searching.node_id, cluster.asked) == ("here", [["here"], []])
-    assert told[0].endswith("Nothing is put on nodes that go away: here")
+    assert told[0].endswith("Nothing is put on nodes that go away or do not answer: here")
     assert cluster.clock.now_s() >= 102.0
 
 
@@ -79,3 +92,33 @@ async def test_what_nobody_wants_any_more_is_given_back() -> None:
     cluster.drain_node("here")
     assert await run(search(cluster, Place([ONE_CPU]))) is None
     assert await cluster.hosts() == []
+
+
+async def test_a_node_that_does_not_answer_is_avoided_until_it_does() -> None:
+    cluster, told = Cluster(HERE), list[str]()
+    cluster.silent.add("here")
+    searching = search(cluster, Place([ONE_CPU]), told)
+    task = asyncio.create_task(run(searching))
+    while not told:  # noqa: ASYNC110, the search waits by itself
+        await asyncio.sleep(0.01)
+    cluster.silent.clear()
+    assert await task == ONE_CPU
+    assert cluster.asked == [["here"], []]
+
+
+async def test_one_that_is_to_be_apart_asks_anew_when_another_of_its_family_took_the_node() -> None:
+    cluster = Cluster(HERE, THERE)
+    same = Counter[str]()
+    cluster.when_asked = lambda: same.update({"here": 1 - same["here"]})
+    searching = search(cluster, Place([ONE_CPU], "apart"), same=same)
+    found = await run(searching)
+    assert found is not None
+    assert searching.node_id == "there"
+
+
+async def test_others_that_wait_for_a_place_count_as_if_they_had_it() -> None:
+    cluster = Cluster(HERE, THERE)
+    seeker = Seeker("chat-1#1", lambda: True, Counter, lambda: Counter(["here"]), set, [].append)
+    searching = PlaceSearch(seeker, cluster, cluster.clock, Place([ONE_CPU]))
+    assert await run(searching) == ONE_CPU
+    assert searching.liked_node_id == "there"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +43,24 @@ def test_the_last_one_that_leaves_removes_it(place: Path) -> None:
     second.leave()
     assert not place.exists()
     assert not place.parent.exists()
+
+
+def test_one_that_comes_while_it_is_removed_waits_and_gets_a_new_one(place: Path) -> None:
+    place.parent.mkdir(mode=0o700)
+    place.mkdir(mode=0o700)
+    removing = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(removing, fcntl.LOCK_EX)  # as the last one does while it removes what is there
+
+    def remove() -> None:
+        place.rmdir()
+        os.close(removing)
+
+    timer = threading.Timer(0.2, remove)
+    timer.start()
+    directory = SharedRunDirectory.join(place)
+    timer.join()
+    assert (place / "logs").is_dir()
+    directory.leave()
 
 
 def test_what_dead_keepers_left_is_removed_and_what_live_ones_have_is_kept(place: Path) -> None:

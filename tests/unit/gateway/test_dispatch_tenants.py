@@ -157,7 +157,7 @@ def test_what_was_not_served_is_given_back_to_the_tokens() -> None:
     world = World(TenantRule("a", tokens_per_minute=400))
     world.arrive("a0")
     world.arrive("a1")
-    world.dispatcher.clients_left({"a0"})
+    world.dispatcher.clients_left({"a0"}, world.now_s)
     world.arrive("a2")
     assert world.answers["a2"] == []
     world.arrive("a3")

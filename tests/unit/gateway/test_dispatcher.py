@@ -106,12 +106,12 @@ def test_a_client_of_a_held_request_that_left_is_named_by_its_request() -> None:
     world.arrive("a")
     world.arrive("b")
     assert world.dispatcher.knows("a")
-    world.dispatcher.client_left("a")
-    world.dispatcher.client_left("unknown")
+    world.dispatcher.client_left("a", world.now_s)
+    world.dispatcher.client_left("unknown", world.now_s)
     assert [answer.code for answer in world.answers["a"] if isinstance(answer, Refused)] == ["cancelled"]
     assert world.counts() == {"arrived": 2, "num_held": 1, "aborted": 1}
     world.report()
-    world.dispatcher.client_left("b")  # bound by now: its completion line tells
+    world.dispatcher.client_left("b", world.now_s)  # bound by now: its completion line tells
     assert world.counts() == {"arrived": 2, "num_in_flight": 1, "aborted": 1}
     assert world.dispatcher.knows("a")
     assert not world.dispatcher.knows("unknown")
@@ -191,7 +191,7 @@ def test_clients_and_connections_that_leave_take_their_requests_with_them() -> N
     world.arrive("a", owner="connection 1", client="left")
     world.arrive("b", owner="connection 1", client="stays")
     world.arrive("c", owner="connection 2", client="stays")
-    world.dispatcher.clients_left({"left"})
+    world.dispatcher.clients_left({"left"}, world.now_s)
     assert world.counts() == {"arrived": 3, "num_held": 2, "aborted": 1}
     world.dispatcher.owner_lost("connection 1", world.now_s)
     assert world.counts() == {"arrived": 3, "num_held": 1, "num_in_flight": 1, "aborted": 1}
@@ -296,7 +296,7 @@ class DispatcherMachine(RuleBasedStateMachine):
 
     @rule(client=st.sampled_from(["c1", "c2", "c3"]))
     def a_client_leaves(self, client: str) -> None:
-        self.world.dispatcher.clients_left({client})
+        self.world.dispatcher.clients_left({client}, self.world.now_s)
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 15.0, 700.0]))
     def time_passes(self, seconds: float) -> None:

@@ -73,6 +73,14 @@ def test_haproxy_accepts_hostile_and_many_names_and_every_setting(
     check_with_haproxy(files, short_dir / "g1" / "haproxy.cfg")
 
 
+def test_the_router_hears_the_model_only_where_its_name_says_more_than_the_endpoint() -> None:
+    plain = render_files(spec_of("/run/x", "chat", "other"), [], FD_LIMIT)
+    assert not any("model=var(txn.model)" in text for text in plain.values())
+    rules = [EndpointRule("chat", "m", 8, 5.0, adapters=["poet"])]
+    files = render_files(GatewaySpec("/run/x", "127.0.0.1:8000", rules), [], FD_LIMIT)
+    assert any("model=var(txn.model)" in text for text in files.values())
+
+
 def test_rendering_is_pure_and_in_a_fixed_order() -> None:
     servers = [Server("chat", f"chat-{number}", "127.0.0.1", 9000 + number, 4) for number in range(5)]
     spec = spec_of("/run/x", "chat")

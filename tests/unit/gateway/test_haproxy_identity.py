@@ -41,6 +41,21 @@ def test_the_maps_name_what_each_set_may_use_and_its_only_endpoint() -> None:
     assert PATHS.key_map not in files
 
 
+def test_adapters_are_names_of_models_wherever_their_endpoint_may_be_used() -> None:
+    rules = [EndpointRule("x", "m", 1, 1.0, adapters=["x-law", "poet"]), EndpointRule("y", "m", 1, 1.0)]
+    spec = GatewaySpec("/run/x", "127.0.0.1:1", rules)
+    files = identity_files(spec, PATHS)
+    assert files[PATHS.endpoint_map].splitlines() == ["x ep-x", "x-law ep-x", "poet ep-x", "y ep-y"]
+    assert '"poet"' in files[PATHS.models]
+    assert files[PATHS.model_map].splitlines()[2].startswith('poet {"id":"poet"')
+    tenants = [TenantRule("a", endpoints=["x"]), TenantRule("b", endpoints=["y"])]
+    files = identity_files(GatewaySpec("/run/x", "127.0.0.1:1", rules, tenants=tenants), PATHS)
+    assert files[PATHS.endpoint_map].splitlines() == [
+        *("s0/x ep-x", "s0/x-law ep-x", "s0/poet ep-x", "s0 ep-x"),
+        *("s1/y ep-y", "s1 ep-y"),
+    ]
+
+
 def test_too_many_different_lists_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(haproxy_identity, "MAX_MAP_LINES", 16)
     names = [f"e{number}" for number in range(5)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -167,6 +168,66 @@ def test_a_request_that_the_router_never_saw_is_joined_too() -> None:
     world.complete()
     (record,) = world.records
     assert (record.endpoint, record.held_ms, record.output_tokens) == ("chat", None, 5)
+
+
+def word_of(state: TerminalState, num_output_tokens: int) -> FinishedRequest:
+    return FinishedRequest(ID, state, "x", "acme", 7, 0, num_output_tokens, 0.0, 0.1, 0.0, 0, [])
+
+
+@pytest.mark.parametrize("state", [TerminalState.REFUSED, TerminalState.ABORTED, TerminalState.FAILED])
+@pytest.mark.parametrize("order", ["words first", "line first", "line between"])
+def test_of_a_request_that_was_sent_again_the_try_counts_that_answered(
+    state: TerminalState, order: str
+) -> None:
+    """HAProxy sends what a front refused, or broke off before its first byte, to another one."""
+    world = World()
+    world.arrive()
+    world.bind()
+    said = [
+        lambda: world.recorder.front_finished(word_of(state, 0)),
+        lambda: world.recorder.front_finished(finished()),
+    ]
+    said.insert({"words first": 2, "line first": 0, "line between": 1}[order], world.complete)
+    for say in said:
+        assert not world.records
+        say()
+    [record] = world.records
+    assert (record.output_tokens, record.finish_reason) == (5, "stop")
+    world.let_time_pass()
+    assert len(world.records) == 1
+
+
+@pytest.mark.parametrize("state", [TerminalState.REFUSED, TerminalState.ABORTED, TerminalState.FAILED])
+def test_where_only_a_try_that_failed_was_heard_of_the_answers_tokens_are_unknown(
+    state: TerminalState,
+) -> None:
+    world = World()
+    world.arrive()
+    world.bind()
+    world.recorder.front_finished(word_of(state, 0))
+    world.complete()
+    world.let_time_pass()
+    assert [(r.state, r.output_tokens, r.finish_reason) for r in world.records] == [("finished", None, "")]
+
+
+def test_a_late_word_of_the_try_that_failed_changes_nothing() -> None:
+    world = World()
+    world.recorder.front_finished(finished())
+    world.recorder.front_finished(word_of(TerminalState.REFUSED, 0))
+    world.complete()
+    assert [record.output_tokens for record in world.records] == [5]
+
+
+def test_a_stream_that_ended_with_an_error_event_is_written_with_its_fronts_word() -> None:
+    world = World()
+    world.arrive()
+    world.bind()
+    world.recorder.front_finished(word_of(TerminalState.FAILED, 3))
+    world.recorder.ended(ID, "chat", TerminalState.FAILED)  # the dispatcher believes the front
+    world.recorder.completed(completion())
+    assert not world.records
+    world.let_time_pass()
+    assert [record.output_tokens for record in world.records] == [3]
 
 
 def test_what_fronts_say_of_other_gateways_or_too_much_is_not_kept() -> None:

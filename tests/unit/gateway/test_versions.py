@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from headrace.api.messages import (
@@ -17,9 +18,11 @@ from headrace.api.messages import (
 )
 from headrace.gateway.arrivals import Arrival
 from headrace.gateway.dispatcher import Dispatcher
+from headrace.gateway.flights import LOG_GRACE_S, ORPHAN_LIMIT_S
 from headrace.gateway.replicas import ReplicaTable
 from headrace.gateway.versions import MAX_VERSIONS, VersionBook
 from headrace.policy.prompt import PromptHead
+from headrace.policy.traffic import choose_version
 
 RULE = EndpointRule("chat", "m", 8, 10.0, ttft_s=0.5, itl_s=0.05)
 OLD, NEW = "old", "new"
@@ -136,7 +139,7 @@ def test_whatever_ends_the_waiting_held_tokens_return_to_zero(way: str) -> None:
     world = World()
     world.arrive("a")
     if way == "client":
-        world.dispatcher.client_left("a")
+        world.dispatcher.client_left("a", 0.0)
     elif way == "owner":
         world.dispatcher.owner_lost(world, 0.0)
     elif way == "limit":
@@ -145,6 +148,56 @@ def test_whatever_ends_the_waiting_held_tokens_return_to_zero(way: str) -> None:
         world.dispatcher.set_rules([EndpointRule("other", "m", 8, 10.0)])
     world.dispatcher.check_integrity()
     assert sum(demand.held_prompt_tokens for demand in world.dispatcher.demand(0.0)) == 0
+
+
+@pytest.mark.parametrize("way", ["client", "clients", "owner"])
+def test_when_the_first_in_turn_leaves_the_next_one_is_bound_at_once(way: str) -> None:
+    """While versions change, who is first waits for its own version; behind it may be one with room."""
+    world = World()
+    rule = msgspec.structs.replace(RULE, traffic={OLD: 0.5, NEW: 0.5})
+    world.dispatcher.set_rules([rule])
+    world.report(OLD, max_open=1)
+    world.report(NEW, max_open=1)
+    ids = [str(number) for number in range(100)]
+    old = [each for each in ids if choose_version(each, rule.traffic) == OLD]
+    new = [each for each in ids if choose_version(each, rule.traffic) == NEW]
+    bound: list[str] = []
+    for request_id, owner in ((old[0], "x"), (old[1], "first"), (new[0], "second")):
+        arrival = Arrival(request_id, "chat", lambda decision, i=request_id: bound.append(i), owner, owner)  # type: ignore[misc]
+        world.dispatcher.arrive(arrival, 0.0)
+    assert bound == [old[0]]
+    if way == "client":
+        world.dispatcher.client_left(old[1], 0.0)
+    elif way == "clients":
+        world.dispatcher.clients_left({"first"}, 0.0)
+    else:
+        world.dispatcher.owner_lost("first", 0.0)
+    assert bound[-1] == new[0]
+    world.dispatcher.check_integrity()
+
+
+def test_one_that_failed_before_its_first_token_and_is_never_heard_of_again_is_given_up() -> None:
+    world = World()
+    world.report(OLD)
+    world.arrive("a")
+    world.report(OLD, ended("a", TerminalState.FAILED, num_output_tokens=0))
+    world.dispatcher.tick(ORPHAN_LIMIT_S + 1.0)
+    demand = world.demand
+    assert (demand.num_in_flight, demand.failed) == (0, 1)
+    world.dispatcher.check_integrity()
+
+
+def test_a_request_that_failed_first_and_was_answered_elsewhere_finished() -> None:
+    world = World()
+    world.report(OLD)
+    world.arrive("a")
+    world.report(OLD, ended("a", TerminalState.FAILED, num_output_tokens=0))
+    world.dispatcher.tick(LOG_GRACE_S + 1.0)
+    assert world.demand.num_in_flight == 1, "only the log knows whether it lives on elsewhere"
+    world.report(NEW, ended("a"))
+    world.complete("a")
+    demand = world.demand
+    assert (demand.finished, demand.failed) == (1, 0)
 
 
 def test_each_version_has_its_own_ends_waits_and_gaps() -> None:

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.policy.prompt import HEAD_BYTES, MAX_SESSION_BYTES, PREFIX_BYTES, PromptHead, read_prompt
+from headrace.policy.prompt import (
+    HEAD_BYTES,
+    MAX_SESSION_BYTES,
+    PREFIX_BYTES,
+    PromptHead,
+    prompt_salt,
+    read_prompt,
+)
 
 LONG = "The quick brown fox jumps over the lazy dog. " * 100
 
@@ -142,3 +149,12 @@ def test_what_the_blocks_round_off_is_small_beside_the_prompt(num_bytes: int) ->
     assert PREFIX_BYTES[0] == 0
     assert PREFIX_BYTES[-1] == HEAD_BYTES
     assert lost < max(PREFIX_BYTES[1], num_bytes / 3)
+
+
+def test_what_one_adapter_computed_is_never_taken_for_anothers() -> None:
+    body = b'{"prompt": "' + b"once upon a time " * 64 + b'"}'
+    salts = [prompt_salt(tenant, adapter) for tenant in ("", "acme") for adapter in ("", "poet", "law")]
+    hashes = [read_prompt(body, len(body), salt).hashes for salt in salts]
+    assert all(hashes)
+    assert len({each for chain in hashes for each in chain}) == sum(map(len, hashes))
+    assert prompt_salt("acme") == "acme", "without adapters nothing changes"

@@ -22,6 +22,12 @@ def test_a_salt_is_the_tenants_own_and_the_same_on_every_replica() -> None:
     assert PromptCaching("other", PrefixDigest()).salt_of("acme") != salts["acme"]
 
 
+def test_an_adapters_salt_is_its_own_for_each_tenant() -> None:
+    caching = PromptCaching("chat", PrefixDigest())
+    salts = [caching.salt_of(t, adapter) for t in ("", "acme") for adapter in ("", "poet", "law")]
+    assert len(set(salts)) == 6
+
+
 def test_shared_tokens_are_counted_to_the_first_difference() -> None:
     caching = PromptCaching("chat", PrefixDigest(), [1, 2, 3, 4])
     assert [caching.num_shared(tokens) for tokens in ([1, 2, 3, 4, 5], [1, 2], [1, 2, 9, 4], [9, 2])] == [

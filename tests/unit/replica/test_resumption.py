@@ -13,6 +13,7 @@ from tests.unit.replica.fake_streams import FakeEngine, FakePeers, FakeStream, m
 
 from headrace.api.messages import SamplingParams, StepOutput
 from headrace.clock import VirtualClock
+from headrace.errors import Overloaded
 from headrace.observability.front_metrics import FrontMetrics
 from headrace.policy.resumption import Limits, OwnEngine
 from headrace.replica.carried_stream import CarriedStream
@@ -395,3 +396,88 @@ def test_a_carried_stream_says_where_it_is() -> None:
     world = World()
     carried = CarriedStream(world.keeper, FakeStream(), "A")
     assert repr(carried) == "CarriedStream(r at its own engine, 0 tokens)"
+
+
+# ---- requests that come while there is no engine
+
+
+async def test_a_request_that_comes_while_its_engine_starts_again_begins_at_a_sibling() -> None:
+    world = World()
+    world.engine.state = "starting"
+    assert world.keeper.may_hold(False)
+    stream = world.start()
+    [request] = world.peers.at("/a")
+    assert (request.resume_from, request.stream_class) == ([], "A")
+    world.peers.give("/a", output(request.request_id, 5, finish_reason="stop"), 100.0)
+    assert (stream.token_ids, stream.finish_reason, stream.hosts) == ([5], "stop", [])
+    assert world.metrics.num_resumed == {"engine_lost": 0, "handover": 0}, "it began there"
+    world.close()
+
+
+async def test_without_siblings_it_waits_for_its_engine_and_for_no_longer_than_a_stream_does() -> None:
+    world = World()
+    world.keeper.set_siblings([])
+    world.engine.state = "starting"
+    served, late, left = world.start("r"), world.start("late"), world.start("left")
+    assert world.keeper.num_waiting == 3
+    world.keeper.abort("left")
+    world.engine.state = "ready"
+    world.tick()
+    assert set(world.engine.streams) == {"r@1", "late@1"}
+    world.engine.give("r@1", output("r@1", 5, finish_reason="stop"))
+    assert (served.token_ids, left.error) == ([5], None)
+    world.lose()
+    world.tick(61.0)
+    assert late.error is not None
+    assert "no engine could continue it for 60 s" in late.error.message
+    world.close()
+
+
+async def test_its_engines_lost_before_a_token_make_it_a_suspect_as_any_other() -> None:
+    world = World()
+    world.keeper.set_siblings([])
+    world.engine.state = "starting"
+    stream = world.start()
+    for _ in range(3):
+        assert stream.error is None
+        world.engine.state = "ready"
+        world.tick()
+        world.engine.die()
+        world.tick()
+    world.engine.state = "ready"
+    world.tick()
+    world.engine.die()
+    world.tick()
+    assert stream.error is not None
+    world.close()
+
+
+@pytest.mark.parametrize("state", ["starting", "asleep", "failed"])
+async def test_where_streams_may_not_be_continued_or_the_engine_comes_not_back_it_is_refused(
+    state: Any,
+) -> None:
+    world = World(max_attempts=0 if state == "starting" else 3)
+    world.engine.state = state
+    assert not world.keeper.may_hold(False)
+    with pytest.raises(Overloaded):
+        world.start()
+    assert not world.keeper.has_request("r")
+    world.close()
+
+
+async def test_a_front_that_leaves_holds_only_what_has_no_better_place() -> None:
+    world = World()
+    world.is_leaving = True
+    assert not world.keeper.may_hold(True), "its gateway finds the ready siblings"
+    world.keeper.set_siblings([make_sibling("a", state="starting")])
+    assert world.keeper.may_hold(True)
+    world.engine.state = "stopped"
+    stream = world.start()
+    assert world.keeper.num_waiting == 1
+    world.keeper.set_siblings([make_sibling("a")])
+    [request] = world.peers.at("/a")
+    world.peers.give("/a", output(request.request_id, 5, finish_reason="stop"), 100.0)
+    assert stream.token_ids == [5]
+    world.keeper.set_siblings([])
+    assert not world.keeper.may_hold(True), "its engine is stopped, and nobody is coming"
+    world.close()

@@ -12,13 +12,13 @@ from headrace.api.messages import SamplingParams
 from headrace.api.openai import ChatCompletionRequest, CompletionRequest
 from headrace.engine.request import check_sampling
 from headrace.errors import InvalidRequest
-from headrace.replica.generation import split_prompts
 from headrace.replica.validate import (
     ModelLimits,
     build_sampling,
     choose_max_tokens,
     count_choices,
     parse_stops,
+    split_prompts,
 )
 
 LIMITS = ModelLimits(vocab_size=100, max_context_tokens=50)

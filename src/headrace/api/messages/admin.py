@@ -235,6 +235,12 @@ class GatewayStatus(msgspec.Struct, frozen=True):
     num_in_flight: int
     num_serving: int
     """Replicas that it sends requests to."""
+    url: str = ""
+    """Where its clients reach it; empty: it has no node yet."""
+    node: str = ""
+    """Id of the node that it is on; empty: this machine, or none."""
+    waiting_for: str = ""
+    """Why it has no node, or is not heard on it."""
 
 
 class NodeStatus(msgspec.Struct, frozen=True):
@@ -247,6 +253,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
     available: dict[str, float]
     labels: dict[str, str]
     replicas: list[str]
+    gateways: list[str] = []
     leaving: str = ""
     """Why and when it goes away, if that is known."""
 
@@ -254,7 +261,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
 class SystemStatus(msgspec.Struct, frozen=True):
     version: str
     url: str
-    """http://host:port/v1 of the gateway."""
+    """http://host:port/v1 of the gateway; of several on nodes of their own, of the first that answers."""
     uptime_s: float
     is_ready: bool
     """The gateway answers and every endpoint has the replicas it wants."""

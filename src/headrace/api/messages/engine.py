@@ -61,7 +61,7 @@ class GenerationRequest(Record, frozen=True):
     cache_salt: str = ""
     """Mixed into the block hashes, so that only requests with the same salt share cached blocks."""
     lora: str = ""
-    """Reserved: engines that do not support it refuse the request."""
+    """Public name of the adapter; empty: the model itself. Engines that do not have it refuse the request."""
     grammar: str = ""
     """What the answer must match, as a grammar of `llguidance` (JSON); empty: anything. Tokens in
     `resume_from` are matched first."""
@@ -173,6 +173,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     """Of all ranks together."""
     tensor_parallel: int = 1
     """Processes that compute the model together, each a part of every matrix."""
+    rank_socket: str = ""
+    """UNIX socket where the other ranks come to the engine, placed by a launcher; empty: it starts them."""
     dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
     kv_dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
     speculation: Literal["off", "ngram", "draft"] = "off"
@@ -190,6 +192,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     """Added to a step per uncached prompt token in it."""
     vllm_args: dict[str, Any] = {}
     """Of kind vllm: arguments of its engine, by vLLM's names. What is above does not concern it."""
+    lora: dict[str, str] = {}
+    """Of kind vllm: adapters by their public names, and the directory of each."""
 
 
 class Submit(Message, frozen=True):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from headrace.api.messages.base import Message, Record
+
+_GATEWAY_GROUP = re.compile(r"gateway-(g[0-9]+)")
 
 
 class EndpointRule(Record, frozen=True):
@@ -25,6 +28,8 @@ class EndpointRule(Record, frozen=True):
     """A stream that is held for longer is begun, with comment lines; 0: none is."""
     is_durable: bool = False
     """Requests go to the gateway's durable fronts; replicas' own fronts are for when there is none."""
+    adapters: list[str] = []
+    """Further names of models that its replicas serve."""
 
 
 class EndpointOutlook(Record, frozen=True):
@@ -88,6 +93,8 @@ class GatewaySpec(Message, frozen=True):
     identity: str = ""
     """PEM file of the cluster's key and certificate: HAProxy shows it to replicas on other machines, and asks
     for theirs. Empty: there are no other machines, or TCP is plain."""
+    node: str = ""
+    """Address of its node, if that was chosen (`gateway.placed`); empty: it is beside the controller."""
 
 
 def router_name(gateway_id: str) -> str:
@@ -212,3 +219,10 @@ class Demand(Message, frozen=True):
 def gateway_group(gateway_id: str) -> str:
     """Return what a gateway's processes are called together: they are always on one node."""
     return f"gateway-{gateway_id}"
+
+
+def gateway_of_group(group: str) -> str:
+    """Return the id of the gateway whose processes `group` are; empty: they are something else's, such as a
+    replica of an endpoint that is called gateway."""
+    found = _GATEWAY_GROUP.fullmatch(group)
+    return found[1] if found else ""

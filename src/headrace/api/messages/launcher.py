@@ -17,15 +17,18 @@ class NodeNeeds(Record, frozen=True):
     accelerator_type: str = ""
     wait_s: float = 0.0
     """After so long without such a node the next choice is tried; 0: waited for without a limit."""
+    other_than: list[str] = []
+    """Ids of nodes that it must not be."""
 
 
 class Place(Record, frozen=True):
     """Where a process may run: choices in the order of preference, the first that can be had."""
 
     choices: list[NodeNeeds]
-    strategy: Literal["spread", "pack"] = "spread"
-    """Among nodes that would do: the one with fewest processes of the same family, or with most. Of one
-    family are those whose names differ in the number at the end only: an endpoint's replicas."""
+    strategy: Literal["spread", "pack", "apart"] = "spread"
+    """Among nodes that would do: the one with fewest processes of the same family, or with most; apart: one
+    that has none, or it waits. Of one family are the groups whose names differ in the number at the end only,
+    as an endpoint's replicas do, and all gateways."""
     avoided: dict[str, float] = {}
     """Nodes that go away by notices, by their ids, and for how many more seconds nothing is put there."""
 
@@ -46,6 +49,9 @@ class ProcessSpec(Record, frozen=True):
     """Processes of one group are always on one node and share what holds them there; empty: alone."""
     files: dict[str, str] = {}
     """Files of the run directory that are written before the start unless they are there: name -> text."""
+    companions: list[ProcessSpec] = []
+    """Processes with hosts of their own in the same place, which is divided evenly among all of these hosts.
+    They are started with this one, end with it, and the loss of one's host is the end of all. Places only."""
     is_restarted: bool = False
     """What holds it starts it again, after a growing pause, when it ends with another code than 0."""
     heartbeat_file: str = ""

@@ -164,6 +164,9 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     port: int = 0
     max_open: int = 64
     """Most requests open in the front: running and waiting in the engine."""
+    max_surplus: int = 0
+    """So many more are taken: several gateways may fill a replica in one moment, each by what it knows. They
+    wait in the engine, and no gateway sends more until they fit."""
     max_body_bytes: int = 32 * 1024 * 1024
     drain_grace_s: float = 30.0
     lease_s: float = 3.0

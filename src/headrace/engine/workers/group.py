@@ -1,7 +1,8 @@
 """The ranks of one engine, seen from rank 0: started, joined, told what to compute, watched, ended.
 
 Rank 0 is the engine's own process. How the others are started is a `RankStarter`'s affair: child processes
-(`local`), or actors that Ray places. Must not know requests or how a step is computed.
+(`local`), or where a launcher placed a holder for each (`placed`). Must not know requests or how a step is
+computed.
 """
 
 from __future__ import annotations

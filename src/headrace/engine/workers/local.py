@@ -22,14 +22,8 @@ class LocalRank:
     def __init__(self, rank: int) -> None:
         """Start it. Raises OSError."""
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "headrace.engine.workers", "--fd", str(theirs.fileno())]
         with theirs:
-            self._process = subprocess.Popen(
-                [*command, "--title", _title(rank)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            )
+            self._process = spawn_rank(theirs.fileno(), title_of(rank))
         self.channel = RankChannel(ours)
 
     def __repr__(self) -> str:
@@ -40,8 +34,7 @@ class LocalRank:
             status = self._process.wait(_END_LIMIT_S)
         except subprocess.TimeoutExpired:
             return f"pid {self._process.pid} closed its socket and lives"
-        how = f"signal {-status}" if status < 0 else f"status {status}"
-        return f"pid {self._process.pid} ended with {how}"
+        return describe_status(self._process.pid, status)
 
     def close(self) -> None:
         self.channel.close()
@@ -57,7 +50,23 @@ def start_local_rank(rank: int) -> LocalRank:
     return LocalRank(rank)
 
 
-def _title(rank: int) -> str:
+def spawn_rank(descriptor: int, title: str) -> subprocess.Popen[bytes]:
+    """Start a rank's process as a child of this one, whose socket `descriptor` is. Raises OSError."""
+    command = [sys.executable, "-m", "headrace.engine.workers", "--fd", str(descriptor), "--title", title]
+    return subprocess.Popen(
+        command,
+        pass_fds=[descriptor],
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+
+
+def describe_status(pid: int, status: int) -> str:
+    how = f"signal {-status}" if status < 0 else f"status {status}"
+    return f"pid {pid} ended with {how}"
+
+
+def title_of(rank: int) -> str:
     """The engine's own title, where it has one, and the rank."""
     from setproctitle import getproctitle
 

@@ -1,4 +1,4 @@
-"""What an engine and its other ranks say to each other besides steps, and the socket that carries it.
+"""What an engine, its other ranks and their holders say to each other besides steps, and the socket for it.
 
 Frames of `api.framing` on a UNIX stream socket; steps go through shared memory (`mailbox`). Must not know
 what the messages bring about.
@@ -56,11 +56,52 @@ class RankFailed(msgspec.Struct, frozen=True, tag=True):
     is_retryable: bool
 
 
-Message = Join | KvBlocks | RankReady | RankChanged | RankFailed
+class HolderHere(msgspec.Struct, frozen=True, tag=True):
+    """From a rank's holder to the engine, first: it can start this rank here."""
+
+    rank: int
+    version: str
+    """Of headrace."""
+
+
+class StartRank(msgspec.Struct, frozen=True, tag=True):
+    """To a holder: start the rank's process. Its socket's descriptor comes along."""
+
+    title: str
+
+
+class EndRank(msgspec.Struct, frozen=True, tag=True):
+    """To a holder: end the rank's process, whatever it does."""
+
+
+class RankStarted(msgspec.Struct, frozen=True, tag=True):
+    """From a holder: the process is there."""
+
+    pid: int
+
+
+class RankEnded(msgspec.Struct, frozen=True, tag=True):
+    """From a holder: it is gone, or could not be started."""
+
+    description: str
+
+
+Message = (
+    Join
+    | KvBlocks
+    | RankReady
+    | RankChanged
+    | RankFailed
+    | HolderHere
+    | StartRank
+    | EndRank
+    | RankStarted
+    | RankEnded
+)
 
 
 class RankChannel:
-    """One end of the socket between an engine and a rank."""
+    """One end of the socket between an engine and a rank, or a rank's holder."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.settimeout(SEND_LIMIT_S)
@@ -79,7 +120,8 @@ class RankChannel:
         frame = encode_frame(message)
         try:
             sent = socket.send_fds(self._connection, [frame], descriptors)
-            self._connection.sendall(frame[sent:])
+            if sent < len(frame):
+                self._connection.sendall(frame[sent:])
         except OSError as error:
             raise EngineDead(f"the other end of a rank's socket is gone: {error}") from error
 
@@ -102,7 +144,7 @@ class RankChannel:
     def take_descriptor(self) -> int:
         """Return the open file that came with a message. Raises EngineDead where none came."""
         if not self._descriptors:
-            raise EngineDead("a rank was told to join without shared memory")
+            raise EngineDead("a message came without the open file that belongs to it")
         return self._descriptors.pop(0)
 
     def is_closed(self) -> bool:

@@ -1,0 +1,144 @@
+"""Gateways on nodes of their own: two hosts have one each, a third has the replica, a fourth the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.integration.gateway_rig import wait_for
+from tests.integration.hosts_rig import LIMIT_S, RunningSystem, free_port, running_system
+
+from headrace.api.config import Config
+from headrace.api.messages import CreateKey, NodeState
+from headrace.control import essentials, gateway_state
+from headrace.fabric.shared_run_directory import host_run_directory
+
+pytestmark = pytest.mark.slow
+KEY = "hr-test-key"
+HEAD = NodeState("head", "127.0.0.2", True, {"CPU": 1.0}, {}, {"kind": "head"})
+EDGES = [NodeState(f"edge{n}", f"127.0.0.{n + 2}", True, {"CPU": 1.0}, {}, {"kind": "edge"}) for n in (1, 2)]
+SPARE = NodeState("edge3", "127.0.0.5", True, {"CPU": 1.0}, {}, {"kind": "edge"})
+WORKER = NodeState("worker", "127.0.0.6", True, {"CPU": 1.0}, {}, {"kind": "worker"})
+
+
+@pytest.fixture(autouse=True)
+def short_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with tempfile.TemporaryDirectory(prefix="hr-", dir="/tmp") as directory:
+        monkeypatch.setattr(tempfile, "tempdir", directory)
+        yield
+
+
+def make_config(state_dir: Path, bind: str, **endpoint: object) -> Config:
+    chat = {
+        "model": "smollm2-135m-instruct",
+        "engine": "simulated",
+        "nodes": {"labels": {"kind": "worker"}},
+        **endpoint,
+    }
+    return Config.model_validate(
+        {
+            "launcher": "ray",
+            "state_dir": str(state_dir),
+            "endpoints": {"chat": chat},
+            "tenants": {"acme": {"keys": [f"sha256:{hashlib.sha256(KEY.encode()).hexdigest()}"]}},
+            "gateway": {"bind": bind, "count": 2, "placement": {"labels": {"kind": "edge"}}},
+        }
+    )
+
+
+def urls(system: RunningSystem) -> list[str]:
+    return [gateway.url for gateway in system.status().gateways]
+
+
+async def test_each_gateway_has_a_node_and_one_whose_node_is_lost_comes_again_on_another(
+    tmp_path: Path,
+) -> None:
+    port = free_port()
+    config = make_config(tmp_path, f"node:{port}")
+    async with running_system(config, [HEAD, *EDGES, WORKER]) as system:
+        await system.until("both gateways serve", ready=1)
+        assert sorted(urls(system)) == [f"http://127.0.0.{n}:{port}/v1" for n in (3, 4)]
+        for url in urls(system):
+            assert (await system.ask(url, KEY)).status_code == 200
+            assert (await system.ask(url, "hr-no-key")).status_code == 401
+        first, second = system.gateway("g1"), system.gateway("g2")
+        log = host_run_directory("demo", first.url.split("//")[1].split(":")[0]) / "logs/requests-g1.jsonl"
+
+        def is_recorded() -> bool:
+            return log.exists() and "acme" in log.read_text()
+
+        await wait_for(
+            lambda: log.exists() and "acme" in log.read_text(),
+            "its requests are recorded where it is",
+            LIMIT_S,
+        )
+        system.lose(first.node)
+        assert (await system.ask(second.url, KEY)).status_code == 200
+        await wait_for(
+            lambda: "each of the 1 nodes that would do has one already" in system.gateway("g1").waiting_for,
+            "the lost one waits for a node",
+            LIMIT_S,
+        )
+        assert system.gateway("g1").url == ""
+        assert (await system.ask(second.url, KEY)).status_code == 200
+        system.cluster.add_node(SPARE)
+        await system.until("it is there again", ready=1)
+        assert system.gateway("g1").url == f"http://{SPARE.address}:{port}/v1"
+        assert system.gateway("g2") == second or system.gateway("g2").node == second.node
+        for url in urls(system):
+            assert (await system.ask(url, KEY)).status_code == 200
+
+
+async def test_gateways_that_are_cut_off_from_the_controller_serve_and_are_told_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path, f"node:{free_port()}")
+    async with running_system(config, [HEAD, *EDGES, WORKER]) as system:
+        await system.until("both gateways serve", ready=1)
+        before = {process.name: process.pid for process in system.status().processes}
+        monkeypatch.setattr(essentials, "HUNG_AFTER_S", 5.0)
+        monkeypatch.setattr(gateway_state, "HUNG_AFTER_S", 5.0)
+        tunnels = system.launcher._own_tunnels
+        run_directory, tunnels._run_directory = tunnels._run_directory, None
+        tunnels.set(None)
+        await wait_for(
+            lambda: sum("nothing is heard of it" in text for text in system.status().warnings) == 2,
+            "the controller hears neither",
+            LIMIT_S,
+        )
+        routers = [pair.router for pair in system.controller._state.gateway.pairs.values()]
+        await wait_for(
+            lambda: all(time.monotonic() - router.heard_s > 6.0 for router in routers),
+            "they would be killed, were they on this node",
+            LIMIT_S,
+        )
+        key = system.controller._obey(CreateKey("acme")).key
+        for url in urls(system):
+            assert (await system.ask(url, KEY)).status_code == 200
+            assert (await system.ask(url, key)).status_code == 401
+        tunnels._run_directory = run_directory
+        system.launcher._replan.set()
+        await system.until("they are heard again", ready=1)
+        for url in urls(system):
+            assert (await system.ask(url, key)).status_code == 200
+        after = {process.name: process.pid for process in system.status().processes}
+        assert after == before, "nobody was taken for hung"
+
+
+async def test_durable_fronts_stand_beside_their_gateway(tmp_path: Path) -> None:
+    config = make_config(tmp_path, f"127.0.0.1:{free_port()}", streams={"durable": True})
+    config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"count": 1})})
+    async with running_system(config, [HEAD, EDGES[0], WORKER]) as system:
+        await system.until("it serves", ready=1)
+        (front,) = system.status().durable_fronts
+        assert front.node == system.gateway("g1").node == EDGES[0].node_id
+        assert system.node_of("chat-1") == WORKER.node_id
+        answer = await system.ask(key=KEY)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["x-headrace-replica"] == front.replica_id
+        (warning,) = system.status().warnings
+        assert "only programs there reach it" in warning

@@ -1,0 +1,159 @@
+"""A Ray cluster over several hosts, each with an address and a disk of its own, and one system on it.
+
+The first host is the cluster's head; the gateway asks for a key, because other machines reach it.
+Owns Ray's nodes, the system and how it is looked at. Must not know what a test does to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import msgspec
+import psutil
+from tests.cluster.hosts_rig import Host, Hosts, hosts_on_a_bridge, wait_for
+from tests.cluster.ray_rig import HEADRACE, RAY, REPOSITORY, SMALL
+
+from headrace.api.messages import GetStatus
+from headrace.control.admin import NotRunning, ask
+
+RAY_PORT, GATEWAY_PORT = 6379, 8000
+RAY_LIMIT_S, READY_LIMIT_S = 180.0, 180.0
+STARTED = "Ray runtime started"
+KEY = "hr-three-hosts"
+Status = dict[str, Any]
+
+
+class RayHosts:
+    """Hosts with a Ray node each, and a system on them."""
+
+    def __init__(self, hosts: Hosts) -> None:
+        self._hosts = hosts
+        self.head = hosts.hosts[0]
+        self.ray_address = f"{self.head.address}:{RAY_PORT}"
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ENABLE_RECORD_ACTOR_TASK_LOGGING": "0",
+            "PYTHONPATH": f"{REPOSITORY / 'src'}",
+            "TMPDIR": str(hosts.mount_point),
+            "XDG_STATE_HOME": str(hosts.mount_point / "state"),
+        }
+        self._system: subprocess.Popen[bytes] | None = None
+
+    @property
+    def hosts(self) -> list[Host]:
+        return self._hosts.hosts
+
+    @property
+    def url(self) -> str:
+        """Of the gateway on the head."""
+        return f"http://{self.head.address}:{GATEWAY_PORT}/v1"
+
+    def add_host(self) -> Host:
+        """A machine that comes later, with a Ray node."""
+        host = self._hosts.add()
+        self.start_ray(host)
+        return host
+
+    def start_ray(self, host: Host) -> None:
+        place = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"]
+        if host is not self.head:
+            place = [f"--address={self.ray_address}"]
+        options = [f"--node-ip-address={host.address}", "--num-cpus=1", f"--labels=host={host.name}", *SMALL]
+        host.begin(
+            [*RAY, "start", "--block", "--disable-usage-stats", *place, *options], "ray.log", self.environment
+        )
+        log = host.disk / "ray.log"
+        if host is self.head:  # the others need it
+            wait_for("Ray's head is there", lambda: STARTED in log.read_text(), RAY_LIMIT_S)
+
+    def up(self, endpoints: Mapping[str, object], gateway: Mapping[str, object] | None = None) -> None:
+        """Start `headrace up --launcher ray` on the head, and wait until it serves."""
+        config = {
+            "endpoints": endpoints,
+            "gateway": {"bind": f"{self.head.address}:{GATEWAY_PORT}", **(gateway or {})},
+            "tenants": {"tests": {"keys": [f"sha256:{hashlib.sha256(KEY.encode()).hexdigest()}"]}},
+        }
+        (self.head.disk / "config.yaml").write_text(json.dumps(config))
+        path = str(self._hosts.mount_point / "config.yaml")
+        self._system = self.head.begin(
+            [*HEADRACE, "up", path, "--launcher", "ray", "--address", self.ray_address],
+            "up.log",
+            self.environment,
+        )
+        self.wait("it serves", lambda status: bool(status["is_ready"]), READY_LIMIT_S)
+
+    def down(self) -> None:
+        """Ctrl-C."""
+        assert self._system is not None
+        (command,) = psutil.Process(self._system.pid).children()  # of nsenter, which passes no signal on
+        command.send_signal(signal.SIGINT)
+        assert self._system.wait(90) == 0, (self.head.disk / "up.log").read_text()
+
+    # ---- looking ----------------
+
+    def status(self) -> Status:
+        """As `headrace status --json` on the head; empty while the controller does not answer."""
+        for path in self.head.disk.glob("headrace-*/ray-*"):
+            with contextlib.suppress(NotRunning):
+                reply = ask(path, GetStatus())
+                status: Status = msgspec.json.decode(msgspec.json.encode(reply.status))
+                return status
+        return {}
+
+    def wait(self, what: str, condition: Callable[[Status], bool], limit_s: float = 60.0) -> Status:
+        """Wait for a status like that and return it."""
+        deadline_s = time.monotonic() + limit_s
+        while True:
+            status = self.status()
+            if status and condition(status):
+                return status
+            assert time.monotonic() < deadline_s, (
+                f"after {limit_s} s still not: {what}\n{self.explain(status)}"
+            )
+            time.sleep(0.05)
+
+    def host_of(self, status: Status, replica: Status) -> Host | None:
+        """Where a replica is. None: nowhere yet, or on a host that is no more."""
+        addresses = {node["node_id"]: node["address"] for node in status["nodes"]}
+        address = addresses.get(replica["node"])
+        return next((host for host in self.hosts if host.address == address), None)
+
+    def names_on(self, status: Status, host: Host) -> list[str]:
+        """The replicas that the controller has on a host, in order."""
+        return sorted(r["replica_id"] for r in status["replicas"] if self.host_of(status, r) is host)
+
+    def explain(self, status: Status) -> str:
+        """What somebody who looks into a failure wants to see."""
+        names = ("replicas", "nodes", "endpoints", "gateways", "warnings")
+        seen = [json.dumps({name: status.get(name) for name in names}, indent=1)]
+        for host in self.hosts:
+            seen += [f"---- {host}: {title}" for title in host.titles("headrace:")]
+            for pattern in ("up.log", "headrace-*/*/logs/controller.log", "headrace-*/*/logs/router*.log"):
+                for path in host.disk.glob(pattern):
+                    seen.append(f"---- {host}: {path.name}\n{path.read_text(errors='replace')[-3000:]}")
+        return "\n".join(seen)
+
+
+@contextlib.contextmanager
+def ray_hosts(count: int) -> Iterator[RayHosts]:
+    """So many hosts with Ray; at the end nothing of them is left."""
+    with hosts_on_a_bridge(count) as hosts:
+        cluster = RayHosts(hosts)
+        for host in cluster.hosts:
+            cluster.start_ray(host)
+        for host in cluster.hosts:
+            log = host.disk / "ray.log"
+            wait_for(f"{host} has joined", lambda log=log: STARTED in log.read_text(), RAY_LIMIT_S)
+        yield cluster
