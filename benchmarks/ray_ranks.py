@@ -91,7 +91,7 @@ async def _connect(address: str, head: subprocess.Popen[bytes]) -> RayCluster:
 async def _start_holder(cluster: RayCluster) -> str:
     """Have the second host hold rank 1; return the run directory of both."""
     needs = NodeNeeds({"CPU": 2.0})
-    await cluster.reserve(KEY, needs, "")
+    await cluster.reserve(KEY, needs, "", [])
     async with asyncio.timeout(START_LIMIT_S):
         while not (await cluster.reservation(KEY)).node_id:  # noqa: ASYNC110, Ray tells by being asked
             await asyncio.sleep(0.05)

@@ -34,9 +34,10 @@ def detached(cluster: RayCluster, **endpoint: object) -> Iterator[System]:
         process.wait()
 
 
-def wait_nothing_is_left(cluster: RayCluster) -> None:
+def wait_nothing_runs(cluster: RayCluster) -> None:
+    """A run directory may be left when Ray kills keepers; the next keeper there empties it."""
     deadline_s = time.monotonic() + GONE_LIMIT_S
-    while left := left_over(cluster):
+    while left := [what for what in left_over(cluster) if not what.startswith("/")]:
         assert time.monotonic() < deadline_s, left
         time.sleep(0.2)
 
@@ -64,7 +65,7 @@ def test_without_a_store_the_system_ends_with_rays_gcs_and_commands_say_so() -> 
         assert system.ask().status_code == 200
         killed_s = time.monotonic()
         gcs_of(cluster.head).kill()
-        wait_nothing_is_left(cluster)
+        wait_nothing_runs(cluster)
         print(f"nothing was left {time.monotonic() - killed_s:.1f} s after the GCS was killed")
         asked_s = time.monotonic()
         status = cluster.headrace("status", RAY_ADDRESS=cluster.address)
@@ -72,30 +73,3 @@ def test_without_a_store_the_system_ends_with_rays_gcs_and_commands_say_so() -> 
         assert status.returncode == 1
         assert "cannot be reached: Connection refused" in status.stderr
         assert "Traceback" not in status.stderr
-
-
-def test_with_a_store_the_head_comes_back_and_replicas_elsewhere_were_never_touched() -> None:
-    """Ray keeps its tables on a disk (`RAY_gcs_storage=rocksdb`): a new head finds them there."""
-
-    def prepare(cluster: RayCluster) -> list[str]:
-        store = cluster.directory / "gcs"
-        store.mkdir()
-        cluster.environment |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(store)}
-        return ["--num-cpus=1", "--labels=kind=head"]
-
-    with ray_cluster(prepare=prepare) as cluster:
-        cluster.add_node("--num-cpus=2", "--labels=kind=worker")
-        with detached(cluster, nodes={"labels": {"kind": "worker"}}) as system:
-            before = system.wait(lambda status: bool(status["is_ready"]))
-            killed_s = time.monotonic()
-            cluster.head.kill()
-            cluster.start_head("--num-cpus=1", "--labels=kind=head")
-            started_s = time.monotonic()
-            after = system.wait(lambda status: bool(status["is_ready"]))
-            print(f"ready {time.monotonic() - started_s:.1f} s after the new head was there,", end=" ")
-            print(f"{time.monotonic() - killed_s:.1f} s after the old one was killed")
-            for name in ("front chat-1", "engine chat-1"):
-                assert pid_of(after, name) == pid_of(before, name), name
-            assert system.ask().status_code == 200
-            assert cluster.headrace("down", "--address", cluster.address).returncode == 0
-            wait_nothing_is_left(cluster)
