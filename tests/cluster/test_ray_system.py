@@ -49,7 +49,8 @@ class System:
         return {}
 
     def ask(self) -> httpx.Response:
-        body = {"model": "chat", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]}
+        messages = [{"role": "user", "content": "hi"}]
+        body = {"model": "chat", "max_tokens": 4, "temperature": 0, "messages": messages}
         return httpx.post(f"http://127.0.0.1:{self.port}/v1/chat/completions", json=body, timeout=60)
 
     def wait(
