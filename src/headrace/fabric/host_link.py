@@ -336,6 +336,8 @@ class HostLink:
     def _lose_rank(self, reason: str) -> None:
         """What it computed with is gone for good: end all, with a moment to hand open streams over."""
         self._lost_rank = reason
+        _log.warning("%s: %s; it ends", self.group, reason)
+        self._tell_waiting(f"{reason}; it ends")
         for name in self.names():
             self.stop(name, RANK_LOSS_GRACE_S)
 
