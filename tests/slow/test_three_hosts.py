@@ -16,6 +16,8 @@ from benchmarks.watched_streams import Ask, SteadyLoad, StreamResult, ask_all
 from tests.cluster.hosts_rig import Host, wait_for
 from tests.slow.ray_hosts import EDGE, GATEWAY_PORT, KEY, RayHosts, Status, ray_hosts
 
+from headrace.fabric.host_link import LOST_AFTER_S
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 NUM_TOKENS = 150
 SIMULATED = {"model": "smollm2-135m-instruct", "engine": "simulated", "simulated": {"step_ms": 20}}
@@ -203,7 +205,8 @@ def test_a_host_that_is_cut_off_and_comes_back_loses_no_stream_of_others_and_has
 ) -> None:
     victim = other_host(cluster)
     with loaded(cluster, right) as load:
-        replicas = cluster.names_on(cluster.status(), victim)
+        before = cluster.status()
+        replicas = cluster.names_on(before, victim)
         wait_for(
             "its streams flow", lambda: any(r.replica_id in replicas and r.pieces for r in list(load.open))
         )
@@ -219,6 +222,12 @@ def test_a_host_that_is_cut_off_and_comes_back_loses_no_stream_of_others_and_has
             f"had {replicas}, has {cluster.names_on(status, victim)}"
         )
     check(load, right, excused)
+    if outage_s < LOST_AFTER_S:
+        assert pids(status) == pids(before), "it was back in time, and nothing of it was given up"
+
+
+def pids(status: Status) -> dict[str, int]:
+    return {r["replica_id"]: r["pid"] for r in status["replicas"]}
 
 
 def test_a_host_that_is_drained_for_maintenance_is_left_under_load_without_a_lost_request(
