@@ -59,7 +59,7 @@ def front(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
         name: write_adapter(directory / name, model, seed) for seed, name in enumerate(("poet", "law"))
     }
     spec = msgspec.structs.replace(spec_of(model), lora=adapters)
-    with running_front(spec) as running:
+    with running_front(spec, resume_limit_s=START_LIMIT_S) as running:  # an engine starts for long on CPUs
         running.router.wait_for(lambda report: report.state == "ready", START_LIMIT_S)
         yield running
 
