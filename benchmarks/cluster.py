@@ -55,23 +55,23 @@ class Event:
 
 def run(*, is_quick: bool) -> Report:
     """Let everything happen so many times."""
-    count = 1 if is_quick else 10
+    count, restarts = (1, 1) if is_quick else (10, 6)
     report = Report(
         "cluster",
         "On a Ray cluster: added, lost, restarted",
         f"A real Ray cluster of this machine, with a token, in namespaces of its own; simulated engine, "
         f"{STEP_MS:g} ms per step; {STREAMS} streams of {ANSWER_TOKENS} tokens at any time, each compared "
-        f"with an undisturbed one. Each event {count} times. Processes begin when the kernel says so; places "
-        "are had when Ray's table says so (asked every 10 ms); the rest is when the status says so (every "
-        "10 ms).",
+        f"with an undisturbed one. Each event {count} times, the controller's ends {restarts} times. "
+        "Processes begin when the kernel says so, places are had when Ray's table does (asked every 10 ms), "
+        "the rest is when the status says so (every 10 ms).",
     )
     with started_cluster("--num-cpus=4") as cluster:
-        events = [*_on_existing_nodes(cluster, count), *_on_joining_nodes(cluster, count)]
+        events = [*_on_existing_nodes(cluster, count, restarts), *_on_joining_nodes(cluster, count)]
     _write(report, events)
     return report
 
 
-def _on_existing_nodes(cluster: RayCluster, count: int) -> list[Event]:
+def _on_existing_nodes(cluster: RayCluster, count: int, restarts: int) -> list[Event]:
     events = add, host, process, actor = [Event(title) for title in (ADD, HOST, PROCESS, ACTOR)]
     with cluster_system(cluster, _endpoint({"resources": {"CPU": 1}})) as system:
         streams = Streams(system)
@@ -82,7 +82,7 @@ def _on_existing_nodes(cluster: RayCluster, count: int) -> list[Event]:
                 if number:  # the first host of a machine reads Ray and headrace from a cold disk
                     add.times.append(phases)
                 remove_replica(system, 1)
-        for _ in range(count):
+        for _ in range(restarts):
             # In turns: what the keeper restarts comes later each time, unless its host is a new one.
             for event, number in ((process, 2), (actor, 1)):
                 with streams.during(event):

@@ -101,13 +101,15 @@ class RayCluster:
         self._nodes: list[RayNode] = []
 
     def start_head(self, *options: str) -> RayNode:
-        port = self.address.rpartition(":")[2]
-        node = self._start("--head", f"--port={port}", "--include-dashboard=false", *options)
+        port, num_before = self.address.rpartition(":")[2], self._num_started()
+        head = ("--head", f"--port={port}", "--include-dashboard=false")
+        node = self.head = self._start(*head, *options)
         deadline_s = time.monotonic() + START_LIMIT_S
         while True:
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", int(port)), 1.0).close()
-                return node
+                if self._num_started() > num_before:
+                    return node
             assert time.monotonic() < deadline_s, (self.directory / "ray.log").read_text()
             time.sleep(0.1)
 
@@ -122,7 +124,8 @@ class RayCluster:
         return node
 
     def _num_started(self) -> int:
-        return (self.directory / "ray.log").read_text().count("Ray runtime started")
+        log = self.directory / "ray.log"
+        return log.read_text().count("Ray runtime started") if log.exists() else 0
 
     def headrace(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command of headrace to its end."""

@@ -45,12 +45,13 @@ class System:
         """As `headrace status --json`, without the start of a process each time."""
         for path in self.cluster.directory.glob("headrace-*/ray-*"):
             with contextlib.suppress(NotRunning):
-                reply = ask(path, GetStatus())
+                reply = ask(path, GetStatus(), limit_s=2.0)
                 return msgspec.json.decode(msgspec.json.encode(reply.status))
         return {}
 
     def ask(self) -> httpx.Response:
-        body = {"model": "chat", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]}
+        messages = [{"role": "user", "content": "hi"}]
+        body = {"model": "chat", "max_tokens": 4, "temperature": 0, "messages": messages}
         return httpx.post(f"http://127.0.0.1:{self.port}/v1/chat/completions", json=body, timeout=60)
 
     def wait(
@@ -78,7 +79,9 @@ class System:
         assert self.process.wait(60) == 0, (self.cluster.directory / "up.log").read_text()
 
 
-def write_config(cluster: RayCluster, port: int, **endpoint: object) -> Path:
+def write_config(
+    cluster: RayCluster, port: int, gateway: dict[str, object] | None = None, **endpoint: object
+) -> Path:
     chat = {
         "model": "smollm2-135m-instruct",
         "engine": "simulated",
@@ -86,15 +89,18 @@ def write_config(cluster: RayCluster, port: int, **endpoint: object) -> Path:
         **endpoint,
     }
     path = cluster.directory / "config.yaml"
-    path.write_text(json.dumps({"endpoints": {"chat": chat}, "gateway": {"bind": f"127.0.0.1:{port}"}}))
+    address = {"bind": f"127.0.0.1:{port}", **(gateway or {})}
+    path.write_text(json.dumps({"endpoints": {"chat": chat}, "gateway": address}))
     return path
 
 
 @contextmanager
-def running(cluster: RayCluster, **endpoint: object) -> Iterator[System]:
+def running(
+    cluster: RayCluster, gateway: dict[str, object] | None = None, **endpoint: object
+) -> Iterator[System]:
     """A system that serves; it is stopped at the end, and then nothing of it is left."""
     port = free_port()
-    config = write_config(cluster, port, **endpoint)
+    config = write_config(cluster, port, gateway, **endpoint)
     process = cluster.begin("up", str(config), "--launcher", "ray", "--address", cluster.address)
     system = System(cluster, process, port)
     try:
@@ -122,7 +128,14 @@ def left_over(cluster: RayCluster) -> list[str]:
 
 
 def pid_of(status: dict[str, Any], name: str) -> int:
-    return next(process["pid"] for process in status["processes"] if process["name"] == name)
+    """0: there is none now."""
+    return next((process["pid"] for process in status["processes"] if process["name"] == name), 0)
+
+
+def titled(title: str) -> psutil.Process:
+    """The process of this title."""
+    (found,) = [process for process in psutil.process_iter() if process.cmdline()[:1] == [title]]
+    return found
 
 
 def test_a_system_serves_scales_and_leaves_nothing(cluster: RayCluster) -> None:
@@ -276,28 +289,60 @@ def test_a_replica_of_another_address_serves(cluster: RayCluster) -> None:
     node.stop()
 
 
+def test_gateways_are_on_nodes_of_their_kind_never_two_on_one(cluster: RayCluster) -> None:
+    nodes = [
+        cluster.add_node("--num-cpus=4", f"--node-ip-address=127.0.0.{n}", "--labels=kind=edge")
+        for n in (2, 2)  # one address, and so one port for both: loopback is that of the head's machine, too
+    ]
+    placement = {"resources": {"CPU": 0.5}, "labels": {"kind": "edge"}}
+    with running(cluster, {"count": 2, "placement": placement}) as system:
+        status = system.status()
+        edges = {node["node_id"]: node for node in status["nodes"] if node["labels"].get("kind") == "edge"}
+        places = {gateway["gateway_id"]: gateway["node"] for gateway in status["gateways"]}
+        assert set(places.values()) == set(edges)
+        assert sorted(node["gateways"] for node in edges.values()) == [["g1"], ["g2"]]
+        assert sum("only programs there reach it" in text for text in status["warnings"]) == 2
+        for _ in range(8):  # the kernel gives each connection to one of them
+            assert system.ask().status_code == 200
+        router = psutil.Process(pid_of(status, f"router-{min(places)}"))
+        router.parent().kill()  # its keeper, with all of the gateway
+        system.wait(lambda status: not status["is_ready"])
+        status = system.wait(lambda status: bool(status["is_ready"]))
+        assert {gateway["gateway_id"]: gateway["node"] for gateway in status["gateways"]} == places
+        assert system.ask().status_code == 200
+    for node in nodes:
+        node.stop()
+
+
 def test_ranks_have_hosts_of_their_own_and_are_lost_together(cluster: RayCluster) -> None:
     native = {"tensor_parallel": 2, "num_threads": 2, "dtype": "int8", "kv_cache_mb": 64, "packed_dir": "off"}
     with running(cluster, engine="native", native=native) as system:
         before = system.status()
         expected = system.ask().json()["choices"][0]["message"]["content"]
-        engine, rank = (pid_of(before, f"engine chat-1{which}") for which in ("", " rank 1"))
-        assert psutil.Process(rank).ppid() == pid_of(before, "holder of rank 1")
-        psutil.Process(rank).kill()  # the engine goes with it, and the front starts both again
+        engine, rank = pid_of(before, "engine chat-1"), titled("headrace: engine chat-1 rank 1")
+        holder = titled("headrace: holder of rank 1")
+        assert rank.ppid() == holder.pid
+        rank.kill()  # the engine goes with it, and the front starts both again
         after = system.wait(lambda status: pid_of(status, "engine chat-1") not in (0, engine))
         after = system.wait(lambda status: bool(status["is_ready"]))
         assert pid_of(after, "front chat-1") == pid_of(before, "front chat-1")
         assert system.ask().json()["choices"][0]["message"]["content"] == expected
-        keeper = psutil.Process(pid_of(after, "holder of rank 1")).parent()
+        keeper = holder.parent()
         assert keeper is not None
         host = keeper.parent()
         assert host is not None
         lost_s = time.monotonic()
         host.kill()
-        status = system.wait(lambda status: "the host of rank 1 is lost" in str(status["replicas"]))
+        system.wait(lambda status: "chat-1: the host of rank 1 is lost" in system.explain(status))
         print(f"a lost rank's host was noticed within {time.monotonic() - lost_s:.2f} s")
-        status = system.wait(lambda status: bool(status["is_ready"]) and len(status["replicas"]) == 1)
-        assert pid_of(status, "front chat-1") != pid_of(before, "front chat-1")
+        fronts = {process["pid"] for process in before["processes"] if process["name"].startswith("front ")}
+        system.wait(
+            lambda status: (
+                bool(status["is_ready"])
+                and len(status["replicas"]) == 1
+                and not fronts & {process["pid"] for process in status["processes"]}
+            )
+        )
         assert system.ask().json()["choices"][0]["message"]["content"] == expected
 
 
@@ -309,6 +354,7 @@ def test_down_ends_a_detached_system_from_anywhere(cluster: RayCluster) -> None:
     assert done.returncode == 0, done.stderr
     elsewhere = {"TMPDIR": "/var/tmp", "RAY_ADDRESS": cluster.address}
     asked = cluster.headrace("status", "--json", "--name", "other", **elsewhere)
+    assert asked.returncode == 0, asked.stderr
     assert json.loads(asked.stdout)["is_ready"]
     ended = cluster.headrace("down", "--name", "other", "--address", cluster.address)
     assert (ended.returncode, ended.stdout) == (0, "stopped\n"), ended.stderr

@@ -96,9 +96,16 @@ async def test_each_gateway_has_a_node_and_one_whose_node_is_lost_comes_again_on
 async def test_gateways_that_are_cut_off_from_the_controller_serve_and_are_told_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(tmp_path, f"node:{free_port()}")
+    config = make_config(tmp_path, f"node:{free_port()}", streams={"durable": True})
     async with running_system(config, [HEAD, *EDGES, WORKER]) as system:
         await system.until("both gateways serve", ready=1)
+        fronts = {front.replica_id: front.node for front in system.status().durable_fronts}
+        assert sorted(fronts.values()) == [node.node_id for node in EDGES]
+        for gateway in system.status().gateways:
+            answer = await system.ask(gateway.url, KEY)
+            assert fronts[answer.headers["x-headrace-replica"]] == gateway.node, (
+                "they stand beside their gateway"
+            )
         before = {process.name: process.pid for process in system.status().processes}
         monkeypatch.setattr(essentials, "HUNG_AFTER_S", 5.0)
         monkeypatch.setattr(gateway_state, "HUNG_AFTER_S", 5.0)
@@ -127,18 +134,3 @@ async def test_gateways_that_are_cut_off_from_the_controller_serve_and_are_told_
             assert (await system.ask(url, key)).status_code == 200
         after = {process.name: process.pid for process in system.status().processes}
         assert after == before, "nobody was taken for hung"
-
-
-async def test_durable_fronts_stand_beside_their_gateway(tmp_path: Path) -> None:
-    config = make_config(tmp_path, f"127.0.0.1:{free_port()}", streams={"durable": True})
-    config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"count": 1})})
-    async with running_system(config, [HEAD, EDGES[0], WORKER]) as system:
-        await system.until("it serves", ready=1)
-        (front,) = system.status().durable_fronts
-        assert front.node == system.gateway("g1").node == EDGES[0].node_id
-        assert system.node_of("chat-1") == WORKER.node_id
-        answer = await system.ask(key=KEY)
-        assert answer.status_code == 200, answer.text
-        assert answer.headers["x-headrace-replica"] == front.replica_id
-        (warning,) = system.status().warnings
-        assert "only programs there reach it" in warning

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,16 +28,20 @@ from headrace.api.messages import (
     ProcessSpec,
     ProcessStarted,
     ProcessWaiting,
+    StartProcess,
 )
 from headrace.api.run_paths import PYTHON_PLACEHOLDER, RUN_DIR_PLACEHOLDER
 from headrace.clock import SystemClock
 from headrace.fabric import host_link, retirement
 from headrace.fabric.fake_cluster import FakeCluster
+from headrace.fabric.host_messages import HostEvent, HostEvents, HostReport
 from headrace.fabric.local import LauncherLost
 from headrace.fabric.ray_host import Host
 from headrace.fabric.ray_launcher import RayLauncher
 
 LIMIT_S = 20.0
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+BEATING = "import os, sys, time\nwhile True: os.utime(sys.argv[1]); time.sleep(0.2)"
 SLEEPER = [PYTHON_PLACEHOLDER, "-S", "-c", "import time; time.sleep(600)"]
 HERE = NodeState("here", "10.0.0.1", True, {"CPU": 2.0}, {}, {"kind": "head"})
 THERE = NodeState("there", "10.0.0.1", True, {"CPU": 2.0}, {}, {"kind": "spot"})
@@ -413,6 +419,72 @@ async def take_nodes(launcher: RayLauncher) -> Nodes:
             event = await launcher.next_event()
             if isinstance(event, Nodes):
                 return event
+
+
+@pytest.mark.slow
+async def test_a_node_that_is_lost_while_a_host_starts_there_is_an_error_and_gives_its_place_back() -> None:
+    cluster = make_cluster(HERE, THERE)
+    async with launched(cluster) as launcher:
+        launcher.start(sleeper("chat-1", NodeNeeds({"CPU": 1.0}, {"kind": "spot"})))
+        await until(lambda: cluster.running)
+        host, node_id = next(iter(cluster.running.values()))
+        cluster.lose_node(node_id)
+        host.end()
+        event = await take(launcher, LauncherError)
+        assert isinstance(event, LauncherError)
+        assert (event.name, event.error) == ("chat-1", "its node is gone")
+        await until(lambda: not cluster._reserved)
+        await started(launcher, sleeper("chat-1", NodeNeeds({"CPU": 1.0})))
+
+
+@pytest.mark.slow
+async def test_a_node_that_is_lost_while_its_process_takes_leave_ends_it_at_once() -> None:
+    cluster = make_cluster(HERE, THERE)
+    stubborn = [PYTHON_PLACEHOLDER, "-S", "-c", STUBBORN]
+    async with launched(cluster) as launcher:
+        spec = sleeper("chat-1", NodeNeeds({"CPU": 1.0}, {"kind": "spot"}), argv=stubborn)
+        pid = await started(launcher, spec)
+        host, node_id = next(iter(cluster.running.values()))
+        cluster.drain_node(node_id, 4e9)
+        launcher.stop("chat-1", 60.0)
+        cluster.lose_node(node_id)
+        host.end()
+        event = await take(launcher, ProcessEnded)
+        assert isinstance(event, ProcessEnded)
+        assert (event.process.exit_code, event.process.last_output) == (None, "its node is gone")
+        await until(lambda: not psutil.pid_exists(pid))
+
+
+@pytest.mark.slow
+def test_a_process_whose_heartbeat_stops_is_killed_and_started_again() -> None:
+    host = Host("demo", "controller", "here", "10.0.0.1")
+    argv = [PYTHON_PLACEHOLDER, "-S", "-c", BEATING, f"{RUN_DIR_PLACEHOLDER}/beat"]
+    spec = ProcessSpec("controller", argv, files={"beat": ""}, is_restarted=True, heartbeat_file="beat")
+    try:
+        first_report = msgspec.msgpack.decode(host.describe(), type=HostReport)
+        host.obey(msgspec.msgpack.encode(StartProcess(spec)))
+        first = next_host_event(host, 0)
+        assert isinstance(first, ProcessStarted)
+        beats, deadline_s = Path(first_report.run_dir) / "beat", time.monotonic() + LIMIT_S
+        begun_ns = beats.stat().st_mtime_ns
+        while beats.stat().st_mtime_ns == begun_ns:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        os.kill(first.process.pid, signal.SIGSTOP)
+        ended = next_host_event(host, 1)
+        assert isinstance(ended, ProcessEnded)
+        assert (ended.process.pid, ended.process.exit_code) == (first.process.pid, -9)
+        again = next_host_event(host, 2)
+        assert isinstance(again, ProcessStarted)
+        assert again.process.pid != first.process.pid
+    finally:
+        host.end()
+
+
+def next_host_event(host: Host, after: int) -> HostEvent:
+    events = msgspec.msgpack.decode(host.poll(after, LIMIT_S), type=HostEvents).events
+    assert events, f"nothing after event {after}"
+    return events[0]
 
 
 def replica_of_three(name: str, tmp_path: Path) -> ProcessSpec:

@@ -27,6 +27,7 @@ SEVERAL_CHECKS_S = 3.0
 CHAT = json.dumps(
     {"model": "chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 ).encode()
+STREAM = json.dumps({**json.loads(CHAT), "stream": True}).encode()
 ENDPOINT = EndpointRule("chat", "simulated", 64, 30.0)
 
 
@@ -63,8 +64,8 @@ async def two_hosts(directory: Path, **gateway_settings: object) -> AsyncIterato
         await ours.close()
 
 
-async def chat(hosts: TwoHosts, **headers: str) -> HttpAnswer:
-    return await hosts.gateway.request("POST", "/v1/chat/completions", CHAT, headers)
+async def chat(hosts: TwoHosts, body: bytes = CHAT, **headers: str) -> HttpAnswer:
+    return await hosts.gateway.request("POST", "/v1/chat/completions", body, headers)
 
 
 async def ask_directly(front: RunningFront, context: ssl.SSLContext | None) -> bytes:
@@ -88,8 +89,8 @@ async def test_a_replica_of_another_host_serves_over_tls_and_passes_haproxys_che
         gateway = hosts.gateway
         num_asked, end_s = 0, asyncio.get_running_loop().time() + SEVERAL_CHECKS_S
         while asyncio.get_running_loop().time() < end_s:
-            answer = await chat(hosts)
-            assert answer.status == 200
+            answer = await chat(hosts, body=STREAM if num_asked % 2 else CHAT)  # short streams go over HTTP/2
+            assert answer.status == 200, answer.body
             assert answer.headers["x-headrace-replica"] == "chat-1"
             num_asked += 1
             await asyncio.sleep(0.1)

@@ -74,9 +74,8 @@ class RayHosts:
         host.begin(
             [*RAY, "start", "--block", "--disable-usage-stats", *place, *options], "ray.log", self.environment
         )
-        log = host.disk / "ray.log"
         if host is self.head:  # the others need it
-            wait_for("Ray's head is there", lambda: STARTED in log.read_text(), RAY_LIMIT_S)
+            wait_for_ray(host)
 
     def up(self, endpoints: Mapping[str, object], gateway: Mapping[str, object] | None = None) -> None:
         """Start `headrace up --launcher ray` on the head, and wait until it serves."""
@@ -146,6 +145,15 @@ class RayHosts:
         return "\n".join(seen)
 
 
+def wait_for_ray(host: Host) -> None:
+    """Wait until the host's Ray node is there; what Ray said is in the error."""
+    log = host.disk / "ray.log"
+    try:
+        wait_for(f"{host} has joined", lambda: STARTED in log.read_text(), RAY_LIMIT_S)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{log.read_text()[-3000:]}") from None
+
+
 @contextlib.contextmanager
 def ray_hosts(count: int) -> Iterator[RayHosts]:
     """So many hosts with Ray; at the end nothing of them is left."""
@@ -154,6 +162,5 @@ def ray_hosts(count: int) -> Iterator[RayHosts]:
         for host in cluster.hosts:
             cluster.start_ray(host)
         for host in cluster.hosts:
-            log = host.disk / "ray.log"
-            wait_for(f"{host} has joined", lambda log=log: STARTED in log.read_text(), RAY_LIMIT_S)
+            wait_for_ray(host)
         yield cluster

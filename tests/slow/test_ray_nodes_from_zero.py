@@ -20,6 +20,8 @@ from tests.cluster.test_ray_system import System, running
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 HEAD_NODE_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 """What the provider calls the head; it is told to take this id."""
+HEAD_NODE_TYPE = "ray.head.default"
+"""What the fake provider calls it."""
 IDLE_MINUTES = 0.1
 UNUSED_LISTS = [
     *(f"{kind}setup_commands" for kind in ("", "head_", "worker_")),
@@ -28,7 +30,7 @@ UNUSED_LISTS = [
 ]
 
 
-def autoscaler_config(directory: Path) -> Path:
+def autoscaler_config(cluster: RayCluster) -> Path:
     """A head that holds no replica, and nodes of one kind that do."""
     provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
     tree = {
@@ -36,7 +38,7 @@ def autoscaler_config(directory: Path) -> Path:
         "max_workers": 2,
         "upscaling_speed": 100,
         "idle_timeout_minutes": IDLE_MINUTES,
-        "head_node_type": "head",
+        "head_node_type": HEAD_NODE_TYPE,
         "provider": {
             "type": "external",
             "module": provider,
@@ -44,9 +46,10 @@ def autoscaler_config(directory: Path) -> Path:
             "disable_launch_config_check": True,
             "launch_multiple": True,
             "head_node_id": HEAD_NODE_ID,
+            "gcs_address": cluster.address,
         },
         "available_node_types": {
-            "head": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            HEAD_NODE_TYPE: {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
             "worker": {
                 "resources": {"CPU": 1, "slot": 1},
                 "node_config": {},
@@ -59,7 +62,7 @@ def autoscaler_config(directory: Path) -> Path:
         "file_mounts_sync_continuously": False,
         **{name: [] for name in UNUSED_LISTS},
     }
-    path = directory / "autoscaler.json"
+    path = cluster.directory / "autoscaler.json"
     path.write_text(json.dumps(tree))
     return path
 
@@ -72,7 +75,7 @@ def prepare(cluster: RayCluster) -> list[str]:
         "RAY_CLOUD_INSTANCE_ID": HEAD_NODE_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE_ID,
     }
-    return ["--num-cpus=1", f"--autoscaling-config={autoscaler_config(cluster.directory)}"]
+    return ["--num-cpus=1", f"--autoscaling-config={autoscaler_config(cluster)}"]
 
 
 def test_nodes_from_zero_come_with_demand_and_go_when_idle() -> None:

@@ -232,15 +232,20 @@ class _Turn:
 
     def _promote(self) -> dict[str, int]:
         """Let replicas on standby serve where some are missing. Return how many are missing then, by
-        generation; a standby that still starts is on its way and not replaced by a cold start."""
+        generation; a standby that still starts is on its way and not replaced by a cold start, unless
+        nothing could be started for it now: then it stays what it was started as."""
+        most = self.desired.count + (self.desired.surge if self._is_replacing else 0)
         missing: dict[str, int] = {}
         for generation, count in self.wanted.items():
             missing[generation] = count - sum(slot.generation == generation for slot in self._serving)
             standby = [slot for slot in self._standby if slot.generation == generation and slot.can_change]
             standby.sort(key=lambda slot: (self._phase(slot) != "standby", slot.started_s))
             for slot in standby[: max(missing[generation], 0)]:
+                can_serve = self._phase(slot) == "standby" and not slot.is_changing
+                if not can_serve and len(self._serving) >= most:
+                    continue
                 missing[generation] -= 1
-                if self._phase(slot) == "standby" and not slot.is_changing:
+                if can_serve:
                     reason = f"{self.desired.count} wanted: {self.desired.reason}"
                     self.actions.append(PromoteReplica(slot.replica_id, self.desired.name, reason))
                 else:

@@ -70,7 +70,7 @@ class Surroundings:
     count_asked: Callable[[str], Counter[str]]
     """How many others of the family wait for a place that was asked on each node."""
     silent_nodes: Callable[[], Collection[str]]
-    """Nodes that no place is asked on: the cluster may take a dead one for alive for most of a minute."""
+    """Nodes that do not answer."""
     on_tunnels: Callable[[], None]
     """Called when a link's address or tunnels change."""
 
@@ -336,6 +336,8 @@ class HostLink:
     def _lose_rank(self, reason: str) -> None:
         """What it computed with is gone for good: end all, with a moment to hand open streams over."""
         self._lost_rank = reason
+        _log.warning("%s: %s; it ends", self.group, reason)
+        self._tell_waiting(f"{reason}; it ends")
         for name in self.names():
             self.stop(name, RANK_LOSS_GRACE_S)
 

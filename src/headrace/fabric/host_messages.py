@@ -42,8 +42,8 @@ class SetTunnels(Message, frozen=True):
 
 
 class TunnelsOpened(Message, frozen=True):
-    """The tunnels of this host's machine are at `address`, and its keeper holds them; or why they cannot be
-    opened, which is tried again."""
+    """The tunnels of this host's machine are at `address`, and its keeper holds them; without one they cannot
+    be opened. error: why, or which of them cannot be had; either is tried again."""
 
     address: str
     error: str = ""

@@ -37,6 +37,8 @@ class HostTunnels:
         self._wished: SetTunnels | None = None
         self._changed = asyncio.Event()
         self._told_error = ""
+        self._address = ""
+        """Where they are open: one that cannot be reached does not close the others."""
 
     def __repr__(self) -> str:
         return f"HostTunnels({self._run_directory}, {self._wished})"
@@ -65,7 +67,8 @@ class HostTunnels:
     async def _hold(self, bind_host: str) -> None:
         tunnels = TunnelHost(self._run_directory / IDENTITY_FILE)
         try:
-            self._on_opened(TunnelsOpened(await tunnels.start(bind_host)))
+            self._address = await tunnels.start(bind_host)
+            self._on_opened(TunnelsOpened(self._address))
             self._told_error = ""
             kept: dict[str, str] = {}
             while True:
@@ -76,6 +79,7 @@ class HostTunnels:
                     async with asyncio.timeout(None if is_whole else RETRY_S):
                         await self._changed.wait()
         finally:
+            self._address = ""
             await tunnels.close()
 
     async def _carry_out(self, tunnels: TunnelHost, kept: dict[str, str], wished: SetTunnels) -> bool:
@@ -106,7 +110,7 @@ class HostTunnels:
     def _tell_error(self, error: str) -> None:
         if error != self._told_error:
             self._told_error = error
-            self._on_opened(TunnelsOpened("", error))
+            self._on_opened(TunnelsOpened(self._address, error))
 
 
 def _try_lock(lock_fd: int) -> bool:

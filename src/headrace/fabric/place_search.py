@@ -43,12 +43,11 @@ class Seeker:
 
 
 class PlaceSearch:
-    """One search. `node_id` is where the place is, once it was had."""
+    """One search. `node_id` is where the place is, once it was had; `liked_node_id` where it was asked for,
+    if not anywhere."""
 
     def __init__(self, seeker: Seeker, cluster: Cluster, clock: Clock, place: Place) -> None:
-        self.node_id = ""
-        self.liked_node_id = ""
-        """Where the place was asked for, if not anywhere."""
+        self.node_id = self.liked_node_id = ""
         self._seeker = seeker
         self._cluster = cluster
         self._clock = clock

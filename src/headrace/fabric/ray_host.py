@@ -46,6 +46,9 @@ MAX_EVENTS = 1000
 KEEPER_START_LIMIT_S = 20.0
 ASK_LIMIT_S = 10.0
 END_LIMIT_S = 6.0
+DEATH_INFO_WAIT_MS = 200
+"""How long a call of the controller whose connection broke waits for the reason. Ray looks once a second
+whether it was so long: its own 1000 ms make that two seconds with a node that is gone."""
 _READ_BYTES = 65536
 
 
@@ -213,7 +216,11 @@ class ControllerActor(Host):
         super().__init__(system, CONTROLLER_GROUP, node_id, address, Membership(identity, address))
         if not self._error:
             decoded = msgspec.msgpack.decode(spec, type=ProcessSpec)
-            environment = {**decoded.environment, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+            environment = {
+                **decoded.environment,
+                "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+                "RAY_timeout_ms_task_wait_for_death_info": str(DEATH_INFO_WAIT_MS),
+            }
             decoded = msgspec.structs.replace(decoded, environment=environment)
             self._connection.sendall(encode_frame(StartProcess(decoded)))
 

@@ -41,9 +41,10 @@ def host_run_directory(system: str, address: str) -> Path:
 
 
 def find_host_run_directory(system: str) -> Path | None:
-    """Return the directory of `system` on this machine, if it has one host here."""
+    """Return the directory of `system` on this machine, if it has one host here. What keepers left that were
+    killed is none."""
     pattern = f"ray-{system}-????????"
-    found = {path for parent in _parents() for path in parent.glob(pattern) if path.is_dir()}
+    found = {path for parent in _parents() for path in parent.glob(pattern) if _is_held(path)}
     return found.pop() if len(found) == 1 else None
 
 
@@ -95,6 +96,18 @@ class SharedRunDirectory:
             with contextlib.suppress(OSError):
                 self.path.parent.rmdir()
         os.close(self._lock_fd)
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a living keeper shares it. One that joins at this moment tries again."""
+    try:
+        lock_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return not _try_lock(lock_fd, fcntl.LOCK_EX)
+    finally:
+        os.close(lock_fd)
 
 
 def _try_lock(lock_fd: int, kind: int) -> bool:

@@ -63,8 +63,9 @@ def endpoint_backend(
     (is_shared) those on HTTP/2, to which only the router sends.
 
     A failed request is sent again elsewhere until its first byte came; the request id makes that harmless.
-    503 is what a front answers that drains or whose engine restarts. Of a durable endpoint the replicas' own
-    fronts are backups: all of them, but only when there is no durable front.
+    503 is what a front answers that drains beside ready siblings, or whose engine starts for the first time.
+    Of a durable endpoint the replicas' own fronts are backups: all of them, but only when there is no durable
+    front.
     """
     backups = "  option allbackups\n" if is_durable else ""
     lines = "".join(f"  server {server.name} {server.address} {server.options}\n" for server in servers)

@@ -263,12 +263,14 @@ def test_the_nodes_of_a_cluster_are_shown_with_what_is_free_and_who_is_there() -
     nodes = [
         NodeStatus("0123456789abcdef", "10.0.0.1", True, {"CPU": 4.0}, {"CPU": 1.5}, labels, ["chat-1"]),
         NodeStatus("fedcba9876543210", "10.0.0.2", False, {}, {}, {}, ["chat-2"]),
+        NodeStatus("ab" * 8, "10.0.0.3", True, {}, {}, {}, [], "draining for 23 s more, by Ray"),
     ]
     waits = replica("chat-2", "starting", phase="waits for room: CPU 4 is asked")
     shown = draw(msgspec.structs.replace(system(replica("chat-1", "ready"), waits), nodes=nodes))
     lines = [line.split() for line in shown.splitlines()]
     assert ["01234567", "10.0.0.1", "alive", "CPU", "1.5/4", "chat-1", "zone=a"] in lines
     assert ["fedcba98", "10.0.0.2", "gone", "chat-2"] in lines
+    assert "draining for 23 s more, by Ray" in shown
     assert "chat-2: waits for room: CPU 4 is asked" in shown
 
 

@@ -10,15 +10,19 @@ import pytest
 
 from headrace.api.config import Config
 from headrace.api.config_loader import parse_config
-from headrace.api.messages import NodeNeeds, ReplicaSpec
-from headrace.api.run_paths import PYTHON_PLACEHOLDER, RUN_DIR_PLACEHOLDER, rank_socket_path
+from headrace.api.messages import NodeNeeds, Place, ReplicaSpec
+from headrace.api.run_paths import NODE_PLACEHOLDER, PYTHON_PLACEHOLDER, RUN_DIR_PLACEHOLDER, rank_socket_path
 from headrace.control.config_changes import keep_address
+from headrace.control.preflight import check_address
 from headrace.control.specs import (
     CONFIG_FILE,
     cluster_controller_process,
     cluster_replica_process,
+    gateway_place,
+    gateway_specs,
     generation_of,
     place_of,
+    placed_durable_process,
 )
 from headrace.errors import ConfigError
 
@@ -108,3 +112,64 @@ def test_a_config_that_is_applied_stays_on_the_cluster_and_cannot_move_there() -
     assert keep_address(config_of("local", native={"num_threads": 2}), running).launcher == "ray"
     with pytest.raises(ConfigError, match="launcher: is local and cannot become ray"):
         keep_address(config_of("ray"), config_of("local"))
+
+
+def placed_config(bind: str = "node:8000", **gateway: Any) -> Config:
+    chat = {"model": "m", "streams": {"durable": True}}
+    keys = {"acme": {"keys": ["sha256:" + "a" * 64]}}
+    section = {"bind": bind, "count": 2, "placement": {"labels": {"kind": "edge"}}, **gateway}
+    return parse_config({"launcher": "ray", "endpoints": {"chat": chat}, "tenants": keys, "gateway": section})
+
+
+def test_gateways_with_a_placement_are_kept_apart_on_nodes_of_that_kind() -> None:
+    assert gateway_place(config_of()) is None
+    assert gateway_place(placed_config(num_threads=2)) == Place(
+        [NodeNeeds({"CPU": 2.0}, {"kind": "edge"})], "apart"
+    )
+    given = placed_config(placement={"resources": {"CPU": 0.5, "edge": 1}})
+    assert gateway_place(given) == Place([NodeNeeds({"CPU": 0.5, "edge": 1.0})], "apart")
+
+
+def test_gateways_elsewhere_are_told_nothing_of_the_controllers_machine() -> None:
+    for spec in gateway_specs(
+        placed_config(metrics_bind="node:9000"), Path("/run/of/the/controller")
+    ).values():
+        assert (spec.run_dir, spec.node) == (RUN_DIR_PLACEHOLDER, NODE_PLACEHOLDER)
+        assert "/run/of/the/controller" not in msgspec.json.encode(spec).decode()
+    assert spec.metrics_bind == "node:9001"
+
+
+def test_fronts_listen_for_gateways_of_every_host_and_durable_ones_share_their_gateways_place() -> None:
+    config = placed_config()
+    replica = cluster_replica_process(config, "chat", "chat-1", Path("/run"))
+    front = msgspec.json.decode(replica.argv[-1], type=ReplicaSpec)
+    assert (front.host, front.identity) == (NODE_PLACEHOLDER, f"{RUN_DIR_PLACEHOLDER}/cluster.pem")
+    durable = placed_durable_process(config, "chat", "chat:g2-1", "g2", Path("/run"))
+    assert (durable.place, durable.group) == (gateway_place(config), "gateway-g2")
+    assert "/run/" not in " ".join(durable.argv)
+
+
+@pytest.mark.parametrize(
+    ("gateway", "words"),
+    [
+        ({"bind": "10.0.0.7:8000"}, "write node:8000"),
+        ({"bind": "127.0.0.1:8000", "metrics_bind": "10.0.0.7:9000"}, "write node:9000"),
+        ({"placement": None}, "set gateway.placement"),
+        ({"bind": "node:80000"}, "not host:port"),
+        ({"placement": {"resources": {"edge": 0}}}, "must be more than 0"),
+        ({"placement": {"label": {}}}, "label"),
+    ],
+)
+def test_addresses_and_placements_that_cannot_be_are_refused_in_words(
+    gateway: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        placed_config(**{"bind": "node:8000", **gateway})
+
+
+def test_one_machine_has_no_nodes_for_gateways() -> None:
+    config = placed_config("127.0.0.1:0").model_copy(update={"launcher": "local"})
+    with pytest.raises(ConfigError, match="launcher: ray"):
+        check_address(config)
+    with pytest.raises(ConfigError, match=r"gateway\.placement: is .* while the system runs"):
+        keep_address(placed_config(placement={"labels": {"kind": "other"}}), placed_config())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from headrace.api.messages import Demand, ProcessState
 from headrace.control.essentials import HUNG_AFTER_S, Essential
 from headrace.control.gateway_state import MAX_SILENCES, STOOD_STILL_S, GatewayState
 
@@ -53,3 +54,44 @@ def test_a_controller_that_stood_still_takes_nobody_for_hung(state: GatewayState
         now_s += 0.5
     state.on_tick(now_s)
     assert names(state.hung(now_s)) == ["router-g1", "relay-g1", "router-g2", "relay-g2"]
+
+
+def on_node(state: GatewayState, gateway_id: str, node: str) -> None:
+    for essential in state.pairs[gateway_id].processes:
+        state.on_started(ProcessState(essential.name, 7, True, node=node), "head")
+
+
+def test_nobody_is_judged_by_a_silence_that_may_be_the_networks(state: GatewayState) -> None:
+    on_node(state, "g1", "head")
+    on_node(state, "g2", "far")
+    now_s = 0.0
+    while now_s < 3 * HUNG_AFTER_S:
+        now_s += 0.5
+        state.on_tick(now_s)
+        if now_s % 4 == 0:  # two limits of a probe
+            state.on_probe("g2", False, now_s, is_silent=True)
+        assert [name for name in names(state.hung(now_s)) if name.endswith("g2")] == []
+    assert names(state.hung(now_s)) == ["router-g1", "relay-g1"]
+    healed_s = now_s
+    while now_s < healed_s + HUNG_AFTER_S:  # its relay is heard again, the others need not be so quick
+        now_s += 0.5
+        state.pairs["g2"].relay.heard_s = now_s
+        state.on_tick(now_s)
+        assert [name for name in names(state.hung(now_s)) if name.endswith("g2")] == []
+    state.pairs["g2"].relay.heard_s = now_s + 0.5
+    state.on_tick(now_s + 0.5)
+    assert "router-g2" in names(state.hung(now_s + 0.5)), "its node is heard, and it says nothing"
+
+
+def test_a_gateway_that_waits_for_a_node_has_no_requests_to_be_heard_of(state: GatewayState) -> None:
+    assert not state.is_heard(1.0)
+    for pair in state.pairs.values():
+        for essential in pair.processes:
+            state.on_waiting(essential.name, "waits for a node", 1.0)
+    assert not state.is_heard(1.0), "nobody is heard"
+    on_node(state, "g1", "far")
+    state.on_demand(Demand("g1", 7, [], []), 1.0)
+    assert state.is_heard(1.0)
+    assert state.pairs["g2"].is_placeless
+    on_node(state, "g2", "far")
+    assert not state.is_heard(1.0)

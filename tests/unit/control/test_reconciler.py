@@ -188,6 +188,25 @@ def test_a_new_config_that_never_gets_ready_leaves_the_old_replicas_alone() -> N
     assert reconcile([desired(1)], fleet, NOW_S + 1) == []
 
 
+def test_a_standby_that_starts_is_not_taken_for_a_serving_one_while_none_may_be_started() -> None:
+    """The second of two turns at one moment started one more standby than the first."""
+    fleet = [
+        ready("chat-1"),
+        ready("chat-3"),
+        ready("chat-4", generation="old"),
+        crashed("chat-6", 1, NOW_S, is_retryable=False),
+        replace(ready("chat-7"), role="standby", report_state="standby", can_change=True),
+    ]
+    world, wish = (
+        World({replica.replica_id: replica for replica in fleet}),
+        desired(4, maximum=6, standby=2, surge=0),
+    )
+    actions = reconcile([wish], fleet, NOW_S)
+    assert starts(actions) == ["chat-2"]
+    world.apply(actions)
+    assert reconcile([wish], list(world.replicas.values()), NOW_S) == []
+
+
 def test_replica_ids_are_safe_and_differ_between_endpoints() -> None:
     names = ["chat", "qwen/qwen3:0.6b", "qwen-qwen3-0.6b", "qwen:qwen3/0.6b", "a" * 128, "a" * 127]
     prefixes = [slot_prefix(name) for name in names]

@@ -15,10 +15,12 @@ from headrace.engine.model_files.metadata import Hyperparameters
 from headrace.engine.model_files.resolve import ModelFiles
 from headrace.engine.operations.exchange import Exchange, exchange_sizes
 from headrace.engine.operations.kernels import load_kernels
-from headrace.engine.operations.shard import cut
+from headrace.engine.operations.linked_exchange import LinkedExchange
+from headrace.engine.operations.shard import column_starts, cut
 from headrace.engine.operations.shared_memory import SharedMemory
 from headrace.engine.protocol import StepInput
 from headrace.engine.runner import DecoderRunner, load_runner
+from headrace.engine.workers.links import KEY_BYTES, connect_ranks, listen
 from headrace.engine.workers.mailbox import shared_sizes
 
 MAX_TOKENS = 64
@@ -56,18 +58,34 @@ class ThreadSeat:
         return num_blocks
 
 
-class Ranks:
-    """All ranks of a model."""
+class LinkedSeat(ThreadSeat):
+    """A seat whose memory no other rank has: each rank is at an address of its own."""
 
-    def __init__(self, files: ModelFiles, spec: EngineSpec) -> None:
+    def join(self, h: Hyperparameters) -> Exchange:
+        listener = listen(f"127.0.0.{self._rank + 1}")
+        with listener:
+            self._shared[f"address {self._rank}"] = listener.getsockname()
+            self._barrier.wait(LIMIT_S)
+            addresses = {rank: self._shared[f"address {rank}"] for rank in range(self._num_ranks)}
+            links = connect_ranks(self._rank, listener, addresses, bytes(KEY_BYTES))
+        shard, starts = cut(h, self._num_ranks)[self._rank], column_starts(h, self._num_ranks)
+        self._shared.setdefault("links", []).extend(links.values())
+        return LinkedExchange(load_kernels(), SharedMemory(rank_sizes(h)), shard, starts, links, LIMIT_S)
+
+
+class Ranks:
+    """All ranks of a model. With links they share no memory, and talk over TCP."""
+
+    def __init__(self, files: ModelFiles, spec: EngineSpec, *, has_links: bool = False) -> None:
         num_ranks = spec.tensor_parallel
         self._pool = ThreadPoolExecutor(num_ranks)
-        shared: dict[str, Any] = {}
+        self._shared = shared = dict[str, Any]()
+        seat = LinkedSeat if has_links else ThreadSeat
         barrier = Barrier(num_ranks)
 
         def load(rank: int) -> DecoderRunner:
             try:
-                return load_runner(spec, files, lambda _: None, ThreadSeat(rank, num_ranks, shared, barrier))
+                return load_runner(spec, files, lambda _: None, seat(rank, num_ranks, shared, barrier))
             except BaseException:
                 barrier.abort()
                 raise
@@ -82,3 +100,5 @@ class Ranks:
 
     def close(self) -> None:
         self._pool.shutdown()
+        for link in self._shared.get("links", []):
+            link.close()

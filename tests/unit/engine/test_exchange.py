@@ -75,15 +75,16 @@ def logits_of(runner: DecoderRunner | Ranks, seed: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("has_links", [False, True], ids=["shared memory", "TCP"])
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize("model", MODELS)
 def test_int8_logits_are_the_same_bits_with_any_number_of_ranks(
-    library: Library, tmp_path: Path, model: str, num_ranks: int
+    library: Library, tmp_path: Path, model: str, num_ranks: int, has_links: bool
 ) -> None:
     architecture, changes = MODELS[model]
     files = huggingface_directory(tmp_path, architecture, **(changes | {"hidden_size": 96}))
     alone = load_runner(spec(1, "int8"), files, lambda _: None)
-    ranks = Ranks(files, spec(num_ranks, "int8"))
+    ranks = Ranks(files, spec(num_ranks, "int8"), has_links=has_links)
     for expected, found in zip(logits_of(alone, 1), logits_of(ranks, 1), strict=True):
         assert expected.shape == found.shape
         assert torch.equal(expected, found)
@@ -91,15 +92,16 @@ def test_int8_logits_are_the_same_bits_with_any_number_of_ranks(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("has_links", [False, True], ids=["shared memory", "TCP"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model", ["uneven KV groups", "one KV head"])
 def test_float_logits_are_those_of_one_rank_but_for_rounding(
-    library: Library, tmp_path: Path, model: str, dtype: str
+    library: Library, tmp_path: Path, model: str, dtype: str, has_links: bool
 ) -> None:
     architecture, changes = MODELS[model]
     files = huggingface_directory(tmp_path, architecture, **changes)
     alone = load_runner(spec(1, dtype), files, lambda _: None)
-    ranks = Ranks(files, spec(2, dtype))
+    ranks = Ranks(files, spec(2, dtype), has_links=has_links)
     for expected, found in zip(logits_of(alone, 2), logits_of(ranks, 2), strict=True):
         error = float((expected - found).norm() / expected.norm())
         assert error < (1e-5 if dtype == "float32" else 0.05)

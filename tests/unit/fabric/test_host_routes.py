@@ -45,3 +45,31 @@ def test_a_name_is_a_path_of_its_own_on_each_host() -> None:
     assert socket_path_of("router:g2", "/run/a") == "/run/a/g2/router.sock"
     assert socket_path_of("peer:chat-1", "/run/b") == "/run/b/peer-chat-1.sock"
     assert socket_path_of("/etc/passwd", "/run/b") == ""
+
+
+def test_a_gateway_elsewhere_is_asked_for_life_by_the_controller_alone_and_has_its_admin_api() -> None:
+    there = HostView("gateway-g1", "10.0.0.3", "10.0.0.3:7003")
+    controller = HostView("controller", HOME, "10.0.0.1:7000")
+    plan = plan_tunnels([controller, there, FAR_REPLICA], HOME)
+    asked = {"alive:g1", "runtime:g1", "relay:g1", "router:g1"}
+    assert set(plan[there.address].offered) == asked
+    assert plan[there.address].reached == {
+        "controller": "10.0.0.1:7000",
+        "admin": "10.0.0.1:7000",
+        "peer:chat-2": "10.0.0.2:7002",
+    }
+    assert set(plan[HOME].reached) == {*asked, "peer:chat-2"}
+    assert plan[HOME].offered == ["controller", "admin"]
+    assert plan[FAR].reached == {"controller": "10.0.0.1:7000", "router:g1": "10.0.0.3:7003"}
+
+
+def test_replicas_of_an_endpoint_that_is_called_gateway_are_no_gateways() -> None:
+    plan = plan_tunnels([GATEWAY, HostView("gateway-1", FAR, "10.0.0.2:7002")], HOME)
+    assert plan[FAR].offered == ["peer:gateway-1"]
+
+
+def test_names_that_lead_elsewhere_have_no_path() -> None:
+    assert socket_path_of("admin", "/run/a") == "/run/a/admin-http.sock"
+    assert socket_path_of("alive:g2", "/run/a") == "/run/a/g2/alive.sock"
+    assert socket_path_of("router:../x", "/run/a") == ""
+    assert socket_path_of("runtime:g1/../..", "/run/a") == ""

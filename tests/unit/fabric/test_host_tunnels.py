@@ -74,3 +74,16 @@ async def test_an_address_that_is_not_this_machines_is_told_once(tmp_path: Path)
         await until(lambda: said)
         assert said[0].address == ""
         assert "tunnels at 192.0.2.1" in said[0].error
+
+
+async def test_one_socket_that_cannot_be_made_takes_the_tunnels_from_nobody(tmp_path: Path) -> None:
+    said: list[TunnelsOpened] = []
+    (tmp_path / "g1").write_text("where a directory must be")
+    async with keeping(tmp_path, said) as tunnels:
+        tunnels.set(SetTunnels(["controller"], {"router:g1": "127.0.0.1:1", "router:g2": "127.0.0.1:1"}))
+        await until(lambda: len(said) == 2)
+        assert (said[0].error, "router:g1" in said[1].error) == ("", True)
+        assert said[1].address == said[0].address
+        await until((tmp_path / "g2" / "router.sock").exists)
+        (tmp_path / "g1").unlink()
+        await until((tmp_path / "g1" / "router.sock").exists)

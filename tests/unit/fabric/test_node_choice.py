@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from headrace.api.messages import NodeNeeds, NodeState
-from headrace.fabric.node_choice import choose_node, explain_wait
+from headrace.api.messages import NodeNeeds, NodeState, Place
+from headrace.fabric.node_choice import choose_node, explain_wait, kept_apart, label_selector
 
 NEEDS = NodeNeeds({"CPU": 2.0})
 
@@ -61,3 +61,20 @@ def test_a_wait_says_what_is_asked_what_there_is_and_what_would_fit(
 
 def test_a_cluster_without_nodes_says_so() -> None:
     assert "none has zone=b" in explain_wait([], NodeNeeds({"CPU": 1.0}, {"zone": "b"}))
+
+
+def test_apart_is_never_where_one_of_the_family_is() -> None:
+    nodes = [node("a", 8, 8), node("b", 8, 4), node("c", 8, 1)]
+    place = Place([NEEDS], "apart")
+    needs = kept_apart(place, NEEDS, {"a": 1})
+    assert choose_node(nodes, needs, "apart", {"a": 1}) == "b"
+    assert label_selector(needs) == [{"ray.io/node-id": "!in(a)"}]
+    assert kept_apart(place, NEEDS, {"b": 2, "a": 1, "c": 0}).other_than == ["a", "b"]
+    assert kept_apart(Place([NEEDS]), NEEDS, {"a": 1}) == NEEDS
+    assert label_selector(NEEDS) is None
+
+
+def test_one_that_must_be_apart_says_that_the_nodes_are_taken() -> None:
+    needs = NodeNeeds({"CPU": 1.0}, {"zone": "a"}, other_than=["a", "b"])
+    nodes = [node("a", 8, 8, zone="a"), node("b", 8, 8, zone="a"), node("c", 8, 8, zone="b")]
+    assert "each of the 2 nodes that would do has one already" in explain_wait(nodes, needs)

@@ -81,6 +81,8 @@ def test_a_system_of_this_machine_is_found_by_its_name(place: Path) -> None:
     joined = SharedRunDirectory.join(place)
     assert find_host_run_directory("demo") == place
     joined.leave()
+    place.mkdir(parents=True)
+    assert find_host_run_directory("demo") is None, "what killed keepers left is no system"
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "x" * 42])

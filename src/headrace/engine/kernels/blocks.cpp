@@ -64,7 +64,7 @@ void add_to_residual(Team& team, Workspace& workspace, const Matrix& matrix, con
   const size_t size = static_cast<size_t>(rows.num_rows) * static_cast<size_t>(features);
   float* y = part != nullptr ? part->output : workspace.narrow.take(size);
   multiply(team, matrix, rows, Epilogue::store, y + (part != nullptr ? part->first_output : 0), features);
-  if (part != nullptr) meet(*part);
+  if (part != nullptr) meet(*part, y, rows.num_rows, features, part->output_starts);
   for_rows(team, rows.num_rows, [&](int row) {
     float* x = to.x + static_cast<int64_t>(row) * features;
     const float* added = y + static_cast<int64_t>(row) * features;
@@ -91,7 +91,7 @@ void attention_block(Team& team, Workspace& workspace, const AttentionBlock& blo
       part != nullptr ? part->attended : workspace.attended.take(size * static_cast<size_t>(width));
   attention(team, block.shape, step, qkv, block.q_norm, block.k_norm, block.cos, block.sin, cache,
             attended + (part != nullptr ? part->first_attended : 0), width);
-  if (part != nullptr) meet(*part);
+  if (part != nullptr) meet(*part, attended, num_rows, width, part->attended_starts);
   const Rows rows = quantize(team, workspace, attended, width, num_rows);
   add_to_residual(team, workspace, block.o, rows, {x, block.qkv.in_features, block.post_norm, eps}, part);
 }
@@ -105,7 +105,7 @@ void mlp_block(Team& team, Workspace& workspace, const MlpBlock& block, int num_
   float* inner = part != nullptr ? part->inner : workspace.wide.take(size);
   const Epilogue epilogue = block.is_gelu ? Epilogue::gated_gelu : Epilogue::gated_silu;
   multiply(team, block.gate_up, normed, epilogue, inner + (part != nullptr ? part->first_inner : 0), width);
-  if (part != nullptr) meet(*part);
+  if (part != nullptr) meet(*part, inner, num_rows, width, part->inner_starts);
   const Rows rows = quantize(team, workspace, inner, width, num_rows);
   const Residual residual{x, block.gate_up.in_features, block.post_norm, block.norm_eps};
   add_to_residual(team, workspace, block.down, rows, residual, part);

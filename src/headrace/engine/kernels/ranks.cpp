@@ -11,6 +11,7 @@
 #include <chrono>
 
 #include "export.h"
+#include "links.h"
 
 namespace headrace {
 namespace {
@@ -102,7 +103,8 @@ Wait wait_for(SharedState& state, Rising& rising, uint32_t wanted, const Patienc
 
 }  // namespace
 
-void meet(RankPart& part) {
+void meet(RankPart& part, const Cut& cut) {
+  if (part.links != nullptr) return exchange(*part.links, cut);
   SharedState& state = *part.state;
   Rising& own = state.arrived[part.rank];
   const uint32_t meeting = own.value.load(std::memory_order_relaxed) + 1u;
@@ -130,9 +132,9 @@ using namespace headrace;
 HEADRACE_EXPORT size_t headrace_ranks_state_bytes() { return sizeof(SharedState); }
 
 // 0: met; 2: a rank was lost; 3: one did not come within the limit.
-HEADRACE_EXPORT int headrace_ranks_meet(RankPart* part) {
+HEADRACE_EXPORT int headrace_ranks_meet(RankPart* part, const Cut* cut) {
   try {
-    meet(*part);
+    meet(*part, *cut);
     return 0;
   } catch (const RanksApart& apart) {
     return static_cast<int>(apart.why);
@@ -141,6 +143,7 @@ HEADRACE_EXPORT int headrace_ranks_meet(RankPart* part) {
 
 // The first rank that has come to fewer meetings than this one; -1: none.
 HEADRACE_EXPORT int headrace_ranks_missing(const RankPart* part) {
+  if (part->links != nullptr) return missing(*part->links);
   const uint32_t meeting = part->state->arrived[part->rank].value.load();
   for (int rank = 0; rank < part->num_ranks; ++rank)
     if (!is_reached(part->state->arrived[rank], meeting)) return rank;

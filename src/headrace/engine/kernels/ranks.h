@@ -9,6 +9,8 @@
 
 namespace headrace {
 
+struct Links;
+
 constexpr int kMaxRanks = 64;
 
 // A number that only rises, written by one process. On cache lines of its own: others spin on it.
@@ -39,6 +41,21 @@ struct RankPart {
   // [T, down.in_features] and [T, hidden_size].
   float *attended, *inner, *output;
   int32_t first_attended, first_inner, first_output;
+  // Where ranks are on several hosts: how to reach them, and the first column of every rank, and the width behind
+  // the last; else null.
+  Links* links;
+  const int32_t *attended_starts, *inner_starts, *output_starts;
+};
+
+// Rows of which each rank made a part: its columns of all rows (`starts`, in units of unit_bytes), or all of the
+// rows that are its (`owners`, one rank per row).
+struct Cut {
+  char* rows;
+  int32_t num_rows;
+  int64_t row_bytes;
+  const int32_t* starts;
+  int32_t unit_bytes;
+  const int32_t* owners;
 };
 
 // Thrown where a meeting failed.
@@ -46,7 +63,13 @@ struct RanksApart {
   Wait why;
 };
 
-// Return when every rank has come to its next meeting: what they wrote before is then seen. Throws RanksApart.
-void meet(RankPart& part);
+// Return when every rank has come to its next meeting: what they wrote before is then seen: in memory that all
+// share, or, if they have links, in the rows of `cut`. Throws RanksApart.
+void meet(RankPart& part, const Cut& cut);
+
+// The same for rows [num_rows, width] of floats of which each rank made some columns.
+inline void meet(RankPart& part, float* rows, int num_rows, int width, const int32_t* starts) {
+  meet(part, {reinterpret_cast<char*>(rows), num_rows, static_cast<int64_t>(width) * 4, starts, 4, nullptr});
+}
 
 }  // namespace headrace

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from headrace.engine.model_files.metadata import Hyperparameters
-from headrace.engine.operations.kernel_structures import RankPart
+from headrace.engine.operations.kernel_structures import Cut, RankPart
 from headrace.engine.operations.kernels import Library
 from headrace.engine.operations.shard import Shard
 from headrace.engine.operations.shared_memory import SharedMemory
+from headrace.engine.protocol import Int32Array
 from headrace.errors import EngineDead
 
 MEETING_LIMIT_S = 20.0
@@ -57,7 +58,7 @@ class Exchange:
         self._memory = memory
         self._limit_s = limit_s
         self._watched = (c_int32 * max(len(watched), 1))(*watched)
-        self._meet = library.function("headrace_ranks_meet", [c_void_p], c_int)
+        self._meet = library.function("headrace_ranks_meet", [c_void_p, c_void_p], c_int)
         self._missing = library.function("headrace_ranks_missing", [c_void_p], c_int)
         self.part = RankPart(
             memory.address("state"),
@@ -80,7 +81,19 @@ class Exchange:
 
     def meet(self) -> None:
         """Wait until all ranks are here: what they wrote before is then seen. Raises EngineDead."""
-        self.check(self._meet(byref(self.part)))
+        self.meet_with(Cut())
+
+    def meet_with(self, cut: Cut) -> None:
+        """Meet; where memory is not shared, `cut` is what is sent and received. Raises EngineDead."""
+        self.check(self._meet(byref(self.part), byref(cut)))
+
+    def share_columns(self, name: str, rows: Tensor) -> None:
+        """Meet, with own columns of the shared rows `name` written: afterwards all are. Raises EngineDead."""
+        self.meet()
+
+    def share_rows(self, rows: Tensor, token_ids_T: Int32Array) -> None:
+        """Meet, with the rows of tokens of own vocabulary written: afterwards all are. Raises EngineDead."""
+        self.meet()
 
     def check(self, status: int) -> None:
         """Raise EngineDead if `status`, which a call of the kernels gave, says that ranks did not meet."""
@@ -99,7 +112,7 @@ class Exchange:
         until this rank meets the others again."""
         rows = self.rows(name, own.shape[0], width, own.dtype)
         rows[:, columns.start : columns.stop] = own
-        self.meet()
+        self.share_columns(name, rows)
         return rows
 
     def _view(self, name: str, dtype: torch.dtype) -> Tensor:

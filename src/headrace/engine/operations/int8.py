@@ -328,7 +328,7 @@ class Int8Blocks:
             rows.data_ptr(),
         )
         if self._exchange is not None:
-            self._exchange.meet()
+            self._exchange.share_rows(rows, step.token_ids_T)
             x.copy_(rows)
         return x
 
@@ -369,7 +369,7 @@ class Int8Blocks:
             )
         )
         if self._exchange is not None:
-            self._exchange.meet()
+            self._exchange.share_columns("logits", logits)
         return logits
 
     def _logit_rows(self, num_rows: int) -> Tensor:

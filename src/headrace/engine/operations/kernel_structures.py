@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_float, c_int32, c_void_p
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 
 
 class Matrix(Structure):
@@ -76,6 +76,23 @@ class RankPart(Structure):
         ("first_attended", c_int32),
         ("first_inner", c_int32),
         ("first_output", c_int32),
+        ("links", c_void_p),
+        ("attended_starts", c_void_p),
+        ("inner_starts", c_void_p),
+        ("output_starts", c_void_p),
+    ]
+
+
+class Cut(Structure):
+    """kernels/ranks.h."""
+
+    _fields_ = [
+        ("rows", c_void_p),
+        ("num_rows", c_int32),
+        ("row_bytes", c_int64),
+        ("starts", c_void_p),
+        ("unit_bytes", c_int32),
+        ("owners", c_void_p),
     ]
 
 

@@ -90,6 +90,17 @@ def cut(h: Hyperparameters, num_ranks: int) -> list[Shard]:
     ]
 
 
+def column_starts(h: Hyperparameters, num_ranks: int) -> dict[str, list[int]]:
+    """Of rows that ranks make together (`operations.exchange`): the ranks' first columns, and the width."""
+    shards = cut(h, num_ranks)
+    return {
+        "attended": [*(each.heads.start * h.head_dim for each in shards), h.num_heads * h.head_dim],
+        "inner": [*(each.inner.start for each in shards), h.intermediate_size],
+        "output": [*(each.hidden.start for each in shards), h.hidden_size],
+        "logits": [*(each.vocab.start for each in shards), h.vocab_size],
+    }
+
+
 def whole(h: Hyperparameters) -> Shard:
     """The only part of a model that one process computes."""
     return cut(h, 1)[0]

@@ -260,7 +260,7 @@ class TorchBlocks:
         vocab = self._shard.vocab
         own = torch.nonzero((token_ids_T >= vocab.start) & (token_ids_T < vocab.stop)).squeeze(1)
         rows[own] = self._embedding[token_ids_T[own] - vocab.start]
-        self._exchange.meet()
+        self._exchange.share_rows(rows, token_ids_T.numpy())
         return rows.clone()
 
     def attend(self, layer: int, x: Tensor, step: _Step, cache: Tensor) -> Tensor:

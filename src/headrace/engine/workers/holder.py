@@ -122,6 +122,7 @@ def main() -> int:
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             holder.serve_one()
+            time.sleep(_RETRY_S)  # one that was sent away does not come at once again
     return 0
 
 
