@@ -142,11 +142,12 @@ def _take_line(result: StreamResult, line: str) -> None:
             result.text += text
 
 
-def make_client(num_connections: int, key: str = "") -> httpx.AsyncClient:
-    """Return a client for so many streams at once. key: of a tenant; empty: none is asked for."""
+def make_client(num_connections: int, key: str = "", limit_s: float = LIMIT_S) -> httpx.AsyncClient:
+    """Return a client for so many streams at once. key: of a tenant; empty: none is asked for.
+    limit_s: how long it bears silence."""
     limits = httpx.Limits(max_connections=num_connections + 4)
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    return httpx.AsyncClient(timeout=LIMIT_S, limits=limits, headers=headers)
+    return httpx.AsyncClient(timeout=limit_s, limits=limits, headers=headers)
 
 
 def ask_all(url: str, asks: list[Ask], at_once: int = 4, key: str = "") -> list[StreamResult]:
@@ -169,10 +170,17 @@ class SteadyLoad:
     """`num_streams` streams at any time, in a thread of its own, until the block ends."""
 
     def __init__(
-        self, url: str, asks: list[Ask], right: list[StreamResult], num_streams: int, key: str = ""
+        self,
+        url: str,
+        asks: list[Ask],
+        right: list[StreamResult],
+        num_streams: int,
+        key: str = "",
+        limit_s: float = LIMIT_S,
     ) -> None:
+        """key, limit_s: as for `make_client`."""
         self._url = url
-        self._key = key
+        self._key, self._limit_s = key, limit_s
         self._asks = asks
         self._right = {result.ask.number: result for result in right}
         self._num_streams = num_streams
@@ -208,7 +216,7 @@ class SteadyLoad:
         ]
 
     async def _run(self) -> None:
-        async with make_client(self._num_streams, self._key) as client:
+        async with make_client(self._num_streams, self._key, self._limit_s) as client:
             await asyncio.gather(*(self._client(client, k) for k in range(self._num_streams)))
 
     async def _client(self, client: httpx.AsyncClient, position: int) -> None:

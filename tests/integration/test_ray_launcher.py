@@ -32,7 +32,7 @@ from headrace.api.messages import (
 )
 from headrace.api.run_paths import PYTHON_PLACEHOLDER, RUN_DIR_PLACEHOLDER
 from headrace.clock import SystemClock
-from headrace.fabric import host_link, retirement
+from headrace.fabric import host_link, ray_launcher, retirement
 from headrace.fabric.fake_cluster import FakeCluster
 from headrace.fabric.host_messages import HostEvent, HostEvents, HostReport
 from headrace.fabric.local import LauncherLost
@@ -232,6 +232,65 @@ async def test_a_silent_node_is_told_of_and_given_up_only_after_a_while(
         assert isinstance(ended, ProcessEnded)
         assert "has not answered for 1 s" in ended.process.last_output
         await until(lambda: not psutil.pid_exists(pid))
+
+
+@pytest.mark.slow
+async def test_a_silent_node_that_was_cut_off_and_is_back_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host_link, "SILENT_AFTER_S", 0.1)
+    monkeypatch.setattr(host_link, "LOST_AFTER_S", 1.0)
+    monkeypatch.setattr(host_link, "POLL_S", 0.05)
+    can_reach = False
+
+    async def reach(_self: RayLauncher, _address: str) -> bool:
+        return can_reach
+
+    monkeypatch.setattr(RayLauncher, "_can_reach", reach)
+    cluster = make_cluster(HERE, THERE)
+    async with launched(cluster) as launcher:
+        pid = await started(launcher, sleeper("chat-1", NodeNeeds({"CPU": 1.0}, {"kind": "spot"})))
+        cluster.silent.add("there")
+        await take(launcher, ProcessWaiting)
+        can_reach = True
+        event = await take(launcher, ProcessWaiting)  # which bears no end
+        while not (isinstance(event, ProcessWaiting) and event.reason.endswith("answered for 1.3 s")):
+            event = await take(launcher, ProcessWaiting)
+        cluster.silent.clear()
+        (link,) = launcher._links.values()
+        await until(lambda: not link.is_silent)
+        assert psutil.pid_exists(pid)
+        cluster.silent.add("there")
+        assert isinstance(await take(launcher, ProcessEnded), ProcessEnded), "it could be reached, and hung"
+
+
+@pytest.mark.slow
+async def test_nothing_is_placed_on_a_node_without_power_that_the_cluster_takes_for_alive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    is_there = True
+
+    async def answers(_address: str, _limit_s: float) -> bool:
+        return is_there
+
+    monkeypatch.setattr(ray_launcher, "answers", answers)
+    monkeypatch.setattr(ray_launcher, "PROBE_LIMIT_S", 0.02)
+    monkeypatch.setattr(RayLauncher, "_tunnels_at", lambda _self, address: f"{address}:1")
+    cluster = make_cluster(HERE, THERE)
+    async with launched(cluster) as launcher:
+        await started(launcher, sleeper("fuller-1", NodeNeeds({"CPU": 1.0}, {"kind": "head"})))
+        for is_there, where in ((True, "there"), (False, "here")):
+            await started(launcher, sleeper("chat-1", NodeNeeds({"CPU": 0.1}, {"kind": "spot"})))
+            (key,) = [key for key in await cluster.hosts() if key.startswith("chat-1")]
+            cluster.unavailable.add(key)
+            await take(launcher, ProcessEnded)
+            await until(lambda is_there=is_there: bool(launcher._given_up) != is_there)
+            await started(launcher, sleeper(f"{where}-1", NodeNeeds({"CPU": 0.1})))
+            assert cluster.liked.pop() == where
+        is_there = True
+        await until(lambda: not launcher._given_up)
+        await started(launcher, sleeper("again-1", NodeNeeds({"CPU": 0.1})))
+        assert cluster.liked.pop() == "there"
 
 
 @pytest.mark.slow

@@ -29,6 +29,8 @@ RAY_PORT, GATEWAY_PORT = 6379, 8000
 RAY_LIMIT_S, READY_LIMIT_S = 180.0, 180.0
 STARTED = "Ray runtime started"
 KEY = "hr-three-hosts"
+EDGE = "edge"
+"""What the label `kind` of every host but the head is."""
 Status = dict[str, Any]
 
 
@@ -64,13 +66,15 @@ class RayHosts:
         """A machine that comes later, with a Ray node."""
         host = self._hosts.add()
         self.start_ray(host)
+        wait_for_ray(host)
         return host
 
     def start_ray(self, host: Host) -> None:
         place = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"]
+        labels = f"host={host.name}"
         if host is not self.head:
-            place = [f"--address={self.ray_address}"]
-        options = [f"--node-ip-address={host.address}", "--num-cpus=1", f"--labels=host={host.name}", *SMALL]
+            place, labels = [f"--address={self.ray_address}"], f"{labels},kind={EDGE}"
+        options = [f"--node-ip-address={host.address}", "--num-cpus=1", f"--labels={labels}", *SMALL]
         host.begin(
             [*RAY, "start", "--block", "--disable-usage-stats", *place, *options], "ray.log", self.environment
         )
@@ -99,6 +103,18 @@ class RayHosts:
         (command,) = psutil.Process(self._system.pid).children()  # of nsenter, which passes no signal on
         command.send_signal(signal.SIGINT)
         assert self._system.wait(90) == 0, (self.head.disk / "up.log").read_text()
+
+    def drain(self, host: Host, status: Status, deadline_s: int) -> None:
+        """As an operator tells Ray: this host goes in so many seconds, for maintenance."""
+        (node_id,) = [node["node_id"] for node in status["nodes"] if node["address"] == host.address]
+        reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=maintenance"]
+        self.head.run(
+            [
+                *(*RAY, "drain-node", f"--address={self.ray_address}", f"--node-id={node_id}"),
+                *(*reason, f"--deadline-remaining-seconds={deadline_s}"),
+            ],
+            self.environment,
+        )
 
     # ---- looking ----------------
 
@@ -132,6 +148,11 @@ class RayHosts:
     def names_on(self, status: Status, host: Host) -> list[str]:
         """The replicas that the controller has on a host, in order."""
         return sorted(r["replica_id"] for r in status["replicas"] if self.host_of(status, r) is host)
+
+    def gateways(self, status: Status) -> dict[Host, Status]:
+        """The gateways that have a host, by it."""
+        hosts = {f"http://{host.address}:{GATEWAY_PORT}/v1": host for host in self.hosts}
+        return {hosts[gateway["url"]]: gateway for gateway in status["gateways"] if gateway["url"]}
 
     def explain(self, status: Status) -> str:
         """What somebody who looks into a failure wants to see."""

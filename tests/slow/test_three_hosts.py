@@ -14,7 +14,9 @@ from collections.abc import Iterator
 import pytest
 from benchmarks.watched_streams import Ask, SteadyLoad, StreamResult, ask_all
 from tests.cluster.hosts_rig import Host, wait_for
-from tests.slow.ray_hosts import KEY, RayHosts, Status, ray_hosts
+from tests.slow.ray_hosts import EDGE, GATEWAY_PORT, KEY, RayHosts, Status, ray_hosts
+
+from headrace.fabric.host_link import LOST_AFTER_S
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 NUM_TOKENS = 150
@@ -33,6 +35,14 @@ NUM_STREAMS = 12
 NOTICE_LIMIT_S = 3.0
 """2 s, and what a busy machine adds."""
 SETTLE_LIMIT_S = 150.0
+EDGE_GATEWAYS = {
+    "bind": f"node:{GATEWAY_PORT}",
+    "count": 2,
+    "placement": {"labels": {"kind": EDGE}, "resources": {"CPU": 0.1}},
+}
+DRAIN_DEADLINE_S = 120
+CLIENT_LIMIT_S = 10.0
+"""Of clients of a gateway that will be no more: nobody tells them so."""
 GIVEN_UP_AFTER_S = 12.0
 """The launcher may give a host up that is back already: Ray's connections to it come back later."""
 
@@ -53,16 +63,30 @@ def right(cluster: RayHosts) -> list[StreamResult]:
     return ask_all(cluster.url, list(ASKS), NUM_STREAMS, KEY)
 
 
+@pytest.fixture
+def edged() -> Iterator[RayHosts]:
+    """A fresh cluster whose two gateways are on the hosts beside the head."""
+    with ray_hosts(3) as cluster:
+        cluster.up(ENDPOINTS, EDGE_GATEWAYS)
+        yield cluster
+        cluster.down()
+        for host in cluster.hosts:
+            wait_for(f"nothing is left on {host}", lambda host=host: not host.titles("headrace"))
+
+
 @contextlib.contextmanager
-def loaded(cluster: RayHosts, right: list[StreamResult]) -> Iterator[SteadyLoad]:
-    """Streams at both endpoints, which all have been begun at the start of the block and end by its end."""
-    with SteadyLoad(cluster.url, ASKS, right, NUM_STREAMS, KEY) as load:
-        wait_for(
-            "streams flow", lambda: sum(len(r.pieces) > 3 for r in list(load.open)) >= NUM_STREAMS - 2, 30
-        )
+def loaded(cluster: RayHosts, right: list[StreamResult], url: str = "") -> Iterator[SteadyLoad]:
+    """Streams at both endpoints, which all have been begun at the start of the block and end by its end.
+    url: of a gateway; empty: the one on the head."""
+    with SteadyLoad(url or cluster.url, ASKS, right, NUM_STREAMS, KEY) as load:
+        wait_until_streams_flow(load, NUM_STREAMS)
         yield load
         num_ended = len(load.results) + NUM_STREAMS
         wait_for("streams go on", lambda: len(load.results) >= num_ended, 60)
+
+
+def wait_until_streams_flow(load: SteadyLoad, num_streams: int) -> None:
+    wait_for("streams flow", lambda: sum(len(r.pieces) > 3 for r in list(load.open)) >= num_streams - 2, 30)
 
 
 def settled(cluster: RayHosts, status: Status) -> bool:
@@ -181,7 +205,8 @@ def test_a_host_that_is_cut_off_and_comes_back_loses_no_stream_of_others_and_has
 ) -> None:
     victim = other_host(cluster)
     with loaded(cluster, right) as load:
-        replicas = cluster.names_on(cluster.status(), victim)
+        before = cluster.status()
+        replicas = cluster.names_on(before, victim)
         wait_for(
             "its streams flow", lambda: any(r.replica_id in replicas and r.pieces for r in list(load.open))
         )
@@ -197,3 +222,108 @@ def test_a_host_that_is_cut_off_and_comes_back_loses_no_stream_of_others_and_has
             f"had {replicas}, has {cluster.names_on(status, victim)}"
         )
     check(load, right, excused)
+    if outage_s < LOST_AFTER_S:
+        assert pids(status) == pids(before), "it was back in time, and nothing of it was given up"
+
+
+def pids(status: Status) -> dict[str, int]:
+    return {r["replica_id"]: r["pid"] for r in status["replicas"]}
+
+
+def test_a_host_that_is_drained_for_maintenance_is_left_under_load_without_a_lost_request(
+    cluster: RayHosts, right: list[StreamResult]
+) -> None:
+    victim = other_host(cluster)
+    with loaded(cluster, right) as load:
+        before = cluster.status()
+        was = {r["replica_id"]: r["pid"] for r in before["replicas"] if cluster.host_of(before, r) is victim}
+        drained_s = time.monotonic()
+        cluster.drain(victim, before, DRAIN_DEADLINE_S)
+        fewest_ready = dict.fromkeys(ENDPOINTS, math.inf)
+        said = ""
+
+        def is_empty(status: Status) -> bool:
+            nonlocal said
+            said = said or next((n["leaving"] for n in status["nodes"] if n["address"] == victim.address), "")
+            for endpoint in status["endpoints"]:
+                fewest_ready[endpoint["name"]] = min(fewest_ready[endpoint["name"]], endpoint["ready"])
+            here = {
+                r["replica_id"]: r["pid"] for r in status["replicas"] if cluster.host_of(status, r) is victim
+            }
+            assert here.items() <= was.items(), f"{here} is on a host that is drained and had {was}"
+            return not here and not fronts_on(victim)
+
+        cluster.wait("it is empty", is_empty, DRAIN_DEADLINE_S)
+        left_s = time.monotonic() - drained_s
+        cluster.wait("Ray lets it go", lambda status: victim.address not in alive_addresses(status))
+        gone_s = time.monotonic() - drained_s
+        status = wait_settled(cluster)
+        assert not cluster.names_on(status, victim)
+    check(load, right, set())
+    print(f"drained: {', '.join(was)} had left after {left_s:.1f} s, the node after {gone_s:.1f} s; {said!r}")
+    assert said.startswith("draining for ")
+    assert fewest_ready == {"chat": 3, "safe": 2}
+
+
+def alive_addresses(status: Status) -> list[str]:
+    return [node["address"] for node in status["nodes"] if node["is_alive"]]
+
+
+def test_a_gateway_that_is_lost_with_its_host_takes_no_stream_of_the_other_and_comes_again(
+    edged: RayHosts,
+) -> None:
+    status = wait_settled(edged)
+    kept, lost = edged.gateways(status)
+    assert edged.head not in (kept, lost)
+    gateways = edged.gateways(status)
+    kept_url, lost_url, lost_id = gateways[kept]["url"], gateways[lost]["url"], gateways[lost]["gateway_id"]
+    right = ask_all(kept_url, list(ASKS), NUM_STREAMS, KEY)
+    with (
+        loaded(edged, right, kept_url) as load,
+        SteadyLoad(lost_url, ASKS, right, NUM_STREAMS, KEY, CLIENT_LIMIT_S) as lost_load,
+    ):
+        wait_until_streams_flow(lost_load, NUM_STREAMS)
+        before = edged.status()
+        replicas = edged.names_on(before, lost)
+        excused = open_at(load, replicas)
+        lost.kill()
+        killed_s = time.monotonic()
+        lost_load.end()
+        status = edged.wait("it waits for a node", lambda status: waits(status, lost_id), 60)
+        waits_s = time.monotonic() - killed_s
+        said = gateway_of(status, lost_id)["waiting_for"]
+        assert not status["is_ready"]
+        host = edged.add_host()
+        added_s = time.monotonic()
+        edged.wait("it is there again", lambda status: host in edged.gateways(status), 60)
+        status = wait_settled(edged)
+        again_s = time.monotonic() - added_s
+        gateways = edged.gateways(status)
+        assert gateways[host]["gateway_id"] == lost_id
+        assert gateways[kept]["url"] == kept_url
+        again = ask_all(gateways[host]["url"], list(ASKS), NUM_STREAMS, KEY)
+    check(load, right, excused)
+    assert [answer.outcome(each) for answer, each in zip(again, right, strict=True)] == ["same"] * len(ASKS)
+    print(f"a gateway's host without power, with {replicas}: told after {waits_s:.1f} s, {said!r}")
+    print(f"it was there again {again_s:.1f} s after another host had joined")
+    print(f"longest gaps: {longest_gaps(load)}; streams of the lost one: {dict(lost_load.outcomes())}")
+    assert lost_load.outcomes()["different"] == 0
+
+
+def longest_gaps(load: SteadyLoad) -> str:
+    """The longest pause between two texts of any stream that ended well, by endpoint."""
+    gaps_s = dict.fromkeys(ENDPOINTS, 0.0)
+    for result in load.results:
+        if result.is_done:
+            gaps_s[result.ask.model] = max(gaps_s[result.ask.model], result.longest_gap_s)
+    return ", ".join(f"{name} {gap_s:.1f} s" for name, gap_s in gaps_s.items())
+
+
+def gateway_of(status: Status, gateway_id: str) -> Status:
+    return next(each for each in status["gateways"] if each["gateway_id"] == gateway_id)
+
+
+def waits(status: Status, gateway_id: str) -> bool:
+    """Whether a gateway has no node, and says why."""
+    gateway = gateway_of(status, gateway_id)
+    return not gateway["url"] and "nodes that would do has one already" in gateway["waiting_for"]

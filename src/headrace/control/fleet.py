@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from headrace.api.messages import LoadReport, ProcessState
+from headrace.api.messages import LoadReport, ProcessState, is_same_process
 from headrace.control.node_drains import NodeDrains
 from headrace.control.notices import MachineNotices
 from headrace.control.reconciler import StartReplica, StopReplica
@@ -64,6 +64,8 @@ class Slot:
     no_change_before_s: float = -math.inf
     node: str = ""
     """Id of the node that its process is on; empty: this machine."""
+    node_address: str = ""
+    """As in ProcessState."""
     is_told_to_leave: bool = False
     """Its node is drained, and it is to leave by itself."""
     waiting_for: str = ""
@@ -119,7 +121,7 @@ class Fleet:
             slot = Slot(process.name, endpoint, generations.get(endpoint, ""), 30.0, now_s, pid=process.pid)
             slot.lease_ends_s = now_s + FIRST_REPORT_LIMIT_S
             slot.phase_since_s = now_s
-            slot.is_adopted, slot.node = True, process.node
+            slot.is_adopted, slot.node, slot.node_address = True, process.node, process.node_address
             self.slots[process.name] = slot
             self._adopted.add(process.name)
         self._adopted_s = now_s
@@ -133,8 +135,8 @@ class Fleet:
         if slot is None:
             return
         slot.pid = process.pid
-        slot.node, slot.waiting_for = process.node, ""
-        if slot.report is not None and slot.report.pid != process.pid:
+        slot.node, slot.node_address, slot.waiting_for = process.node, process.node_address, ""
+        if slot.report is not None and not is_same_process(slot.report, process):
             slot.report = None  # a last word of the process before this one
 
     def on_waiting(self, name: str, reason: str, now_s: float) -> None:
@@ -149,7 +151,7 @@ class Fleet:
     def on_report(self, report: LoadReport, now_s: float) -> None:
         """Take a load report. One of an unknown, ended or earlier process is ignored."""
         slot = self.slots.get(report.replica_id)
-        if slot is None or not slot.is_alive or (slot.pid and report.pid != slot.pid):
+        if slot is None or not slot.is_alive or (slot.pid and not is_same_process(report, slot)):
             return
         self._adopted.discard(report.replica_id)
         self._follow_sleep(slot, report, now_s)
@@ -200,7 +202,7 @@ class Fleet:
         slot.is_alive = slot.is_stopping = slot.keeps_slot = False
         slot.ended_s = now_s
         slot.pid = 0
-        slot.node = slot.waiting_for = ""
+        slot.node = slot.node_address = slot.waiting_for = ""
         slot.report = None
         slot.ready_since_s = None
         slot.change_since_s = None

@@ -10,7 +10,15 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from headrace.api.messages import Demand, EndpointDemand, ProcessState, haproxy_name, relay_name, router_name
+from headrace.api.messages import (
+    Demand,
+    EndpointDemand,
+    ProcessState,
+    haproxy_name,
+    is_same_process,
+    relay_name,
+    router_name,
+)
 from headrace.control.essentials import HUNG_AFTER_S, Essential
 from headrace.control.version_counts import VersionCounts
 
@@ -36,6 +44,8 @@ class GatewayPair:
     """HAProxy answered its last probe."""
     node: str = ""
     """Id of the node that it is on, or was on last; empty: this machine."""
+    node_address: str = ""
+    """As in ProcessState."""
     is_elsewhere: bool = False
     """That is not the controller's node: what it says comes through a tunnel."""
     waiting_for: str = ""
@@ -60,6 +70,11 @@ class GatewayPair:
         if self.num_silences >= MAX_SILENCES and self.haproxy.is_alive and not self.haproxy.is_stopping:
             found.append(self.haproxy)
         return found
+
+    @property
+    def pid(self) -> int:
+        """Of its router."""
+        return self.router.pid
 
     @property
     def processes(self) -> tuple[Essential, Essential, Essential]:
@@ -119,7 +134,7 @@ class GatewayState:
 
     def _note_node(self, process: ProcessState, own_node_id: str) -> None:
         pair = self._pair_of(process.name)
-        pair.node, pair.waiting_for = process.node, ""
+        pair.node, pair.node_address, pair.waiting_for = process.node, process.node_address, ""
         pair.is_elsewhere = process.node not in ("", own_node_id)
 
     def _pair_of(self, name: str) -> GatewayPair:
@@ -128,7 +143,7 @@ class GatewayState:
     def on_demand(self, demand: Demand, now_s: float) -> None:
         """Take a router's view. One of an unknown or an earlier router process is ignored."""
         pair = self.pairs.get(demand.router_id)
-        if pair is None or (pair.router.pid and demand.pid != pair.router.pid):
+        if pair is None or (pair.pid and not is_same_process(demand, pair)):
             return
         pair.demand, pair.demand_s, pair.waiting_for = demand, now_s, ""
         pair.router.heard_s = now_s
@@ -198,7 +213,9 @@ class GatewayState:
         words: dict[str, dict[str, EndpointDemand]] = {}
         for demand in self.demands():
             for entry in demand.endpoints:
-                words.setdefault(entry.endpoint, {})[f"{demand.router_id}/{demand.pid}"] = entry
+                words.setdefault(entry.endpoint, {})[
+                    f"{demand.router_id}/{demand.pid}/{demand.node_address}"
+                ] = entry
         return words
 
     def is_heard(self, now_s: float) -> bool:

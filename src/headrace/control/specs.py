@@ -86,7 +86,7 @@ def cluster_replica_process(
     host, identity = HOST_PLACEHOLDER, IDENTITY_PLACEHOLDER
     if config.gateway.placement is not None:  # any host may have a gateway that is not this one's
         host, identity = NODE_PLACEHOLDER, f"{RUN_DIR_PLACEHOLDER}/{IDENTITY_FILE}"
-    front = msgspec.structs.replace(front, host=host, identity=identity)
+    front = msgspec.structs.replace(front, host=host, identity=identity, node_address=NODE_PLACEHOLDER)
     ranks = _rank_processes(replica_id, front.engine)
     if ranks:
         socket_path = rank_socket_path(RUN_DIR_PLACEHOLDER, replica_id)
@@ -113,7 +113,8 @@ def placed_durable_process(
     config: Config, endpoint: str, front_id: str, gateway_id: str, run_directory: Path
 ) -> ProcessSpec:
     """Like `durable_process`, for the host of a gateway that has a place of its own."""
-    spec = durable_process(config, endpoint, front_id, gateway_id, Path(RUN_DIR_PLACEHOLDER))
+    where = Path(RUN_DIR_PLACEHOLDER), NODE_PLACEHOLDER
+    spec = durable_process(config, endpoint, front_id, gateway_id, *where)
     place, group = gateway_place(config), gateway_group(gateway_id)
     return msgspec.structs.replace(spec, argv=[PYTHON_PLACEHOLDER, *spec.argv[1:]], place=place, group=group)
 
@@ -176,14 +177,15 @@ def replica_process(
 
 
 def durable_process(
-    config: Config, endpoint: str, front_id: str, gateway_id: str, run_directory: Path
+    config: Config, endpoint: str, front_id: str, gateway_id: str, run_directory: Path, node_address: str = ""
 ) -> ProcessSpec:
-    """Return what one durable front of a gateway is started with."""
+    """Return what one durable front of a gateway is started with. node_address: as in LoadReport."""
     spec = _durable_spec(config, endpoint, run_directory)
     spec = msgspec.structs.replace(
         spec,
         replica_id=front_id,
         gateway_id=gateway_id,
+        node_address=node_address,
         generation=durable_generation_of(config, endpoint),
         report_sockets=[
             router_socket_path(str(run_directory), gateway_id),

@@ -19,7 +19,7 @@ class VersionCounts:
 
     def __init__(self) -> None:
         self._sums: dict[_Key, Outcomes] = {}
-        self._seen: dict[str, tuple[int, dict[_Key, Outcomes]]] = {}
+        self._seen: dict[str, tuple[tuple[int, str], dict[_Key, Outcomes]]] = {}
         """By router: its process, and what it counted last."""
 
     def __repr__(self) -> str:
@@ -27,13 +27,14 @@ class VersionCounts:
 
     def observe(self, demand: Demand) -> None:
         """Take a router's totals. What one that was restarted counts is new."""
-        pid, seen = self._seen.get(demand.router_id, (demand.pid, {}))
-        if pid != demand.pid:
+        process = demand.pid, demand.node_address
+        before, seen = self._seen.get(demand.router_id, (process, {}))
+        if before != process:
             seen = {}
         now = {(version.endpoint, version.generation): _outcomes(version) for version in demand.versions}
         for key, outcomes in now.items():
             self._sums[key] = _add(self.of(*key), outcomes.since(seen.get(key, Outcomes())))
-        self._seen[demand.router_id] = demand.pid, now
+        self._seen[demand.router_id] = process, now
 
     def of(self, endpoint: str, generation: str) -> Outcomes:
         """Return what came of a version's requests."""

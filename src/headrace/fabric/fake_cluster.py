@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from headrace.api.messages import NodeNeeds, NodeState
-from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent, Reservation
+from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent, HostUnavailable, Reservation
 from headrace.fabric.host_keys import further_keys, group_of, reservation_of
 from headrace.fabric.host_messages import Membership
 
@@ -32,6 +32,8 @@ class FakeCluster:
         """Hosts with their nodes."""
         self.silent: set[str] = set()
         """Nodes that do not answer."""
+        self.unavailable: set[str] = set()
+        """Hosts to which the connection broke."""
         self.liked: list[str] = []
         """Nodes that places were asked on."""
         self.failure = ""
@@ -96,6 +98,8 @@ class FakeCluster:
         if key not in self.running:
             raise HostLost("its node is gone")
         host, node_id = self.running[key]
+        if key in self.unavailable and method != "end":
+            raise HostUnavailable("its connection broke")
         if node_id in self.silent:
             await asyncio.sleep(limit_s)
             raise HostSilent(f"no answer within {limit_s:.1f} s")

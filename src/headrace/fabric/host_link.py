@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 
 import msgspec
@@ -30,7 +30,14 @@ from headrace.api.messages import (
     StopProcess,
 )
 from headrace.clock import Clock
-from headrace.fabric.cluster import Cluster, ClusterUnavailable, HostGivenUp, HostLost, HostSilent
+from headrace.fabric.cluster import (
+    Cluster,
+    ClusterUnavailable,
+    HostGivenUp,
+    HostLost,
+    HostSilent,
+    HostUnavailable,
+)
 from headrace.fabric.host_keys import group_of
 from headrace.fabric.host_messages import (
     HostCommand,
@@ -43,6 +50,7 @@ from headrace.fabric.host_messages import (
 )
 from headrace.fabric.place_search import WAITING_PERIOD_S, PlaceSearch, Seeker
 from headrace.fabric.rank_hosts import RankHosts
+from headrace.fabric.silence import Silence
 
 POLL_S = 1.0
 """A host answers a poll after this long when nothing happens."""
@@ -50,7 +58,7 @@ SILENT_AFTER_S = 2.0
 """A host that has not answered a poll for so long is told of as silent. Its process may live on: it is not
 ended yet, and routers leave it alone by themselves when its load reports stay away."""
 LOST_AFTER_S = 10.0
-"""A host that is silent for so long is given up."""
+"""A host that is silent for so long is given up, unless it came back (`Silence`)."""
 HOST_START_LIMIT_S = 60.0
 """Ray starts a Python process and imports headrace; the first time on a node, from a cold disk."""
 COMMAND_LIMIT_S = 10.0
@@ -73,6 +81,10 @@ class Surroundings:
     """Nodes that do not answer."""
     on_tunnels: Callable[[], None]
     """Called when a link's address or tunnels change."""
+    can_reach: Callable[[str], Awaitable[bool]]
+    """Whether a node of an address answers at all; told within `PROBE_LIMIT_S`."""
+    on_unavailable: Callable[[str, str], None]
+    """Called when the connection to a host broke, with its node and that node's address."""
 
 
 class HostLink:
@@ -181,6 +193,8 @@ class HostLink:
         except (HostLost, ClusterUnavailable) as error:
             reason = str(error)
             self.was_given_up = isinstance(error, HostGivenUp)
+            if isinstance(error, HostUnavailable):
+                self._surroundings.on_unavailable(self.node_id, self.address)
         finally:
             self.is_over = True
             if reason != "the launcher was closed":
@@ -255,8 +269,8 @@ class HostLink:
     def _take(self, report: HostReport) -> None:
         self.node_id = report.node_id
         self._sequence = report.sequence
-        self.processes = {state.name: self._located(state) for state in report.processes}
         self._locate(report)
+        self.processes = {state.name: self._located(state) for state in report.processes}
 
     def _locate(self, report: HostReport) -> None:
         self.address, self.tunnels, self.is_unheard = report.address, report.tunnels, False
@@ -267,15 +281,17 @@ class HostLink:
         sender = asyncio.create_task(self._send_commands())
         watcher = asyncio.create_task(self._ranks.run())
         try:
-            heard_s = self._clock.now_s()
+            silence = Silence(self._clock.now_s(), LOST_AFTER_S)
             while self.processes or self._waiting:
                 try:
                     await self._poll()
-                    heard_s, self.is_silent = self._clock.now_s(), False
+                    self.is_silent = False
+                    silence = Silence(self._clock.now_s(), LOST_AFTER_S)
                 except HostSilent:
                     self.is_silent = True
-                    silent_s = self._clock.now_s() - heard_s
-                    if silent_s >= LOST_AFTER_S:
+                    silence.note_probe(await self._surroundings.can_reach(self.address))
+                    silent_s = silence.lasts_s(self._clock.now_s())
+                    if silence.is_given_up(self._clock.now_s()):
                         raise HostGivenUp(f"{self._where()} has not answered for {silent_s:.0f} s") from None
                     self._tell_waiting(f"{self._where()} has not answered for {silent_s:.1f} s")
                 for task in (sender, watcher):
@@ -356,7 +372,7 @@ class HostLink:
             self._on_event(ProcessWaiting(name, reason))
 
     def _located(self, state: ProcessState) -> ProcessState:
-        return msgspec.structs.replace(state, node=self.node_id)
+        return msgspec.structs.replace(state, node=self.node_id, node_address=self.address)
 
     def _where(self) -> str:
         return f"its host on node {self.node_id[:8]}"

@@ -138,13 +138,13 @@ class Keeper:
                 self._tunnels.set(command)
 
     def _join(self, command: JoinSystem) -> None:
+        self._values[NODE_PLACEHOLDER] = command.address
         path = self._run_directory.path / IDENTITY_FILE
         try:
             keep_identity(command.membership.identity, path)
         except OSError as error:
             self._say(TunnelsOpened("", f"{path}: {error}"))
             return
-        self._values[NODE_PLACEHOLDER] = command.address
         if command.address != command.membership.home:
             self._values |= {HOST_PLACEHOLDER: command.address, IDENTITY_PLACEHOLDER: str(path)}
         if not self._is_controllers:

@@ -33,6 +33,7 @@ from headrace.fabric.host_messages import CONTROLLER_GROUP, Membership, SetTunne
 from headrace.fabric.host_routes import HostView, plan_tunnels
 from headrace.fabric.local import LauncherLost
 from headrace.fabric.own_tunnels import OwnTunnels
+from headrace.fabric.reachability import PROBE_LIMIT_S, answers
 from headrace.fabric.retirement import retire
 
 MAX_QUEUED_EVENTS = 10_000
@@ -145,7 +146,13 @@ class RayLauncher:
 
     def _make_link(self, key: str) -> HostLink:
         surroundings = Surroundings(
-            self._membership, self._count_family, self._count_asked, self._silent_nodes, self._replan.set
+            self._membership,
+            self._count_family,
+            self._count_asked,
+            self._silent_nodes,
+            self._replan.set,
+            self._can_reach,
+            self._on_unavailable,
         )
         return HostLink(key, self._cluster, self._clock, self._put, surroundings)
 
@@ -240,6 +247,29 @@ class RayLauncher:
         now_s = self._clock.now_s()
         self._given_up = {node: until_s for node, until_s in self._given_up.items() if until_s > now_s}
         return {link.node_id for link in self._links.values() if link.is_silent} | self._given_up.keys()
+
+    async def _can_reach(self, address: str) -> bool:
+        """Whether whoever holds that machine's tunnels can be connected to; no tunnels: no."""
+        tunnels = self._tunnels_at(address)
+        return bool(tunnels) and await answers(tunnels, PROBE_LIMIT_S)
+
+    def _on_unavailable(self, node_id: str, address: str) -> None:
+        """Ray takes a node that lost its power for alive for half a minute; until then places that are asked
+        for may be promised there."""
+        tunnels = self._tunnels_at(address)
+        if tunnels and node_id not in self._given_up:
+            self._given_up[node_id] = self._clock.now_s() + AVOIDED_S
+            self._spawn(self._await_answer(node_id, tunnels))
+
+    async def _await_answer(self, node_id: str, tunnels: str) -> None:
+        while node_id in self._given_up and not await answers(tunnels, PROBE_LIMIT_S):
+            await asyncio.sleep(PROBE_LIMIT_S)
+            self._silent_nodes()  # forgets those that are avoided no more
+        self._given_up.pop(node_id, None)
+
+    def _tunnels_at(self, address: str) -> str:
+        links = self._links.values()
+        return next((link.tunnels for link in links if link.address == address and link.tunnels), "")
 
     def _family(self, name: str) -> list[HostLink]:
         family = _family_of(name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from headrace.api.messages import LoadReport, ReplicaState
+from headrace.api.messages import LoadReport, ReplicaState, is_same_process
 from headrace.api.notation import split_address
 from headrace.api.run_paths import front_socket_path
 from headrace.errors import ProtocolError
@@ -69,6 +69,8 @@ class Replica:
     gateway_id: str = ""
     """Of a durable front: its gateway. It is a server, and nothing is bound to it: it has no engine."""
     text_class: str = ""
+    node_address: str = ""
+    """As in LoadReport."""
 
     def __post_init__(self) -> None:
         self.server_name = encode_name(self.replica_id)
@@ -142,7 +144,7 @@ class ReplicaTable:
             self._note_paths(server, now_s)
         replica.server = server
         replica.speaks_h2 = report.speaks_h2
-        replica.pid = report.pid
+        replica.pid, replica.node_address = report.pid, report.node_address
         replica.generation = report.generation
         replica.gateway_id, replica.text_class = report.gateway_id, report.text_class
         replica.state = report.state
@@ -263,16 +265,21 @@ class ReplicaTable:
         replica.num_uncomputed_tokens = max(0, engine.num_uncomputed_tokens)
 
     def _is_newer(self, replica: Replica, report: LoadReport, connection: object) -> bool:
-        if report.pid == replica.pid:
+        if is_same_process(report, replica):
             return report.sequence > replica.sequence
         if connection is replica.connection:
             return False
         # A restarted front comes over a new connection, and the kernel has closed the old one.
         if replica.is_connected:
             raise ProtocolError(
-                f"process {report.pid} reports as {report.replica_id}, which process {replica.pid} still does"
+                f"process {_name(report)} reports as {report.replica_id}, "
+                f"which process {_name(replica)} still does"
             )
         return True
+
+
+def _name(process: Replica | LoadReport) -> str:
+    return f"{process.pid} of {process.node_address}" if process.node_address else f"{process.pid}"
 
 
 def _num_in_flight(replica: Replica) -> int:

@@ -141,6 +141,7 @@ class Router:
         return Demand(
             router_id=self._spec.gateway_id,
             pid=os.getpid(),
+            node_address=self._spec.node,
             endpoints=self.dispatcher.demand(now_s),
             replicas=replicas,
             tenants=self.dispatcher.tenant_demands(now_s),

@@ -143,6 +143,7 @@ class DurableView:
             model=spec.engine.model,
             address=self.address,
             pid=self._traits.pid,
+            node_address=spec.node_address,
             sequence=self._num_reports,
             lease_s=spec.lease_s,
             state=self.state(),

@@ -48,6 +48,18 @@ def test_reports_of_strangers_and_of_earlier_processes_are_ignored() -> None:
     assert [replica.report_state for replica in fleet.observe(1.0)] == [None]
 
 
+def test_a_report_of_a_process_of_the_same_pid_on_another_node_is_ignored() -> None:
+    fleet = Fleet()
+    fleet.start(StartReplica("chat-1", "chat", "test", "g"), 5.0, 0.0)
+    fleet.on_report(report(node_address="10.0.0.1"), 0.5)  # the one before it, on a node that was cut off
+    fleet.on_started(ProcessState("chat-1", 7, True, node="b", node_address="10.0.0.2"))
+    assert [replica.report_state for replica in fleet.observe(1.0)] == [None]
+    fleet.on_report(report(node_address="10.0.0.1"), 1.0)
+    assert [replica.report_state for replica in fleet.observe(1.0)] == [None]
+    fleet.on_report(report(node_address="10.0.0.2"), 1.0)
+    assert [replica.report_state for replica in fleet.observe(1.0)] == ["ready"]
+
+
 def test_an_end_that_nobody_asked_for_is_a_failure_with_its_last_line() -> None:
     fleet = started()
     fleet.on_ended(ended(1, "first\nMemoryError: no room"), 2.0)

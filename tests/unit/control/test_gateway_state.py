@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from headrace.api.messages import Demand, ProcessState
+from headrace.api.messages import Demand, ProcessState, VersionDemand
 from headrace.control.essentials import HUNG_AFTER_S, Essential
 from headrace.control.gateway_state import MAX_SILENCES, STOOD_STILL_S, GatewayState
 
@@ -95,3 +95,18 @@ def test_a_gateway_that_waits_for_a_node_has_no_requests_to_be_heard_of(state: G
     assert state.pairs["g2"].is_placeless
     on_node(state, "g2", "far")
     assert not state.is_heard(1.0)
+
+
+def test_a_router_of_the_same_pid_on_another_node_is_an_earlier_one(state: GatewayState) -> None:
+    state.on_started(ProcessState("router-g1", 7, True, node="b", node_address="10.0.0.2"), "a")
+    state.on_demand(Demand("g1", 7, [], [], node_address="10.0.0.1"), 1.0)
+    assert state.pairs["g1"].demand is None
+    state.on_demand(Demand("g1", 7, [], [], node_address="10.0.0.2"), 1.0)
+    assert state.pairs["g1"].demand is not None
+
+
+def test_what_a_router_of_the_same_pid_on_another_node_counts_is_new(state: GatewayState) -> None:
+    for address in ("10.0.0.1", "10.0.0.2"):
+        count = VersionDemand("chat", "new", 5, 0)
+        state.version_counts.observe(Demand("g1", 7, [], [], versions=[count], node_address=address))
+    assert state.version_counts.of("chat", "new").finished == 10

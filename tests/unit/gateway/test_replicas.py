@@ -56,6 +56,21 @@ def test_old_reports_and_those_of_a_second_process_are_ignored_until_the_first_o
     assert table.observe(report(6, pid=9), "c2", 0.0) is None
 
 
+def test_two_processes_of_one_pid_on_different_hosts_are_two() -> None:
+    table = ReplicaTable()
+    here, there = {"node_address": "10.0.0.1"}, {"node_address": "10.0.0.2"}
+    table.observe(report(5, **here), "here", 0.0)
+    with pytest.raises(
+        ProtocolError, match=r"7 of 10\.0\.0\.2 reports as chat-1, which process 7 of 10\.0\.0\.1"
+    ):
+        table.observe(report(6, **there), "there", 0.0)
+    table.connection_closed("here", 0.0)
+    assert table.observe(report(1, **there), "there", 0.1) is not None, "the first number of another process"
+    with pytest.raises(ProtocolError):
+        table.observe(report(6, **here), "here again", 0.2)
+    assert table.replicas["chat-1"].node_address == "10.0.0.2"
+
+
 def test_a_starting_replica_without_an_address_is_not_yet_known() -> None:
     table = ReplicaTable()
     assert table.observe(report(1, address="", state="starting"), "c", 0.0) is None

@@ -45,6 +45,7 @@ from headrace.api.messages.base import (
     Message,
     Record,
     TerminalState,
+    is_same_process,
 )
 from headrace.api.messages.engine import (
     Abort,
@@ -209,6 +210,7 @@ __all__ = [
     "gateway_of",
     "gateway_of_group",
     "haproxy_name",
+    "is_same_process",
     "relay_name",
     "router_name",
 ]

@@ -214,6 +214,8 @@ class Demand(Message, frozen=True):
     certificate_problem: str = ""
     """Why the certificate's files cannot be used, or that it is about to expire; empty: all is well."""
     versions: list[VersionDemand] = []
+    node_address: str = ""
+    """Of the node that it is on, if that was chosen; empty: the controller's machine."""
 
 
 def gateway_group(gateway_id: str) -> str:

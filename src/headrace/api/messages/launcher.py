@@ -70,6 +70,8 @@ class ProcessState(Record, frozen=True):
     """The last lines of its log, after its end."""
     node: str = ""
     """Id of the node that it is on; empty: this machine."""
+    node_address: str = ""
+    """Of that node, by which the cluster knows it: pids of two nodes may coincide."""
 
 
 class StartProcess(Message, frozen=True):

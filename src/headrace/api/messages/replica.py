@@ -44,6 +44,7 @@ class LoadReport(Message, frozen=True):
     address: str
     """host:port of the front's HTTP server; empty until it listens."""
     pid: int
+    """Two processes on different nodes may have the same: see `is_same_process`."""
     sequence: int
     """Grows by one per report of one front process."""
     lease_s: float
@@ -94,6 +95,8 @@ class LoadReport(Message, frozen=True):
     """What turns texts into its token ids: a durable front's streams go to replicas of its own."""
     moved: dict[str, str] = {}
     """Of a durable front: open requests whose place changed lately, and the replica that has them now."""
+    node_address: str = ""
+    """Of the node that it is on, by which the cluster knows it; empty: there is this machine only."""
 
 
 class ReportAck(Message, frozen=True):
@@ -174,6 +177,8 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     needs_gateway: bool = False
     """There are tenants: generation is refused to whoever did not come through a gateway, and x-headrace-*
     headers are believed on the UNIX socket only, which only its owner may open."""
+    node_address: str = ""
+    """As in LoadReport."""
     shared_prefix: str = ""
     """System prompt whose KV blocks all tenants may share."""
     stream_class: str = ""
