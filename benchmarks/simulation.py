@@ -61,6 +61,31 @@ FOUND = (
         "a request that came before one which waited for its version was held beside room for up to 100 ms",
         "fixed: turns are looked at again when a request is held, and when rules change",
     ),
+    (
+        "seeds 1674 and 3116",
+        "a paused rollout keeps both versions, and the check took that for replicas too many",
+        "a fault of the check; each version's own count is compared now",
+    ),
+    (
+        "seeds 3421, 3424, 3444, 3485, 3682, 3772",
+        "the request log gave the tokens of a first try that was refused or broke off; a later one answered",
+        "fixed: a line tells the try that answered",
+    ),
+    (
+        "seed 3650",
+        "a request that failed before its first token was over after 2 s while HAProxy had it elsewhere",
+        "fixed: it is in flight until its line comes",
+    ),
+    (
+        "seed 4086",
+        "the slot of a request whose client left while it was parked went to nobody until the next tick",
+        "fixed: whoever is next is bound at once",
+    ),
+    (
+        "a property test of the reconciler",
+        "a second turn at one moment started one more standby, while versions changed without surge",
+        "fixed: a standby that starts stays one while no serving replica may be started",
+    ),
 )
 """What the simulation found since it records; what came before is in docs/adr/0028."""
 

@@ -120,9 +120,9 @@ def running(
 
 def left_over(cluster: RayCluster) -> list[str]:
     processes = [
-        process.name()
-        for process in psutil.process_iter()
-        if process.name().startswith("headrace") and process.status() != psutil.STATUS_ZOMBIE
+        process.info["name"]
+        for process in psutil.process_iter(["name", "status"])
+        if process.info["name"].startswith("headrace") and process.info["status"] != psutil.STATUS_ZOMBIE
     ]
     return processes + [str(path) for path in cluster.directory.glob("headrace-*/*")]
 
@@ -134,7 +134,8 @@ def pid_of(status: dict[str, Any], name: str) -> int:
 
 def titled(title: str) -> psutil.Process:
     """The process of this title."""
-    (found,) = [process for process in psutil.process_iter() if process.cmdline()[:1] == [title]]
+    processes = psutil.process_iter(["cmdline"])  # so read, those that end meanwhile are none
+    (found,) = [process for process in processes if (process.info["cmdline"] or [])[:1] == [title]]
     return found
 
 

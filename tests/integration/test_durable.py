@@ -243,7 +243,7 @@ def test_moved_requests_take_their_slots_with_them(ready: System) -> None:
 
 
 def test_a_full_replica_refuses_guests_and_they_wait(ready: System) -> None:
-    fields: dict[str, Any] = {"model": "small", "max_tokens": 250}
+    fields: dict[str, Any] = {"model": "small", "max_tokens": 500}
     whole = [ask.text() for ask in [Ask(ready.url, seed=seed, **fields) for seed in range(8)]]
     asks = [Ask(ready.url, seed=seed, **fields) for seed in range(8)]
     until(lambda: num_running(ready, "small") == 8, "all run")

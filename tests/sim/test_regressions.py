@@ -12,6 +12,7 @@ FOUND: dict[int, str] = {
     310: "a stop between a child's death and its reaping was kept for the next one (simulated supervisor)",
     1674: "a paused rollout, which keeps replicas of both versions, was taken for too many (the check)",
     2215: "who came before a request that waited for its version was held until the next tick, beside room",
+    4086: "the slot of a parked request whose client left as it was bound was given to nobody until a tick",
 }
 
 

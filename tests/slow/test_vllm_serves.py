@@ -25,7 +25,7 @@ LONG = "Once upon a time " * 60
 @pytest.fixture(scope="module")
 def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFront]:
     model = write_model(tmp_path_factory.mktemp("models") / "smollm2")
-    with running_front(spec_of(model)) as running:
+    with running_front(spec_of(model), resume_limit_s=START_LIMIT_S) as running:
         running.router.wait_for(lambda report: report.state == "ready", START_LIMIT_S)
         yield running
 

@@ -250,10 +250,12 @@ class Dispatcher:
             held.arrival.answer(Refused("The client left.", "cancelled", 1))
             self._binder.pump(held.arrival.endpoint, now_s)  # whose turn it is now may have room
 
-    def abandon(self, request_id: str) -> None:
+    def abandon(self, request_id: str, now_s: float) -> None:
         """End a bound request that no replica will ever see, if it is one: its client left first."""
-        if request_id in self._flights.open:
+        bound = self._flights.open.get(request_id)
+        if bound is not None:
             self._end_in_flight(request_id, TerminalState.ABORTED)
+            self._binder.pump(bound.endpoint.rule.name, now_s)  # its slot may be somebody's
 
     def is_open(self, request_id: str) -> bool:
         return request_id in self._held or request_id in self._flights.open

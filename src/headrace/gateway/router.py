@@ -282,7 +282,7 @@ class Router:
             waiting = self._waiting.leave(completion.id)
             if waiting is not None and not waiting.is_rejoined and not self.dispatcher.is_held(completion.id):
                 # Bound, but the relay never sent it again: it died, or its client left at that moment.
-                self.dispatcher.abandon(completion.id)
+                self.dispatcher.abandon(completion.id, self._clock.now_s())
             # The first pass ended. The second has the same id and a line of its own, unless it is held, which
             # ends here, or never came: then the relay refused the request.
             self.dispatcher.client_left(completion.id, self._clock.now_s())

@@ -6,44 +6,30 @@ Must not know how its parts do their work.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import logging
 import os
-import signal
 import sys
 
 from headrace.api.messages import LeaveBy, ReplicaSpec, SetSleep, Siblings
-from headrace.api.run_paths import front_socket_path
 from headrace.clock import Clock
-from headrace.errors import ConfigError, ModelError
 from headrace.observability.front_metrics import FrontMetrics
 from headrace.observability.line_log import BackgroundLog
 from headrace.policy.resumption import Limits
 from headrace.replica.answer import AnswerServices
 from headrace.replica.departure import Departure
 from headrace.replica.durable_view import DurableView
+from headrace.replica.front_life import LAST_MOMENTS_S, FrontLife, FrontParts
 from headrace.replica.generation import Generator
-from headrace.replica.grammar_checker import GrammarChecker
 from headrace.replica.http_messages import AnswerHeads, HttpLimits
 from headrace.replica.http_server import HttpServer
 from headrace.replica.ledger import Ledger
 from headrace.replica.local_siblings import local_siblings
-from headrace.replica.notice import NoticeWatcher
-from headrace.replica.notice_url import notice_sources
 from headrace.replica.peer_link import PeerPool
-from headrace.replica.prompt_caching import PromptCaching, shared_prefix_tokens
 from headrace.replica.remote_engine import NoEngine, RemoteEngine, no_own_engine
 from headrace.replica.report import Reporter
 from headrace.replica.resumption import StreamKeeper
 from headrace.replica.routes import Routes
 from headrace.replica.self_view import FrontTraits, fingerprint_of, headers_of
 from headrace.replica.served_models import ServedModels
-from headrace.replica.text_model import PromptEncoder, load_text_model
-
-_LAST_MOMENTS_S = 2.0
-"""For ending what a drain left, and for the last reports."""
-_log = logging.getLogger(__name__)
 
 
 class DurableFront:
@@ -52,7 +38,6 @@ class DurableFront:
     def __init__(self, spec: ReplicaSpec, clock: Clock, limits: HttpLimits) -> None:
         self._spec = spec
         self._clock = clock
-        is_simulated = spec.engine.kind == "simulated"
         self._metrics = FrontMetrics(spec.endpoint, spec.replica_id)
         self._access_log = BackgroundLog(sys.stderr.buffer, "access-log")
         traits = FrontTraits(os.getpid(), int(clock.wall_s()))
@@ -86,9 +71,20 @@ class DurableFront:
         self._routes = Routes(self.view, self._generator, self._metrics, spec.needs_gateway)
         heads = AnswerHeads(headers_of(spec), clock.wall_s)
         self._server = HttpServer(self._routes.handle, limits, heads, clock)
-        self._encoder: PromptEncoder | None = None
-        self._grammars = None if is_simulated else GrammarChecker(f"headrace: grammars {spec.replica_id}")
-        self._stop_requested = asyncio.Event()
+        self._life = FrontLife(
+            self,
+            FrontParts(
+                spec,
+                clock,
+                self.view,
+                self._reporter,
+                self.departure,
+                self._generator,
+                self._server,
+                self._access_log,
+                None,
+            ),
+        )
 
     def __repr__(self) -> str:
         return f"DurableFront({self.view!r})"
@@ -101,81 +97,27 @@ class DurableFront:
         if isinstance(order, Siblings):  # there is nothing here that could sleep
             self.engine.set_siblings(local_siblings(order.siblings, self._spec.run_dir))
         elif isinstance(order, LeaveBy):
-            self._on_notice(order.left_s)
-
-    def _on_notice(self, left_s: float) -> None:
-        self.departure.leave_by_s = self._clock.now_s() + left_s
-        self._stop_requested.set()
+            self._life.on_notice(order.left_s)
 
     # ---- life
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT and drained; return the exit status."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop_requested.set)
-        try:
-            await self._listen()
-        except (OSError, ConfigError) as error:
-            print(f"front: {error}", file=sys.stderr)
-            self._access_log.close()
-            return 2
-        _log.info("%s listens on %s", self._spec.replica_id, self.view.address)
-        tasks = [asyncio.create_task(self._reporter.run()), asyncio.create_task(self._load_model())]
-        for source in notice_sources(self._spec):
-            watcher = NoticeWatcher(source, self._clock, self._on_notice)
-            tasks.append(asyncio.create_task(watcher.run()))
-        try:
-            await self._stop_requested.wait()
-            await self._leave()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks, timeout=_LAST_MOMENTS_S)
-            if self.view.socket_path:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.view.socket_path)
-            self._access_log.close()
-        return 0
+        return await self._life.run()
 
-    async def _listen(self) -> None:
-        """Serve on TCP, and the gateway, which is on this machine, on a UNIX socket. Raises OSError and
-        ConfigError."""
+    async def listen(self) -> None:
         spec = self._spec
-        try:
-            self.view.address = await self._server.listen(spec.host, spec.port, spec.identity)
-        except OSError as error:
-            raise OSError(f"cannot listen on {spec.host}:{spec.port}: {error.strerror or error}") from error
-        path = front_socket_path(spec.run_dir, spec.replica_id)
-        try:
-            if not path:
-                raise OSError(f"the path of {spec.run_dir} is too long for sockets")
-            await self._server.listen_unix(path)
-        except OSError as error:
-            if spec.needs_gateway:  # there would be no telling a gateway from anybody else
-                raise OSError(f"cannot listen on a UNIX socket: {error.strerror or error}") from error
-            _log.warning("no UNIX socket: %s; gateways use %s", error, self.view.address)
-        else:
-            self.view.socket_path = path
+        if spec.needs_gateway and not self.view.socket_path:  # its gateway is on this machine
+            raise OSError(f"cannot listen on a UNIX socket in {spec.run_dir}")
 
-    async def _load_model(self) -> None:
-        spec = self._spec
-        try:
-            model = await asyncio.to_thread(load_text_model, spec.engine)
-        except ModelError as error:
-            self.view.error = str(error)
-        except Exception as error:
-            _log.exception("the model's tokenizer could not be loaded")
-            self.view.error = f"the model's tokenizer could not be loaded: {type(error).__name__}: {error}"
-        else:
-            self._encoder = PromptEncoder(model.tokenizer)
-            shared = await shared_prefix_tokens(spec.shared_prefix, model, self._encoder)
-            caching = PromptCaching(spec.endpoint, None, shared)
-            self._generator.set_model(model, self._encoder, caching, self._grammars)
-        self._reporter.notify()
+    def start(self) -> None:
+        """Nothing: there is no engine."""
 
-    async def _leave(self) -> None:
-        """Be released, let the streams end within the grace, exit."""
+    def fail_text(self, reason: str) -> None:
+        self.view.error = reason
+
+    async def leave(self) -> None:
+        """Be released, let the streams end within the grace."""
         departure = self.departure
         self._reporter.ask_release(self.view.next_sequence)
         await departure.wait_for_release()
@@ -183,12 +125,7 @@ class DurableFront:
         self._server.close_idle()
         await departure.wait_for_streams(lambda: self.ledger.num_open)
         self._generator.fail_open()
-        await departure.wait_for_last(lambda: self.ledger.num_open == 0, _LAST_MOMENTS_S)
+        await departure.wait_for_last(lambda: self.ledger.num_open == 0, LAST_MOMENTS_S)
         self.keeper.close()
         self._peers.close()
-        await self._server.close()
-        await departure.wait_for_last(self._reporter.has_told_all, _LAST_MOMENTS_S)
-        if self._encoder is not None:
-            self._encoder.close()
-        if self._grammars is not None:
-            await self._grammars.close()
+        await self._life.end(LAST_MOMENTS_S)

@@ -251,7 +251,7 @@ class RouterProcess(Process):
         if line.backend == RELAY_BACKEND:
             waiting = self.waiting.leave(line.id)
             if waiting is not None and not waiting.is_rejoined and not self.dispatcher.is_held(line.id):
-                self.dispatcher.abandon(line.id)
+                self.dispatcher.abandon(line.id, self.host.now_s())
             self.dispatcher.client_left(line.id, self.host.now_s())
             if 200 <= line.status < 400 or self.dispatcher.knows(line.id):
                 return

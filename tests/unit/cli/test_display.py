@@ -263,7 +263,7 @@ def test_the_nodes_of_a_cluster_are_shown_with_what_is_free_and_who_is_there() -
     nodes = [
         NodeStatus("0123456789abcdef", "10.0.0.1", True, {"CPU": 4.0}, {"CPU": 1.5}, labels, ["chat-1"]),
         NodeStatus("fedcba9876543210", "10.0.0.2", False, {}, {}, {}, ["chat-2"]),
-        NodeStatus("ab" * 8, "10.0.0.3", True, {}, {}, {}, [], "draining for 23 s more, by Ray"),
+        NodeStatus("ab" * 8, "10.0.0.3", True, {}, {}, {}, [], leaving="draining for 23 s more, by Ray"),
     ]
     waits = replica("chat-2", "starting", phase="waits for room: CPU 4 is asked")
     shown = draw(msgspec.structs.replace(system(replica("chat-1", "ready"), waits), nodes=nodes))

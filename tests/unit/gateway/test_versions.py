@@ -176,6 +176,20 @@ def test_when_the_first_in_turn_leaves_the_next_one_is_bound_at_once(way: str) -
     world.dispatcher.check_integrity()
 
 
+def test_the_slot_of_an_abandoned_request_is_given_to_the_next_at_once() -> None:
+    """It was bound while its client waited in the relay, and left."""
+    world = World()
+    world.report(OLD, max_open=1)
+    bound: list[str] = []
+    for request_id in ("a", "b"):
+        arrival = Arrival(request_id, "chat", lambda decision, i=request_id: bound.append(i), world, None)  # type: ignore[misc]
+        world.dispatcher.arrive(arrival, 0.0)
+    assert bound == ["a"]
+    world.dispatcher.abandon("a", 0.0)
+    assert bound == ["a", "b"]
+    world.dispatcher.check_integrity()
+
+
 def test_one_that_failed_before_its_first_token_and_is_never_heard_of_again_is_given_up() -> None:
     world = World()
     world.report(OLD)
