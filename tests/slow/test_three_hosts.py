@@ -82,7 +82,15 @@ def loaded(cluster: RayHosts, right: list[StreamResult], url: str = "") -> Itera
         wait_until_streams_flow(load, NUM_STREAMS)
         yield load
         num_ended = len(load.results) + NUM_STREAMS
-        wait_for("streams go on", lambda: len(load.results) >= num_ended, 60)
+        try:
+            wait_for("streams go on", lambda: len(load.results) >= num_ended, 60)
+        except AssertionError as error:
+            still = [f"{r.ask.model} {r.replica_id} {r.status} {len(r.pieces)}" for r in list(load.open)]
+            num_ended -= NUM_STREAMS
+            raise AssertionError(
+                f"{error}: {num_ended} had ended, now {len(load.results)}; open {still}\n"
+                f"{cluster.explain(cluster.status())}"
+            ) from None
 
 
 def wait_until_streams_flow(load: SteadyLoad, num_streams: int) -> None:
