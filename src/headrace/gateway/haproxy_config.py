@@ -190,6 +190,10 @@ def _defaults_section(spec: GatewaySpec) -> str:
         + ("" if status != 503 else " hdr retry-after 1")
         for status, body in answers.HAPROXY_ERRORS.items()
     )
+    # From a host without power nothing comes, not even an end: its connections are over after 25 s of
+    # silence. One that is cut off for a moment keeps them.
+    probes = ("option srvtcpka", "srvtcpka-idle 10s", "srvtcpka-intvl 5s", "srvtcpka-cnt 3")
+    keep_alive = "".join(f"  {line}\n" for line in probes if spec.identity)
     return f"""defaults
   mode http
   log global
@@ -202,7 +206,7 @@ def _defaults_section(spec: GatewaySpec) -> str:
   http-reuse always
   option http-no-delay
   option abortonclose
-{errors}
+{keep_alive}{errors}
 """
 
 

@@ -160,3 +160,12 @@ def test_a_durable_endpoints_replicas_are_backups_and_clients_name_no_place(tmp_
     ):
         frontend = config.partition(f"frontend {name}\n")[2].partition("\n\n")[0]
         assert frontend.index(forget) < frontend.index("set-header x-headrace-place")
+
+
+def test_connections_to_other_hosts_are_probed_so_that_one_without_power_is_noticed() -> None:
+    alone = render_config(spec_of("/run/x", "chat"), [], FD_LIMIT)
+    several = render_config(spec_of("/run/x", "chat", identity="/run/x/cluster.pem"), [], FD_LIMIT)
+    assert "srvtcpka" not in alone
+    assert re.search(
+        r"option srvtcpka\n  srvtcpka-idle 10s\n  srvtcpka-intvl 5s\n  srvtcpka-cnt 3\n", several
+    )
