@@ -47,8 +47,8 @@ def add_replica(system: ClusterSystem, watch: GroupWatch, load: SteadyLoad, numb
     return _spans(names, [began_s, *group_s, *process_s, ready_s, first_s])
 
 
-def remove_replica(system: ClusterSystem, number: int) -> None:
-    """Have so many replicas again."""
+def have_replicas(system: ClusterSystem, number: int) -> None:
+    """Have so many replicas, all ready."""
     system.resize(number)
     system.wait_ready(number)
 
