@@ -9,100 +9,13 @@ import math
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from headrace.api.section import Section
 
 RESOURCE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.:-]{0,63}")
 LABEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,126}")
 LABEL_VALUE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-
-
-class Ray(Section):
-    """The Ray cluster that launcher ray uses."""
-
-    address: str = "auto"
-    """host:port of its head. auto: RAY_ADDRESS, or the cluster that this machine is part of."""
-
-    @field_validator("address")
-    @classmethod
-    def _check_address(cls, value: str) -> str:
-        _, separator, port = value.rpartition(":")
-        if value != "auto" and (not separator or not port.isdigit() or not 0 < int(port) <= 65535):
-            raise ValueError(f"{value!r} is neither auto nor host:port; write for example 10.0.0.1:6379")
-        return value
-
-
-class NodeChoice(Section):
-    """One kind of node. What it does not say is as in the section that it belongs to."""
-
-    labels: dict[str, str] = {}
-    """Labels that the node must have, in addition."""
-    accelerator_type: str = ""
-    """Empty: as in the section."""
-    wait_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
-    """How long such a node is waited for before the next one of the list is tried; the last one is waited for
-    without a limit."""
-
-    @field_validator("labels")
-    @classmethod
-    def _check_labels(cls, value: dict[str, str]) -> dict[str, str]:
-        return check_labels(value)
-
-
-class NodeSettings(Section):
-    """What a node must have to get a replica. Only launcher ray looks at it."""
-
-    resources: dict[str, float] = {}
-    """Amount of each resource that a replica takes: CPU, GPU, memory (bytes), or a name of the cluster's own.
-    Without CPU: the threads of its engine; a simulated engine takes a tenth of one."""
-    accelerator_type: str = ""
-    """Type of GPU, in Ray's words: H100, L4. Empty: any."""
-    labels: dict[str, str] = {}
-    """Labels that the node must have, each with its value."""
-    strategy: Literal["spread", "pack"] = "spread"
-    """spread: replicas of one endpoint go to different nodes while there are some. pack: to few nodes."""
-    prefer: Annotated[list[NodeChoice], Field(max_length=8)] = []
-    """Kinds of nodes in order of preference, such as spot before on-demand."""
-
-    @field_validator("resources")
-    @classmethod
-    def _check_resources(cls, value: dict[str, float]) -> dict[str, float]:
-        return check_resources(value)
-
-    @field_validator("labels")
-    @classmethod
-    def _check_labels(cls, value: dict[str, str]) -> dict[str, str]:
-        return check_labels(value)
-
-    @model_validator(mode="after")
-    def _check_accelerator(self) -> NodeSettings:
-        if self.accelerator_type and "GPU" not in self.resources:
-            raise ValueError(
-                f"accelerator_type is {self.accelerator_type}, and resources ask for no GPU; "
-                "add resources: {GPU: 1}"
-            )
-        return self
-
-
-class GatewayPlacement(Section):
-    """The nodes that hold gateways, one on each. Only launcher ray can do that."""
-
-    resources: dict[str, float] = {}
-    """Amount of each resource that a gateway takes, as for a replica. Without CPU: one core per thread of its
-    HAProxy."""
-    labels: dict[str, str] = {}
-    """Labels that the node must have, each with its value."""
-
-    @field_validator("resources")
-    @classmethod
-    def _check_resources(cls, value: dict[str, float]) -> dict[str, float]:
-        return check_resources(value)
-
-    @field_validator("labels")
-    @classmethod
-    def _check_labels(cls, value: dict[str, str]) -> dict[str, str]:
-        return check_labels(value)
 
 
 def check_resources(resources: dict[str, float]) -> dict[str, float]:
@@ -125,3 +38,69 @@ def check_labels(labels: dict[str, str]) -> dict[str, str]:
                 f"label {name}={value}: use letters, digits and . _ / - for names, and no / in values"
             )
     return labels
+
+
+Resources = Annotated[dict[str, float], AfterValidator(check_resources)]
+Labels = Annotated[dict[str, str], AfterValidator(check_labels)]
+
+
+class Ray(Section):
+    """The Ray cluster that launcher ray uses."""
+
+    address: str = "auto"
+    """host:port of its head. auto: RAY_ADDRESS, or the cluster that this machine is part of."""
+
+    @field_validator("address")
+    @classmethod
+    def _check_address(cls, value: str) -> str:
+        _, separator, port = value.rpartition(":")
+        if value != "auto" and (not separator or not port.isdigit() or not 0 < int(port) <= 65535):
+            raise ValueError(f"{value!r} is neither auto nor host:port; write for example 10.0.0.1:6379")
+        return value
+
+
+class NodeChoice(Section):
+    """One kind of node. What it does not say is as in the section that it belongs to."""
+
+    labels: Labels = {}
+    """Labels that the node must have, in addition."""
+    accelerator_type: str = ""
+    """Empty: as in the section."""
+    wait_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
+    """How long such a node is waited for before the next one of the list is tried; the last one is waited for
+    without a limit."""
+
+
+class NodeSettings(Section):
+    """What a node must have to get a replica. Only launcher ray looks at it."""
+
+    resources: Resources = {}
+    """Amount of each resource that a replica takes: CPU, GPU, memory (bytes), or a name of the cluster's own.
+    Without CPU: the threads of its engine; a simulated engine takes a tenth of one."""
+    accelerator_type: str = ""
+    """Type of GPU, in Ray's words: H100, L4. Empty: any."""
+    labels: Labels = {}
+    """Labels that the node must have, each with its value."""
+    strategy: Literal["spread", "pack"] = "spread"
+    """spread: replicas of one endpoint go to different nodes while there are some. pack: to few nodes."""
+    prefer: Annotated[list[NodeChoice], Field(max_length=8)] = []
+    """Kinds of nodes in order of preference, such as spot before on-demand."""
+
+    @model_validator(mode="after")
+    def _check_accelerator(self) -> NodeSettings:
+        if self.accelerator_type and "GPU" not in self.resources:
+            raise ValueError(
+                f"accelerator_type is {self.accelerator_type}, and resources ask for no GPU; "
+                "add resources: {GPU: 1}"
+            )
+        return self
+
+
+class GatewayPlacement(Section):
+    """The nodes that hold gateways, one on each. Only launcher ray can do that."""
+
+    resources: Resources = {}
+    """Amount of each resource that a gateway takes, as for a replica. Without CPU: one core per thread of its
+    HAProxy."""
+    labels: Labels = {}
+    """Labels that the node must have, each with its value."""

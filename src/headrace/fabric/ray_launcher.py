@@ -244,9 +244,13 @@ class RayLauncher:
         return Counter(link.liked_node_id for link in others if link.liked_node_id)
 
     def _silent_nodes(self) -> set[str]:
+        self._forget_given_up()
+        return {link.node_id for link in self._links.values() if link.is_silent} | self._given_up.keys()
+
+    def _forget_given_up(self) -> None:
+        """Avoid nobody for longer than was meant."""
         now_s = self._clock.now_s()
         self._given_up = {node: until_s for node, until_s in self._given_up.items() if until_s > now_s}
-        return {link.node_id for link in self._links.values() if link.is_silent} | self._given_up.keys()
 
     async def _can_reach(self, address: str) -> bool:
         """Whether whoever holds that machine's tunnels can be connected to; no tunnels: no."""
@@ -264,7 +268,7 @@ class RayLauncher:
     async def _await_answer(self, node_id: str, tunnels: str) -> None:
         while node_id in self._given_up and not await answers(tunnels, PROBE_LIMIT_S):
             await asyncio.sleep(PROBE_LIMIT_S)
-            self._silent_nodes()  # forgets those that are avoided no more
+            self._forget_given_up()
         self._given_up.pop(node_id, None)
 
     def _tunnels_at(self, address: str) -> str:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from headrace.api.messages import EngineReady, FinishedRequest, LoadReport, ReplicaSpec, ReplicaState
-from headrace.api.openai import ModelCard
+from headrace.api.messages import FinishedRequest, LoadReport, ReplicaSpec, ReplicaState
 from headrace.clock import Clock
 from headrace.observability.front_metrics import FrontMetrics
 from headrace.replica.moves import Moves
 from headrace.replica.prefix_digest import PrefixNews
-from headrace.replica.self_view import FrontTraits, Leaving, OpenRequests
+from headrace.replica.self_view import AnyParts, FrontTraits, FrontView
 from headrace.replica.stream_class import text_class_of
 
 
@@ -32,34 +31,15 @@ class HostedStreams(Protocol):
     def check_integrity(self) -> None: ...
 
 
-class KnownEngines(Protocol):
-    """The replicas' engines."""
-
-    info: EngineReady | None
-
-
-class DurableParts(Protocol):
-    """A durable front: looked at when something is said, never kept."""
-
-    @property
-    def engine(self) -> KnownEngines: ...
-
-    @property
-    def ledger(self) -> OpenRequests: ...
+class DurableParts(AnyParts, Protocol):
+    """A durable front."""
 
     @property
     def keeper(self) -> HostedStreams: ...
 
-    @property
-    def departure(self) -> Leaving: ...
 
-    def has_model(self) -> bool:
-        """Whether text can become tokens and back."""
-        ...
-
-
-class DurableView:
-    """One durable front's words about itself. The addresses are set as it begins to listen."""
+class DurableView(FrontView[DurableParts]):
+    """One durable front's words about itself."""
 
     def __init__(
         self,
@@ -69,14 +49,8 @@ class DurableView:
         clock: Clock,
         traits: FrontTraits,
     ) -> None:
-        self._spec = spec
-        self._parts = parts
-        self._metrics = metrics
+        super().__init__(spec, parts, metrics, traits)
         self._clock = clock
-        self._traits = traits
-        self._num_reports = 0
-        self.address = ""
-        self.socket_path = ""
         self.error = ""
         """Why it can never serve; empty: it can, or will."""
 
@@ -102,11 +76,6 @@ class DurableView:
                 return "the model's tokenizer is being loaded"
         return ""
 
-    def model_card(self) -> ModelCard:
-        info, spec = self._parts.engine.info, self._spec
-        limit = None if info is None else info.max_context_tokens
-        return ModelCard(spec.endpoint, "model", self._traits.created_s, "headrace", spec.engine.model, limit)
-
     def update_metrics(self) -> FrontMetrics:
         """Return the metrics with their gauges set to now. Raises AssertionError if a request was lost."""
         metrics, parts = self._metrics, self._parts
@@ -122,11 +91,6 @@ class DurableView:
         self._parts.keeper.check_integrity()
 
     # ---- reports
-
-    @property
-    def next_sequence(self) -> int:
-        """The number of the next report."""
-        return self._num_reports + 1
 
     def report_interval_s(self) -> float:
         """Return the longest time between two reports."""

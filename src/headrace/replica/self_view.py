@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from headrace.api.messages import (
     EngineLoad,
@@ -109,14 +109,34 @@ class Leaving(Protocol):
     def left_s(self) -> float: ...
 
 
-class ReplicaParts(Protocol):
-    """A front: looked at when something is said, never kept."""
+class KnownEngine(Protocol):
+    """What is known of the engine or engines behind a front; None: nothing yet."""
+
+    info: EngineReady | None
+
+
+class AnyParts(Protocol):
+    """A front of any kind: looked at when something is said, never kept."""
 
     @property
-    def engine(self) -> EngineFacts: ...
+    def engine(self) -> KnownEngine: ...
 
     @property
     def ledger(self) -> OpenRequests: ...
+
+    @property
+    def departure(self) -> Leaving: ...
+
+    def has_model(self) -> bool:
+        """Whether text can become tokens and back."""
+        ...
+
+
+class ReplicaParts(AnyParts, Protocol):
+    """A front of a replica."""
+
+    @property
+    def engine(self) -> EngineFacts: ...
 
     @property
     def keeper(self) -> OwnStreams: ...
@@ -126,13 +146,6 @@ class ReplicaParts(Protocol):
 
     @property
     def standby(self) -> Sleep: ...
-
-    @property
-    def departure(self) -> Leaving: ...
-
-    def has_model(self) -> bool:
-        """Whether text can become tokens and back."""
-        ...
 
     def on_notice(self, left_s: float) -> None:
         """Its machine goes away in so many seconds: leave."""
@@ -160,12 +173,14 @@ class FrontTraits:
     busy_interval_s: float = BUSY_INTERVAL_S
 
 
-class SelfView:
-    """One front's words about itself. The addresses are set as it begins to listen; empty: it does not."""
+PartsT = TypeVar("PartsT", bound=AnyParts)
 
-    def __init__(
-        self, spec: ReplicaSpec, parts: ReplicaParts, metrics: FrontMetrics, traits: FrontTraits
-    ) -> None:
+
+class FrontView(Generic[PartsT]):
+    """What fronts of all kinds say of themselves alike. The addresses are set as it begins to listen; empty:
+    it does not."""
+
+    def __init__(self, spec: ReplicaSpec, parts: PartsT, metrics: FrontMetrics, traits: FrontTraits) -> None:
         self._spec = spec
         self._parts = parts
         self._metrics = metrics
@@ -173,6 +188,26 @@ class SelfView:
         self._num_reports = 0
         self.address = ""
         self.socket_path = ""
+
+    @property
+    def next_sequence(self) -> int:
+        """The number of the next report."""
+        return self._num_reports + 1
+
+    def model_card(self) -> ModelCard:
+        """Return what is said of the model to clients."""
+        info, spec = self._parts.engine.info, self._spec
+        limit = None if info is None else info.max_context_tokens
+        return ModelCard(spec.endpoint, "model", self._traits.created_s, "headrace", spec.engine.model, limit)
+
+
+class SelfView(FrontView[ReplicaParts]):
+    """One front's words about itself."""
+
+    def __init__(
+        self, spec: ReplicaSpec, parts: ReplicaParts, metrics: FrontMetrics, traits: FrontTraits
+    ) -> None:
+        super().__init__(spec, parts, metrics, traits)
         self.peer_path = ""
 
     def __repr__(self) -> str:
@@ -235,11 +270,6 @@ class SelfView:
         return ""
 
     # ---- reports
-
-    @property
-    def next_sequence(self) -> int:
-        """The number of the next report."""
-        return self._num_reports + 1
 
     def report_interval_s(self) -> float:
         """Return the longest time between two reports."""
@@ -304,12 +334,6 @@ class SelfView:
             self._parts.keeper.set_siblings(siblings)
 
     # ---- what people and monitoring ask
-
-    def model_card(self) -> ModelCard:
-        info = self._parts.engine.info
-        limit = None if info is None else info.max_context_tokens
-        spec = self._spec
-        return ModelCard(spec.endpoint, "model", self._traits.created_s, "headrace", spec.engine.model, limit)
 
     def update_metrics(self) -> FrontMetrics:
         """Return the metrics with their gauges set to now. Raises AssertionError if a request was lost."""
