@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -20,18 +18,11 @@ from headrace.api.messages import NodeState
 from headrace.api.run_paths import IDENTITY_FILE
 from headrace.fabric.shared_run_directory import host_run_directory
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_place")]
 HEAD = NodeState("head", "127.0.0.2", True, {"CPU": 1.0}, {}, {"kind": "head"})
 WORKERS = [
     NodeState(f"worker{n}", f"127.0.0.{n + 2}", True, {"CPU": 0.1}, {}, {"kind": "worker"}) for n in (1, 2)
 ]
-
-
-@pytest.fixture(autouse=True)
-def short_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="hr-", dir="/tmp") as directory:
-        monkeypatch.setattr(tempfile, "tempdir", directory)
-        yield
 
 
 def processes_that_show(secret: str) -> list[str]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,19 +15,12 @@ from headrace.api.messages import CreateKey, NodeState
 from headrace.control import essentials, gateway_state
 from headrace.fabric.shared_run_directory import host_run_directory
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_place")]
 KEY = "hr-test-key"
 HEAD = NodeState("head", "127.0.0.2", True, {"CPU": 1.0}, {}, {"kind": "head"})
 EDGES = [NodeState(f"edge{n}", f"127.0.0.{n + 2}", True, {"CPU": 1.0}, {}, {"kind": "edge"}) for n in (1, 2)]
 SPARE = NodeState("edge3", "127.0.0.5", True, {"CPU": 1.0}, {}, {"kind": "edge"})
 WORKER = NodeState("worker", "127.0.0.6", True, {"CPU": 1.0}, {}, {"kind": "worker"})
-
-
-@pytest.fixture(autouse=True)
-def short_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="hr-", dir="/tmp") as directory:
-        monkeypatch.setattr(tempfile, "tempdir", directory)
-        yield
 
 
 def make_config(state_dir: Path, bind: str, **endpoint: object) -> Config:

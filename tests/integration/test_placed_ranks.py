@@ -17,17 +17,9 @@ from tests.unit.engine.tiny_models import huggingface_directory
 
 from headrace.api.messages import GenerationRequest, SamplingParams, Submit
 from headrace.engine.model_files.resolve import ModelFiles
-from headrace.engine.operations.kernels import KernelsMissing, load_kernels
 
-pytestmark = pytest.mark.slow  # each rank imports torch
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _kernels() -> None:
-    try:
-        load_kernels()
-    except KernelsMissing as missing:
-        pytest.skip(str(missing))
+# Each rank imports torch.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("library")]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from headrace.fabric.local import LauncherLost
 from headrace.fabric.ray_host import Host
 from headrace.fabric.ray_launcher import RayLauncher
 
+pytestmark = pytest.mark.usefixtures("short_place")
 LIMIT_S = 20.0
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 BEATING = "import os, sys, time\nwhile True: os.utime(sys.argv[1]); time.sleep(0.2)"
@@ -47,11 +48,13 @@ HERE = NodeState("here", "10.0.0.1", True, {"CPU": 2.0}, {}, {"kind": "head"})
 THERE = NodeState("there", "10.0.0.1", True, {"CPU": 2.0}, {}, {"kind": "spot"})
 
 
-@pytest.fixture(autouse=True)
-def short_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="hr-", dir="/tmp") as directory:
-        monkeypatch.setattr(tempfile, "tempdir", directory)
-        yield
+def shorten(
+    monkeypatch: pytest.MonkeyPatch, *, silent_after_s: float, lost_after_s: float, poll_s: float
+) -> None:
+    """Notice silence sooner than a real cluster's busy nodes allow."""
+    monkeypatch.setattr(host_link, "SILENT_AFTER_S", silent_after_s)
+    monkeypatch.setattr(host_link, "LOST_AFTER_S", lost_after_s)
+    monkeypatch.setattr(host_link, "POLL_S", poll_s)
 
 
 def make_cluster(*nodes: NodeState) -> FakeCluster:
@@ -212,9 +215,7 @@ async def test_a_lost_node_ends_its_processes_with_the_reason() -> None:
 async def test_a_silent_node_is_told_of_and_given_up_only_after_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(host_link, "SILENT_AFTER_S", 0.3)
-    monkeypatch.setattr(host_link, "LOST_AFTER_S", 1.0)
-    monkeypatch.setattr(host_link, "POLL_S", 0.1)
+    shorten(monkeypatch, silent_after_s=0.3, lost_after_s=1.0, poll_s=0.1)
     monkeypatch.setattr(retirement, "SILENT_LIMIT_S", 0.2)
     cluster = make_cluster(HERE, THERE)
     async with launched(cluster) as launcher:
@@ -238,9 +239,7 @@ async def test_a_silent_node_is_told_of_and_given_up_only_after_a_while(
 async def test_a_silent_node_that_was_cut_off_and_is_back_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(host_link, "SILENT_AFTER_S", 0.1)
-    monkeypatch.setattr(host_link, "LOST_AFTER_S", 1.0)
-    monkeypatch.setattr(host_link, "POLL_S", 0.05)
+    shorten(monkeypatch, silent_after_s=0.1, lost_after_s=1.0, poll_s=0.05)
     can_reach = False
 
     async def reach(_self: RayLauncher, _address: str) -> bool:
@@ -297,9 +296,7 @@ async def test_nothing_is_placed_on_a_node_without_power_that_the_cluster_takes_
 async def test_nothing_is_placed_on_a_node_that_is_silent_though_the_cluster_takes_it_for_alive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(host_link, "SILENT_AFTER_S", 0.1)
-    monkeypatch.setattr(host_link, "LOST_AFTER_S", 4.0)
-    monkeypatch.setattr(host_link, "POLL_S", 0.05)
+    shorten(monkeypatch, silent_after_s=0.1, lost_after_s=4.0, poll_s=0.05)
     monkeypatch.setattr(retirement, "SILENT_LIMIT_S", 0.1)
     cluster = make_cluster(HERE, THERE)
     async with launched(cluster) as launcher:
@@ -319,9 +316,7 @@ async def test_nothing_is_placed_on_a_node_that_is_silent_though_the_cluster_tak
 async def test_what_a_host_holds_that_is_heard_of_again_after_it_was_given_up_is_asked_to_leave(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(host_link, "SILENT_AFTER_S", 0.1)
-    monkeypatch.setattr(host_link, "LOST_AFTER_S", 0.3)
-    monkeypatch.setattr(host_link, "POLL_S", 0.1)
+    shorten(monkeypatch, silent_after_s=0.1, lost_after_s=0.3, poll_s=0.1)
     monkeypatch.setattr(retirement, "CALL_LIMIT_S", 0.2)
     finishing = (
         f"import pathlib, signal, sys, time; path = pathlib.Path({str(tmp_path)!r}); "

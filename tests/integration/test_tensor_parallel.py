@@ -24,24 +24,16 @@ from headrace.api.messages import (
 from headrace.clock import SystemClock
 from headrace.engine.model_files.resolve import ModelFiles, resolve_model
 from headrace.engine.native import NativeEngine
-from headrace.engine.operations.kernels import KernelsMissing, load_kernels
 from headrace.engine.workers.group import WorkerGroup
 from headrace.engine.workers.local import start_local_rank
 from headrace.engine.workers.parallel_runner import load_any_runner
 from headrace.errors import EngineDead
 from headrace.units import MIB
 
-pytestmark = pytest.mark.slow  # each rank imports torch
+# Each rank imports torch.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("library")]
 DEADLINE_S = 60.0
 SMOLLM2 = "smollm2-135m-instruct"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _kernels() -> None:
-    try:
-        load_kernels()
-    except KernelsMissing as missing:
-        pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="module")

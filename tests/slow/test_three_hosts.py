@@ -179,9 +179,7 @@ def test_a_host_that_loses_its_power_takes_its_own_streams_with_it_and_no_others
     with loaded(cluster, right) as load:
         before = cluster.status()
         replicas = cluster.names_on(before, victim)
-        wait_for(
-            "its streams flow", lambda: any(r.replica_id in replicas and r.pieces for r in list(load.open))
-        )
+        wait_for_streams(load, replicas)
         killed_s = time.monotonic()
         excused = open_at(load, replicas)
         victim.kill()
@@ -195,6 +193,11 @@ def test_a_host_that_loses_its_power_takes_its_own_streams_with_it_and_no_others
         )
     check(load, right, excused)
     assert noticed_s < NOTICE_LIMIT_S
+
+
+def wait_for_streams(load: SteadyLoad, replicas: list[str]) -> None:
+    """Until one that one of these replicas serves has begun."""
+    wait_for("its streams flow", lambda: any(r.replica_id in replicas and r.pieces for r in list(load.open)))
 
 
 def is_missed(status: Status, before: Status, replicas: list[str]) -> bool:
@@ -215,9 +218,7 @@ def test_a_host_that_is_cut_off_and_comes_back_loses_no_stream_of_others_and_has
     with loaded(cluster, right) as load:
         before = cluster.status()
         replicas = cluster.names_on(before, victim)
-        wait_for(
-            "its streams flow", lambda: any(r.replica_id in replicas and r.pieces for r in list(load.open))
-        )
+        wait_for_streams(load, replicas)
         excused = open_at(load, replicas)
         victim.cut()
         time.sleep(outage_s)  # so long it is away

@@ -19,7 +19,7 @@ from tests.unit.engine.tiny_models import huggingface_directory
 
 from headrace.api.messages import EngineSpec
 from headrace.engine.operations.exchange import Exchange
-from headrace.engine.operations.kernels import KernelsMissing, Library, load_kernels
+from headrace.engine.operations.kernels import Library
 from headrace.engine.operations.shard import cut
 from headrace.engine.operations.shared_memory import SharedMemory
 from headrace.engine.runner import DecoderRunner, load_runner
@@ -32,14 +32,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "one KV head": ("gemma3", {"num_key_value_heads": 1}),
     "untied, an odd vocabulary": ("llama", {"tie_word_embeddings": False, "vocab_size": 85}),
 }
-
-
-@pytest.fixture(scope="module")
-def library() -> Library:
-    try:
-        return load_kernels()
-    except KernelsMissing as missing:
-        pytest.skip(str(missing))
 
 
 def spec(num_ranks: int, dtype: str) -> EngineSpec:

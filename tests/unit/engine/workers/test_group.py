@@ -11,7 +11,6 @@ import pytest
 from tests.unit.engine.test_shard import SMOLLM2
 
 from headrace.api.messages import EngineSpec
-from headrace.engine.operations.kernels import KernelsMissing, load_kernels
 from headrace.engine.workers import group as group_module
 from headrace.engine.workers.group import Rank, WorkerGroup
 from headrace.engine.workers.mailbox import Command
@@ -25,15 +24,8 @@ from headrace.engine.workers.messages import (
 )
 from headrace.errors import EngineDead, ModelError
 
+pytestmark = pytest.mark.usefixtures("library")
 SPEC = EngineSpec("native", "m", tensor_parallel=3, token_budget=8, max_running=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _kernels() -> None:
-    try:
-        load_kernels()
-    except KernelsMissing as missing:
-        pytest.skip(str(missing))
 
 
 class PlayedRank:

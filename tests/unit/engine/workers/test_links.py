@@ -12,7 +12,7 @@ import torch
 from tests.unit.engine.rank_rig import rank_sizes
 from tests.unit.engine.test_shard import SMOLLM2
 
-from headrace.engine.operations.kernels import KernelsMissing, Library, load_kernels
+from headrace.engine.operations.kernels import Library
 from headrace.engine.operations.linked_exchange import LinkedExchange
 from headrace.engine.operations.shard import column_starts, cut
 from headrace.engine.operations.shared_memory import SharedMemory
@@ -22,14 +22,6 @@ from headrace.errors import EngineDead
 
 KEY = bytes(range(KEY_BYTES))
 Links = dict[int, socket.socket]
-
-
-@pytest.fixture(scope="module")
-def library() -> Library:
-    try:
-        return load_kernels()
-    except KernelsMissing as missing:
-        pytest.skip(str(missing))
 
 
 @pytest.fixture

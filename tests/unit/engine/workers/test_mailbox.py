@@ -10,21 +10,13 @@ import numpy as np
 import pytest
 from tests.unit.engine.step_builder import Part, step_input
 
-from headrace.engine.operations.kernels import KernelsMissing, Library, load_kernels
+from headrace.engine.operations.kernels import Library
 from headrace.engine.operations.shared_memory import SharedMemory
 from headrace.engine.protocol import StepInput
 from headrace.engine.workers.mailbox import Command, Mailbox, shared_sizes
 from headrace.errors import EngineDead
 
 LIMIT_S = 20.0
-
-
-@pytest.fixture(scope="module")
-def library() -> Library:
-    try:
-        return load_kernels()
-    except KernelsMissing as missing:
-        pytest.skip(str(missing))
 
 
 def both_ends(library: Library, max_tokens: int = 16) -> tuple[Mailbox, Mailbox]:
