@@ -145,7 +145,7 @@ class GatewayState:
     def on_demand(self, demand: Demand, now_s: float) -> None:
         """Take a router's view. One of an unknown or an earlier router process is ignored."""
         pair = self.pairs.get(demand.router_id)
-        if pair is None or (pair.pid and not is_same_process(demand, pair)):
+        if pair is None or not is_same_process(demand, pair):
             return
         pair.demand, pair.demand_s, pair.waiting_for = demand, now_s, ""
         pair.router.heard_s = now_s
