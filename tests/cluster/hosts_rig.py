@@ -163,6 +163,12 @@ class Hosts:
         self.hosts.append(Host(len(self.hosts) + 1, disk, self.mount_point))
         return self.hosts[-1]
 
+    def revive(self, host: Host) -> Host:
+        """Give a host that was killed its power back: its disk is as it was, and nothing runs there."""
+        index = self.hosts.index(host)
+        self.hosts[index] = Host(index + 1, host.disk, self.mount_point)
+        return self.hosts[index]
+
 
 @contextlib.contextmanager
 def hosts_on_a_bridge(count: int) -> Iterator[Hosts]:

@@ -52,6 +52,29 @@ class RayNode:
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
+        self._gcs_command: tuple[list[str], dict[str, str]] | None = None
+        self._gcs: subprocess.Popen[bytes] | None = None
+
+    @property
+    def gcs(self) -> psutil.Process:
+        """What holds the cluster, on a head."""
+        return next(process for process in self.processes() if "gcs_server" in process.name())
+
+    def lose_gcs(self) -> None:
+        """Kill it alone, for `start_gcs`. `ray start --block` would end the node then, so it is held: where a
+        GCS is started again, who does it is not this command."""
+        gcs = self.gcs
+        self._gcs_command = gcs.cmdline(), gcs.environ()
+        self._process.send_signal(signal.SIGSTOP)
+        gcs.kill()
+
+    def start_gcs(self) -> None:
+        """As it was started the first time."""
+        assert self._gcs_command is not None
+        argv, environment = self._gcs_command
+        self._gcs = subprocess.Popen(
+            argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
 
     def processes(self) -> list[psutil.Process]:
         """It, and all that it started, hosts and what they hold included."""
@@ -70,10 +93,16 @@ class RayNode:
                     and "ray" in " ".join(process.cmdline()[:1]) + process.name()
                 ):
                     process.kill()
+        if self._gcs is not None:
+            self._gcs.kill()
+            self._gcs.wait(30)
         self._process.kill()
         self._process.wait(30)
 
     def stop(self) -> None:
+        if self._gcs_command is not None:  # it is held, and hears no signal but this
+            self.kill()
+            return
         self._process.send_signal(signal.SIGTERM)
         try:
             self._process.wait(30)

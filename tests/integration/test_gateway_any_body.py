@@ -165,7 +165,16 @@ async def test_an_adapter_is_reached_by_its_name_wherever_that_is_in_the_body() 
             assert "Known models: chat, poet, other." in missing.error()["message"]
         listed = await gateway.request("GET", "/v1/models")
         assert [card["id"] for card in json.loads(listed.body)["data"]] == ["chat", "poet", "other"]
-        await wait_for(lambda: gateway.endpoint().finished == 2, "both are the endpoint's")
+        assert (await ask(gateway, sdk_body(10))).status == 200
+        await wait_for(lambda: gateway.endpoint().finished == 3, "all are the endpoint's")
+        asked = [("", ""), ("", ""), ("chat", "chat"), ("chat", "poet"), ("chat", "poet")]
+
+        def are_told() -> bool:
+            records = request_records(gateway)
+            told = [(r["endpoint"], r["model"]) for r in records if r["path"] != "/v1/models"]
+            return sorted(told) == asked
+
+        await wait_for(are_told, "the request log tells which was asked for")
 
 
 async def test_an_answer_through_the_relay_comes_as_it_is_made(gateway: Gateway) -> None:

@@ -8,9 +8,11 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import msgspec
 import psutil
@@ -32,7 +34,8 @@ from headrace.api.messages import (
 )
 from headrace.api.run_paths import PYTHON_PLACEHOLDER, RUN_DIR_PLACEHOLDER
 from headrace.clock import SystemClock
-from headrace.fabric import host_link, ray_launcher, retirement
+from headrace.fabric import host_link, rank_hosts, ray_launcher, retirement
+from headrace.fabric.cluster import HostSilent
 from headrace.fabric.fake_cluster import FakeCluster
 from headrace.fabric.host_messages import HostEvent, HostEvents, HostReport
 from headrace.fabric.local import LauncherLost
@@ -52,9 +55,10 @@ def shorten(
     monkeypatch: pytest.MonkeyPatch, *, silent_after_s: float, lost_after_s: float, poll_s: float
 ) -> None:
     """Notice silence sooner than a real cluster's busy nodes allow."""
-    monkeypatch.setattr(host_link, "SILENT_AFTER_S", silent_after_s)
-    monkeypatch.setattr(host_link, "LOST_AFTER_S", lost_after_s)
-    monkeypatch.setattr(host_link, "POLL_S", poll_s)
+    for module in (host_link, rank_hosts):
+        monkeypatch.setattr(module, "SILENT_AFTER_S", silent_after_s)
+        monkeypatch.setattr(module, "LOST_AFTER_S", lost_after_s)
+        monkeypatch.setattr(module, "POLL_S", poll_s)
 
 
 def make_cluster(*nodes: NodeState) -> FakeCluster:
@@ -627,3 +631,79 @@ async def test_a_later_controller_watches_the_companions_that_it_finds(tmp_path:
         assert "the host of rank 1 is lost: " in ended.process.last_output
         await until(lambda: not any(map(psutil.pid_exists, [pid, *pids])))
         second.close()
+
+
+async def wait_said(launcher: RayLauncher, *parts: str) -> None:
+    """Let everything go until somebody says that a process waits for something with these words in it."""
+    said = ""
+    while not all(part in said for part in parts):
+        event = await take(launcher, ProcessWaiting)
+        assert isinstance(event, ProcessWaiting)
+        said = event.reason
+
+
+@pytest.mark.slow
+async def test_a_companions_host_that_was_cut_off_and_is_back_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shorten(monkeypatch, silent_after_s=0.1, lost_after_s=1.0, poll_s=0.05)
+    can_reach = False
+
+    async def reach(_self: RayLauncher, _address: str) -> bool:
+        return can_reach
+
+    monkeypatch.setattr(RayLauncher, "_can_reach", reach)
+    cluster = make_cluster(HERE)
+    async with launched(cluster) as launcher:
+        pid = await started(launcher, replica_of_three("chat-1", tmp_path))
+        pids = await pids_in(tmp_path)
+        key = next(key for key in cluster.running if key.endswith("/3/2"))
+        cluster.silent.add(key)
+        await wait_said(launcher, "the host of rank 2 on node here has not answered for 0.")
+        (link,) = launcher._links.values()
+        assert (link.silent_nodes(), link.is_silent) == ({"here"}, False)
+        can_reach = True
+        await wait_said(launcher, "the host of rank 2", "answered for 1.3 s")
+        cluster.silent.clear()
+        await until(lambda: not link.silent_nodes())
+        assert all(map(psutil.pid_exists, [pid, *pids]))
+        cluster.silent.add(key)
+        ended = await take(launcher, ProcessEnded)
+        assert isinstance(ended, ProcessEnded)
+        assert "the host of rank 2 is lost: it has not answered for 1 s" in ended.process.last_output
+        await until(lambda: not any(map(psutil.pid_exists, pids)) and not cluster.running)
+
+
+@pytest.mark.slow
+async def test_a_companion_whose_host_was_silent_when_it_was_told_to_start_is_started_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shorten(monkeypatch, silent_after_s=0.1, lost_after_s=5.0, poll_s=0.05)
+    cluster = ForgetfulCluster(lambda group, node, _: Host("demo", group, node.node_id, node.address), [HERE])
+    async with launched(cluster) as launcher:
+        pid = await started(launcher, replica_of_three("chat-1", tmp_path))
+        pids = await pids_in(tmp_path)
+        await until(lambda: sorted(cluster.polled.values()) == [2, 2])  # a start, and that it runs already
+        assert sorted(cluster.num_obeyed.values()) == [2, 2]
+        assert all(map(psutil.pid_exists, [pid, *pids]))
+
+
+class ForgetfulCluster(FakeCluster):
+    """The first answer of each further host to a command is lost, though it has obeyed."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.num_obeyed: Counter[str] = Counter()
+        self.polled: dict[str, int] = {}
+        """How many events each further host was asked behind last."""
+
+    async def call(self, key: str, method: str, *arguments: object, limit_s: float) -> bytes:
+        is_further = "/3/" in key
+        if method == "poll" and is_further:
+            self.polled[key] = cast(int, arguments[0])
+        answer = await super().call(key, method, *arguments, limit_s=limit_s)
+        if method == "obey" and is_further:
+            self.num_obeyed[key] += 1
+            if self.num_obeyed[key] == 1:
+                raise HostSilent("its answer was lost")
+        return answer

@@ -24,6 +24,7 @@ from tests.cluster.ray_rig import HEADRACE, RAY, REPOSITORY, SMALL
 
 from headrace.api.messages import GetStatus
 from headrace.control.admin import NotRunning, ask
+from headrace.control.cluster_watch import LIMIT_VARIABLE
 
 RAY_PORT, GATEWAY_PORT = 6379, 8000
 RAY_LIMIT_S, READY_LIMIT_S = 180.0, 180.0
@@ -69,20 +70,53 @@ class RayHosts:
         wait_for_ray(host)
         return host
 
+    def keep_store(self) -> None:
+        """Have Ray keep on the head's disk what its GCS knows. Before `start_ray`."""
+        store = self._hosts.mount_point / "store"
+        self.environment |= {
+            "RAY_gcs_storage": "rocksdb",
+            "RAY_gcs_storage_path": str(store),
+            LIMIT_VARIABLE: f"{RAY_LIMIT_S:.0f}",  # Ray's own starts take long on a busy machine
+        }
+
+    def revive_head(self) -> None:
+        """The machine that was the head has power again, and Ray is started there as it was: until it runs,
+        because Ray gives a start half a minute at most."""
+        self.head = self._hosts.revive(self.head)
+        log = self.head.disk / "ray.log"
+        log.rename(self.head.disk / "ray-before.log")
+        deadline_s = time.monotonic() + RAY_LIMIT_S
+        while True:
+            process = self._begin_ray(self.head)
+            while process.poll() is None and time.monotonic() < deadline_s:
+                if STARTED in log.read_text():
+                    return
+                time.sleep(0.1)
+            assert time.monotonic() < deadline_s, log.read_text()[-3000:]
+
     def start_ray(self, host: Host) -> None:
+        self._begin_ray(host)
+        if host is self.head:  # the others need it
+            wait_for_ray(host)
+
+    def _begin_ray(self, host: Host) -> subprocess.Popen[bytes]:
         place = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"]
         labels = f"host={host.name}"
         if host is not self.head:
             place, labels = [f"--address={self.ray_address}"], f"{labels},kind={EDGE}"
         options = [f"--node-ip-address={host.address}", "--num-cpus=1", f"--labels={labels}", *SMALL]
-        host.begin(
-            [*RAY, "start", "--block", "--disable-usage-stats", *place, *options], "ray.log", self.environment
-        )
-        if host is self.head:  # the others need it
-            wait_for_ray(host)
+        argv = [*RAY, "start", "--block", "--disable-usage-stats", *place, *options]
+        return host.begin(argv, "ray.log", self.environment)
 
-    def up(self, endpoints: Mapping[str, object], gateway: Mapping[str, object] | None = None) -> None:
-        """Start `headrace up --launcher ray` on the head, and wait until it serves."""
+    def up(
+        self,
+        endpoints: Mapping[str, object],
+        gateway: Mapping[str, object] | None = None,
+        *,
+        is_detached: bool = False,
+    ) -> None:
+        """Start `headrace up --launcher ray` on the head, and wait until it serves. is_detached: no command
+        stays there."""
         config = {
             "endpoints": endpoints,
             "gateway": {"bind": f"{self.head.address}:{GATEWAY_PORT}", **(gateway or {})},
@@ -90,16 +124,18 @@ class RayHosts:
         }
         (self.head.disk / "config.yaml").write_text(json.dumps(config))
         path = str(self._hosts.mount_point / "config.yaml")
-        self._system = self.head.begin(
-            [*HEADRACE, "up", path, "--launcher", "ray", "--address", self.ray_address],
-            "up.log",
-            self.environment,
-        )
+        argv = [*HEADRACE, "up", path, "--launcher", "ray", "--address", self.ray_address]
+        if is_detached:
+            self.head.run([*argv, "--detach"], self.environment, READY_LIMIT_S)
+        else:
+            self._system = self.head.begin(argv, "up.log", self.environment)
         self.wait("it serves", lambda status: bool(status["is_ready"]), READY_LIMIT_S)
 
     def down(self) -> None:
-        """Ctrl-C."""
-        assert self._system is not None
+        """Ctrl-C, or where no command stayed there, another one."""
+        if self._system is None:
+            self.head.run([*HEADRACE, "down", "--address", self.ray_address], self.environment)
+            return
         (command,) = psutil.Process(self._system.pid).children()  # of nsenter, which passes no signal on
         command.send_signal(signal.SIGINT)
         assert self._system.wait(90) == 0, (self.head.disk / "up.log").read_text()
@@ -176,10 +212,12 @@ def wait_for_ray(host: Host) -> None:
 
 
 @contextlib.contextmanager
-def ray_hosts(count: int) -> Iterator[RayHosts]:
-    """So many hosts with Ray; at the end nothing of them is left."""
+def ray_hosts(count: int, *, has_store: bool = False) -> Iterator[RayHosts]:
+    """So many hosts with Ray; at the end nothing of them is left. has_store: the head's GCS has one."""
     with hosts_on_a_bridge(count) as hosts:
         cluster = RayHosts(hosts)
+        if has_store:
+            cluster.keep_store()
         for host in cluster.hosts:
             cluster.start_ray(host)
         for host in cluster.hosts:

@@ -32,6 +32,8 @@ ASKS = [
 ]
 """Even positions ask chat, odd ones safe."""
 NUM_STREAMS = 12
+FEW_STREAMS = 4
+"""Where a host starts again meanwhile, for which Ray has little patience."""
 NOTICE_LIMIT_S = 3.0
 """2 s, and what a busy machine adds."""
 SETTLE_LIMIT_S = 150.0
@@ -317,6 +319,43 @@ def test_a_gateway_that_is_lost_with_its_host_takes_no_stream_of_the_other_and_c
     print(f"it was there again {again_s:.1f} s after another host had joined")
     print(f"longest gaps: {longest_gaps(load)}; streams of the lost one: {dict(lost_load.outcomes())}")
     assert lost_load.outcomes()["different"] == 0
+
+
+def test_a_head_that_is_lost_with_its_host_and_comes_back_with_its_store_finds_all_that_serves() -> None:
+    with ray_hosts(3, has_store=True) as cluster:
+        cluster.up(ENDPOINTS, EDGE_GATEWAYS, is_detached=True)
+        before = wait_settled(cluster)
+        url = before["gateways"][0]["url"]
+        on_head = cluster.names_on(before, cluster.head)
+        right = ask_all(url, list(ASKS), NUM_STREAMS, KEY)
+        with SteadyLoad(url, ASKS, right, FEW_STREAMS, KEY) as load:
+            wait_until_streams_flow(load, FEW_STREAMS)
+            excused = open_at(load, on_head)
+            cluster.head.kill()
+            killed_s = time.monotonic()
+            wait_ended(load, NUM_STREAMS)
+            cluster.revive_head()
+            back_s = time.monotonic()
+            cluster.wait("there is a controller again", bool, SETTLE_LIMIT_S)
+            answers_s = time.monotonic()
+            status = wait_settled(cluster)
+            settled_s = time.monotonic()
+            wait_ended(load, NUM_STREAMS)
+        print(
+            f"the head was away for {back_s - killed_s:.1f} s, with {on_head}; the controller answered "
+            f"{answers_s - back_s:.1f} s after, and all was there after {settled_s - back_s:.1f} s"
+        )
+        check(load, right, excused)
+        was, now = pids(before), pids(status)
+        untouched = {name: pid for name, pid in was.items() if name not in on_head}
+        assert {name: now[name] for name in untouched} == untouched
+        cluster.down()
+
+
+def wait_ended(load: SteadyLoad, num_more: int) -> None:
+    """Until so many more streams have ended."""
+    num_ended = len(load.results) + num_more
+    wait_for("streams go on", lambda: len(load.results) >= num_ended, 60)
 
 
 def longest_gaps(load: SteadyLoad) -> str:

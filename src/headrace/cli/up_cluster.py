@@ -7,6 +7,7 @@ Owns what is shown and what Ctrl-C does. Must not know how a system is held ther
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 import time
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING
 
 from headrace.cli.progress import Progress, make_progress
 from headrace.cli.up import MAX_CONTROLLER_FAILURES, show_until_ready
+from headrace.clock import SystemClock
 from headrace.control.cluster_system import ClusterSystem, check_for_cluster
+from headrace.control.cluster_watch import ClusterWatch, watch_cluster
 from headrace.control.identity import open_identity
 from headrace.errors import HeadraceError
 
@@ -45,6 +48,7 @@ async def _hold(config: Config, name: str, progress: Progress, ready_limit_s: fl
     stops: asyncio.Queue[None] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     system = await ClusterSystem.connect(name, config.ray.address)
+    watch = ClusterWatch(system.address, os.environ, progress.notice)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stops.put_nowait, None)
     try:
@@ -53,19 +57,24 @@ async def _hold(config: Config, name: str, progress: Progress, ready_limit_s: fl
         failure = _Failure(system)
         showing = asyncio.create_task(show_until_ready(system.ask, failure.find, progress, ready_limit_s))
         stopping = asyncio.create_task(stops.get())
-        await asyncio.wait([showing, stopping], return_when=asyncio.FIRST_COMPLETED)
+        watching = asyncio.create_task(watch_cluster(system, watch, SystemClock()))
+        await asyncio.wait([showing, stopping, watching], return_when=asyncio.FIRST_COMPLETED)
         error = showing.result() if showing.done() else ""
-        if detach and not error and not stopping.done():
+        if detach and not error and showing.done() and not stopping.done():
             progress.notice(f"it stays; stop it with: headrace down --name {name}")
             return ""
         if not error:
-            await stopping
+            await asyncio.wait([stopping, watching], return_when=asyncio.FIRST_COMPLETED)
         showing.cancel()
+        if watching.done():
+            return watching.result()
+        watching.cancel()
         progress.notice("giving up" if error else "stopping: open requests are finished first")
         await _stop(system, config, stops, progress)
         return error
     finally:
-        system.close()
+        if not watch.is_lost:  # Ray ends a process that leaves a cluster without a head before it says why
+            system.close()
 
 
 async def _stop(

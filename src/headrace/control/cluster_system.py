@@ -29,11 +29,13 @@ from headrace.fabric.heartbeat import beat
 from headrace.fabric.host_messages import CONTROLLER_GROUP, HostReport
 from headrace.fabric.launcher import Launcher
 from headrace.fabric.ray_cluster import RayCluster
+from headrace.fabric.ray_entry import why_unreachable
 from headrace.fabric.ray_launcher import RayLauncher
 
 STOP_MARGIN_S = 5.0
 _POLL_S = 0.2
 _DESCRIBE_LIMIT_S = 5.0
+_LOOK_LIMIT_S = 5.0
 
 
 async def connect_launcher(run_directory: Path, system: str) -> Launcher:
@@ -101,6 +103,12 @@ class ClusterSystem:
     async def is_held(self) -> bool:
         """Whether its controller has a host, which Ray starts again if it ends."""
         return await self._cluster.has_controller()
+
+    async def look(self) -> bool:
+        """As `is_held`, for whoever asks all the time. Raises ClusterUnavailable within seconds."""
+        if reason := await asyncio.to_thread(why_unreachable, self.address):
+            raise ClusterUnavailable(f"the Ray cluster at {self.address} does not answer: {reason}")
+        return await self._cluster.has_controller(_LOOK_LIMIT_S)
 
     async def home_address(self) -> str:
         """Return the address of the controller's machine, where the gateways are. Raises NotRunning."""

@@ -31,7 +31,7 @@ class FakeCluster:
         self.running: dict[str, tuple[Any, str]] = {}
         """Hosts with their nodes."""
         self.silent: set[str] = set()
-        """Nodes that do not answer."""
+        """Nodes, and keys of single hosts, that do not answer."""
         self.unavailable: set[str] = set()
         """Hosts to which the connection broke."""
         self.liked: list[str] = []
@@ -100,7 +100,7 @@ class FakeCluster:
         host, node_id = self.running[key]
         if key in self.unavailable and method != "end":
             raise HostUnavailable("its connection broke")
-        if node_id in self.silent:
+        if node_id in self.silent or key in self.silent:
             await asyncio.sleep(limit_s)
             raise HostSilent(f"no answer within {limit_s:.1f} s")
         try:

@@ -128,7 +128,8 @@ class HostLink:
         self._commands: asyncio.Queue[HostCommand] = asyncio.Queue()  # bounded by who may be named in it
         self._search: PlaceSearch | None = None
         self._sequence = 0
-        self._ranks = RankHosts(key, cluster, clock, self._lose_rank)
+        around = surroundings
+        self._ranks = RankHosts(key, cluster, clock, self._lose_rank, around.can_reach, around.on_unavailable)
         self._lost_rank = ""
         """Why a rank was lost, and with it everything here."""
 
@@ -143,6 +144,10 @@ class HostLink:
     @property
     def group(self) -> str:
         return group_of(self.key)
+
+    def silent_nodes(self) -> set[str]:
+        """Return the nodes of its hosts that do not answer."""
+        return self._ranks.silent_nodes() | ({self.node_id} if self.is_silent else set())
 
     def names(self) -> list[str]:
         return [*self.processes, *self._waiting]
@@ -287,6 +292,8 @@ class HostLink:
                     await self._poll()
                     self.is_silent = False
                     silence = Silence(self._clock.now_s(), LOST_AFTER_S)
+                    if said := self._ranks.explain_silence():
+                        self._tell_waiting(said)
                 except HostSilent:
                     self.is_silent = True
                     silence.note_probe(await self._surroundings.can_reach(self.address))

@@ -204,9 +204,9 @@ class RayCluster:
                 f"Stop it (headrace down --name {self._system}), or give this one another --name."
             ) from None
 
-    async def has_controller(self) -> bool:
+    async def has_controller(self, limit_s: float = CALL_LIMIT_S) -> bool:
         """Whether the system's controller has a host."""
-        return CONTROLLER_GROUP in await self._run(self._actor_names)
+        return CONTROLLER_GROUP in await self._run(self._actor_names, limit_s=limit_s)
 
     # ---- inside ----------------
 

@@ -59,16 +59,24 @@ def resolve_address(address: str) -> str:
         ) from None
 
 
-def check_reachable(address: str) -> None:
-    """Ray itself takes long to say that nobody listens."""
+def why_unreachable(address: str) -> str:
+    """Return why nobody can be connected to there; empty: somebody can. Takes `REACH_LIMIT_S` at most: Ray
+    itself takes long to say that nobody listens."""
     host, port = split_host_port(address, "ray.address")
     try:
         socket.create_connection((host, port), REACH_LIMIT_S).close()
     except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def check_reachable(address: str) -> None:
+    """Raise ClusterUnavailable unless somebody listens there."""
+    if reason := why_unreachable(address):
         raise ClusterUnavailable(
-            f"the Ray cluster at {address} cannot be reached: {error.strerror or error}. Check --address "
+            f"the Ray cluster at {address} cannot be reached: {reason}. Check --address "
             "(host:port of the head, usually port 6379), and that the cluster runs"
-        ) from None
+        )
 
 
 def check_token(address: str) -> None:

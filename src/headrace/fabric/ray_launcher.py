@@ -245,7 +245,8 @@ class RayLauncher:
 
     def _silent_nodes(self) -> set[str]:
         self._forget_given_up()
-        return {link.node_id for link in self._links.values() if link.is_silent} | self._given_up.keys()
+        silent = (node for link in self._links.values() for node in link.silent_nodes())
+        return {*silent, *self._given_up}
 
     def _forget_given_up(self) -> None:
         """Avoid nobody for longer than was meant."""

@@ -31,6 +31,8 @@ class _Parts(msgspec.Struct, gc=False):
     """What is known of one request."""
 
     endpoint: str = ""
+    model: str = ""
+    """Of the names under which the endpoint is served, the one that was asked for."""
     tenant: str = ""
     path: str = ""
     arrived_s: float | None = None
@@ -66,11 +68,14 @@ class RequestRecorder:
     def __repr__(self) -> str:
         return f"<RequestRecorder open={len(self._open)} due={len(self._due)} whole={len(self._whole)}>"
 
-    def arrived(self, request_id: str, endpoint: str, tenant: str, path: str, now_s: float) -> None:
-        """HAProxy announced a request, or one of its later passes."""
+    def arrived(
+        self, request_id: str, endpoint: str, tenant: str, path: str, now_s: float, model: str = ""
+    ) -> None:
+        """HAProxy announced a request, or one of its later passes. model: the adapter that it asks for; empty:
+        the endpoint's model."""
         if request_id not in self._open:
             wall_s = self._clock.wall_s()
-            self._open[request_id] = _Parts(endpoint, tenant, path, now_s, wall_s)
+            self._open[request_id] = _Parts(endpoint, model or endpoint, tenant, path, now_s, wall_s)
         else:
             self.parked(request_id, now_s)
 
@@ -219,6 +224,7 @@ def _join(gateway_id: str, request_id: str, parts: _Parts, wall_s: float) -> Req
         client_id=_text(line.client_id),
         gateway=gateway_id,
         endpoint=parts.endpoint,
+        model=parts.model,
         tenant=parts.tenant or _text(line.tenant),
         path=parts.path or _text(line.path),
         arrived_s=int((parts.arrived_wall_s or wall_s - max(line.total_ms, 0) / 1000) * 1000) / 1000,

@@ -204,13 +204,14 @@ class Router:
             self._rejoin(waiting, call, request_id, endpoint, pass_name)
             return
         tenant = text_argument(arguments, b"tenant")
-        self.recorder.arrived(request_id, endpoint, tenant, text_argument(arguments, b"path"), now_s)
+        path, adapter = text_argument(arguments, b"path"), self._adapter(endpoint, arguments)
+        self.recorder.arrived(request_id, endpoint, tenant, path, now_s, adapter)
         client = (arguments.get(b"client"), arguments.get(b"client_port"))
         head, size = arguments.get(b"head"), arguments.get(b"size")
         prompt = read_prompt(
             head if isinstance(head, bytes) else b"",
             size if isinstance(size, int) else 0,
-            prompt_salt(tenant, self._adapter(endpoint, arguments)),
+            prompt_salt(tenant, adapter),
             text_argument(arguments, b"session"),
         )
         relays = arguments.get(b"relays")

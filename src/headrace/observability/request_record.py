@@ -22,6 +22,10 @@ class RequestRecord(msgspec.Struct, frozen=True, gc=False):
     client_id: Annotated[str, _field("the client's `x-request-id`; headrace's id if it sent none")]
     gateway: Annotated[str, _field("the gateway that took it")]
     endpoint: Annotated[str, _field("the model's public name; empty if it ended before that was known")]
+    model: Annotated[
+        str,
+        _field("the model name that was asked for, of those that are served; empty if the router was away"),
+    ]
     tenant: Annotated[str, _field("who pays; empty without tenants, or if the key was refused")]
     path: Annotated[str, _field("the path, without a query")]
     arrived_s: Annotated[float, _field("wall-clock time of its arrival, in seconds since 1970")]

@@ -87,6 +87,7 @@ def test_a_record_holds_what_each_of_them_said() -> None:
             client_id="mine",
             gateway="g1",
             endpoint="chat",
+            model="chat",
             tenant="acme",
             path="/v1/completions",
             arrived_s=100.0,
@@ -112,6 +113,17 @@ def test_a_record_holds_what_each_of_them_said() -> None:
             hosts=["chat-2"],
         )
     ]
+
+
+def test_an_adapter_is_told_beside_its_endpoint_and_nothing_of_what_came_while_the_router_was_away() -> None:
+    world = World()
+    world.recorder.arrived(ID, "chat", "acme", "/v1/completions", world.clock.now_s(), "chat-law")
+    world.bind()
+    world.complete()
+    world.complete("hr-g1-8")
+    world.let_time_pass()
+    told = {record.id: (record.endpoint, record.model) for record in world.records}
+    assert told == {ID: ("chat", "chat-law"), "hr-g1-8": ("chat", "")}
 
 
 def test_without_the_fronts_word_it_is_written_after_a_while() -> None:
