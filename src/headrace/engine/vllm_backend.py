@@ -30,6 +30,7 @@ from headrace.engine.adapter import BackendOutput, BackendStep, without_end
 from headrace.engine.last_words import LogMark
 from headrace.engine.lora import adapter_arguments
 from headrace.engine.model_files.resolve import resolve_model
+from headrace.engine.threads import limit_spinning
 from headrace.engine.vllm_blocks import BlockNames
 from headrace.errors import ConfigError, EngineDead, HeadraceError, InvalidRequest
 
@@ -52,6 +53,7 @@ _VARIABLES = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # spawned processes ask the kernel to die with their parent
     "VLLM_NO_USAGE_STATS": "1",
 }
+_CPU_EXECUTOR = "headrace.engine.vllm_executor.SleepingExecutor"
 _MAX_ERROR_CHARACTERS = 1500
 _MAX_EVENTS_PER_STEP = 256
 """Messages about the prefix cache read after a step; a step sends one."""
@@ -211,6 +213,7 @@ def start_vllm(spec: EngineSpec, on_phase: Callable[[str], None]) -> VllmBackend
             "publisher": "zmq",
             "endpoint": events,
         }
+    limit_spinning()
     for name, value in (_VARIABLES | {"VLLM_RPC_BASE_PATH": str(private)}).items():
         os.environ.setdefault(name, value)
     try:
@@ -226,14 +229,18 @@ def _start(arguments: Mapping[str, Any], on_phase: Callable[[str], None]) -> Any
     on_phase("importing vLLM")
     from vllm.config import KVEventsConfig, StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     on_phase("checking vLLM's arguments")
+    usage = UsageContext.OPENAI_API_SERVER  # its defaults, by the device, are those of `vllm serve`
+    if current_platform.is_cpu():
+        arguments = {"distributed_executor_backend": _CPU_EXECUTOR, **arguments}
     sections = {"kv_events_config": KVEventsConfig, "structured_outputs_config": StructuredOutputsConfig}
     try:
         made = {name: make(**arguments[name]) for name, make in sections.items() if arguments.get(name)}
-        config = AsyncEngineArgs(**{**arguments, **made}).create_engine_config(UsageContext.ENGINE_CONTEXT)
+        config = AsyncEngineArgs(**{**arguments, **made}).create_engine_config(usage)
     except MemoryError:
         raise
     except Exception as error:  # pydantic's, transformers', its own: it has no tree
@@ -241,7 +248,7 @@ def _start(arguments: Mapping[str, Any], on_phase: Callable[[str], None]) -> Any
     on_phase("starting vLLM's engine core")
     log = LogMark()
     try:
-        return AsyncLLM.from_vllm_config(config, usage_context=UsageContext.ENGINE_CONTEXT)
+        return AsyncLLM.from_vllm_config(config, usage_context=usage)
     except RuntimeError as error:
         raise EngineDead(f"vLLM did not start: {log.first_error() or _brief(error)}") from error
 
