@@ -18,4 +18,5 @@ class SleepingExecutor(MultiprocExecutor):  # type: ignore[misc]  # vLLM is not 
     def _post_init_executor(self) -> None:
         super()._post_init_executor()
         for queue in self.response_mqs:
-            queue._spin_condition.busy_loop_s = 0.0
+            if queue._spin_condition is not None:  # another host's has none: its socket is waited for
+                queue._spin_condition.busy_loop_s = 0.0
