@@ -165,22 +165,6 @@ def test_many_at_once_all_end_and_their_work_is_measured(front: RunningFront) ->
     assert load.num_free_blocks == load.num_total_blocks
 
 
-def test_the_engine_core_sleeps_while_its_worker_computes(front: RunningFront) -> None:
-    below = processes_below(front.router.latest.engine_pid)
-    core, worker = (
-        next(process for process in below if name in " ".join(process.cmdline()))
-        for name in ("EngineCore", "Worker")
-    )
-
-    def spent_s() -> list[float]:
-        return [sum(process.cpu_times()[:2]) for process in (core, worker)]
-
-    before = spent_s()
-    complete(front, max_tokens=200, ignore_eos=True)
-    core_s, worker_s = (after - earlier for after, earlier in zip(spent_s(), before, strict=True))
-    assert core_s < 0.3 * worker_s, "vLLM's own executor looks for the answer all the time"
-
-
 def test_a_client_that_leaves_frees_its_place(front: RunningFront) -> None:
     body = {"model": "chat", "prompt": "On", "max_tokens": 900, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{front.url}/v1/completions", json=body, timeout=60) as answer:

@@ -53,7 +53,6 @@ _VARIABLES = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # spawned processes ask the kernel to die with their parent
     "VLLM_NO_USAGE_STATS": "1",
 }
-_CPU_EXECUTOR = "headrace.engine.vllm_executor.SleepingExecutor"
 _MAX_ERROR_CHARACTERS = 1500
 _MAX_EVENTS_PER_STEP = 256
 """Messages about the prefix cache read after a step; a step sends one."""
@@ -229,14 +228,11 @@ def _start(arguments: Mapping[str, Any], on_phase: Callable[[str], None]) -> Any
     on_phase("importing vLLM")
     from vllm.config import KVEventsConfig, StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     on_phase("checking vLLM's arguments")
     usage = UsageContext.OPENAI_API_SERVER  # its defaults, by the device, are those of `vllm serve`
-    if current_platform.is_cpu():
-        arguments = {"distributed_executor_backend": _CPU_EXECUTOR, **arguments}
     sections = {"kv_events_config": KVEventsConfig, "structured_outputs_config": StructuredOutputsConfig}
     try:
         made = {name: make(**arguments[name]) for name, make in sections.items() if arguments.get(name)}

@@ -39,12 +39,11 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Start:
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
 
-    def start_it(*, is_cpu: bool, **arguments: Any) -> dict[str, Any]:
+    def start_it(**arguments: Any) -> dict[str, Any]:
         for name in ("vllm", "vllm.engine", "vllm.usage", "vllm.v1", "vllm.v1.engine"):
             stand_in(name)
         stand_in("vllm.config", KVEventsConfig=dict, StructuredOutputsConfig=dict)
         stand_in("vllm.engine.arg_utils", AsyncEngineArgs=engine_args)
-        stand_in("vllm.platforms", current_platform=SimpleNamespace(is_cpu=lambda: is_cpu))
         stand_in("vllm.usage.usage_lib", UsageContext=SimpleNamespace(OPENAI_API_SERVER="server"))
         stand_in("vllm.v1.engine.async_llm", AsyncLLM=SimpleNamespace(from_vllm_config=fail_to_start))
         with pytest.raises(EngineDead, match="far enough"):
@@ -54,23 +53,11 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Start:
     return start_it
 
 
-@pytest.mark.parametrize("is_cpu", [True, False])
-def test_what_nobody_set_is_as_vllm_serve_sets_it(start: Start, is_cpu: bool) -> None:
+def test_what_nobody_set_is_as_vllm_serve_sets_it(start: Start) -> None:
     """Its defaults (tokens of a step, requests at a time) depend on what it is started as."""
-    given = start(is_cpu=is_cpu)
+    given = start()
     assert given["configured_as"] == given["started_as"] == "server"
 
 
-def test_on_cpus_the_engine_core_sleeps_unless_the_user_chose_an_executor(start: Start) -> None:
-    ours = "headrace.engine.vllm_executor.SleepingExecutor"
-    assert start(is_cpu=True)["distributed_executor_backend"] == ours
-    chosen = start(is_cpu=True, distributed_executor_backend="mp")
-    assert chosen["distributed_executor_backend"] == "mp"
-
-
-def test_on_gpus_the_executor_is_vllms_choice(start: Start) -> None:
-    assert "distributed_executor_backend" not in start(is_cpu=False)
-
-
 def test_its_threads_spin_briefly_while_they_wait_for_each_other(start: Start) -> None:
-    assert start(is_cpu=True)["spins"] == "3000"
+    assert start()["spins"] == "3000"
