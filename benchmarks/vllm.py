@@ -306,4 +306,6 @@ _METHOD = (
 _CAVEATS = [
     "The client takes a share of the same cores, and so does each process of a server.",
     "One wave of requests per load: TTFT at 16 and 32 is that of a burst.",
+    "Of its own accord headrace lets vLLM's OpenMP threads spin for 60 µs only before they sleep "
+    "(docs/guides/vllm.md).",
 ]

@@ -30,6 +30,7 @@ from headrace.engine.adapter import BackendOutput, BackendStep, without_end
 from headrace.engine.last_words import LogMark
 from headrace.engine.lora import adapter_arguments
 from headrace.engine.model_files.resolve import resolve_model
+from headrace.engine.threads import limit_spinning
 from headrace.engine.vllm_blocks import BlockNames
 from headrace.errors import ConfigError, EngineDead, HeadraceError, InvalidRequest
 
@@ -211,6 +212,7 @@ def start_vllm(spec: EngineSpec, on_phase: Callable[[str], None]) -> VllmBackend
             "publisher": "zmq",
             "endpoint": events,
         }
+    limit_spinning()
     for name, value in (_VARIABLES | {"VLLM_RPC_BASE_PATH": str(private)}).items():
         os.environ.setdefault(name, value)
     try:
@@ -230,10 +232,11 @@ def _start(arguments: Mapping[str, Any], on_phase: Callable[[str], None]) -> Any
     from vllm.v1.engine.async_llm import AsyncLLM
 
     on_phase("checking vLLM's arguments")
+    usage = UsageContext.OPENAI_API_SERVER  # its defaults, by the device, are those of `vllm serve`
     sections = {"kv_events_config": KVEventsConfig, "structured_outputs_config": StructuredOutputsConfig}
     try:
         made = {name: make(**arguments[name]) for name, make in sections.items() if arguments.get(name)}
-        config = AsyncEngineArgs(**{**arguments, **made}).create_engine_config(UsageContext.ENGINE_CONTEXT)
+        config = AsyncEngineArgs(**{**arguments, **made}).create_engine_config(usage)
     except MemoryError:
         raise
     except Exception as error:  # pydantic's, transformers', its own: it has no tree
@@ -241,7 +244,7 @@ def _start(arguments: Mapping[str, Any], on_phase: Callable[[str], None]) -> Any
     on_phase("starting vLLM's engine core")
     log = LogMark()
     try:
-        return AsyncLLM.from_vllm_config(config, usage_context=UsageContext.ENGINE_CONTEXT)
+        return AsyncLLM.from_vllm_config(config, usage_context=usage)
     except RuntimeError as error:
         raise EngineDead(f"vLLM did not start: {log.first_error() or _brief(error)}") from error
 

@@ -23,6 +23,8 @@ from headrace.replica.prefix_digest import PrefixDigest, PrefixFeed, PrefixNews
 MIN_RETRY_S = 0.05
 MAX_RETRY_S = 1.0
 BUSY_INTERVAL_S = 0.05
+CONTROLLER_INTERVAL_S = 0.2
+"""A controller decides no more often, and hears of changes and ends at once."""
 MIN_GAP_S = 0.01
 """Between two reports to one listener: the first news leave at once, and what follows them closely together.
 A busy router would wake up for each single end, which HAProxy tells it anyway."""
@@ -119,7 +121,8 @@ class ReportSink:
                 if len(self._finished) >= _MAX_PER_REPORT:
                     continue
                 sent_s = loop.time()
-                await self._wait_for_news(self._interval_s())
+                least_s = 0.0 if self.is_router else CONTROLLER_INTERVAL_S
+                await self._wait_for_news(max(self._interval_s(), least_s))
                 await asyncio.sleep(max(0.0, sent_s + MIN_GAP_S - loop.time()))
             await reading
         finally:

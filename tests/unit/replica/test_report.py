@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import FinishedRequest, LoadReport, ReportAck, TerminalState
 from headrace.replica import report
 from headrace.replica.prefix_digest import PrefixNews
-from headrace.replica.report import Reporter
+from headrace.replica.report import CONTROLLER_INTERVAL_S, Reporter
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +67,8 @@ class World:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.sequence = 0
+        self.made_s: dict[int, float] = {}
+        """When each report was made, by its number."""
         self.interval_s = 10.0
         self.reporter = Reporter(
             [self.path("router.sock"), self.path("controller.sock")],
@@ -78,6 +81,7 @@ class World:
 
     def make_report(self, finished: list[FinishedRequest], _prefixes: PrefixNews) -> LoadReport:
         self.sequence += 1
+        self.made_s[self.sequence] = asyncio.get_running_loop().time()
         return LoadReport("chat-1", "chat", "m", "", 1, self.sequence, 3.0, "ready", finished=finished)
 
     async def wait(self, condition: Callable[[], bool]) -> None:
@@ -129,6 +133,14 @@ async def test_reports_come_at_the_interval(world: World) -> None:
         await world.wait(lambda: len(router.reports) >= 5)
     sequences = [report.sequence for report in router.reports]
     assert sequences == sorted(set(sequences))
+
+
+async def test_a_controller_hears_no_more_often_than_it_decides(world: World) -> None:
+    world.interval_s = 0.02
+    async with world.listening("controller.sock") as controller, world.reporting():
+        await world.wait(lambda: len(controller.reports) >= 3)
+    made_s = [world.made_s[report.sequence] for report in controller.reports]
+    assert all(later - earlier >= CONTROLLER_INTERVAL_S for earlier, later in pairwise(made_s))
 
 
 async def test_a_listener_that_comes_back_hears_what_it_missed_in_order(world: World) -> None:

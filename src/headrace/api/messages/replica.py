@@ -36,7 +36,8 @@ class FinishedRequest(Record, frozen=True):
 
 class LoadReport(Message, frozen=True):
     """A replica is known because it reports, and gone when its lease ends. Sent at least every 50 ms while
-    busy, at once on a finish or a change of state, and every lease_s / 3 while idle."""
+    busy (to a controller every 200 ms), at once on a finish or a change of state, and every lease_s / 3 while
+    idle."""
 
     replica_id: str
     endpoint: str
