@@ -7,15 +7,26 @@ Ray, or what the processes do.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 
 from headrace.api.messages import LauncherError, NodeNeeds, ProcessSpec, StartProcess
 from headrace.clock import Clock
-from headrace.fabric.cluster import Cluster, ClusterUnavailable, HostLost, HostSilent
-from headrace.fabric.host_keys import further_keys
-from headrace.fabric.host_messages import HostEvents, HostReport, Membership
+from headrace.fabric.cluster import Cluster, ClusterUnavailable, HostLost, HostSilent, HostUnavailable
+from headrace.fabric.host_keys import further_keys, group_of
+from headrace.fabric.host_messages import (
+    HostCommand,
+    HostEvents,
+    HostReport,
+    Membership,
+    SetTunnels,
+    TunnelsOpened,
+)
+from headrace.fabric.host_routes import HostView
+from headrace.fabric.surroundings import Surroundings
 
 POLL_S = 1.0
 SILENT_AFTER_S = 2.0
@@ -23,52 +34,113 @@ LOST_AFTER_S = 10.0
 """As for the first host (`host_link`)."""
 START_LIMIT_S = 60.0
 COMMAND_LIMIT_S = 10.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _RankHost:
+    key: str
+    rank: int
+    node_id: str = ""
+    address: str = ""
+    """Empty until it was heard."""
+    tunnels: str = ""
+    """Address of its machine's tunnels, if its keeper holds them."""
+    wished: SetTunnels = field(default_factory=lambda: SetTunnels([], {}))
+    is_changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """It was not told yet what is wished."""
 
 
 class RankHosts:
     """The hosts behind the first. `run` starts and watches them; without `start` before it, it takes those
     over that are there."""
 
-    def __init__(self, key: str, cluster: Cluster, clock: Clock, on_lost: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        key: str,
+        cluster: Cluster,
+        clock: Clock,
+        surroundings: Surroundings,
+        on_lost: Callable[[str], None],
+    ) -> None:
         """key: the reservation's. on_lost: called once, with the reason, when one of them is no longer."""
-        self._keys = further_keys(key)
+        self._group = group_of(key)
+        self._hosts = [_RankHost(each, rank) for rank, each in enumerate(further_keys(key), 1)]
         self._cluster = cluster
         self._clock = clock
+        self._surroundings = surroundings
         self._on_lost = on_lost
         self._specs: Sequence[ProcessSpec] = ()
 
     def __repr__(self) -> str:
-        return f"RankHosts({self._keys})"
+        return f"RankHosts({[host.key for host in self._hosts]})"
 
     async def start(
         self, specs: Sequence[ProcessSpec], needs: NodeNeeds | None, membership: Membership
     ) -> None:
         """Start as many hosts as there are specs; their processes follow in `run`. Raises
         ClusterUnavailable."""
-        assert len(specs) == len(self._keys), f"{len(specs)} processes for {self._keys}"
+        assert len(specs) == len(self._hosts), f"{len(specs)} processes for {self!r}"
         self._specs = specs
-        for key in self._keys:
-            await self._cluster.start_host(key, needs, membership)
+        for host in self._hosts:
+            await self._cluster.start_host(host.key, needs, membership)
+
+    def views(self) -> list[HostView]:
+        """Those that were heard."""
+        return [
+            HostView(self._group, host.address, host.tunnels, host.rank)
+            for host in self._hosts
+            if host.address
+        ]
+
+    def set_tunnels(self, wishes: Mapping[str, SetTunnels]) -> None:
+        """Tell each what its machine's tunnels are to do, by address, unless it was told the same."""
+        for host in self._hosts:
+            wished = wishes.get(host.address) or SetTunnels([], {})
+            if wished != host.wished:
+                host.wished = wished
+                host.is_changed.set()
 
     async def run(self) -> None:
         """Return once one is lost; never, if there are none to lose."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                for rank, key in enumerate(self._keys, 1):
-                    tasks.create_task(self._live(rank, key))
+                for host in self._hosts:
+                    tasks.create_task(self._live(host))
                 await asyncio.Event().wait()
         except* (HostLost, ClusterUnavailable) as errors:
             self._on_lost(str(errors.exceptions[0]))
 
-    async def _live(self, rank: int, key: str) -> None:
+    async def _live(self, host: _RankHost) -> None:
+        telling = asyncio.create_task(self._tell(host))
         try:
-            report = await self._describe(key)
+            report = await self._describe(host.key)
+            host.node_id, host.address, host.tunnels = report.node_id, report.address, report.tunnels
+            self._surroundings.on_tunnels()
             if self._specs:
-                message = msgspec.msgpack.encode(StartProcess(self._specs[rank - 1]))
-                await self._cluster.call(key, "obey", message, limit_s=COMMAND_LIMIT_S)
-            await self._follow(key, report.sequence)
+                await self._obey(host, StartProcess(self._specs[host.rank - 1]))
+            await self._follow(host, report.sequence)
         except (HostLost, HostSilent) as error:
-            raise HostLost(f"the host of rank {rank} is lost: {error}") from error
+            if isinstance(error, HostUnavailable):
+                self._surroundings.on_unavailable(host.node_id, host.address)
+            raise HostLost(f"the host of rank {host.rank} is lost: {error}") from error
+        finally:
+            telling.cancel()
+            await asyncio.gather(telling, return_exceptions=True)
+
+    async def _tell(self, host: _RankHost) -> None:
+        """Pass wishes on. Ends when the host does, which is noticed where it is polled."""
+        while True:
+            await host.is_changed.wait()
+            host.is_changed.clear()
+            try:
+                await self._obey(host, host.wished)
+            except HostSilent:
+                host.is_changed.set()
+
+    async def _obey(self, host: _RankHost, command: HostCommand) -> None:
+        message = msgspec.msgpack.encode(command)
+        await self._cluster.call(host.key, "obey", message, limit_s=COMMAND_LIMIT_S)
 
     async def _describe(self, key: str) -> HostReport:
         answer = await self._cluster.call(key, "describe", limit_s=START_LIMIT_S)
@@ -77,12 +149,12 @@ class RankHosts:
             raise HostLost(f"node {report.node_id[:8]}: {report.error}")
         return report
 
-    async def _follow(self, key: str, sequence: int) -> None:
+    async def _follow(self, host: _RankHost, sequence: int) -> None:
         """Raise HostLost when it is; what its keeper starts again is not."""
         heard_s = self._clock.now_s()
         while True:
             try:
-                answer = await self._cluster.call(key, "poll", sequence, POLL_S, limit_s=SILENT_AFTER_S)
+                answer = await self._cluster.call(host.key, "poll", sequence, POLL_S, limit_s=SILENT_AFTER_S)
             except HostSilent:
                 silent_s = self._clock.now_s() - heard_s
                 if silent_s >= LOST_AFTER_S:
@@ -94,3 +166,11 @@ class RankHosts:
             for event in told.events:
                 if isinstance(event, LauncherError):
                     raise HostLost(event.error)
+                if isinstance(event, TunnelsOpened):
+                    self._note_tunnels(host, event)
+
+    def _note_tunnels(self, host: _RankHost, opened: TunnelsOpened) -> None:
+        host.tunnels = opened.address
+        if opened.error:
+            _log.warning("%s: the host of rank %d: %s", self._group, host.rank, opened.error)
+        self._surroundings.on_tunnels()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from headrace.api.messages import EngineSpec
-from headrace.engine.workers.links import Door, Meeting, listen
+from headrace.engine.workers.links import Address, Door, Meeting, listen
 from headrace.engine.workers.messages import (
     Join,
     KvBlocks,
@@ -120,7 +120,7 @@ class WorkerGroup:
         meeting = self._ranks[0].meeting
         if meeting is None:
             return self._share_memory(h, library, sizes)
-        return self._connect(h, Door(listen(meeting.host), meeting.key), sizes)
+        return self._connect(h, meeting, sizes)
 
     def _share_memory(self, h: Hyperparameters, library: Library, sizes: dict[str, int]) -> Exchange:
         from headrace.engine.operations.exchange import Exchange
@@ -137,15 +137,17 @@ class WorkerGroup:
         shard = cut(h, self.num_ranks)[0]
         return Exchange(library, memory, shard, watched, self._meeting_limit_s)
 
-    def _connect(self, h: Hyperparameters, door: Door, sizes: dict[str, int]) -> Exchange:
+    def _connect(self, h: Hyperparameters, meeting: Meeting, sizes: dict[str, int]) -> Exchange:
         from headrace.engine.workers.linked import join_linked
 
-        addresses = {0: door.address}
+        addresses: dict[int, Address] = {}
         for index, each in enumerate(self._ranks):
             said = self._receive(each, READY_LIMIT_S)
             if not isinstance(said, RankListens):
                 raise EngineDead(f"rank {index + 1} said {said} and not where it listens")
             addresses[index + 1] = (said.host, said.port)
+        door = Door(listen(meeting.host), meeting.key)
+        addresses[0] = door.address
         joins = [
             Join(self._spec, rank, sizes, self._meeting_limit_s, addresses) for rank in range(self.num_ranks)
         ]
