@@ -138,63 +138,36 @@ def test_ranks_on_two_hosts_give_the_bits_of_one_process_also_after_sleep(
         settle(lambda: is_gone(rank), "the rank lives on")
 
 
-def test_a_holder_on_the_engines_own_host_shares_memory(tiny: ModelFiles, hosts: TwoHosts) -> None:
-    with holder_at(hosts.path, HERE), start_engine(linked(tiny, hosts)) as engine:
-        assert engine.wait_ready().path.endswith("in each of 2 ranks")
-        assert len(tokens_of(engine)) == 20
+def test_a_rank_elsewhere_that_is_killed_ends_the_engine_at_once_and_says_so(
+    tiny: ModelFiles, hosts: TwoHosts
+) -> None:
+    with holder_at(hosts.far_path, THERE) as holder, start_engine(linked(tiny, hosts)) as engine:
+        engine.wait_ready()
+        rank = rank_of(holder)
+        engine.send(Submit(GenerationRequest("r", [5, 6], SamplingParams(max_tokens=250, ignore_eos=True))))
+        engine.outputs_until(lambda outputs: len(outputs) > 5)
+        rank.kill()
+        failed = failure(engine)
+    assert failed.retryable
+    assert f"rank 1 was lost: pid {rank.pid} ended with signal 9" in failed.error
 
 
-def test_a_rank_elsewhere_that_is_killed_ends_the_engine_at_once_and_the_next_one_gets_another(
+def test_a_cut_tunnel_disturbs_no_engine_and_the_next_one_comes_through_it_and_ends_a_hung_rank(
     tiny: ModelFiles, hosts: TwoHosts
 ) -> None:
     with holder_at(hosts.far_path, THERE) as holder:
         with start_engine(linked(tiny, hosts)) as engine:
             engine.wait_ready()
-            rank = rank_of(holder)
-            sampling = SamplingParams(max_tokens=250, ignore_eos=True)
-            engine.send(Submit(GenerationRequest("r", [5, 6], sampling)))
-            engine.outputs_until(lambda outputs: len(outputs) > 5)
-            rank.kill()
-            failed = failure(engine)
-        assert failed.retryable
-        assert f"rank 1 was lost: pid {rank.pid} ended with signal 9" in failed.error
-        with start_engine(linked(tiny, hosts)) as engine:
-            engine.wait_ready()
-            assert len(tokens_of(engine)) == 20
-
-
-def test_a_cut_tunnel_disturbs_no_engine_and_the_next_one_comes_through_it_again(
-    tiny: ModelFiles, hosts: TwoHosts
-) -> None:
-    with holder_at(hosts.far_path, THERE) as holder:
-        with start_engine(linked(tiny, hosts)) as engine:
-            engine.wait_ready()
-            expected = tokens_of(engine)
             rank = rank_of(holder)
             hosts.cut()
-            engine.send(Submit(GenerationRequest("other", [5, 6], SamplingParams(max_tokens=5))))
-            hosts.join()
-            settle(lambda: not is_gone(rank) and holder.is_running(), "the rank is gone")
+            expected = tokens_of(engine)
+            rank.suspend()
             engine.process.kill()
-        settle(lambda: is_gone(rank), "the rank lives on without its engine")
+        hosts.join()
         with start_engine(linked(tiny, hosts)) as engine:
             engine.wait_ready()
+            assert is_gone(rank)
             assert tokens_of(engine) == expected
-
-
-def test_a_hung_rank_of_a_lost_engine_is_ended_when_the_next_engine_comes(
-    tiny: ModelFiles, hosts: TwoHosts
-) -> None:
-    with holder_at(hosts.far_path, THERE) as holder:
-        with start_engine(linked(tiny, hosts)) as engine:
-            engine.wait_ready()
-            hung = rank_of(holder)
-            hung.suspend()
-            engine.process.kill()
-        with start_engine(linked(tiny, hosts)) as engine:
-            engine.wait_ready()
-            assert is_gone(hung)
-            assert len(tokens_of(engine)) == 20
 
 
 def test_a_rank_elsewhere_that_hangs_ends_the_step_within_the_limit(

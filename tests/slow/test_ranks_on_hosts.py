@@ -26,6 +26,8 @@ ENDPOINTS = {
     "alone": {**MODEL, "native": {**NATIVE, "num_threads": 1}, "nodes": {"resources": {"CPU": 0.4}}},
 }
 READY_LIMIT_S = 180.0
+HEALED_LIMIT_S = 60.0
+"""For Ray's connections to come back, and what was given up to end."""
 NUM_TOKENS = 48
 
 
@@ -83,18 +85,20 @@ def are_ready(status: Status) -> bool:
     ]
 
 
-def test_ranks_on_two_hosts_answer_as_one_process_and_come_back_when_a_host_is_killed(
-    cluster: RayHosts,
+@pytest.mark.parametrize("how", ["killed", "cut off"])
+def test_ranks_on_two_hosts_answer_as_one_process_and_come_back_when_a_host_is_lost(
+    cluster: RayHosts, how: str
 ) -> None:
     before = cluster.wait("both serve", are_ready, READY_LIMIT_S)
     expected = answer(cluster, "alone")
     assert answer(cluster, "split") == expected
     (front,) = [r for r in before["replicas"] if r["endpoint"] == "split"]
     assert front["arithmetic"].endswith("in each of 2 ranks over TCP"), front["arithmetic"]
-    victim = next(host for host in hosts_of_ranks(cluster) if host is not cluster.head)
+    order = 1 if how == "killed" else -1  # either rank's, where none is on the head
+    victim = next(host for host in hosts_of_ranks(cluster)[::order] if host is not cluster.head)
     number = int(has_rank_1(victim))
     killed_s = time.monotonic()
-    victim.kill()
+    victim.kill() if how == "killed" else victim.cut()
 
     def is_missed(status: Status) -> bool:
         found = [r for r in status["replicas"] if r["endpoint"] == "split"]
@@ -104,10 +108,14 @@ def test_ranks_on_two_hosts_answer_as_one_process_and_come_back_when_a_host_is_k
     noticed_s = time.monotonic() - killed_s
     cluster.wait("both serve again", are_ready, READY_LIMIT_S)
     print(
-        f"the host of rank {number} killed: replaced {noticed_s:.1f} s later, "
+        f"the host of rank {number} {how}: replaced {noticed_s:.1f} s later, "
         f"ready after {time.monotonic() - killed_s:.1f} s"
     )
-    ranks = hosts_of_ranks(cluster)
+    ranks = [host for host in hosts_of_ranks(cluster) if host is not victim]
     assert len(ranks) == 2, f"{ranks}: {explain(cluster)}"
     assert ranks[0] is not ranks[1]
     assert answer(cluster, "split") == expected
+    if how == "cut off":
+        victim.heal()
+        wait_for("nothing of the old ranks is left", lambda: not engines(victim), HEALED_LIMIT_S)
+        cluster.wait("both serve", are_ready, READY_LIMIT_S)

@@ -15,7 +15,14 @@ import msgspec
 
 from headrace.api.messages import LauncherError, NodeNeeds, ProcessSpec, StartProcess
 from headrace.clock import Clock
-from headrace.fabric.cluster import Cluster, ClusterUnavailable, HostLost, HostSilent, HostUnavailable
+from headrace.fabric.cluster import (
+    Cluster,
+    ClusterUnavailable,
+    HostGivenUp,
+    HostLost,
+    HostSilent,
+    HostUnavailable,
+)
 from headrace.fabric.host_keys import further_keys, group_of
 from headrace.fabric.host_messages import (
     HostCommand,
@@ -121,7 +128,7 @@ class RankHosts:
                 await self._obey(host, StartProcess(self._specs[host.rank - 1]))
             await self._follow(host, report.sequence)
         except (HostLost, HostSilent) as error:
-            if isinstance(error, HostUnavailable):
+            if isinstance(error, HostUnavailable | HostGivenUp):  # Ray may take its node for alive yet
                 self._surroundings.on_unavailable(host.node_id, host.address)
             raise HostLost(f"the host of rank {host.rank} is lost: {error}") from error
         finally:
@@ -158,7 +165,7 @@ class RankHosts:
             except HostSilent:
                 silent_s = self._clock.now_s() - heard_s
                 if silent_s >= LOST_AFTER_S:
-                    raise HostLost(f"it has not answered for {silent_s:.0f} s") from None
+                    raise HostGivenUp(f"it has not answered for {silent_s:.0f} s") from None
                 continue
             heard_s = self._clock.now_s()
             told = msgspec.msgpack.decode(answer, type=HostEvents)
