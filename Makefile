@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Packages that decide without I/O: their coverage is gated.
-PURE := policy engine.kv_cache engine.scheduler control.reconciler control.slots control.rollouts control.outlook control.node_drains control.evacuation control.siblings control.start_times control.version_counts control.scaling control.scaling_windows
+PURE := policy engine.kv_cache engine.scheduler control.reconciler control.slots control.rollouts control.outlook control.node_drains control.evacuation control.gateway_departure control.siblings control.start_times control.version_counts control.scaling control.scaling_windows
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
 # What headrace is measured beside; each in an environment of its own under .peers.

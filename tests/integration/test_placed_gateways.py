@@ -6,6 +6,7 @@ import hashlib
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from tests.integration.gateway_rig import wait_for
 from tests.integration.hosts_rig import LIMIT_S, RunningSystem, free_port, running_system
@@ -125,3 +126,39 @@ async def test_gateways_that_are_cut_off_from_the_controller_serve_and_are_told_
             assert (await system.ask(url, key)).status_code == 200
         after = {process.name: process.pid for process in system.status().processes}
         assert after == before, "nobody was taken for hung"
+
+
+async def test_a_gateway_leaves_a_drained_node_when_its_streams_have_ended_and_comes_again_on_another(
+    tmp_path: Path,
+) -> None:
+    simulated = {"engine": "simulated", "simulated": {"step_ms": 20}, "streams": {"durable": True}}
+    config = make_config(tmp_path, f"node:{free_port()}", **simulated)
+    async with running_system(config, [HEAD, *EDGES, SPARE, WORKER]) as system:
+        await system.until("both gateways serve", ready=1)
+        left, kept = system.gateway("g1"), system.gateway("g2")
+        [free] = {node.node_id for node in (*EDGES, SPARE)} - {left.node, kept.node}
+        body = {"model": "chat", "stream": True, "max_tokens": 150, "ignore_eos": True}
+        body["messages"] = [{"role": "user", "content": "hi"}]
+        url, headers = f"{left.url}/chat/completions", {"authorization": f"Bearer {KEY}"}
+        async with (
+            httpx.AsyncClient(timeout=LIMIT_S) as client,  # its connection ends with the block
+            client.stream("POST", url, json=body, headers=headers) as answer,
+        ):
+            lines = answer.aiter_lines()
+            assert (await anext(lines)).startswith("data: ")
+            system.cluster.drain_node(left.node, time.time() + 60.0)
+            await wait_for(
+                lambda: any("takes no more connections" in text for text in system.status().warnings),
+                "it leaves",
+                LIMIT_S,
+            )
+            texts = [line async for line in lines if line]
+        assert texts[-1] == "data: [DONE]"
+        assert sum('"content"' in text for text in texts) >= 149
+        await wait_for(lambda: system.gateway("g1").node == free, "it is on the free node", LIMIT_S)
+        await system.until("both serve again", ready=1)
+        assert system.gateway("g2") == kept or system.gateway("g2").node == kept.node
+        for gateway in system.status().gateways:
+            assert (await system.ask(gateway.url, KEY)).status_code == 200
+        fronts = {front.node for front in system.status().durable_fronts}
+        assert fronts == {free, kept.node}

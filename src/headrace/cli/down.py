@@ -37,7 +37,8 @@ def down(
 def _down_local(name: str, limit_s: float) -> None:
     from headrace.api.messages import Shutdown
     from headrace.control.admin import ask
-    from headrace.control.drain import GATEWAY_GRACE_S, MARGIN_S
+    from headrace.control.drain import MARGIN_S
+    from headrace.control.essentials import GATEWAY_GRACE_S
     from headrace.errors import HeadraceError
 
     path = find_local_run_directory(name)

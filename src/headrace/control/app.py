@@ -236,7 +236,10 @@ class Controller:
             # A hung router's end costs no request: HAProxy balances by itself meanwhile.
             _log.warning("%s has said nothing for a while: killing it", essential.name)
             self._stop_essential(essential, 0.0)
-        due = [essential for essential in processes if essential.is_due(now_s)]
+        for essential, grace_s in self._state.depart(now_s):
+            _log.info("stopping %s, whose node goes away, within %.0f s", essential.name, grace_s)
+            self._stop_essential(essential, grace_s)
+        due = self._state.gateway.due(now_s)
         if not due:
             return
         is_fresh = not any(essential.num_starts for essential in processes)

@@ -19,7 +19,8 @@ from headrace.api.messages import AdminCommand, AdminReply, Shutdown
 from headrace.api.run_paths import HEARTBEAT_FILE, IDENTITY_FILE
 from headrace.clock import SystemClock
 from headrace.control.admin import ANSWER_LIMIT_S, NoAnswer, NotRunning, checked_reply
-from headrace.control.drain import GATEWAY_GRACE_S, MARGIN_S
+from headrace.control.drain import MARGIN_S
+from headrace.control.essentials import GATEWAY_GRACE_S
 from headrace.control.specs import ADMIN_SOCKET, cluster_controller_process
 from headrace.errors import ConfigError
 from headrace.fabric.cluster import ClusterUnavailable, HostLost, HostSilent, HostUnavailable

@@ -10,12 +10,10 @@ import contextlib
 from collections.abc import Callable, Iterable
 
 from headrace.clock import Clock
-from headrace.control.essentials import Essential
+from headrace.control.essentials import GATEWAY_GRACE_S, Essential
 from headrace.control.system_state import SystemState
 from headrace.fabric.launcher import Launcher
 
-GATEWAY_GRACE_S = 2.0
-"""For routers and HAProxies once no replica is left: nothing that they hold can still succeed."""
 MARGIN_S = 15.0
 """A front ends itself when its grace is over; this much later what is left is killed."""
 HEARTBEAT_S = 0.5

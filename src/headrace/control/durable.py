@@ -6,7 +6,7 @@ gateway) is to the reconciler what an endpoint is. Must not know sockets, launch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -87,9 +87,16 @@ class DurableFronts:
 
     # ---- what is wanted and what happens
 
-    def want(self, endpoints: Mapping[str, Sequence[Config]], config: Config) -> None:
+    def gateways(self) -> set[str]:
+        """Return the gateways that have durable fronts."""
+        return {slot.endpoint.rpartition(_MARK)[2] for slot in self.fleet.slots.values() if slot.is_alive}
+
+    def want(
+        self, endpoints: Mapping[str, Sequence[Config]], config: Config, left: Collection[str] = ()
+    ) -> None:
         """Take what the durable endpoints' replicas are started from, version by version. `config`: the
-        applied one, which says how many durable fronts there are to be."""
+        applied one, which says how many durable fronts there are to be. left: gateways that are to have
+        none, because they leave their nodes."""
         self._groups = {
             group_of(name, gateway_id): _Group(
                 name,
@@ -99,6 +106,7 @@ class DurableFronts:
             )
             for name, versions in endpoints.items()
             for gateway_id in self._gateway_ids
+            if gateway_id not in left
         }
 
     def adopt(self, processes: Sequence[ProcessState], now_s: float) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from headrace.api.messages import ProcessState
 from headrace.control.slots import HEALTHY_AFTER_S, MAX_FAST_FAILURES, restart_delay_s
 
+GATEWAY_GRACE_S = 2.0
+"""For routers, relays and HAProxies that have nothing open: nothing that they hold can still succeed."""
 HUNG_AFTER_S = 10.0
 """A live process that has not answered for this long is killed and started again."""
 
@@ -58,6 +60,10 @@ class Essential:
         self.is_stopping = False
         self.started_s = self.heard_s = now_s
         self.num_starts += 1
+
+    def forgive(self) -> None:
+        """It ended because it was to end: start it as if it were the first time."""
+        self.failures, self.due_s, self.last_error = 0, 0.0, ""
 
     def on_ended(self, now_s: float, error: str) -> None:
         """It ended, or could not be started."""

@@ -50,6 +50,8 @@ class GatewayPair:
     """That is not the controller's node: what it says comes through a tunnel."""
     waiting_for: str = ""
     """Why it has no node, or is not heard on it; empty: it has one, and is."""
+    leaving: str = ""
+    """Why it leaves its node (`gateway_departure`); empty: it stays."""
     unreached_s: float = -math.inf
     """When nothing at all was heard of it on another node: it may be the way there that was broken."""
     num_silences: int = 0
@@ -143,7 +145,7 @@ class GatewayState:
     def on_demand(self, demand: Demand, now_s: float) -> None:
         """Take a router's view. One of an unknown or an earlier router process is ignored."""
         pair = self.pairs.get(demand.router_id)
-        if pair is None or (pair.pid and not is_same_process(demand, pair)):
+        if pair is None or not is_same_process(demand, pair):
             return
         pair.demand, pair.demand_s, pair.waiting_for = demand, now_s, ""
         pair.router.heard_s = now_s
@@ -160,6 +162,11 @@ class GatewayState:
         if late_s > STOOD_STILL_S:
             for essential in self.processes.values():
                 essential.heard_s = min(now_s, essential.heard_s + late_s)
+
+    def due(self, now_s: float) -> list[Essential]:
+        """Return the processes that are to be started now."""
+        staying = [pair for pair in self.pairs.values() if not pair.leaving]
+        return [each for pair in staying for each in pair.processes if each.is_due(now_s)]
 
     def hung(self, now_s: float) -> list[Essential]:
         """Return the processes that live and say nothing: to be killed, and started again when they ended."""
@@ -184,6 +191,10 @@ class GatewayState:
             elif name == pair.haproxy.name:
                 pair.has_answered = False
                 pair.num_silences = 0
+
+    def left(self) -> set[str]:
+        """Return the gateways that leave their nodes and have no connections any more."""
+        return {name for name, pair in self.pairs.items() if pair.leaving and not pair.haproxy.is_alive}
 
     def demands(self) -> Iterator[Demand]:
         """Yield each router's last word."""

@@ -148,6 +148,8 @@ def _warnings(state: SystemState, now_s: float) -> list[str]:
 
 def _gateway_warning(state: SystemState, pair: GatewayPair, now_s: float) -> str:
     """What somebody should know of a gateway's place; empty: nothing."""
+    if pair.leaving:
+        return f"gateway {pair.gateway_id} takes no more connections: {pair.leaving}"
     if pair.waiting_for:
         return f"gateway {pair.gateway_id}: {pair.waiting_for}"
     if state.config.gateway.placement is None or not any(each.pid for each in pair.processes):

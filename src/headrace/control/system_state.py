@@ -25,6 +25,7 @@ from headrace.control.config_changes import describe_changes, keep_address
 from headrace.control.durable import DurableFronts, is_durable_front
 from headrace.control.evacuation import evacuate
 from headrace.control.fleet import Fleet, Slot
+from headrace.control.gateway_departure import Stop, depart
 from headrace.control.gateway_state import GatewayState
 from headrace.control.notices import HoldOff
 from headrace.control.outlook import outlook_of
@@ -291,7 +292,7 @@ class SystemState:
                 case RestReplica(replica_id):
                     self.fleet.ask_sleep(replica_id, now_s, is_standby=True)
         counts = {name: self.scaling(name, now_s).count for name in self.config.endpoints}
-        self.durable.want(self._durable_versions(counts), self.config)
+        self.durable.want(self._durable_versions(counts), self.config, self.gateway.left())
         return actions + self.durable.plan(now_s)
 
     def config_of(self, action: StartReplica) -> Config:
@@ -299,6 +300,14 @@ class SystemState:
         if action.gateway_id:
             return self.durable.config_of(action)
         return self.rollouts.config_of(action.endpoint, action.generation)
+
+    def depart(self, now_s: float) -> list[Stop]:
+        """Decide which gateways leave drained nodes, and return what of them is stopped now."""
+        if self.config.gateway.placement is None:
+            return []  # beside the controller they would only come again where they were
+        grace_s = max(endpoint.drain_grace_s for endpoint in self.config.endpoints.values())
+        pairs, with_fronts = self.gateway.pairs.values(), self.durable.gateways()
+        return depart(pairs, self.fleet.drains, with_fronts, grace_s, now_s)
 
     def leaving(self) -> dict[str, float]:
         """Return by when replicas are to leave with their nodes, on the clock."""

@@ -284,6 +284,7 @@ class HostLink:
                 for task in (sender, watcher):
                     if task.done():
                         task.result()
+            self.is_over = True  # at once: what is to start from now on gets a place of its own
         finally:
             sender.cancel()
             watcher.cancel()

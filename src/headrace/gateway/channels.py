@@ -127,7 +127,7 @@ class ControllerLink:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         receiving = asyncio.create_task(self._receive(reader))
         try:
-            while not receiving.done():
+            while not (receiving.done() or writer.is_closing()):  # the former hears a moment later of the end
                 self._wake.clear()
                 writer.write(encode_frame(self._demand()))
                 if writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:

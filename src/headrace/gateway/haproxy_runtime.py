@@ -138,6 +138,8 @@ class HaproxyRuntime:
 async def _exchange(socket: str, command: str) -> str:
     reader, writer = await asyncio.open_unix_connection(socket)
     try:
+        if writer.is_closing():
+            raise ConnectionResetError("it ended the connection at once")
         writer.write(command.encode("ascii") + b"\n")
         await writer.drain()
         reply = bytearray()

@@ -67,10 +67,12 @@ class RequestRecorder:
         return f"<RequestRecorder open={len(self._open)} due={len(self._due)} whole={len(self._whole)}>"
 
     def arrived(self, request_id: str, endpoint: str, tenant: str, path: str, now_s: float) -> None:
-        """HAProxy announced a request."""
+        """HAProxy announced a request, or one of its later passes."""
         if request_id not in self._open:
             wall_s = self._clock.wall_s()
             self._open[request_id] = _Parts(endpoint, tenant, path, now_s, wall_s)
+        else:
+            self.parked(request_id, now_s)
 
     def answered(self, request_id: str, decision: Bound | Refused, now_s: float) -> None:
         """The router decided."""

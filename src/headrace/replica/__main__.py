@@ -20,7 +20,7 @@ from headrace.replica.http_messages import HttpLimits
 
 
 def main(arguments: list[str]) -> int:
-    """Run a front; return its exit status: 0 drained, 2 wrong use or its address is taken."""
+    """Run a front. Exit status: 0 drained, 1 a fault of its own, 2 wrong use or its address is taken."""
     if len(arguments) != 1:
         print("front: give one argument, a ReplicaSpec as JSON", file=sys.stderr)
         return 2

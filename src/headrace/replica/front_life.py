@@ -93,6 +93,7 @@ class FrontLife:
             None if is_simulated else GrammarChecker(f"headrace: grammars {parts.spec.replica_id}")
         )
         self._stop_requested = asyncio.Event()
+        self._is_broken = False
 
     def __repr__(self) -> str:
         return f"FrontLife({self._parts.spec.replica_id}, {self._parts.view.address or 'not listening'})"
@@ -104,7 +105,7 @@ class FrontLife:
         self._stop_requested.set()
 
     async def run(self) -> int:
-        """Serve until SIGTERM or SIGINT and drained; return the exit status."""
+        """Serve until SIGTERM or SIGINT and drained; return the exit status, 1 after a fault of its own."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop_requested.set)
@@ -121,6 +122,8 @@ class FrontLife:
         watchers = [NoticeWatcher(source, clock, self.on_notice) for source in notice_sources(spec)]
         lasting = [asyncio.create_task(self._parts.reporter.run())]
         lasting += [asyncio.create_task(watcher.run()) for watcher in watchers]
+        for task in lasting:
+            task.add_done_callback(self._on_end_of)
         loading = asyncio.create_task(self._load_text())  # in a thread, which cannot be cancelled
         try:
             await self._stop_requested.wait()
@@ -133,7 +136,14 @@ class FrontLife:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(view.socket_path)
             self._parts.access_log.close()
-        return 0
+        return 1 if self._is_broken else 0
+
+    def _on_end_of(self, task: asyncio.Task[None]) -> None:
+        """What lasts as long as the front has broken: nobody would hear of it any more. Leave, as failed."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("the front broke and leaves", exc_info=error)
+            self._is_broken = True
+            self._stop_requested.set()
 
     async def end(self, limit_s: float) -> None:
         """Close what a front has when nothing is open any more, and tell the last of it within limit_s."""

@@ -108,7 +108,7 @@ class ReportSink:
         reading = asyncio.create_task(self._read(reader))
         reading.add_done_callback(lambda _: self._news.set())
         try:
-            while not reading.done():
+            while not (reading.done() or writer.is_closing()):  # `reading` hears a moment later of the end
                 self._news.clear()
                 finished = [self._finished[i] for i in range(min(len(self._finished), _MAX_PER_REPORT))]
                 news = PrefixNews() if self._prefixes is None else self._prefixes.take()

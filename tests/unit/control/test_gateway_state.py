@@ -110,3 +110,14 @@ def test_what_a_router_of_the_same_pid_on_another_node_counts_is_new(state: Gate
         count = VersionDemand("chat", "new", 5, 0)
         state.version_counts.observe(Demand("g1", 7, [], [], versions=[count], node_address=address))
     assert state.version_counts.of("chat", "new").finished == 10
+
+
+def test_the_last_word_of_a_router_that_has_ended_is_not_the_next_ones(state: GatewayState) -> None:
+    state.on_started(ProcessState("router-g1", 7, True), "")
+    state.on_demand(Demand("g1", 7, [], []), 1.0)
+    state.on_ended("router-g1", "killed", 2.0)
+    state.on_demand(Demand("g1", 7, [], []), 2.0)
+    assert state.pairs["g1"].demand is None
+    state.pairs["g1"].router.on_start(2.0)
+    state.on_demand(Demand("g1", 7, [], []), 2.0)
+    assert state.pairs["g1"].demand is None, "it was sent before, and read after"

@@ -10,9 +10,11 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import FinishedRequest, LoadReport, ReportAck, TerminalState
+from headrace.replica import report
 from headrace.replica.prefix_digest import PrefixNews
 from headrace.replica.report import Reporter
 
@@ -186,3 +188,28 @@ async def test_ends_that_follow_each_other_closely_share_a_report(world: World) 
             await asyncio.sleep(0)
         await world.wait(lambda: len(router.finished_ids) == 100)
         assert len(router.reports) <= 3
+
+
+def test_a_listener_that_ends_in_the_moment_of_a_report_ends_no_reports_to_others(
+    short_place: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the loop that fronts have, which refuses to write to a connection that it has closed by itself."""
+    monkeypatch.setattr(report, "MIN_GAP_S", 0.0)
+    monkeypatch.setattr(report, "MIN_RETRY_S", 0.0)
+
+    async def reset_often() -> None:
+        world = World(tmp_path)
+        world.interval_s = 0.0
+        reporting = asyncio.create_task(world.reporter.run())
+        async with world.listening("router.sock") as router, world.listening("controller.sock") as other:
+            for _ in range(200):
+                seen = len(other.reports)
+                await world.wait(lambda seen=seen: len(other.reports) > seen or reporting.done())  # type: ignore[misc]
+                await other.stop()
+                await other.start()
+            seen = len(router.reports)
+            await world.wait(lambda: len(router.reports) > seen or reporting.done())
+        assert not reporting.done(), reporting.exception()
+        reporting.cancel()
+
+    uvloop.run(reset_often())
