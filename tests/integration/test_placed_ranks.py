@@ -28,10 +28,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 
 
 @contextmanager
-def holder_at(path: Path) -> Iterator[psutil.Process]:
-    """The holder of rank 1, as a host's keeper starts it."""
+def holder_at(path: Path, address: str = "") -> Iterator[psutil.Process]:
+    """The holder of rank 1, as a host's keeper starts it. address: of its node, if there are several."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "headrace.engine.workers.holder", str(path), "1"],
+        [
+            sys.executable,
+            "-m",
+            "headrace.engine.workers.holder",
+            str(path),
+            "1",
+            *([address] * bool(address)),
+        ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
     try:

@@ -264,6 +264,15 @@ class Endpoint(Section):
     """System prompt whose KV blocks all tenants may share. Empty: tenants share nothing."""
 
     @model_validator(mode="after")
+    def _check_ranks(self) -> Endpoint:
+        if self.nodes.rank_strategy == "pack" and self.engine != "native":
+            raise ValueError(
+                f"nodes.rank_strategy is pack and engine is {self.engine}; only the ranks of engine native "
+                "can be on several nodes: leave it strict_pack"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_vllm(self) -> Endpoint:
         if self.engine != "vllm" and self.vllm.lora:
             raise ValueError(

@@ -83,6 +83,10 @@ class NodeSettings(Section):
     """Labels that the node must have, each with its value."""
     strategy: Literal["spread", "pack"] = "spread"
     """spread: replicas of one endpoint go to different nodes while there are some. pack: to few nodes."""
+    rank_strategy: Literal["strict_pack", "pack"] = "strict_pack"
+    """Where the ranks of a replica are (native.tensor_parallel), in the words of Ray's placement groups.
+    strict_pack: on one node, where they share memory. pack: on as few nodes as have room. On several they
+    meet over TCP, four times per layer and step: for networks that one would use NCCL on."""
     prefer: Annotated[list[NodeChoice], Field(max_length=8)] = []
     """Kinds of nodes in order of preference, such as spot before on-demand."""
 

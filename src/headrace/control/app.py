@@ -48,10 +48,11 @@ from headrace.control.custom_metrics import CustomMetrics
 from headrace.control.drain import drain
 from headrace.control.essentials import Essential
 from headrace.control.identity import open_identity
+from headrace.control.places import avoiding, gateway_place
 from headrace.control.probe import watch_gateway
 from headrace.control.process_sources import ProcessSources
 from headrace.control.reconciler import Action, PromoteReplica, RestReplica, StartReplica, StopReplica
-from headrace.control.specs import ADMIN_SOCKET, CONFIG_FILE, avoiding, gateway_place, gateway_specs
+from headrace.control.specs import ADMIN_SOCKET, CONFIG_FILE, gateway_specs
 from headrace.control.status import describe
 from headrace.control.system_state import SystemState
 from headrace.errors import ConfigError, HeadraceError

@@ -19,8 +19,6 @@ from headrace.api.messages import (
     EndpointRule,
     EngineSpec,
     GatewaySpec,
-    NodeNeeds,
-    Place,
     ProcessSpec,
     ReplicaSpec,
     TenantRule,
@@ -40,6 +38,7 @@ from headrace.api.run_paths import (
     rank_socket_path,
     router_socket_path,
 )
+from headrace.control.places import gateway_place, place_of
 from headrace.units import MIB
 
 ADMIN_SOCKET = "admin.sock"
@@ -51,8 +50,6 @@ MAX_OPEN = 65_536
 """Requests of one replica, by whichever gateways: as many as an engine takes."""
 PRIORITIES = ("high", "normal", "low")
 """Bands, from the one that is served first."""
-SIMULATED_CPUS = 0.1
-"""Of a core, for the placement of a replica that computes nothing."""
 LEASE_S = 3.0
 """How long a replica counts as present after its last load report."""
 
@@ -87,24 +84,27 @@ def cluster_replica_process(
     if config.gateway.placement is not None:  # any host may have a gateway that is not this one's
         host, identity = NODE_PLACEHOLDER, f"{RUN_DIR_PLACEHOLDER}/{IDENTITY_FILE}"
     front = msgspec.structs.replace(front, host=host, identity=identity, node_address=NODE_PLACEHOLDER)
-    ranks = _rank_processes(replica_id, front.engine)
+    can_span = config.endpoints[endpoint].nodes.rank_strategy == "pack"
+    ranks = _rank_processes(replica_id, front.engine, [NODE_PLACEHOLDER] if can_span else [])
     if ranks:
         socket_path = rank_socket_path(RUN_DIR_PLACEHOLDER, replica_id)
-        engine = msgspec.structs.replace(front.engine, rank_socket=socket_path)
+        address = NODE_PLACEHOLDER if can_span else ""
+        engine = msgspec.structs.replace(front.engine, rank_socket=socket_path, rank_address=address)
         front = msgspec.structs.replace(front, engine=engine)
     argv = [PYTHON_PLACEHOLDER, *spec.argv[1:-1], msgspec.json.encode(front).decode()]
     place = place_of(config.endpoints[endpoint])
     return msgspec.structs.replace(spec, argv=argv, place=place, companions=ranks)
 
 
-def _rank_processes(replica_id: str, engine: EngineSpec) -> list[ProcessSpec]:
-    """Return what holds ranks 1 and up of a replica on a cluster, in the order of the ranks."""
+def _rank_processes(replica_id: str, engine: EngineSpec, address: list[str]) -> list[ProcessSpec]:
+    """Return what holds ranks 1 and up of a replica on a cluster, in the order of the ranks. address: of
+    their nodes, if these may be several."""
     processes = []
     for rank in range(1, engine.tensor_parallel if engine.kind == "native" else 1):
         name = f"{replica_id}-rank-{rank}"
         path = rank_socket_path(RUN_DIR_PLACEHOLDER, replica_id)
         spec = python_process(name, "headrace.engine.workers.holder", path, Path(RUN_DIR_PLACEHOLDER))
-        argv = [PYTHON_PLACEHOLDER, *spec.argv[1:], str(rank)]
+        argv = [PYTHON_PLACEHOLDER, *spec.argv[1:], str(rank), *address]
         processes.append(msgspec.structs.replace(spec, argv=argv, is_restarted=True))
     return processes
 
@@ -117,47 +117,6 @@ def placed_durable_process(
     spec = durable_process(config, endpoint, front_id, gateway_id, *where)
     place, group = gateway_place(config), gateway_group(gateway_id)
     return msgspec.structs.replace(spec, argv=[PYTHON_PLACEHOLDER, *spec.argv[1:]], place=place, group=group)
-
-
-def gateway_place(config: Config) -> Place | None:
-    """Return where on a cluster gateways may be; None: beside the controller."""
-    placement = config.gateway.placement
-    if placement is None:
-        return None
-    resources = {"CPU": float(config.gateway.num_threads), **placement.resources}
-    return Place([NodeNeeds(resources, placement.labels)], "apart")
-
-
-def avoiding(spec: ProcessSpec, nodes: Mapping[str, float]) -> ProcessSpec:
-    """Return `spec`, kept from `nodes` for so many seconds each, if it may run on several."""
-    if spec.place is None or not nodes:
-        return spec
-    return msgspec.structs.replace(spec, place=msgspec.structs.replace(spec.place, avoided=dict(nodes)))
-
-
-def place_of(endpoint: Endpoint) -> Place:
-    """Return where on a cluster a replica of `endpoint` may be."""
-    nodes = endpoint.nodes
-    resources = {"CPU": _cpus_of(endpoint), **nodes.resources}
-    base = NodeNeeds(resources, nodes.labels, nodes.accelerator_type)
-    choices = [
-        msgspec.structs.replace(
-            base,
-            labels={**nodes.labels, **choice.labels},
-            accelerator_type=choice.accelerator_type or nodes.accelerator_type,
-            wait_s=choice.wait_s,
-        )
-        for choice in nodes.prefer
-    ]
-    return Place(choices or [base], nodes.strategy)
-
-
-def _cpus_of(endpoint: Endpoint) -> float:
-    """What a replica takes of its node's cores if its section does not say."""
-    if endpoint.engine == "simulated":
-        return SIMULATED_CPUS
-    native = endpoint.native
-    return float(native.num_threads or native.tensor_parallel) if endpoint.engine == "native" else 1.0
 
 
 def replica_process(

@@ -272,7 +272,7 @@ def start_ranks(spec: EngineSpec, files: ModelFiles, on_phase: OnPhase) -> Worke
     if not spec.rank_socket:
         return WorkerGroup(spec, start_local_rank)
     on_phase("waiting for the hosts of the other ranks")
-    with Lobby(spec.rank_socket) as lobby:
+    with Lobby(spec.rank_socket, spec.rank_address, range(1, spec.tensor_parallel)) as lobby:
         return WorkerGroup(spec, lobby.start_rank)
 
 

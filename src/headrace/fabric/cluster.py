@@ -36,7 +36,7 @@ class HostSilent(HeadraceError):
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What was asked for a host. node_id is empty until it was granted."""
+    """What was asked for a host. node_id, the first host's, is empty until it was granted."""
 
     node_id: str = ""
     is_gone: bool = False
@@ -45,7 +45,8 @@ class Reservation:
 
 class Cluster(Protocol):
     """A cluster as one system sees it. A host is named by its key (`host_keys`), unique for all time. A
-    reservation has the key of its first host; that says how many hosts it is for, all of one node.
+    reservation has the key of its first host; that says how many hosts it is for: all of one node, unless
+    what is needed may be divided (`NodeNeeds.num_parts`).
 
     Raises ClusterUnavailable, each method, when the cluster itself does not answer.
     """

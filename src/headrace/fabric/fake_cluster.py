@@ -26,7 +26,8 @@ class FakeCluster:
         """make_host: group, node and membership -> host. The first node is ours."""
         self._make_host = make_host
         self._nodes = {node.node_id: node for node in nodes}
-        self._reserved: dict[str, tuple[NodeNeeds, str]] = {}
+        self._reserved: dict[str, tuple[NodeNeeds, list[str]]] = {}
+        """What is needed, and the node of each part once all have one."""
         self._avoids: dict[str, Sequence[str]] = {}
         self.running: dict[str, tuple[Any, str]] = {}
         """Hosts with their nodes."""
@@ -70,27 +71,27 @@ class FakeCluster:
         self._check()
         self.liked.append(likes_node)
         self._avoids[key] = avoids
-        self._reserved[key] = (needs, "")
+        self._reserved[key] = (needs, [])
 
     async def reservation(self, key: str) -> Reservation:
         self._check()
         if key not in self._reserved:
             return Reservation(is_gone=True)
-        needs, node_id = self._reserved[key]
-        for node in self._nodes.values():
-            free, has_room = self._free(node), not node_id and self._takes(key, node)
-            is_right = node.node_id not in needs.other_than and all(
-                node.labels.get(name) == value for name, value in needs.labels.items()
-            )
-            if has_room and is_right and all(free.get(n, 0.0) >= a for n, a in needs.resources.items()):
-                node_id = node.node_id
-        self._reserved[key] = (needs, node_id)
-        return Reservation(node_id)
+        needs, nodes = self._reserved[key]
+        if not nodes:
+            while len(nodes) < needs.num_parts and (node_id := self._find_part(key, needs)):
+                nodes.append(node_id)
+            if len(nodes) < needs.num_parts:
+                nodes.clear()
+        return Reservation(nodes[0] if nodes else "")
 
     async def start_host(self, key: str, needs: NodeNeeds | None, membership: Membership) -> None:
         self._check()
-        place = reservation_of(key)[0]
-        node_id = self._reserved[place][1] if needs is not None else self.own_node_id
+        place, index = reservation_of(key)
+        node_id = self.own_node_id
+        if needs is not None:
+            nodes = self._reserved[place][1]
+            node_id = nodes[index if needs.num_parts > 1 else 0]
         host = self._make_host(group_of(key), self._nodes[node_id], membership)
         self.running[key] = (host, node_id)
 
@@ -124,6 +125,20 @@ class FakeCluster:
         self._check()
         return sorted({*map(_reservation, self.running), *self._reserved})
 
+    def _find_part(self, key: str, needs: NodeNeeds) -> str:
+        """The first node that has room for one part; empty: none."""
+        for node in self._nodes.values():
+            free = self._free(node)
+            is_right = node.node_id not in needs.other_than and all(
+                node.labels.get(name) == value for name, value in needs.labels.items()
+            )
+            has_room = all(
+                free.get(n, 0.0) >= amount / needs.num_parts for n, amount in needs.resources.items()
+            )
+            if is_right and has_room and self._takes(key, node):
+                return node.node_id
+        return ""
+
     def _takes(self, key: str, node: NodeState) -> bool:
         return node.is_alive and not node.is_draining and node.node_id not in self._avoids[key]
 
@@ -132,9 +147,11 @@ class FakeCluster:
             raise ClusterUnavailable(self.failure)
 
     def _free(self, node: NodeState) -> dict[str, float]:
-        taken = [needs for needs, node_id in self._reserved.values() if node_id == node.node_id]
+        taken = [
+            (needs, nodes.count(node.node_id) / needs.num_parts) for needs, nodes in self._reserved.values()
+        ]
         return {
-            name: total - sum(needs.resources.get(name, 0.0) for needs in taken)
+            name: total - sum(part * needs.resources.get(name, 0.0) for needs, part in taken)
             for name, total in (node.total if node.is_alive else {}).items()
         }
 

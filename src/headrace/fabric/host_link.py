@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import Counter
-from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -44,13 +42,14 @@ from headrace.fabric.host_messages import (
     HostEvent,
     HostEvents,
     HostReport,
-    Membership,
     SetTunnels,
     TunnelsOpened,
 )
+from headrace.fabric.host_routes import HostView
 from headrace.fabric.place_search import WAITING_PERIOD_S, PlaceSearch, Seeker
 from headrace.fabric.rank_hosts import RankHosts
 from headrace.fabric.silence import Silence
+from headrace.fabric.surroundings import Surroundings
 
 POLL_S = 1.0
 """A host answers a poll after this long when nothing happens."""
@@ -65,26 +64,6 @@ COMMAND_LIMIT_S = 10.0
 RANK_LOSS_GRACE_S = 10.0
 """A replica that lost a rank's host cannot compute again; its streams may go on elsewhere for so long."""
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a link must know of the others."""
-
-    membership: Membership
-    """Of every host."""
-    count_family: Callable[[str], Counter[str]]
-    """How many processes of the family of a name each node has."""
-    count_asked: Callable[[str], Counter[str]]
-    """How many others of the family wait for a place that was asked on each node."""
-    silent_nodes: Callable[[], Collection[str]]
-    """Nodes that do not answer."""
-    on_tunnels: Callable[[], None]
-    """Called when a link's address or tunnels change."""
-    can_reach: Callable[[str], Awaitable[bool]]
-    """Whether a node of an address answers at all; told within `PROBE_LIMIT_S`."""
-    on_unavailable: Callable[[str, str], None]
-    """Called when the connection to a host broke, with its node and that node's address."""
 
 
 class HostLink:
@@ -128,8 +107,7 @@ class HostLink:
         self._commands: asyncio.Queue[HostCommand] = asyncio.Queue()  # bounded by who may be named in it
         self._search: PlaceSearch | None = None
         self._sequence = 0
-        around = surroundings
-        self._ranks = RankHosts(key, cluster, clock, self._lose_rank, around.can_reach, around.on_unavailable)
+        self._ranks = RankHosts(key, cluster, clock, surroundings, self._lose_rank)
         self._lost_rank = ""
         """Why a rank was lost, and with it everything here."""
 
@@ -166,8 +144,16 @@ class HostLink:
         elif self._waiting.pop(name, None) is not None:
             self._on_event(ProcessEnded(ProcessState(name, 0, False, last_output="it never had a place")))
 
-    def set_tunnels(self, wished: SetTunnels) -> None:
-        """Tell the host what its machine's tunnels are to do, unless it was told the same."""
+    def views(self) -> list[HostView]:
+        """What is known of its hosts, further ones of ranks included; those that were not heard are not."""
+        if not self.address:
+            return []
+        return [HostView(self.group, self.address, self.tunnels), *self._ranks.views()]
+
+    def set_tunnels(self, wishes: Mapping[str, SetTunnels]) -> None:
+        """Tell its hosts what their machines' tunnels are to do, by address, unless they know."""
+        self._ranks.set_tunnels(wishes)
+        wished = wishes.get(self.address) or SetTunnels([], {})
         if self.address and wished != (self._wished or SetTunnels([], {})):
             self._wished = wished
             if not self._is_wish_queued:

@@ -63,8 +63,9 @@ def explain_wait(nodes: Sequence[NodeState], needs: NodeNeeds, avoided: Collecti
     """Say what is asked, why no node gives it now, and what would. avoided: ids of nodes that go away or are
     silent."""
     leaving = [node for node in nodes if node.node_id in avoided]
+    part = _part_of(needs)
     text = _explain_wait([node for node in nodes if node not in leaving], needs)
-    would = [n.node_id[:8] for n in leaving if n.is_alive and _is_right(n, needs) and _has(n.total, needs)]
+    would = [n.node_id[:8] for n in leaving if n.is_alive and _is_right(n, needs) and _has(n.total, part)]
     if not would:
         return text
     more = f" and {len(would) - _SHOWN_NODES} more" if len(would) > _SHOWN_NODES else ""
@@ -76,12 +77,12 @@ def _explain_wait(nodes: Sequence[NodeState], needs: NodeNeeds) -> str:
     asked = describe_needs(needs)
     alive = [node for node in nodes if node.is_alive]
     right = [node for node in alive if _is_right(node, needs)]
-    if any(_has(node.total, needs) for node in right):
-        full = [node for node in right if _has(node.total, needs)]
+    if full := _large_enough(right, needs):
         return f"waits for room: {asked} is asked, and {_describe_free(full, needs)}"
     if right:
         return (
-            f"waits for a node: {asked} is asked, and no node has that much; "
+            f"waits for a node: {asked} is asked, and no node has that much"
+            f"{', nor have several together' * (needs.num_parts > 1)}; "
             f"{_describe_largest(right, needs)}. Ask for no more than that, or add such a node to the cluster"
         )
     if any(_is_right(node, msgspec.structs.replace(needs, other_than=[])) for node in alive):
@@ -96,9 +97,26 @@ def _explain_wait(nodes: Sequence[NodeState], needs: NodeNeeds) -> str:
     )
 
 
+def _large_enough(nodes: Sequence[NodeState], needs: NodeNeeds) -> list[NodeState]:
+    """The nodes that would do if nothing else was there: each alone, or together where it may be divided."""
+    part = _part_of(needs)
+    some = [node for node in nodes if _has(node.total, part)]
+    num_fitting = sum(_num_parts_on(node, part) for node in some)
+    return some if num_fitting >= needs.num_parts else []
+
+
+def _num_parts_on(node: NodeState, part: NodeNeeds) -> int:
+    return min(
+        (int((node.total.get(name, 0.0) + _EPSILON) / amount) for name, amount in part.resources.items()),
+        default=part.num_parts,
+    )
+
+
 def describe_needs(needs: NodeNeeds) -> str:
     """Return `CPU 1, GPU 2 on H100 with market=spot`."""
     amounts = ", ".join(f"{name} {amount:g}" for name, amount in sorted(needs.resources.items()))
+    if needs.num_parts > 1:
+        amounts += f" in {needs.num_parts} parts"
     kind = _describe_kind(needs)
     return f"{amounts} with {kind}" if kind else amounts
 
@@ -119,6 +137,12 @@ def _is_right(node: NodeState, needs: NodeNeeds) -> bool:
 
 def _has(amounts: Mapping[str, float], needs: NodeNeeds) -> bool:
     return all(amounts.get(name, 0.0) + _EPSILON >= amount for name, amount in needs.resources.items())
+
+
+def _part_of(needs: NodeNeeds) -> NodeNeeds:
+    """What one node must have at least to get some of it."""
+    part = {name: amount / needs.num_parts for name, amount in needs.resources.items()}
+    return msgspec.structs.replace(needs, resources=part)
 
 
 def _free_ratio(node: NodeState) -> float:

@@ -7,8 +7,9 @@ Ray, or what the processes do.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -22,9 +23,18 @@ from headrace.fabric.cluster import (
     HostSilent,
     HostUnavailable,
 )
-from headrace.fabric.host_keys import further_keys
-from headrace.fabric.host_messages import HostEvents, HostReport, Membership
+from headrace.fabric.host_keys import further_keys, group_of
+from headrace.fabric.host_messages import (
+    HostCommand,
+    HostEvents,
+    HostReport,
+    Membership,
+    SetTunnels,
+    TunnelsOpened,
+)
+from headrace.fabric.host_routes import HostView
 from headrace.fabric.silence import Silence
+from headrace.fabric.surroundings import Surroundings
 
 POLL_S = 1.0
 SILENT_AFTER_S = 2.0
@@ -32,16 +42,21 @@ LOST_AFTER_S = 10.0
 """As for the first host (`host_link`)."""
 START_LIMIT_S = 60.0
 COMMAND_LIMIT_S = 10.0
+_log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _RankHost:
-    """What is known of one."""
-
-    rank: int
     key: str
+    rank: int
     node_id: str = ""
     address: str = ""
+    """Empty until it was heard."""
+    tunnels: str = ""
+    """Address of its machine's tunnels, if its keeper holds them."""
+    wished: SetTunnels = field(default_factory=lambda: SetTunnels([], {}))
+    is_changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """It was not told yet what is wished."""
     silence: Silence | None = None
     """None: it answered when it was asked last."""
 
@@ -55,18 +70,16 @@ class RankHosts:
         key: str,
         cluster: Cluster,
         clock: Clock,
+        surroundings: Surroundings,
         on_lost: Callable[[str], None],
-        can_reach: Callable[[str], Awaitable[bool]],
-        on_unavailable: Callable[[str, str], None],
     ) -> None:
-        """key: the reservation's. on_lost: called once, with the reason, when one of them is no longer.
-        can_reach, on_unavailable: as in `host_link.Surroundings`."""
-        self._hosts = [_RankHost(rank, each) for rank, each in enumerate(further_keys(key), 1)]
+        """key: the reservation's. on_lost: called once, with the reason, when one of them is no longer."""
+        self._group = group_of(key)
+        self._hosts = [_RankHost(each, rank) for rank, each in enumerate(further_keys(key), 1)]
         self._cluster = cluster
         self._clock = clock
+        self._surroundings = surroundings
         self._on_lost = on_lost
-        self._can_reach = can_reach
-        self._on_unavailable = on_unavailable
         self._specs: Sequence[ProcessSpec] = ()
 
     def __repr__(self) -> str:
@@ -87,10 +100,26 @@ class RankHosts:
     ) -> None:
         """Start as many hosts as there are specs; their processes follow in `run`. Raises
         ClusterUnavailable."""
-        assert len(specs) == len(self._hosts), f"{len(specs)} processes for {self._hosts}"
+        assert len(specs) == len(self._hosts), f"{len(specs)} processes for {self!r}"
         self._specs = specs
         for host in self._hosts:
             await self._cluster.start_host(host.key, needs, membership)
+
+    def views(self) -> list[HostView]:
+        """Those that were heard."""
+        return [
+            HostView(self._group, host.address, host.tunnels, host.rank)
+            for host in self._hosts
+            if host.address
+        ]
+
+    def set_tunnels(self, wishes: Mapping[str, SetTunnels]) -> None:
+        """Tell each what its machine's tunnels are to do, by address, unless it was told the same."""
+        for host in self._hosts:
+            wished = wishes.get(host.address) or SetTunnels([], {})
+            if wished != host.wished:
+                host.wished = wished
+                host.is_changed.set()
 
     async def run(self) -> None:
         """Return once one is lost; never, if there are none to lose."""
@@ -103,15 +132,35 @@ class RankHosts:
             self._on_lost(str(errors.exceptions[0]))
 
     async def _live(self, host: _RankHost) -> None:
+        telling = asyncio.create_task(self._tell(host))
         try:
             report = await self._describe(host)
+            host.node_id, host.address, host.tunnels = report.node_id, report.address, report.tunnels
+            self._surroundings.on_tunnels()
             if self._specs:
                 await self._start_process(host, self._specs[host.rank - 1])
             await self._follow(host, report.sequence)
         except HostLost as error:
-            if isinstance(error, HostUnavailable | HostGivenUp) and host.address:
-                self._on_unavailable(host.node_id, host.address)
+            if isinstance(error, HostUnavailable | HostGivenUp):  # Ray may take its node for alive yet
+                self._surroundings.on_unavailable(host.node_id, host.address)
             raise HostLost(f"the host of rank {host.rank} is lost: {error}") from error
+        finally:
+            telling.cancel()
+            await asyncio.gather(telling, return_exceptions=True)
+
+    async def _tell(self, host: _RankHost) -> None:
+        """Pass wishes on. Ends when the host does, which is noticed where it is polled."""
+        while True:
+            await host.is_changed.wait()
+            host.is_changed.clear()
+            try:
+                await self._obey(host, host.wished)
+            except HostSilent:
+                host.is_changed.set()
+
+    async def _obey(self, host: _RankHost, command: HostCommand) -> None:
+        message = msgspec.msgpack.encode(command)
+        await self._cluster.call(host.key, "obey", message, limit_s=COMMAND_LIMIT_S)
 
     async def _describe(self, host: _RankHost) -> HostReport:
         try:
@@ -121,16 +170,14 @@ class RankHosts:
         report = msgspec.msgpack.decode(answer, type=HostReport)
         if report.error:
             raise HostLost(f"node {report.node_id[:8]}: {report.error}")
-        host.node_id, host.address = report.node_id, report.address
         return report
 
     async def _start_process(self, host: _RankHost, spec: ProcessSpec) -> None:
         """Tell it to, again while it is silent: one that has heard of it twice starts it once."""
-        command = msgspec.msgpack.encode(StartProcess(spec))
         heard_s = self._clock.now_s()
         while True:
             try:
-                await self._cluster.call(host.key, "obey", command, limit_s=COMMAND_LIMIT_S)
+                await self._obey(host, StartProcess(spec))
             except HostSilent:
                 await self._note_silence(host, heard_s)
             else:
@@ -153,15 +200,23 @@ class RankHosts:
                 has_started |= isinstance(event, ProcessStarted)
                 if isinstance(event, LauncherError) and not has_started:
                     raise HostLost(event.error)
+                if isinstance(event, TunnelsOpened):
+                    self._note_tunnels(host, event)
 
     async def _note_silence(self, host: _RankHost, heard_s: float) -> None:
         """Take it that it did not answer, as for the first host. Raises HostGivenUp."""
         if host.silence is None:
             host.silence = Silence(heard_s, LOST_AFTER_S)
-        host.silence.note_probe(await self._can_reach(host.address))
+        host.silence.note_probe(await self._surroundings.can_reach(host.address))
         now_s = self._clock.now_s()
         if host.silence.is_given_up(now_s):
             raise HostGivenUp(f"it has not answered for {host.silence.lasts_s(now_s):.0f} s")
+
+    def _note_tunnels(self, host: _RankHost, opened: TunnelsOpened) -> None:
+        host.tunnels = opened.address
+        if opened.error:
+            _log.warning("%s: the host of rank %d: %s", self._group, host.rank, opened.error)
+        self._surroundings.on_tunnels()
 
 
 def _explain(host: _RankHost, now_s: float) -> str:

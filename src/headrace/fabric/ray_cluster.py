@@ -97,15 +97,16 @@ class RayCluster:
         from ray.util.placement_group import placement_group
 
         num_hosts = 1 + len(further_keys(key))
+        is_one = needs.num_parts == 1  # only then Ray takes a node that is liked
 
         def ask() -> Any:
             return placement_group(
                 [bundle(needs, num_hosts)] * num_hosts,
-                strategy="STRICT_PACK",
+                strategy="STRICT_PACK" if is_one else "PACK",
                 name=self._group_name(key),
                 lifetime="detached",
                 bundle_label_selector=label_selector(needs, avoids, num_hosts),
-                _soft_target_node_id=likes_node or None,
+                _soft_target_node_id=likes_node or None if is_one else None,
             )
 
         self._groups[key] = await self._run(ask)
@@ -116,7 +117,7 @@ class RayCluster:
         group = self._groups[key]
         entry = await self._run(placement_group_table, group)
         if entry.get("state") == "CREATED":
-            return Reservation(node_id=next(iter(entry["bundles_to_node_id"].values())))
+            return Reservation(node_id=entry["bundles_to_node_id"][0])
         return Reservation(is_gone=entry.get("state") == "REMOVED")
 
     async def start_host(self, key: str, needs: NodeNeeds | None, membership: Membership) -> None:

@@ -28,13 +28,14 @@ from headrace.api.messages import (
 from headrace.clock import Clock
 from headrace.fabric.cluster import Cluster, ClusterUnavailable, HostLost, HostSilent
 from headrace.fabric.host_keys import group_of, incarnation_of, make_key
-from headrace.fabric.host_link import HostLink, Surroundings
-from headrace.fabric.host_messages import CONTROLLER_GROUP, Membership, SetTunnels
+from headrace.fabric.host_link import HostLink
+from headrace.fabric.host_messages import CONTROLLER_GROUP, Membership
 from headrace.fabric.host_routes import HostView, plan_tunnels
 from headrace.fabric.local import LauncherLost
 from headrace.fabric.own_tunnels import OwnTunnels
 from headrace.fabric.reachability import PROBE_LIMIT_S, answers
 from headrace.fabric.retirement import retire
+from headrace.fabric.surroundings import Surroundings
 
 MAX_QUEUED_EVENTS = 10_000
 MAX_HOSTS = 2048
@@ -202,16 +203,16 @@ class RayLauncher:
             await asyncio.sleep(REPLAN_DELAY_S)  # changes come in crowds
             self._replan.clear()
             links = [link for link in self._links.values() if link.address and not link.is_over]
+            views = [view for link in links for view in link.views()]
             if any(link.is_unheard for link in self._links.values()):
                 continue  # what goes through its tunnels is cut by no guess; it is heard of, or given up
             home = self._cluster.own_address
-            views = [HostView(link.group, link.address, link.tunnels) for link in links]
+            is_alone = all(view.address != home for view in views)
             views.append(HostView(CONTROLLER_GROUP, home, self._own_tunnels.address))
             wishes = plan_tunnels(views, home)
-            is_alone = all(link.address != home for link in links)
             self._own_tunnels.set(wishes.get(home) if is_alone else None)
             for link in links:
-                link.set_tunnels(wishes.get(link.address) or SetTunnels([], {}))
+                link.set_tunnels(wishes)
 
     def _on_own_tunnels(self, problem: str) -> None:
         if problem:
@@ -273,8 +274,8 @@ class RayLauncher:
         self._given_up.pop(node_id, None)
 
     def _tunnels_at(self, address: str) -> str:
-        links = self._links.values()
-        return next((link.tunnels for link in links if link.address == address and link.tunnels), "")
+        views = (view for link in self._links.values() for view in link.views())
+        return next((view.tunnels for view in views if view.address == address and view.tunnels), "")
 
     def _family(self, name: str) -> list[HostLink]:
         family = _family_of(name)

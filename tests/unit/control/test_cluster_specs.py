@@ -13,15 +13,14 @@ from headrace.api.config_loader import parse_config
 from headrace.api.messages import NodeNeeds, Place, ReplicaSpec
 from headrace.api.run_paths import NODE_PLACEHOLDER, PYTHON_PLACEHOLDER, RUN_DIR_PLACEHOLDER, rank_socket_path
 from headrace.control.config_changes import keep_address
+from headrace.control.places import gateway_place, place_of
 from headrace.control.preflight import check_address
 from headrace.control.specs import (
     CONFIG_FILE,
     cluster_controller_process,
     cluster_replica_process,
-    gateway_place,
     gateway_specs,
     generation_of,
-    place_of,
     placed_durable_process,
 )
 from headrace.errors import ConfigError

@@ -12,8 +12,10 @@ from headrace.api.config import Config, Gateway, Tenant, Tls
 from headrace.api.config_loader import parse_config
 from headrace.api.endpoint_config import Endpoint
 from headrace.api.messages import ReplicaSpec, TenantRule
+from headrace.api.run_paths import NODE_PLACEHOLDER, RUN_DIR_PLACEHOLDER, rank_socket_path
 from headrace.control import specs
 from headrace.control.specs import (
+    cluster_replica_process,
     durable_process,
     gateway_spec,
     generation_of,
@@ -22,6 +24,7 @@ from headrace.control.specs import (
     threads_per_engine,
 )
 from headrace.control.status import gateway_url
+from headrace.errors import ConfigError
 
 
 def config(gateway: dict[str, Any] | None = None, **fields: Any) -> Config:
@@ -174,3 +177,30 @@ def test_a_replica_takes_what_all_gateways_may_send_it_in_one_moment() -> None:
     assert limits(1, 8) == (8, 8)
     assert limits(3, 8) == (8, 24)
     assert limits(3, 40_000) == (40_000, 65_536), "what an engine takes"
+
+
+def ranked(strategy: str) -> Config:
+    return config(native={"tensor_parallel": 3, "num_threads": 3}, nodes={"rank_strategy": strategy})
+
+
+def test_ranks_that_may_be_on_several_nodes_are_told_where_they_are() -> None:
+    def start(strategy: str) -> tuple[ReplicaSpec, list[list[str]], int]:
+        process = cluster_replica_process(ranked(strategy), "chat", "chat-1", Path("/run/x"))
+        assert process.place is not None
+        front = msgspec.json.decode(process.argv[-1], type=ReplicaSpec)
+        arguments = [each.argv[4:] for each in process.companions]
+        return front, arguments, process.place.choices[0].num_parts
+
+    socket_path = rank_socket_path(RUN_DIR_PLACEHOLDER, "chat-1")
+    front, holders, num_parts = start("pack")
+    assert (front.engine.rank_socket, front.engine.rank_address) == (socket_path, NODE_PLACEHOLDER)
+    assert holders == [[socket_path, str(rank), NODE_PLACEHOLDER] for rank in (1, 2)]
+    assert num_parts == 3
+    front, holders, num_parts = start("strict_pack")
+    assert (front.engine.rank_address, num_parts) == ("", 1)
+    assert holders == [[socket_path, str(rank)] for rank in (1, 2)]
+
+
+def test_only_native_engines_may_have_ranks_on_several_nodes() -> None:
+    with pytest.raises(ConfigError, match="rank_strategy is pack and engine is simulated; only the ranks of"):
+        config(engine="simulated", nodes={"rank_strategy": "pack"})

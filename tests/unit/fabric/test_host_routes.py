@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from headrace.api.run_paths import rank_socket_path
 from headrace.fabric.host_messages import SetTunnels
 from headrace.fabric.host_routes import HostView, plan_tunnels, socket_path_of
 
@@ -73,3 +74,19 @@ def test_names_that_lead_elsewhere_have_no_path() -> None:
     assert socket_path_of("alive:g2", "/run/a") == "/run/a/g2/alive.sock"
     assert socket_path_of("router:../x", "/run/a") == ""
     assert socket_path_of("runtime:g1/../..", "/run/a") == ""
+
+
+def test_only_hosts_of_a_replicas_ranks_reach_its_engine() -> None:
+    near_rank, far_rank = HostView("chat-1", HOME, rank=1), HostView("chat-1", FAR, "10.0.0.2:7002", rank=2)
+    other = HostView("chat-3", "10.0.0.3", "10.0.0.3:7003")
+    plan = plan_tunnels([GATEWAY, NEAR_REPLICA, near_rank, far_rank, other], HOME)
+    assert plan[HOME].offered == ["controller", "peer:chat-1", "ranks:chat-1", "router:g1"]
+    assert plan[FAR].offered == []
+    assert plan[FAR].reached["ranks:chat-1"] == "10.0.0.1:7001"
+    assert "ranks:chat-1" not in plan["10.0.0.3"].reached
+    assert socket_path_of("ranks:chat-1", "/run/b") == rank_socket_path("/run/b", "chat-1")
+
+
+def test_ranks_beside_their_replica_need_no_tunnel() -> None:
+    plan = plan_tunnels([GATEWAY, NEAR_REPLICA, HostView("chat-1", HOME, rank=1), FAR_REPLICA], HOME)
+    assert "ranks:chat-1" not in plan[HOME].offered

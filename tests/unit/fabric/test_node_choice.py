@@ -78,3 +78,13 @@ def test_one_that_must_be_apart_says_that_the_nodes_are_taken() -> None:
     needs = NodeNeeds({"CPU": 1.0}, {"zone": "a"}, other_than=["a", "b"])
     nodes = [node("a", 8, 8, zone="a"), node("b", 8, 8, zone="a"), node("c", 8, 8, zone="b")]
     assert "each of the 2 nodes that would do has one already" in explain_wait(nodes, needs)
+
+
+def test_what_may_be_divided_waits_for_room_on_several_nodes_or_says_what_one_has() -> None:
+    nodes = [node("aaaaaaaabbbb", 4, 1), node("ccccccccdddd", 2, 2)]
+    halves = NodeNeeds({"CPU": 4.0}, num_parts=2)
+    assert "CPU 4 in 2 parts is asked, and free on" in explain_wait(nodes, halves)
+    assert "waits for room" in explain_wait(nodes[1:] * 2, halves)
+    text = explain_wait(nodes[1:], halves)
+    assert "no node has that much, nor have several together; the most that one has is CPU 2" in text
+    assert "no node has that much; " in explain_wait(nodes, NodeNeeds({"CPU": 8.0}))

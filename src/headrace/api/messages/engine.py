@@ -175,6 +175,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     """Processes that compute the model together, each a part of every matrix."""
     rank_socket: str = ""
     """UNIX socket where the other ranks come to the engine, placed by a launcher; empty: it starts them."""
+    rank_address: str = ""
+    """Of the engine's machine, for ranks of others; empty: all ranks are on it."""
     dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
     kv_dtype: Literal["auto", "int8", "bfloat16", "float32"] = "auto"
     speculation: Literal["off", "ngram", "draft"] = "off"

@@ -19,6 +19,8 @@ class NodeNeeds(Record, frozen=True):
     """After so long without such a node the next choice is tried; 0: waited for without a limit."""
     other_than: list[str] = []
     """Ids of nodes that it must not be."""
+    num_parts: int = 1
+    """Equal parts that it may be divided into, each for a node of its own; 1: all is on one node."""
 
 
 class Place(Record, frozen=True):

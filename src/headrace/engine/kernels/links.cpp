@@ -18,6 +18,8 @@ using Clock = std::chrono::steady_clock;
 // Partners on two hosts come some ten microseconds apart, as long as a packet takes.
 constexpr std::chrono::microseconds kSpin{64};
 constexpr int kSliceMs = 5;
+// In the place of a rank in a header: what follows is a command of rank 0, and `meeting` its number.
+constexpr uint32_t kCommand = UINT32_MAX;
 
 struct Header {
   uint32_t meeting;
@@ -61,6 +63,8 @@ struct Links {
   uint32_t meeting;
   std::vector<char> out;
   std::vector<Link> links;  // one per rank; the own one has no socket
+  Header command{};         // the command that is received, and how much of it is there, this header included
+  size_t command_received = 0;
 
   bool is_open(const Link& link) const {
     return link.socket >= 0 && (link.sent < out.size() || link.received < link.in.size());
@@ -134,10 +138,8 @@ void fill_in(const Links& links, const Cut& cut, int rank) {
   }
 }
 
-}  // namespace
-
-void exchange(Links& links, const Cut& cut) {
-  prepare(links, cut);
+// Return when all is sent and received. Throws RanksApart.
+void move_all(Links& links) {
   const auto begin = Clock::now();
   auto moved = begin;
   for (bool is_done = false; !is_done;) {
@@ -156,6 +158,47 @@ void exchange(Links& links, const Cut& cut) {
       sleep_until_some_can(links);
     }
   }
+}
+
+// Receive what there is of rank 0's next command; whether it is whole.
+bool take_command(Links& links, uint32_t number, char* into, size_t capacity) {
+  const int from = links.links[0].socket;
+  while (true) {
+    const size_t got = links.command_received;
+    const bool has_header = got >= sizeof(Header);
+    if (has_header && (links.command.meeting != number || links.command.rank != kCommand ||
+                       links.command.num_bytes > capacity))
+      throw RanksApart{Wait::broken};  // another one than the next: nothing that it says can be believed
+    const size_t whole = sizeof(Header) + (has_header ? links.command.num_bytes : 0);
+    if (has_header && got == whole) return true;
+    char* to = has_header ? into + (got - sizeof(Header)) : reinterpret_cast<char*>(&links.command) + got;
+    const ssize_t more = recv(from, to, whole - got, MSG_DONTWAIT);
+    if (more == 0 || (more < 0 && !is_later(more))) throw RanksApart{Wait::broken};
+    if (more < 0) return false;
+    links.command_received += static_cast<size_t>(more);
+  }
+}
+
+void await_command(Links& links, uint32_t number, char* into, size_t capacity, std::chrono::microseconds spin,
+                   std::chrono::milliseconds limit) {
+  const auto begin = Clock::now();
+  while (!take_command(links, number, into, capacity)) {
+    const auto waited = Clock::now() - begin;
+    if (waited < spin) continue;
+    const bool has_begun = links.command_received > 0;
+    const auto rest = std::chrono::ceil<std::chrono::milliseconds>((has_begun ? links.limit : limit) - waited);
+    if (rest.count() <= 0) throw RanksApart{has_begun ? Wait::broken : Wait::too_long};
+    pollfd end{links.links[0].socket, POLLIN, 0};
+    poll(&end, 1, static_cast<int>(rest.count()));
+  }
+  links.command_received = 0;
+}
+
+}  // namespace
+
+void exchange(Links& links, const Cut& cut) {
+  prepare(links, cut);
+  move_all(links);
   for (size_t rank = 0; rank < links.links.size(); ++rank)
     if (links.links[rank].socket >= 0) fill_in(links, cut, static_cast<int>(rank));
 }
@@ -173,11 +216,45 @@ using namespace headrace;
 // sockets [num_ranks]: connected ones, which stay the caller's; -1 for this rank. Null: memory ran out.
 HEADRACE_EXPORT Links* headrace_links_new(const int32_t* sockets, int num_ranks, int rank, int limit_ms) {
   try {
-    Links* links = new Links{rank, std::chrono::milliseconds{limit_ms}, 0, {}, {}};
+    Links* links = new Links{rank, std::chrono::milliseconds{limit_ms}, 0, {}, {}, {}, 0};
     for (int i = 0; i < num_ranks; ++i) links->links.push_back({i == rank ? -1 : sockets[i], 0, 0, {}});
     return links;
   } catch (const std::bad_alloc&) {
     return nullptr;
+  }
+}
+
+// Rank 0: send command `number` to all others. 0: it is on its way; 1: memory ran out; 2: a rank was lost; 3: one
+// does not take it within the limit.
+HEADRACE_EXPORT int headrace_links_post(Links* links, uint32_t number, const char* command, size_t num_bytes) {
+  try {
+    const Header header{number, kCommand, num_bytes};
+    links->out.resize(sizeof header + num_bytes);
+    std::memcpy(links->out.data(), &header, sizeof header);
+    std::memcpy(links->out.data() + sizeof header, command, num_bytes);
+    for (Link& link : links->links) {
+      link.sent = link.received = 0;
+      link.in.clear();
+    }
+    move_all(*links);
+    return 0;
+  } catch (const RanksApart& apart) {
+    return static_cast<int>(apart.why);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// Another rank: wait for command `number`. 0: it is in `into`; 2: a rank was lost, or said something else; 3: not
+// within the limit.
+HEADRACE_EXPORT int headrace_links_await(Links* links, uint32_t number, char* into, size_t capacity, int spin_us,
+                                         int limit_ms) {
+  try {
+    await_command(*links, number, into, capacity, std::chrono::microseconds{spin_us},
+                  std::chrono::milliseconds{limit_ms});
+    return 0;
+  } catch (const RanksApart& apart) {
+    return static_cast<int>(apart.why);
   }
 }
 

@@ -13,12 +13,22 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from headrace.api.messages import EngineSpec
-from headrace.engine.workers.messages import Join, KvBlocks, RankChanged, RankChannel, RankFailed, RankReady
+from headrace.engine.workers.links import Address, Door, Meeting, listen
+from headrace.engine.workers.messages import (
+    Join,
+    KvBlocks,
+    RankChanged,
+    RankChannel,
+    RankFailed,
+    RankListens,
+    RankReady,
+)
 from headrace.errors import ConfigError, EngineDead, HeadraceError, ModelError
 
 if TYPE_CHECKING:
     from headrace.engine.model_files.metadata import Hyperparameters
     from headrace.engine.operations.exchange import Exchange
+    from headrace.engine.operations.kernels import Library
     from headrace.engine.protocol import StepInput
     from headrace.engine.workers.mailbox import Command, Mailbox
 
@@ -28,6 +38,7 @@ CHANGE_LIMIT_S = 300.0
 """Longest wait for another rank to sleep or wake: waking may read weights from disk."""
 _MEETING_LIMIT_S = 20.0
 _POLL_S = 0.2
+_LOOK_S = 0.01
 _LAST_WORD_S = 1.0
 
 
@@ -37,6 +48,11 @@ class Rank(Protocol):
     @property
     def channel(self) -> RankChannel:
         """The socket to it."""
+        ...
+
+    @property
+    def meeting(self) -> Meeting | None:
+        """Where all ranks of the group meet; None: they share memory."""
         ...
 
     def describe_end(self) -> str:
@@ -74,6 +90,11 @@ class WorkerGroup:
     def num_ranks(self) -> int:
         return self._spec.tensor_parallel
 
+    @property
+    def is_linked(self) -> bool:
+        """Whether ranks share no memory, because some are on other machines."""
+        return any(each.meeting is not None for each in self._ranks)
+
     def close(self) -> None:
         """End all ranks."""
         self._finalizer()
@@ -82,14 +103,11 @@ class WorkerGroup:
 
     def join(self, h: Hyperparameters) -> Exchange:
         from headrace.engine.kv_memory import longest_context
-        from headrace.engine.operations.exchange import Exchange, exchange_sizes
+        from headrace.engine.operations.exchange import exchange_sizes
         from headrace.engine.operations.kernels import KernelsMissing, load_kernels
-        from headrace.engine.operations.shard import cut
-        from headrace.engine.operations.shared_memory import SharedMemory
-        from headrace.engine.workers.mailbox import Mailbox, shared_sizes
+        from headrace.engine.workers.mailbox import shared_sizes
 
         spec = self._spec
-        shard = cut(h, self.num_ranks)[0]
         try:
             library = load_kernels()
         except KernelsMissing as missing:
@@ -99,13 +117,44 @@ class WorkerGroup:
         most_blocks = -(-longest_context(spec, h) // spec.block_size)
         sizes = shared_sizes(library, spec.token_budget, spec.max_running, most_blocks)
         sizes |= exchange_sizes(h, spec.token_budget)
+        meeting = self._ranks[0].meeting
+        if meeting is None:
+            return self._share_memory(h, library, sizes)
+        return self._connect(h, meeting, sizes)
+
+    def _share_memory(self, h: Hyperparameters, library: Library, sizes: dict[str, int]) -> Exchange:
+        from headrace.engine.operations.exchange import Exchange
+        from headrace.engine.operations.shard import cut
+        from headrace.engine.operations.shared_memory import SharedMemory
+        from headrace.engine.workers.mailbox import Mailbox
+
         memory = SharedMemory(sizes)
         for index, each in enumerate(self._ranks):
-            join = Join(spec, index + 1, sizes, self._meeting_limit_s)
+            join = Join(self._spec, index + 1, sizes, self._meeting_limit_s)
             each.channel.send(join, (memory.descriptor,))
         self._mailbox = Mailbox(library, memory)
         watched = [each.channel.fileno() for each in self._ranks]
+        shard = cut(h, self.num_ranks)[0]
         return Exchange(library, memory, shard, watched, self._meeting_limit_s)
+
+    def _connect(self, h: Hyperparameters, meeting: Meeting, sizes: dict[str, int]) -> Exchange:
+        from headrace.engine.workers.linked import join_linked
+
+        addresses: dict[int, Address] = {}
+        for index, each in enumerate(self._ranks):
+            said = self._receive(each, READY_LIMIT_S)
+            if not isinstance(said, RankListens):
+                raise EngineDead(f"rank {index + 1} said {said} and not where it listens")
+            addresses[index + 1] = (said.host, said.port)
+        door = Door(listen(meeting.host), meeting.key)
+        addresses[0] = door.address
+        joins = [
+            Join(self._spec, rank, sizes, self._meeting_limit_s, addresses) for rank in range(self.num_ranks)
+        ]
+        for join, each in zip(joins[1:], self._ranks, strict=True):
+            each.channel.send(join)
+        exchange, self._mailbox = join_linked(h, (0, self.num_ranks), door, joins[0], self.check)
+        return exchange
 
     def agree_on_blocks(self, plan: Callable[[], int]) -> int:
         num_blocks = plan()
@@ -153,10 +202,14 @@ class WorkerGroup:
 
     def explain(self, error: EngineDead) -> HeadraceError:
         """Return why ranks did not meet, where it is known better than `error` says."""
-        for each in self._ranks:
-            if each.channel.is_closed():
-                return self._end_of(each)
-        return error
+        deadline_s = time.monotonic() + (_LAST_WORD_S if self.is_linked else 0.0)
+        while True:
+            for each in self._ranks:
+                if each.channel.is_closed():
+                    return self._end_of(each)
+            if time.monotonic() >= deadline_s:
+                return error
+            time.sleep(_LOOK_S)  # of connections that end together one may be seen before the other
 
     def _receive(self, rank: Rank, limit_s: float) -> object:
         """The next word of a rank, while all are alive."""

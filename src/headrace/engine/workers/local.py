@@ -5,11 +5,13 @@ They are in the engine's process group and die with it (`lifetime`). Must not kn
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 
+from headrace.engine.workers.links import Meeting
 from headrace.engine.workers.messages import RankChannel
 
 _END_LIMIT_S = 5.0
@@ -18,6 +20,9 @@ _OUR_TITLES = "headrace: "
 
 class LocalRank:
     """One child process."""
+
+    meeting: Meeting | None = None
+    """It shares the engine's memory."""
 
     def __init__(self, rank: int) -> None:
         """Start it. Raises OSError."""
@@ -50,15 +55,20 @@ def start_local_rank(rank: int) -> LocalRank:
     return LocalRank(rank)
 
 
-def spawn_rank(descriptor: int, title: str) -> subprocess.Popen[bytes]:
-    """Start a rank's process as a child of this one, whose socket `descriptor` is. Raises OSError."""
+def spawn_rank(descriptor: int, title: str, key: bytes = b"") -> subprocess.Popen[bytes]:
+    """Start a rank's process as a child of this one, whose socket `descriptor` is. key: of ranks that share
+    no memory; it gets it where nobody else reads it. Raises OSError."""
     command = [sys.executable, "-m", "headrace.engine.workers", "--fd", str(descriptor), "--title", title]
-    return subprocess.Popen(
-        command,
+    process = subprocess.Popen(
+        [*command, "--linked"] if key else command,
         pass_fds=[descriptor],
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE if key else subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError), process.stdin:  # its end says more
+            process.stdin.write(key)
+    return process
 
 
 def describe_status(pid: int, status: int) -> str:

@@ -1,4 +1,4 @@
-"""Commands of rank 0 to all others through shared memory: a step's arrays, or a word.
+"""Commands of rank 0 to all others, a step's arrays or a word: through memory that they share, or over links.
 
 One writer; a command is overwritten only when every rank has come to the end of its step, or has answered.
 Must not know how a step is computed.
@@ -13,6 +13,7 @@ from enum import IntEnum
 import numpy as np
 
 from headrace.engine.operations.kernels import Library
+from headrace.engine.operations.linked_exchange import LinkedExchange
 from headrace.engine.operations.shared_memory import SharedMemory
 from headrace.engine.protocol import Int32Array, StepInput, padded_tables
 from headrace.errors import EngineDead
@@ -22,6 +23,7 @@ SPIN_US = 500
 (up to 0.4 ms with 32 streams), since to wake a sleeper takes rank 0 0.2 ms and more."""
 _HEAD = 5
 _BROKEN = 2
+_MOST = 0xFFFFFFFF
 
 
 class Command(IntEnum):
@@ -62,7 +64,7 @@ class Mailbox:
         return f"<Mailbox at command {self._number}>"
 
     def post_step(self, batch: StepInput) -> StepInput:
-        """Give a step to all ranks; return the same step for rank 0 to compute."""
+        """Give a step to all ranks; return the same step for rank 0 to compute. Raises EngineDead."""
         tables = padded_tables(batch.block_tables)
         head = (Command.STEP, len(batch.token_ids_T), *tables.shape, len(batch.sampled_rows_S))
         arrays = (
@@ -79,22 +81,19 @@ class Mailbox:
         if end > len(self._numbers):
             raise EngineDead(f"a step of {len(batch.token_ids_T)} tokens does not fit into its shared memory")
         np.concatenate(arrays, out=self._numbers[:end])
-        self._announce()
+        self._announce(end)
         return replace(batch, block_tables=tables)
 
     def post(self, command: Command) -> None:
         """Give a command without arrays to all ranks."""
         self._numbers[0] = command
-        self._announce()
+        self._announce(1)
 
     def wait(self, limit_s: float) -> bool:
         """Wait for the next command; whether there is one. Raises EngineDead if a rank was lost."""
-        status: int = self._await(self._state, (self._number + 1) & 0xFFFFFFFF, SPIN_US, int(limit_s * 1000))
-        if status == _BROKEN:
-            raise EngineDead("another rank was lost")
-        if status == 0:
-            self._number += 1
-        return status == 0
+        is_there = self._has_come(limit_s)
+        self._number += is_there
+        return is_there
 
     def read(self) -> tuple[Command, StepInput | None]:
         """The command that `wait` found, and a step's arrays: valid until this rank has computed it."""
@@ -105,9 +104,16 @@ class Mailbox:
         """Have all ranks end: each wait of theirs, now or later, says that a rank was lost."""
         self._break(self._state)
 
-    def _announce(self) -> None:
+    def _announce(self, _num_numbers: int) -> None:
+        """Have the others see what was written."""
         self._number += 1
-        self._post(self._state, self._number & 0xFFFFFFFF)
+        self._post(self._state, self._number & _MOST)
+
+    def _has_come(self, limit_s: float) -> bool:
+        status: int = self._await(self._state, (self._number + 1) & _MOST, SPIN_US, int(limit_s * 1000))
+        if status == _BROKEN:
+            raise EngineDead("another rank was lost")
+        return status == 0
 
     def _step(self) -> StepInput:
         """The arrays that the head describes."""
@@ -130,3 +136,20 @@ class Mailbox:
             sampled_rows_S=take(num_sampled),
             block_tables=take(num_requests * stride).reshape(num_requests, stride),
         )
+
+
+class LinkedMailbox(Mailbox):
+    """The same where ranks share no memory: what rank 0 writes into its own, it sends to all others."""
+
+    def __init__(self, library: Library, memory: SharedMemory, exchange: LinkedExchange) -> None:
+        """memory: this rank's own. exchange: has the links, which carry nothing else between steps."""
+        super().__init__(library, memory)
+        self._exchange = exchange
+
+    def _announce(self, num_numbers: int) -> None:
+        self._number += 1
+        self._exchange.post_command(self._number & _MOST, self._numbers[:num_numbers])
+
+    def _has_come(self, limit_s: float) -> bool:
+        number = (self._number + 1) & _MOST
+        return self._exchange.await_command(number, self._numbers, SPIN_US, limit_s)

@@ -1,7 +1,7 @@
 """What an engine, its other ranks and their holders say to each other besides steps, and the socket for it.
 
-Frames of `api.framing` on a UNIX stream socket; steps go through shared memory (`mailbox`). Must not know
-what the messages bring about.
+Frames of `api.framing` on a stream socket, UNIX or TCP; steps go another way (`mailbox`). Must not know what
+the messages bring about.
 """
 
 from __future__ import annotations
@@ -18,16 +18,26 @@ from headrace.errors import EngineDead, ProtocolError
 
 SEND_LIMIT_S = 10.0
 _CHUNK_BYTES = 64 * 1024
+_CLOSED = select.POLLHUP | select.POLLRDHUP | select.POLLERR
+
+
+class RankListens(msgspec.Struct, frozen=True, tag=True):
+    """From a rank that shares no memory, first: where the ranks above it find it."""
+
+    host: str
+    port: int
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):
-    """To a rank, first: what to load. The shared memory's descriptor comes along."""
+    """To a rank: what to load. The shared memory's descriptor comes along, if there is any."""
 
     spec: EngineSpec
     rank: int
     sizes: dict[str, int]
     """Regions of the shared memory."""
     meeting_limit_s: float
+    addresses: dict[int, tuple[str, int]] = {}
+    """Where each rank listens, if they share no memory."""
 
 
 class KvBlocks(msgspec.Struct, frozen=True, tag=True):
@@ -62,12 +72,27 @@ class HolderHere(msgspec.Struct, frozen=True, tag=True):
     rank: int
     version: str
     """Of headrace."""
+    address: str = ""
+    """Of its node; empty: the engine's machine."""
+
+
+class Call(msgspec.Struct, frozen=True):
+    """Where an engine waits for the connection of a rank that is elsewhere."""
+
+    host: str
+    port: int
+    key: bytes
+    """Of this start, for this rank and all others."""
+
+    def __repr__(self) -> str:
+        return f"Call({self.host!r}, {self.port})"  # the key is for nobody's log
 
 
 class StartRank(msgspec.Struct, frozen=True, tag=True):
-    """To a holder: start the rank's process. Its socket's descriptor comes along."""
+    """To a holder: start the rank's process. Its socket's descriptor comes along, or what it is to call."""
 
     title: str
+    call: Call | None = None
 
 
 class EndRank(msgspec.Struct, frozen=True, tag=True):
@@ -87,7 +112,8 @@ class RankEnded(msgspec.Struct, frozen=True, tag=True):
 
 
 Message = (
-    Join
+    RankListens
+    | Join
     | KvBlocks
     | RankReady
     | RankChanged
@@ -110,7 +136,15 @@ class RankChannel:
         self._received: list[Message] = []
         self._descriptors: list[int] = []
         self._readable = select.poll()
-        self._readable.register(connection, select.POLLIN)
+        self._readable.register(connection, select.POLLIN | select.POLLRDHUP)
+
+    def __repr__(self) -> str:
+        return f"<RankChannel {self._connection}>"
+
+    @property
+    def own_host(self) -> str:
+        """The address of this end, where it is a TCP connection."""
+        return str(self._connection.getsockname()[0])
 
     def fileno(self) -> int:
         return self._connection.fileno()
@@ -119,7 +153,7 @@ class RankChannel:
         """Send one message, and open files with it. Raises EngineDead where the other end is gone."""
         frame = encode_frame(message)
         try:
-            sent = socket.send_fds(self._connection, [frame], descriptors)
+            sent = socket.send_fds(self._connection, [frame], descriptors) if descriptors else 0
             if sent < len(frame):
                 self._connection.sendall(frame[sent:])
         except OSError as error:
@@ -149,7 +183,7 @@ class RankChannel:
 
     def is_closed(self) -> bool:
         """Whether the other end is gone, without reading."""
-        return any(events & (select.POLLHUP | select.POLLERR) for _, events in self._readable.poll(0))
+        return any(events & _CLOSED for _, events in self._readable.poll(0))
 
     def close(self) -> None:
         self._connection.close()

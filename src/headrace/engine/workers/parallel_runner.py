@@ -32,7 +32,7 @@ class ParallelRunner:
         self.num_blocks = runner.num_blocks
         self.eos_token_ids = runner.eos_token_ids
         self.architecture = runner.architecture
-        self.path = f"{runner.path} in each of {group.num_ranks} ranks"
+        self.path = f"{runner.path} in each of {group.num_ranks} ranks{' over TCP' * group.is_linked}"
         self.team = runner.team
 
     def __repr__(self) -> str:

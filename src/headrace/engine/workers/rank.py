@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, TypeVar
 
 from headrace.engine.process import is_retryable
 from headrace.engine.threads import limit_spinning
-from headrace.engine.workers.messages import Join, KvBlocks, RankChanged, RankChannel, RankFailed, RankReady
+from headrace.engine.workers.links import KEY_BYTES, Door, listen
+from headrace.engine.workers.messages import (
+    Join,
+    KvBlocks,
+    RankChanged,
+    RankChannel,
+    RankFailed,
+    RankListens,
+    RankReady,
+)
 from headrace.errors import EngineDead, HeadraceError
 from headrace.lifetime import die_with_parent
 
@@ -35,12 +44,16 @@ _LOOK_UP_S = 0.5
 class RankSeat:
     """A rank's place in the group, seen from the rank."""
 
-    def __init__(self, channel: RankChannel, join: Join) -> None:
+    def __init__(self, channel: RankChannel, join: Join, door: Door | None = None) -> None:
+        """door: None: it shares memory with the others."""
         self._channel = channel
         self._join = join
+        self._door = door
         self.mailbox: Mailbox | None = None
 
     def join(self, h: Hyperparameters) -> Exchange:
+        if self._door is not None:
+            return self._join_linked(h, self._door)
         from headrace.engine.operations.exchange import Exchange
         from headrace.engine.operations.kernels import load_kernels
         from headrace.engine.operations.shard import cut
@@ -53,20 +66,37 @@ class RankSeat:
         shard = cut(h, join.spec.tensor_parallel)[join.rank]
         return Exchange(library, memory, shard, [self._channel.fileno()], join.meeting_limit_s)
 
+    def _join_linked(self, h: Hyperparameters, door: Door) -> Exchange:
+        from headrace.engine.workers.linked import join_linked
+
+        join = self._join
+        place = (join.rank, join.spec.tensor_parallel)
+        exchange, self.mailbox = join_linked(h, place, door, join, self._check)
+        return exchange
+
+    def _check(self) -> None:
+        if self._channel.is_closed():
+            raise EngineDead("the engine is gone")
+
     def agree_on_blocks(self, _plan: Callable[[], int]) -> int:
         return _expect(self._channel, KvBlocks).num_blocks
 
 
-def serve(channel: RankChannel) -> None:
-    """Load and compute until the engine is gone. Raises what loading and steps raise."""
+def serve(channel: RankChannel, key: bytes = b"") -> None:
+    """Load and compute until the engine is gone. key: of ranks that share no memory. Raises what loading and
+    steps raise."""
     limit_spinning()
+    door = None
+    if key:
+        door = Door(listen(channel.own_host), key)
+        channel.send(RankListens(*door.address))
     import torch
 
     from headrace.engine.model_files.resolve import resolve_model
     from headrace.engine.runner import load_runner
 
     join = _expect(channel, Join)
-    seat = RankSeat(channel, join)
+    seat = RankSeat(channel, join, door)
     runner = load_runner(join.spec, resolve_model(join.spec.model), lambda _phase: None, seat)
     assert seat.mailbox is not None
     channel.send(RankReady(runner.path))
@@ -118,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--fd", type=int, required=True, help="inherited UNIX stream socket to the engine")
     parser.add_argument("--title", default="", help="process title")
+    parser.add_argument("--linked", action="store_true", help="it shares no memory; the key is on stdin")
     arguments = parser.parse_args(argv)
     if arguments.title:
         from setproctitle import setproctitle
@@ -132,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rank: --fd {arguments.fd} is not a socket: {error}", file=sys.stderr)
         return 2
     try:
-        serve(channel)
+        serve(channel, sys.stdin.buffer.read(KEY_BYTES) if arguments.linked else b"")
     except Exception as error:  # whatever it is, the engine must be told before this process ends
         return _report(channel, error)
     return 0

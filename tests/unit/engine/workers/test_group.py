@@ -13,6 +13,7 @@ from tests.unit.engine.test_shard import SMOLLM2
 from headrace.api.messages import EngineSpec
 from headrace.engine.workers import group as group_module
 from headrace.engine.workers.group import Rank, WorkerGroup
+from headrace.engine.workers.links import Meeting
 from headrace.engine.workers.mailbox import Command
 from headrace.engine.workers.messages import (
     Join,
@@ -30,6 +31,8 @@ SPEC = EngineSpec("native", "m", tensor_parallel=3, token_budget=8, max_running=
 
 class PlayedRank:
     """The engine's view of a rank, and the rank's own end of the socket."""
+
+    meeting: Meeting | None = None
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 from tests.unit.engine.rank_rig import rank_sizes
 from tests.unit.engine.test_shard import SMOLLM2
+from tests.unit.engine.workers.test_mailbox import a_step
 
 from headrace.engine.operations.kernels import Library
 from headrace.engine.operations.linked_exchange import LinkedExchange
 from headrace.engine.operations.shard import column_starts, cut
 from headrace.engine.operations.shared_memory import SharedMemory
+from headrace.engine.protocol import StepInput
 from headrace.engine.workers import links as links_module
 from headrace.engine.workers.links import KEY_BYTES, connect_ranks, listen
+from headrace.engine.workers.mailbox import Command, LinkedMailbox
 from headrace.errors import EngineDead
 
 KEY = bytes(range(KEY_BYTES))
@@ -99,9 +105,10 @@ def test_a_rank_that_never_comes_is_named(
     listeners[0].settimeout(0.05)
     addresses = {rank: listener.getsockname() for rank, listener in enumerate(listeners[:2])}
     with pytest.raises(EngineDead, match=r"rank 1 has not connected within 0\.1 s"):
-        connect_ranks(0, listeners[0], addresses, KEY)
+        connect_ranks(0, listeners[0], addresses, KEY, limit_s=0.1)
     listeners[0].close()
-    with pytest.raises(EngineDead, match=r"rank at 127\.0\.0\.1:\d+ cannot be reached: Connection refused"):
+    refused = r"rank at 127\.0\.0\.1:\d+ cannot be reached from 127\.0\.0\.2: Connection refused"
+    with pytest.raises(EngineDead, match=refused):
         connect_ranks(1, listeners[1], addresses, KEY)
 
 
@@ -154,3 +161,80 @@ def test_a_part_of_another_meeting_is_not_taken_for_this_one(
     with pytest.raises(EngineDead, match="a rank was lost"):
         door.share_columns("output", rows)
     close(*all_links)
+
+
+def mailboxes(library: Library, all_links: list[Links]) -> list[LinkedMailbox]:
+    return [
+        LinkedMailbox(library, SharedMemory(rank_sizes(SMOLLM2)), exchange_of(library, rank, links))
+        for rank, links in enumerate(all_links)
+    ]
+
+
+def test_a_step_and_a_word_arrive_at_the_other_rank_each_once(
+    library: Library, listeners: list[socket.socket]
+) -> None:
+    ours, theirs = mailboxes(library, connect_all(listeners[:2]))
+    assert not theirs.wait(0.001)
+    for step in (a_step(1, 1), a_step(4, 3), a_step(2, 8)):
+        own = ours.post_step(step)
+        assert theirs.wait(20.0)
+        command, read = theirs.read()
+        assert command == Command.STEP
+        assert read is not None
+        for field in fields(StepInput):
+            assert np.array_equal(getattr(own, field.name), getattr(read, field.name)), field.name
+        assert not theirs.wait(0.0)
+    posting = threading.Timer(0.02, ours.post, [Command.WAKE])
+    posting.start()
+    assert theirs.wait(20.0)
+    assert theirs.read() == (Command.WAKE, None)
+    posting.join()
+
+
+def test_a_command_that_comes_in_pieces_is_waited_for_and_half_of_one_is_the_end(
+    library: Library, listeners: list[socket.socket]
+) -> None:
+    all_links = connect_all(listeners[:2])
+    memory = SharedMemory(rank_sizes(SMOLLM2))
+    theirs = LinkedMailbox(library, memory, exchange_of(library, 1, all_links[1], limit_s=0.3))
+    wire = all_links[0][1]
+    whole = struct.pack("<IIQi", 1, 0xFFFFFFFF, 4, Command.WAKE)
+    wire.send(whole[:5])
+    rest = threading.Timer(0.05, wire.send, [whole[5:]])
+    rest.start()
+    assert theirs.wait(0.01)
+    assert theirs.read() == (Command.WAKE, None)
+    rest.join()
+    wire.send(struct.pack("<IIQ", 2, 0xFFFFFFFF, 4))
+    with pytest.raises(EngineDead, match="a rank was lost"):
+        theirs.wait(0.01)
+    close(*all_links)
+
+
+@pytest.mark.parametrize(
+    "head", [(2, 0xFFFFFFFF, 4), (1, 0, 4), (1, 0xFFFFFFFF, 1 << 40)], ids=["number", "meeting", "size"]
+)
+def test_what_is_not_the_next_command_is_not_believed(
+    library: Library, listeners: list[socket.socket], head: tuple[int, int, int]
+) -> None:
+    all_links = connect_all(listeners[:2])
+    _, theirs = mailboxes(library, all_links)
+    all_links[0][1].send(struct.pack("<IIQi", *head, Command.WAKE))
+    with pytest.raises(EngineDead, match="a rank was lost"):
+        theirs.wait(20.0)
+
+
+def test_a_rank_that_takes_no_commands_is_named_and_one_that_is_gone_is_lost(
+    library: Library, listeners: list[socket.socket]
+) -> None:
+    all_links = connect_all(listeners[:2])
+    exchange = exchange_of(library, 0, all_links[0], limit_s=0.1)
+    large = np.zeros(16 << 20, np.int32)  # more than sockets buffer
+    with pytest.raises(EngineDead, match=r"rank 1 has not come within 0\.1 s: it hangs"):
+        exchange.post_command(1, large)
+    close(*all_links)
+    all_links = connect_all(listeners[:2])
+    _, theirs = mailboxes(library, all_links)
+    close(all_links[0])
+    with pytest.raises(EngineDead, match="a rank was lost"):
+        theirs.wait(20.0)
