@@ -38,6 +38,9 @@ class MockFront:
     """The first 200 bytes of each."""
     body_hashes: list[bytes] = field(default_factory=list)
     fail_before_first_byte: bool = False
+    is_refusing: bool = False
+    """It refuses each request, as a front does that leaves beside ready siblings."""
+    num_refused: int = 0
     is_released: asyncio.Event = field(default_factory=asyncio.Event)
     port: int = 0
     is_silent: bool = False
@@ -179,16 +182,29 @@ class MockFront:
         self.bodies_seen.append(body[:200])
         self.body_hashes.append(hashlib.sha256(body).digest())
         self.open_requests.add(request_id)
-        state = TerminalState.ABORTED
+        state, num_tokens = TerminalState.ABORTED, 1
         try:
-            await self._answer(json.loads(body).get("mock", {}), writer)
-            state = TerminalState.FINISHED
+            if self.is_refusing:
+                state, num_tokens = TerminalState.REFUSED, 0
+                self._refuse(writer)
+            else:
+                await self._answer(json.loads(body).get("mock", {}), writer)
+                state = TerminalState.FINISHED
         finally:
             self.open_requests.discard(request_id)
-            self.served.append(request_id)
-            self._finished.append(FinishedRequest(request_id, state, "stop", "", 1, 0, 1, 0.0, 0.0))
+            if not self.is_refusing:
+                self.served.append(request_id)
+            self._finished.append(
+                FinishedRequest(request_id, state, "stop", "", num_tokens, 0, num_tokens, 0.0, 0.0)
+            )
             self._wake.set()
         return True
+
+    def _refuse(self, writer: asyncio.StreamWriter) -> None:
+        self.num_refused += 1
+        error = b'{"error":{"message":"this replica is leaving","code":"overloaded"}}'
+        head = b"HTTP/1.1 503 X\r\nretry-after: 1\r\ncontent-length: %d\r\n\r\n" % len(error)
+        writer.write(head + error)
 
     async def _answer(self, wishes: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         events = wishes.get("events", 1)

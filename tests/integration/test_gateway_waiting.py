@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,3 +137,86 @@ async def test_many_streams_wait_and_all_are_served() -> None:
         await wait_for(lambda: gateway.endpoint().finished == 200, "each is counted once")
         demand = gateway.endpoint()
         assert (demand.arrived, demand.num_held, demand.num_in_flight) == (200, 0, 0)
+
+
+def records(gateway: Gateway) -> list[dict[str, Any]]:
+    path = Path(gateway.paths.request_log)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.parametrize("num_leaving", [2, 3])
+async def test_a_stream_that_leaving_fronts_refuse_in_turn_is_served_by_the_next_one(
+    num_leaving: int,
+) -> None:
+    async with running_gateway(SOON) as gateway:
+        client = await open_stream(gateway)
+        await client.receive_head()
+        leaving = [
+            await gateway.add_front(f"chat-{number}", is_refusing=True, is_reporting_finished=True)
+            for number in range(num_leaving)
+        ]
+        await wait_for(lambda: all(front.num_refused for front in leaving), "each refused it")
+        assert gateway.endpoint().refused == 0
+        for front in leaving:
+            front.drain()
+        await wait_for(lambda: gateway.endpoint().num_held == 1, "it is held again")
+        front = await gateway.add_front("chat-ready", is_reporting_finished=True)
+        answer = await client.reader.readuntil(b"\r\n0\r\n\r\n")
+        events = [line for line in answer.split(b"\n") if line.startswith(b"data: ")]
+        assert events == [b"data: 0", b"data: 1", b"data: 2", b"data: [DONE]"]
+        await wait_for(lambda: gateway.endpoint().finished == 1, "finished")
+        demand = gateway.endpoint()
+        assert (demand.arrived, demand.num_held, demand.num_in_flight) == (1, 0, 0)
+        assert (demand.refused, demand.failed, demand.aborted) == (0, 0, 0)
+        assert len(front.served) == 1
+        seen = front.headers_seen[0]
+        assert {name for name in seen if name.startswith("x-headrace-")} == {"x-headrace-request-id"}
+        await wait_for(lambda: records(gateway), "its line is written")
+        (record,) = records(gateway)
+        assert (record["state"], record["replica"], record["status"]) == ("finished", "chat-ready", 200)
+        assert record["held_ms"] <= record["first_byte_ms"] <= record["total_ms"]
+
+
+async def test_a_stream_that_nobody_takes_ends_in_one_error_event_at_its_limit() -> None:
+    async with running_gateway(EndpointRule("chat", "mock", 8, 2.0, tell_after_s=0.1)) as gateway:
+        client = await open_stream(gateway)
+        await client.receive_head()
+        front = await gateway.add_front("chat-1", is_refusing=True)
+        await wait_for(lambda: front.num_refused, "refused")
+        front.drain()
+        answer = await client.reader.readuntil(b"\r\n0\r\n\r\n")
+        (event,) = [line for line in answer.split(b"\n") if line.startswith(b"data: ")]
+        assert "queue.max_wait_s" in json.loads(event.removeprefix(b"data: "))["error"]["message"]
+        await wait_for(lambda: gateway.endpoint().refused == 1, "counted once")
+        demand = gateway.endpoint()
+        assert (demand.arrived, demand.num_held, demand.num_in_flight) == (1, 0, 0)
+        await wait_for(lambda: records(gateway), "its line is written")
+        assert [record["state"] for record in records(gateway)] == ["refused"]
+
+
+async def test_a_client_that_leaves_while_its_stream_is_refused_is_counted_once() -> None:
+    async with running_gateway(SOON) as gateway:
+        client = await open_stream(gateway)
+        await client.receive_head()
+        front = await gateway.add_front("chat-1", is_refusing=True)
+        await wait_for(lambda: front.num_refused, "refused")
+        client.close()
+        await wait_for(lambda: gateway.endpoint().aborted == 1, "ended")
+        demand = gateway.endpoint()
+        assert (demand.arrived, demand.num_held, demand.num_in_flight) == (1, 0, 0)
+
+
+async def test_a_router_that_is_killed_between_refusals_costs_no_stream() -> None:
+    async with running_gateway(SOON) as gateway:
+        client = await open_stream(gateway)
+        await client.receive_head()
+        front = await gateway.add_front("chat-1", is_refusing=True)
+        await wait_for(lambda: front.num_refused, "refused")
+        await gateway.kill("router")
+        gateway.demand = None
+        gateway.start_process("router")
+        await wait_for(lambda: gateway.is_serving("chat-1"), "the next router knows its replica")
+        front.is_refusing = False
+        answer = await client.reader.readuntil(b"\r\n0\r\n\r\n")
+        assert answer.count(b"data: ") == 4
+        await wait_for(lambda: gateway.endpoint().num_in_flight == 0, "ended there, too")

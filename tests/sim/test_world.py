@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from headrace.api.messages import StepOutput
+from headrace.api.config import Config
+from headrace.api.messages import StepOutput, TerminalState
 from headrace.engine.kv_cache.block_pool import BlockPool
 from headrace.gateway.flights import InFlight
 from headrace.replica.ledger import Ledger
@@ -149,6 +150,51 @@ def test_without_faults_everything_is_answered() -> None:
         assert set(outcome.requests) <= {"done", "error status", "error event"}, f"seed {seed}"
         refused = [state for state in world.crowd.states.values() if state.outcome != "done"]
         assert {state.reason for state in refused} <= refusals, f"seed {seed}: {refused}"
+
+
+def _many_wait(num_fronts: int, seed: int) -> Scenario:
+    """Streams that come long before the first replica: all are begun by the relay."""
+    endpoint = {
+        "model": "good-0",
+        "engine": "simulated",
+        "replicas": {"min": num_fronts, "max": num_fronts + 1, "standby": 0},
+        "simulated": {"step_ms": 30.0, "prefill_ms_per_token": 0.0},
+        "queue": {"max_requests": 64, "max_wait_s": 40.0},
+    }
+    config = Config.model_validate(
+        {"endpoints": {"chat": endpoint}, "gateway": {"bind": "127.0.0.1:8000"}, "state_dir": "state"}
+    )
+    scenario = draw(seed)
+    clients = tuple(
+        replace(plan, number=number, arrives_s=3.0, endpoint="chat", tenant="", leaves_after_s=None)
+        for number, plan in enumerate(scenario.clients[:6])
+    )
+    return replace(scenario, config=config, clients=clients, faults=(), start_s=8.0, ends_s=60.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_fronts", [2, 3])
+def test_streams_begun_by_the_relay_that_all_fronts_refuse_one_after_another_are_served(
+    num_fronts: int,
+) -> None:
+    """A storm of kills, drains and rollouts lost one stream of 1,391 so: its fronts were leaving, all."""
+    num_refused = 0
+    for seed in range(1, 4):
+        # They refuse from before they are ready until some time after it.
+        refusals = tuple(
+            Fault(4.0 + 0.1 * number, "front refuses", (number + 0.5) / num_fronts, 14.0)
+            for number in range(num_fronts)
+        )
+        world = World(replace(_many_wait(num_fronts, seed), faults=refusals))
+        outcome = world.run()
+        assert outcome.violation is None, f"seed {seed}: {outcome.violation}"
+        assert set(outcome.requests) == {"done"}, f"seed {seed}: {outcome.requests}"
+        (router,) = world.all_routers
+        ends = router.num_ended()
+        assert ends[TerminalState.FINISHED] == sum(ends.values()) == 6, f"seed {seed}: {ends}"
+        assert sorted(router.records.values()) == [1] * 6
+        num_refused += sum(relay.num_refused for relay in world.relays.values())
+    assert num_refused > 0
 
 
 @pytest.mark.slow

@@ -90,3 +90,5 @@ class Arrival(
     prompt: PromptHead = PromptHead()
     wants_route: bool = False
     """The client asked for the decision's reasons (`Bound.explanation`)."""
+    pass_name: str = ""
+    """Which pass the relay sends; all of a request have its id. Empty: the client's own."""

@@ -27,6 +27,9 @@ class Held(msgspec.Struct, gc=False):
 
     arrival: Arrival
     charge: Charge
+    arrived_s: float
+    is_again: bool = False
+    """It was bound before, and refused by fronts."""
 
 
 class Binder:
@@ -86,6 +89,16 @@ class Binder:
         if not limits.has_room():
             self._pass_over(endpoint, limits)
         return shed, None
+
+    def hold_again(self, held: Held, endpoint: EndpointState) -> None:
+        """Put a request back that was bound before: ahead of its tenant's others, whatever the bounds say."""
+        arrival = held.arrival
+        endpoint.queue.put_back(HeldRequest(arrival.request_id, held.arrived_s, arrival.tenant))
+        self.held[arrival.request_id] = held
+        endpoint.held_prompt_tokens += held.charge.num_prompt_tokens
+        limits = self._tenants.limits[arrival.tenant]
+        if not limits.has_room():
+            self._pass_over(endpoint, limits)
 
     def still_waits(self, held: Held, endpoint: EndpointState, now_s: float) -> bool:
         """Whether a request that was just held still is, once turns were looked at again: while versions have
@@ -174,7 +187,8 @@ class Binder:
         arrival.answer(Bound(server.server_name, explanation, replica_id, placement.reason, ratio, front_id))
         if front is not None:
             held.charge.generation = replica.generation
-        flight = InFlight(endpoint, replica, now_s, held.charge, front=front)
+        flight = InFlight(endpoint, replica, now_s, held.charge, front=front, arrived_s=held.arrived_s)
+        flight.pass_name, flight.is_again = arrival.pass_name, held.is_again
         self._flights.enter(arrival.request_id, flight)
         endpoint.placer.bound(placement, arrival.prompt, now_s)
         self.decisions.add(arrival.request_id, Decision(placement, arrival.prompt.num_bytes, now_s))

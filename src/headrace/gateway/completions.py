@@ -36,6 +36,12 @@ class Completion(msgspec.Struct, frozen=True, gc=False):
     bytes_in: int = 0
     bytes_out: int = 0
     retries: str = ""
+    refused: str = "-"
+    """The name of a later pass that fronts refused, and that comes again: its line ends nothing."""
+
+    @property
+    def is_end(self) -> bool:
+        return self.refused in ("", "-")
 
 
 def classify(completion: Completion) -> TerminalState:

@@ -104,6 +104,8 @@ class TenantBook:
 
     def charge_bound(self, endpoint: EndpointState, charge: Charge, cached_ratio: float) -> float:
         """A request is bound where `cached_ratio` of its prompt is cached: return the work to charge."""
+        if charge.is_settled:  # in an earlier pass, which cost something
+            return 0.0
         uncached = charge.num_prompt_tokens * (1 - min(1.0, max(0.0, cached_ratio)))
         charge.work = endpoint.work.work(uncached, charge.num_output_tokens)
         account = charge.account
@@ -111,6 +113,18 @@ class TenantBook:
             account.work_s += charge.work
             account.recent_work_s += charge.work
         return charge.work
+
+    def expect_again(self, endpoint: EndpointState, charge: Charge, now_s: float) -> None:
+        """A request that was bound is to be bound once more: what that charged is given back, as if it had
+        been held all the time. What fronts have measured stays, once."""
+        account, num_tokens = charge.account, charge.num_prompt_tokens + charge.num_output_tokens
+        if charge.is_settled or account is None or charge.limits is None:
+            return
+        endpoint.queue.charge(charge.tenant, -charge.work)
+        account.work_s -= charge.work
+        account.recent_work_s = max(0.0, account.recent_work_s - charge.work)
+        charge.limits.take(0, num_tokens - charge.num_tokens, now_s)
+        charge.work, charge.num_tokens = 0.0, num_tokens
 
     def settle(
         self, endpoint: EndpointState, charge: Charge, finished: FinishedRequest, now_s: float

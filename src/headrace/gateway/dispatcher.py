@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Set
 
-import msgspec
-
 from headrace.api.messages import (
     EndpointDemand,
     EndpointRule,
@@ -27,6 +25,7 @@ from headrace.gateway.decisions import make_placer
 from headrace.gateway.dispatch_tenants import Charge, TenantBook
 from headrace.gateway.endpoint_state import EndpointState
 from headrace.gateway.flights import Flights, InFlight
+from headrace.gateway.later_passes import LaterPasses
 from headrace.gateway.replicas import Replica, ReplicaTable
 from headrace.policy.admission import HeldRequest
 from headrace.policy.fairness import FairQueue
@@ -65,6 +64,10 @@ class Dispatcher:
         self.endpoints = self._binder.endpoints
         self._held = self._binder.held
         self._retired: set[str] = set()
+        self.passes = LaterPasses(
+            self._binder, self._tenants, self._flights, self._retired, self._end_in_flight
+        )
+        """What the relay sends again."""
         self._second_started_s = 0.0
         self.decisions = self._binder.decisions
         """Where the last requests went, and why."""
@@ -87,7 +90,7 @@ class Dispatcher:
                     request, Refusal.unavailable(f"The model `{name}` was removed.", "model_not_found")
                 )
             self._retired.add(name)
-        self._retired -= wanted.keys()
+        self._retired.difference_update(wanted)
         self._forget_retired()
         for name, rule in wanted.items():
             if (known := self.endpoints.get(name)) is None:
@@ -124,6 +127,8 @@ class Dispatcher:
         endpoint = self.endpoints.get(arrival.endpoint)
         limits = self._tenants.limits.get(arrival.tenant)
         is_known = request_id in self._held or request_id in self._flights
+        if is_known and arrival.pass_name:
+            return self.passes.take(arrival, now_s)
         if endpoint is None or limits is None or is_known or arrival.endpoint in self._retired:
             # Endpoint or tenant are not ours yet, or the client left before its announcement was read.
             arrival.answer(Refused("The router does not know this request's model yet.", "overloaded", 1))
@@ -133,7 +138,7 @@ class Dispatcher:
         endpoint.account(arrival.tenant).arrived += 1
         refusal, is_held = limits.refusal(charge.num_tokens, now_s), False
         if refusal is None:
-            held = Held(arrival, charge)
+            held = Held(arrival, charge, now_s)
             is_held = not self._binder.bind_at_once(held, endpoint, now_s)
             shed, refusal = self._binder.hold(held, endpoint, now_s) if is_held else (None, None)
             if shed is not None:
@@ -169,14 +174,21 @@ class Dispatcher:
             self._end(request_id, endpoint, state, Charge("", None, None))
 
     def front_finished(
-        self, finished: FinishedRequest, now_s: float, endpoint_name: str = "", generation: str = ""
+        self,
+        finished: FinishedRequest,
+        now_s: float,
+        endpoint_name: str = "",
+        generation: str = "",
+        reporter: str = "",
     ) -> None:
-        """Take a request's end from its front, of a replica of `generation`: the slot is free, the charge is
-        corrected; the state is settled by the log. The request may be another gateway's: it is charged all
-        the same."""
+        """Take a request's end from its front (`reporter`), of a replica of `generation`: the slot is free,
+        the charge is corrected; the state is settled by the log. The request may be another gateway's: it is
+        charged all the same."""
         request_id = finished.request_id
         bound = self._flights.open.get(request_id)
         if bound is not None:
+            if bound.is_late(finished, reporter):
+                return
             self._tenants.settle(bound.endpoint, bound.charge, finished, now_s)
             bound.charge.judge(bound.endpoint, finished, generation)
             if bound.hear(finished, now_s):
@@ -202,7 +214,7 @@ class Dispatcher:
             endpoint.observe_costs(load.prefill_token_s, load.decode_token_s, now_s)
         generation = "" if report.gateway_id else report.generation  # a durable front's is no version
         for finished in report.finished:
-            self.front_finished(finished, now_s, report.endpoint, generation)
+            self.front_finished(finished, now_s, report.endpoint, generation, report.replica_id)
         if replica is None or endpoint is None:
             return
         for flight in self._flights.move(report.moved, replica, self._replicas):
@@ -250,24 +262,11 @@ class Dispatcher:
             held.arrival.answer(Refused("The client left.", "cancelled", 1))
             self._binder.pump(held.arrival.endpoint, now_s)  # whose turn it is now may have room
 
-    def abandon(self, request_id: str, now_s: float) -> None:
-        """End a bound request that no replica will ever see, if it is one: its client left first."""
-        bound = self._flights.open.get(request_id)
-        if bound is not None:
-            self._end_in_flight(request_id, TerminalState.ABORTED)
-            self._binder.pump(bound.endpoint.rule.name, now_s)  # its slot may be somebody's
-
     def is_open(self, request_id: str) -> bool:
         return request_id in self._held or request_id in self._flights.open
 
     def is_held(self, request_id: str) -> bool:
         return request_id in self._held
-
-    def own(self, request_id: str, owner: object) -> None:
-        """A held request changes the connection whose end would end its waiting; None: it has none now."""
-        held = self._held.get(request_id)
-        if held is not None:
-            held.arrival = msgspec.structs.replace(held.arrival, owner=owner)
 
     def owner_lost(self, owner: object, now_s: float) -> None:
         """Forget the requests held for a connection that is gone: HAProxy goes on without us, or died."""
@@ -276,7 +275,9 @@ class Dispatcher:
             endpoint = self.endpoints[held.arrival.endpoint]
             endpoint.queue.cancel(request_id)
             # Not ended yet for HAProxy: the completion line tells how it ended, ORPHAN_LIMIT_S bounds it.
-            self._flights.enter(request_id, InFlight(endpoint, None, now_s, held.charge))
+            flight = InFlight(endpoint, None, now_s, held.charge, arrived_s=held.arrived_s)
+            flight.pass_name = held.arrival.pass_name
+            self._flights.enter(request_id, flight)
         self._binder.pump_all(now_s)  # others' requests may come before theirs
 
     def pump(self, endpoint_name: str, now_s: float) -> None:

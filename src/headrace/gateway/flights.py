@@ -39,6 +39,15 @@ class InFlight(msgspec.Struct, gc=False):
     """Its front refused it, or failed before its first token: HAProxy sends it to another one."""
     front: Replica | None = None
     """The durable front that has its stream; None: the replica's own."""
+    arrived_s: float = 0.0
+    pass_name: str = ""
+    """The pass that it is bound with (`later_passes`)."""
+    is_again: bool = False
+    """Fronts refused it in an earlier pass, and their words may come late."""
+    is_between: bool = False
+    """Fronts refused that pass, and no other one has come yet."""
+    is_last: bool = False
+    """The client's own pass has ended: no other one comes."""
 
     @property
     def holder(self) -> Replica | None:
@@ -79,6 +88,13 @@ class InFlight(msgspec.Struct, gc=False):
         if is_first:
             self.free_slot()
         return is_first
+
+    def is_late(self, finished: FinishedRequest, reporter: str) -> bool:
+        """Whether a front's word is of an earlier pass: a refusal by another than has it now."""
+        if not self.is_again or self.holder is None or reporter in ("", self.holder.replica_id):
+            return False
+        is_refused = finished.state in (TerminalState.REFUSED, TerminalState.FAILED)
+        return is_refused and finished.num_output_tokens == 0
 
     def move_slot(self, replica: Replica) -> None:
         """Another replica has it now; nothing happens if its slot is free already."""

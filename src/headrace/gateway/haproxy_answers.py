@@ -19,7 +19,7 @@ COMPLETION_LOG_FORMAT = (
     '{"id":"%ID","client_id":"%[var(txn.client_id)]","tenant":"%[var(txn.tenant)]","path":"%HP",'
     '"backend":"%[var(txn.backend)]","server":"%s","status":%ST,"termination":"%ts","request_ms":%TR,'
     '"wait_ms":%Tw,"connect_ms":%Tc,"first_byte_ms":%Tr,"total_ms":%Ta,"bytes_in":%U,"bytes_out":%B,'
-    '"retries":"%rc"}'
+    '"retries":"%rc","refused":"%[var(txn.refused)]"}'
 )
 """One line of JSON per request at its end (HAProxy 2.8, configuration manual 8.2.4)."""
 

@@ -145,7 +145,7 @@ spoe-group decide
 spoe-message decide
   args id=unique-id endpoint=var(txn.backend) tenant=var(txn.tenant) client=src client_port=src_port \
 path=path size=req.body_size session=req.hdr(x-session-id) explain=var(txn.explain) \
-relays=var(txn.relays){_model_argument(spec)} head=req.body,bytes(0,{ROUTER_HEAD_BYTES})
+relays=var(txn.relays) pass=var(txn.pass){_model_argument(spec)} head=req.body,bytes(0,{ROUTER_HEAD_BYTES})
 """
 
 

@@ -20,7 +20,11 @@ RELAY_BACKEND = "headrace-relay"
 PLACE_HEADER = "x-headrace-place"
 """To a durable front: the replica whose engine it is to use."""
 AGAIN_HEADER = "x-headrace-again"
-"""Of the answer to a second pass that is to come again, as the relay knows it."""
+"""Of the answer to a later pass that is to come again, as the relay knows it."""
+NTH_HEADER = "x-headrace-pass"
+"""Of a later pass: its name, with which the router and the completion log tell it from others of its id."""
+LAST = "last"
+"""The name of a pass that does not come again."""
 HEAD_BYTES = 98_304
 """The part of the body in which `model` is looked for (the buffer also holds the headers)."""
 RELAYED_FROM_BYTES = 65_536
@@ -163,6 +167,8 @@ def internal_frontend(spec: GatewaySpec, paths: GatewayPaths) -> str:
   http-request del-header x-headrace-model
   http-request del-header x-headrace-route
   http-request del-header x-headrace-wait
+  http-request set-var(txn.pass) req.hdr({NTH_HEADER}) if {{ req.hdr({NTH_HEADER}) -m found }}
+  http-request del-header {NTH_HEADER}
   http-request del-header {PLACE_HEADER}
   {return_text(400, answers.model_required(), "unless is_generation has_model")}
   http-request wait-for-body time 30s at-least {ROUTER_HEAD_BYTES}
@@ -193,7 +199,12 @@ if {{ var(txn.route.wait) -m found }}
 what came while the router was away: the relay sends it again until there is one."""
 _SECOND_PASS_RULES = f"""{_AGAIN_RULE}  http-request set-log-level silent if {{ var(txn.again) -m found }}
   http-request return status 503 hdr {AGAIN_HEADER} 1 if {{ var(txn.again) -m found }}
+  http-after-response set-var(txn.refused) var(txn.pass) if {{ status 503 }} {{ var(txn.pass) -m found }} \
+!{{ var(txn.pass) -m str {LAST} }} !{{ var(txn.route.refusal) -m found }} !{{ var(txn.again) -m found }}
+  http-after-response set-header {AGAIN_HEADER} refused if {{ var(txn.refused) -m found }}
 """
+"""A 503 that is not the router's is the fronts' or HAProxy's own, before any token: fronts leave, start, have
+no room. The line of such a pass names it, and ends nothing."""
 
 
 def _decide_rules(paths: GatewayPaths, wait_rules: str = "") -> str:

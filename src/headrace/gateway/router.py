@@ -38,7 +38,7 @@ from headrace.gateway.replicas import ReplicaTable
 from headrace.gateway.request_recorder import RequestRecorder
 from headrace.gateway.servers import ServerKeeper
 from headrace.gateway.spoe import Arguments, SpoeAgent, SpoeCall, SpoeConnection, text_argument
-from headrace.gateway.waiting import LOST_CALL, Waiting, WaitingRoom
+from headrace.gateway.waiting import Waiting, WaitingRoom
 from headrace.observability.line_log import BackgroundLog, RotatingFile
 from headrace.observability.request_record import RequestRecord
 from headrace.observability.request_statistics import RequestStatistics
@@ -198,8 +198,10 @@ class Router:
             raise ProtocolError(f"SPOE message {name!r} without id or endpoint")
 
         now_s = self._clock.now_s()
-        if (waiting := self._waiting.get(request_id)) is not None:
-            self._rejoin(waiting, call, request_id, endpoint)
+        pass_name = text_argument(arguments, b"pass")
+        waiting = self._waiting.get(request_id)
+        if waiting is not None and not waiting.is_rejoined:
+            self._rejoin(waiting, call, request_id, endpoint, pass_name)
             return
         tenant = text_argument(arguments, b"tenant")
         path, adapter = text_argument(arguments, b"path"), self._adapter(endpoint, arguments)
@@ -227,6 +229,7 @@ class Router:
             tenant=tenant,
             prompt=prompt,
             wants_route=arguments.get(b"explain") is True,
+            pass_name=pass_name,
         )
         if self.dispatcher.arrive(arrival, now_s):
             tell_after_s = self.dispatcher.endpoints[endpoint].rule.tell_after_s
@@ -253,16 +256,15 @@ class Router:
     def _park(self, call: SpoeCall, request_id: str, endpoint: str) -> None:
         """Let a held stream wait in the relay, which tells its client so. It keeps its place."""
         now_s = self._clock.now_s()
-        self.dispatcher.own(request_id, None)
+        self.dispatcher.passes.own(request_id, None)
         self.recorder.parked(request_id, now_s)
         call.answer(parked(endpoint, self._outlooks.eta_s(endpoint, now_s)))
 
-    def _rejoin(self, waiting: Waiting, call: SpoeCall, request_id: str, endpoint: str) -> None:
+    def _rejoin(
+        self, waiting: Waiting, call: SpoeCall, request_id: str, endpoint: str, pass_name: str
+    ) -> None:
         """A parked stream came again, from the relay."""
-        if waiting.is_rejoined:
-            call.answer(refusal(LOST_CALL))
-            return
-        self.dispatcher.own(request_id, call.connection)
+        self.dispatcher.passes.own(request_id, call.connection, pass_name)
         waiting.rejoin(lambda decision: self._tell(call, request_id, endpoint, decision, PromptHead()))
 
     def _on_record(self, record: RequestRecord) -> None:
@@ -279,14 +281,18 @@ class Router:
 
     def _on_completion(self, completion: Completion) -> None:
         endpoint = endpoint_of_backend(completion.backend)
+        if not completion.is_end:
+            self.dispatcher.passes.refused(completion.id, completion.refused, self._clock.now_s())
+            return
         if completion.backend == RELAY_BACKEND:
             waiting = self._waiting.leave(completion.id)
             if waiting is not None and not waiting.is_rejoined and not self.dispatcher.is_held(completion.id):
                 # Bound, but the relay never sent it again: it died, or its client left at that moment.
-                self.dispatcher.abandon(completion.id, self._clock.now_s())
+                self.dispatcher.passes.abandon(completion.id, self._clock.now_s())
             # The first pass ended. The second has the same id and a line of its own, unless it is held, which
             # ends here, or never came: then the relay refused the request.
             self.dispatcher.client_left(completion.id, self._clock.now_s())
+            self.dispatcher.passes.first_ended(completion.id, self._clock.now_s())
             if 200 <= completion.status < 400 or self.dispatcher.knows(completion.id):
                 return
         if endpoint is None:

@@ -15,8 +15,6 @@ from collections.abc import Callable
 
 from headrace.gateway.arrivals import Bound, Refused
 
-LOST_CALL = Refused("The gateway lost this request while it waited; send it again.", "overloaded", 1)
-"""For one that was parked, came again, and comes once more: HAProxy has lost the call that it waited on."""
 MAX_SCANNED = 64
 """Requests looked at per turn: what is more comes in the next one."""
 

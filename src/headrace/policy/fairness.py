@@ -78,14 +78,13 @@ class FairQueue:
         assert request.request_id not in self._holder, f"{request.request_id} is offered twice"
         if len(self._holder) >= self.max_requests:
             return False
-        tenant = self._tenant(request.tenant)
-        if not tenant.held:
-            self._waiting[tenant.name] = tenant
-            if not tenant.is_passed_over:
-                self._band(tenant).enter(tenant, self.second)
-        tenant.held[request.request_id] = request
-        self._holder[request.request_id] = tenant
+        self._hold(request)
         return True
+
+    def put_back(self, request: HeldRequest) -> None:
+        """Hold again what was taken: before its tenant's others, beyond `max_requests` if need be."""
+        assert request.request_id not in self._holder, f"{request.request_id} is put back twice"
+        self._hold(request).held.move_to_end(request.request_id, last=False)
 
     def peek(self, now_s: float) -> HeldRequest | None:
         tenant = self._first()
@@ -241,6 +240,16 @@ class FairQueue:
         assert len(self._tenants) <= MAX_TENANTS + len(self._holder), f"{len(self._tenants)} tenants"
 
     # ---- inside
+
+    def _hold(self, request: HeldRequest) -> TenantCounter:
+        tenant = self._tenant(request.tenant)
+        if not tenant.held:
+            self._waiting[tenant.name] = tenant
+            if not tenant.is_passed_over:
+                self._band(tenant).enter(tenant, self.second)
+        tenant.held[request.request_id] = request
+        self._holder[request.request_id] = tenant
+        return tenant
 
     def _first(self) -> TenantCounter | None:
         for band in self._bands:

@@ -3,7 +3,7 @@
 Three kinds come here. One whose model HAProxy could not see: the model is found, and the answer goes back
 byte by byte. A stream that is held for long (`x-headrace-wait`, with its model beside): its client is told
 that it waits, until the real answer comes (`waiting_answer`). And one that found no router and no replica.
-Each is sent again while HAProxy says that there is no router.
+Each is sent again while HAProxy says that there is no router, or that every front refused (`relay_passes`).
 Owns HAProxy's side of that request, its limits, and what is told when one side ends. Must not know endpoints
 or replicas. Source: RFC 9112.
 """
@@ -25,27 +25,21 @@ from headrace.clock import Clock
 from headrace.errors import InvalidRequest, Overloaded, PayloadTooLarge, ReplicaLost, RequestError
 from headrace.replica.http_messages import AnswerHeads, RequestTimeout
 from headrace.replica.http_responder import retry_header
+from headrace.replica.relay_passes import MAX_HEAD_BYTES, Passes, Word, read_word
 from headrace.replica.relay_upstream import Upstream
 from headrace.replica.waiting_answer import WaitingAnswer
 
-MAX_HEAD_BYTES = 65_536
-"""HAProxy lets half of it through."""
 HEAD_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 2.0
 LINGER_S = 2.0
 """After a refusal that leaves bytes unread: how long they are read and dropped, so that HAProxy sees the
 answer rather than a reset."""
-AGAIN_HEADER = b"\r\nx-headrace-again:"
-"""HAProxy's word that neither the router nor a replica is there: the second pass is to come again."""
-AGAIN_S = 0.25
-AGAIN_LIMIT_S = 30.0
-"""A router is back within a second or two; after so long its gateway is beyond help."""
 MAX_MODEL_CHARACTERS = 200
 """No endpoint's name is longer than 128; a longer model is cut, and cannot become a known one by that."""
 _NOT_PASSED_ON = frozenset(
     (
         *("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
-        *("content-length", "expect", "x-headrace-model", "x-headrace-wait"),
+        *("content-length", "expect", "x-headrace-model", "x-headrace-wait", "x-headrace-pass"),
     )
 )
 
@@ -77,20 +71,13 @@ def find_model(body: bytes | bytearray) -> str:
 
 
 def head_again(method: str, target: str, headers: Sequence[tuple[str, str]], model: str, size: int) -> bytes:
-    """Return the request's head for the second pass: the same, with its model and one plain length."""
+    """Return the request's head for later passes: the same, with its model and one plain length, and open for
+    the pass's name."""
     lines = [f"{method} {target} HTTP/1.1"]
     lines += [f"{name}: {value}" for name, value in headers if name not in _NOT_PASSED_ON]
     lines += [f"x-headrace-model: {quote(model[:MAX_MODEL_CHARACTERS], safe='')}"]
-    lines += [f"content-length: {size}", "connection: close", "\r\n"]
+    lines += [f"content-length: {size}", "connection: close", "x-headrace-pass: "]
     return "\r\n".join(lines).encode("latin-1")
-
-
-def _may_be_no_answer(first: bytearray) -> bool:
-    """Whether an answer that begins so may be HAProxy's word to come again, or is."""
-    status = b"HTTP/1.1 503"
-    if not first.startswith(status[: len(first)]):
-        return False
-    return AGAIN_HEADER in first.lower() or (b"\r\n\r\n" not in first and len(first) < MAX_HEAD_BYTES)
 
 
 class RelayOwner(Protocol):
@@ -132,7 +119,8 @@ class RelayConnection(asyncio.Protocol):
         self._body = bytearray()
         self._head_again = b""
         self._first_bytes = bytearray()
-        """Of the second pass's answer, while they do not tell whether it is one."""
+        """Of a pass's answer, while they do not tell whether it is one."""
+        self._passes = Passes()
         self._sending: asyncio.TimerHandle | None = None
         self._waiting: WaitingAnswer | None = None
 
@@ -215,7 +203,7 @@ class RelayConnection(asyncio.Protocol):
         if self._upstream is not None:
             self._upstream.resume_reading()
 
-    # ---- the second pass
+    # ---- later passes
 
     def _forward(self) -> None:
         if self._target == b"/health":
@@ -240,9 +228,10 @@ class RelayConnection(asyncio.Protocol):
         self._send()
 
     def _send(self) -> None:
-        """Begin a second pass. The body stays here until it is known to be the last one."""
+        """Begin a later pass. The body stays here until it is known to be the last one."""
         self._sending = None
-        self._upstream = Upstream(self, self._head_again, self._body)
+        head = self._head_again + self._passes.begin().encode() + b"\r\n\r\n"
+        self._upstream = Upstream(self, head, self._body)
         self._connecting = asyncio.get_running_loop().create_task(self._connect(self._upstream))
 
     def _begin_waiting(self, eta: str) -> None:
@@ -271,9 +260,10 @@ class RelayConnection(asyncio.Protocol):
             return
         if not self._has_answer:
             self._first_bytes += data
-            if _may_be_no_answer(self._first_bytes):
-                if AGAIN_HEADER in self._first_bytes.lower():
-                    self._send_later()
+            word = read_word(self._first_bytes)
+            if word in ("away", "refused"):
+                self._send_later(word)
+            if word != "answer":
                 return
             data = self._accept()
         self._deliver(data)
@@ -293,14 +283,16 @@ class RelayConnection(asyncio.Protocol):
         self._free_body()
         return first
 
-    def _send_later(self) -> None:
-        """There is no router: it is being restarted."""
+    def _send_later(self, word: Word) -> None:
+        """It was no answer: the router is being restarted, or fronts refused that leave or have no room."""
         self._first_bytes.clear()
         self._drop_upstream()
-        if self._owner.clock.now_s() - self._began_s > AGAIN_LIMIT_S:
-            self._end_with(Overloaded("the gateway's router is away", retry_after_s=1.0))
+        pause_s = self._passes.pause_s(word, self._owner.clock.now_s())
+        if pause_s is None:
+            who = "the gateway's router is away" if word == "away" else "no replica takes this request"
+            self._end_with(Overloaded(f"{who}; try again later", retry_after_s=1.0))
         else:
-            self._sending = asyncio.get_running_loop().call_later(AGAIN_S, self._send)
+            self._sending = asyncio.get_running_loop().call_later(pause_s, self._send)
 
     def body_sent(self) -> None:
         """The body is gone, or not wanted any more. Called by the second pass."""

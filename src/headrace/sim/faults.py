@@ -66,6 +66,7 @@ class Breaker:
             "replica slept": self._sleep,
             "rollout steered": self._steer,
             "notice given": self._give_notice,
+            "front refuses": self._refuse_requests,
         }
 
     def expect(self, faults: Sequence[Fault]) -> None:
@@ -289,6 +290,14 @@ class Breaker:
         victim.run(lambda: victim.on_notice(left_s))
         self._world.timeline.after(left_s, victim.kill, "machine goes")
         return f"{victim!r} has {left_s:.1f} s"
+
+    def _refuse_requests(self, fault: Fault) -> str:
+        fronts = self._fronts()
+        if not fronts:
+            return ""
+        victim = fronts[int(fault.pick * len(fronts))]
+        victim.refuses_until_s = max(victim.refuses_until_s, victim.timeline.now_s + fault.duration_s)
+        return repr(victim)
 
     def _sleep(self, fault: Fault) -> str:
         controllers, fronts = self._controllers(), self._fronts()

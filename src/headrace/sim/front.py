@@ -70,6 +70,8 @@ class FrontProcess(ServingFront):
             self.reporter.notify,
         )
         self.departure = Departure(host, self.reporter, streams, spec.handover_after_s, spec.drain_grace_s)
+        self.refuses_until_s = 0.0
+        """It refuses what comes until then, as one does that takes its leaving siblings for better places."""
         self.sleep_wish = 0
         """What the controller or the user asked for last."""
 
@@ -120,6 +122,8 @@ class FrontProcess(ServingFront):
         self.keeper.submit(generation, stream)
 
     def _why_refused(self) -> str:
+        if self.timeline.now_s < self.refuses_until_s:
+            return "this replica is leaving"
         if self.has_failed_open or (self.is_closed and not self.keeper.may_hold(True)):
             return "this replica is leaving"
         can_wait = self.is_closed or self.keeper.may_hold(False)

@@ -130,6 +130,7 @@ class HaproxyProcess(Process):
             termination=f"{cause}-",
             connect_ms=0 if server is not None else -1,
             total_ms=round((self.timeline.now_s - passage.began_s) * 1000),
+            refused=passage.refused,
         )
         if self._log is not None:
             self._log.send(line)

@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from headrace.replica.relay_passes import Word
 from headrace.sim.answers import Question
 
 
@@ -23,6 +24,8 @@ class HttpRequest(msgspec.Struct, frozen=True):
     """To a durable front: the replica whose engine the router named."""
     wait: Literal["", "told", "router"] = ""
     """To the relay. told: the client is to be told that it waits; router: there was none."""
+    pass_name: str = ""
+    """From the relay: which pass it is."""
 
 
 class HttpError(msgspec.Struct, frozen=True):
@@ -48,4 +51,6 @@ HttpAnswer = HttpError | HttpPiece
 
 
 class HttpAgain(msgspec.Struct, frozen=True):
-    """HAProxy's answer to the relay: there is neither a router nor a server; come again."""
+    """HAProxy to the relay: come again, since neither a router nor a server is there, or fronts refused."""
+
+    word: Word = "away"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from headrace.gateway.arrivals import Bound, Refused
-from headrace.gateway.haproxy_frontend import RELAY_BACKEND
+from headrace.gateway.haproxy_frontend import LAST, RELAY_BACKEND
 from headrace.gateway.names import backend_name
 from headrace.gateway.server import Server
 from headrace.sim.http import HttpAgain, HttpError, HttpPiece, HttpRequest
@@ -72,6 +72,8 @@ class Passage:
         self.far: End | None = None
         self.num_retries = 0
         self.is_started = False
+        self.refused = ""
+        """The pass that fronts refused, and that comes again."""
         self.is_client_gone = False
         self.has_ended = False
         client.on_close = self._on_client_gone
@@ -90,7 +92,7 @@ class Passage:
         if self.is_client_gone:
             self.end("C", 0)
         elif isinstance(decision, Refused):
-            self._answer(HttpError(decision.status, decision.code), "L")
+            self._answer(HttpError(decision.status, decision.code), "L", is_routers=True)
         elif isinstance(decision, Parked):
             self._go_to_relay(msgspec.structs.replace(self.request, wait="told"))
         else:
@@ -190,8 +192,12 @@ class Passage:
         else:
             self._retry(HttpError(502, "empty response"), "S")
 
-    def _answer(self, error: HttpError, cause: str) -> None:
-        self.client.send(error)
+    def _answer(self, error: HttpError, cause: str, *, is_routers: bool = False) -> None:
+        if error.status == 503 and self.request.pass_name not in ("", LAST) and not is_routers:
+            self.refused = self.request.pass_name
+            self.client.send(HttpAgain("refused"))
+        else:
+            self.client.send(error)
         self.end(cause, error.status)
 
     def _on_client_gone(self) -> None:

@@ -6,7 +6,9 @@ router decides.
 
 from __future__ import annotations
 
-from headrace.replica.relay_connection import AGAIN_LIMIT_S, AGAIN_S
+import msgspec
+
+from headrace.replica.relay_passes import Passes, Word
 from headrace.sim.haproxy import internal_address
 from headrace.sim.http import HttpAgain, HttpError, HttpPiece, HttpRequest
 from headrace.sim.machine import Host, Process, Registry
@@ -22,7 +24,9 @@ class RelayProcess(Process):
         self.weather = weather
         self.internal = internal_address(run_dir, gateway)
         self._address = f"{run_dir}/{gateway}/relay.sock"
-        self.passes: dict[_SecondPass, None] = {}
+        self.passes: dict[_LaterPasses, None] = {}
+        self.num_refused = 0
+        """Passes that came again because fronts refused them."""
 
     def begin(self) -> None:
         self.after(self.random.uniform(0.1, 0.5), lambda: self.listen(self._address), "relay start")
@@ -32,10 +36,10 @@ class RelayProcess(Process):
         connection.on_message = lambda request: self._on_request(request, connection)
 
     def _on_request(self, request: HttpRequest, client: End) -> None:
-        self.passes[_SecondPass(self, request, client)] = None
+        self.passes[_LaterPasses(self, request, client)] = None
 
 
-class _SecondPass:
+class _LaterPasses:
     """One request here: its client's end, and HAProxy's on the other side."""
 
     def __init__(self, owner: RelayProcess, request: HttpRequest, client: End) -> None:
@@ -43,7 +47,7 @@ class _SecondPass:
         self._request = request
         self._client = client
         self._far: End | None = None
-        self._began_s = owner.host.now_s()
+        self._passes = Passes()
         self._is_begun = request.wait == "told"
         self._is_answered = False
         self._has_ended = False
@@ -64,7 +68,7 @@ class _SecondPass:
         self._far = far
         far.on_message = self._on_answer
         far.on_close = self._on_far_closed
-        far.send(self._request)
+        far.send(msgspec.structs.replace(self._request, pass_name=self._passes.begin()))
 
     def _on_refused(self) -> None:
         if not self._has_ended:
@@ -74,7 +78,7 @@ class _SecondPass:
         if self._has_ended:
             return
         if isinstance(message, HttpAgain):
-            self._come_again()
+            self._come_again(message.word)
         elif isinstance(message, HttpError):
             self._refuse(message.status, message.reason)
         else:
@@ -83,12 +87,14 @@ class _SecondPass:
             if message.end:
                 self._end()
 
-    def _come_again(self) -> None:
+    def _come_again(self, word: Word) -> None:
         self._drop_far()
-        if self._owner.host.now_s() - self._began_s > AGAIN_LIMIT_S:
-            self._refuse(503, "the gateway's router is away")
+        self._owner.num_refused += word == "refused"
+        pause_s = self._passes.pause_s(word, self._owner.host.now_s())
+        if pause_s is None:
+            self._refuse(503, f"nobody takes it: {word}")
         else:
-            self._again = self._owner.after(AGAIN_S, self._send, "relay again")
+            self._again = self._owner.after(pause_s, self._send, "relay again")
 
     def _on_far_closed(self) -> None:
         self._far = None

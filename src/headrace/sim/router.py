@@ -33,7 +33,7 @@ from headrace.gateway.rounds import RETRY_PERIOD_S
 from headrace.gateway.router import DEMAND_PERIOD_S, TICK_S
 from headrace.gateway.server import Server
 from headrace.gateway.servers import VERIFY_PERIOD_S, ConfigFiles, ServerKeeper
-from headrace.gateway.waiting import LOST_CALL, Waiting, WaitingRoom
+from headrace.gateway.waiting import Waiting, WaitingRoom
 from headrace.observability.request_record import RequestRecord
 from headrace.policy.prompt import read_prompt
 from headrace.sim.haproxy import ConfigOnDisk, HaproxyProcess
@@ -208,11 +208,9 @@ class RouterProcess(Process):
         now_s = self.host.now_s()
         request, call = message.request, message.call
         request_id = request.request_id
-        if (parked := self.waiting.get(request_id)) is not None:
-            if parked.is_rejoined:
-                end.send(Verdict(call, LOST_CALL))
-                return
-            self.dispatcher.own(request_id, end)
+        parked = self.waiting.get(request_id)
+        if parked is not None and not parked.is_rejoined:
+            self.dispatcher.passes.own(request_id, end, request.pass_name)
             parked.rejoin(lambda decision: self._tell(end, call, request_id, decision))
             return
         self.recorder.arrived(request_id, request.endpoint, request.tenant, "/v1/chat/completions", now_s)
@@ -229,6 +227,7 @@ class RouterProcess(Process):
             request_id,
             tenant=request.tenant,
             prompt=read_prompt(body, len(body), request.tenant, request.question.session),
+            pass_name=request.pass_name,
         )
         if self.dispatcher.arrive(arrival, now_s):
             tell_after_s = self.dispatcher.endpoints[request.endpoint].rule.tell_after_s
@@ -242,17 +241,21 @@ class RouterProcess(Process):
 
     def _park(self, end: End, call: int, request_id: str) -> None:
         self.num_parked += 1
-        self.dispatcher.own(request_id, None)
+        self.dispatcher.passes.own(request_id, None)
         self.recorder.parked(request_id, self.host.now_s())
         end.send(Verdict(call, Parked()))
 
     def _on_completion(self, line: Completion) -> None:
         endpoint = endpoint_of_backend(line.backend)
+        if not line.is_end:
+            self.dispatcher.passes.refused(line.id, line.refused, self.host.now_s())
+            return
         if line.backend == RELAY_BACKEND:
             waiting = self.waiting.leave(line.id)
             if waiting is not None and not waiting.is_rejoined and not self.dispatcher.is_held(line.id):
-                self.dispatcher.abandon(line.id, self.host.now_s())
+                self.dispatcher.passes.abandon(line.id, self.host.now_s())
             self.dispatcher.client_left(line.id, self.host.now_s())
+            self.dispatcher.passes.first_ended(line.id, self.host.now_s())
             if 200 <= line.status < 400 or self.dispatcher.knows(line.id):
                 return
         if endpoint is None:

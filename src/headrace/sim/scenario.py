@@ -42,6 +42,7 @@ FaultKind = Literal[
     "notice given",
     "durable front killed",
     "durable front paused",
+    "front refuses",
 ]
 WEIGHTS: dict[FaultKind, int] = {
     "engine killed": 6,
@@ -71,6 +72,7 @@ WEIGHTS: dict[FaultKind, int] = {
 DURABLE_RATIO = 0.25
 """Of the seeds, have durable endpoints."""
 RELAY_RATIO = 0.15
+REFUSAL_RATIO = 0.2
 DURABLE_KINDS: tuple[FaultKind, ...] = (
     "host lost",
     "host lost",
@@ -305,4 +307,18 @@ def _with_extras(
             Fault(random.uniform(0.1, 1.0) * ends_s, "relay killed", random.random())
             for _ in range(random.randint(1, 3))
         ]
+    if random.random() < REFUSAL_RATIO:
+        more += _draw_refusals(random, ends_s)
     return tuple(sorted((*faults, *more), key=lambda fault: fault.at_s)) if more else faults
+
+
+def _draw_refusals(random: Random, ends_s: float) -> list[Fault]:
+    """Several fronts that refuse at a time, from the first moments on, when streams wait in relays."""
+    faults: list[Fault] = []
+    for _ in range(random.choice((1, 3, 6))):
+        at_s = random.uniform(0.0, 0.9) * ends_s
+        faults += [
+            Fault(at_s + random.uniform(0.0, 2.0), "front refuses", random.random(), random.uniform(0.5, 8.0))
+            for _ in range(random.randint(1, 4))
+        ]
+    return faults

@@ -52,6 +52,13 @@ class World:
         arrival = Arrival(request_id, "chat", answers.append, owner, client)  # type: ignore[arg-type]
         self.dispatcher.arrive(arrival, self.now_s)
 
+    def come_again(self, request_id: str, pass_name: str, owner: object = None) -> list[Bound | Refused]:
+        """The relay sends a request again. Return what this pass is answered, now or later."""
+        answers = self.answers.setdefault(f"{request_id}, pass {pass_name}", [])
+        arrival = Arrival(request_id, "chat", answers.append, owner, pass_name=pass_name)
+        self.dispatcher.arrive(arrival, self.now_s)
+        return answers
+
     def complete(self, request_id: str, state: TerminalState = TerminalState.FINISHED) -> None:
         self.dispatcher.complete(request_id, "chat", state)
         self.dispatcher.pump("chat", self.now_s)
@@ -265,6 +272,7 @@ class DispatcherMachine(RuleBasedStateMachine):
         super().__init__()
         self.world = World()
         self.ids: list[str] = []
+        self.num_passes = 0
 
     @rule(owner=st.sampled_from(["s1", "s2"]), client=st.sampled_from(["c1", "c2", "c3"]))
     def a_request_arrives(self, owner: str, client: str) -> None:
@@ -275,6 +283,24 @@ class DispatcherMachine(RuleBasedStateMachine):
     @rule(data=st.data(), state=st.sampled_from(TerminalState))
     def a_completion_comes(self, data: st.DataObject, state: TerminalState) -> None:
         self.world.complete(data.draw(st.sampled_from([*self.ids, "unseen"])), state)
+
+    @precondition(lambda self: self.ids)
+    @rule(data=st.data(), owner=st.sampled_from(["s1", "s2"]))
+    def the_relay_sends_one_again(self, data: st.DataObject, owner: str) -> None:
+        self.num_passes += 1
+        self.world.come_again(data.draw(st.sampled_from(self.ids)), str(self.num_passes), owner)
+
+    @precondition(lambda self: self.ids)
+    @rule(data=st.data())
+    def a_pass_is_refused(self, data: st.DataObject) -> None:
+        name = str(data.draw(st.integers(max(0, self.num_passes - 3), self.num_passes)))
+        request_id = data.draw(st.sampled_from(self.ids))
+        self.world.dispatcher.passes.refused(request_id, name, self.world.now_s)
+
+    @precondition(lambda self: self.ids)
+    @rule(data=st.data())
+    def a_first_pass_ends(self, data: st.DataObject) -> None:
+        self.world.dispatcher.passes.first_ended(data.draw(st.sampled_from(self.ids)), self.world.now_s)
 
     @precondition(lambda self: self.ids)
     @rule(data=st.data(), state=st.sampled_from(TerminalState))

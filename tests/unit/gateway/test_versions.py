@@ -185,7 +185,7 @@ def test_the_slot_of_an_abandoned_request_is_given_to_the_next_at_once() -> None
         arrival = Arrival(request_id, "chat", lambda decision, i=request_id: bound.append(i), world, None)  # type: ignore[misc]
         world.dispatcher.arrive(arrival, 0.0)
     assert bound == ["a"]
-    world.dispatcher.abandon("a", 0.0)
+    world.dispatcher.passes.abandon("a", 0.0)
     assert bound == ["a", "b"]
     world.dispatcher.check_integrity()
 

@@ -217,6 +217,21 @@ def test_a_higher_band_takes_the_place_of_a_lower_one_in_a_full_queue() -> None:
     assert shed.request_id == "low0"
 
 
+def test_what_is_put_back_comes_before_its_tenants_others_also_into_a_full_queue() -> None:
+    queue = exact(max_requests=2)
+    fill(queue, acme=2)
+    first = queue.take(1.0)
+    assert first is not None
+    assert queue.offer(HeldRequest("younger", 5.0, "beta"))
+    queue.put_back(first)
+    queue.check_integrity()
+    assert len(queue) == 3
+    assert not queue.offer(HeldRequest("refused", 6.0, "gamma"))
+    assert queue.held_by("acme")[0] == first.request_id
+    assert queue.expire(100.0, 1.0)[0] == first
+    queue.check_integrity()
+
+
 def test_new_shares_keep_what_is_held_and_a_new_band_begins_anew() -> None:
     queue = exact(1000)
     fill(queue, a=30, b=30)

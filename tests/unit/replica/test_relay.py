@@ -20,6 +20,7 @@ from headrace.api.messages import RelaySpec
 from headrace.clock import SystemClock
 from headrace.errors import InvalidRequest
 from headrace.private_socket import bind_private_socket
+from headrace.replica import relay_passes, waiting_answer
 from headrace.replica.relay import Relay, main
 from headrace.replica.relay_connection import find_model, head_again
 
@@ -72,7 +73,7 @@ def test_the_second_head_carries_the_model_safely_and_one_length() -> None:
     assert lines[:3] == ["POST /v1/completions HTTP/1.1", "host: x", "x-headrace-tenant: acme"]
     assert lines[3].startswith("x-headrace-model: a%2Fb%0D%0Ax%3A%20y%20%C3%A9zzz")
     assert len(lines[3]) < 300
-    assert lines[4:] == ["content-length: 12", "connection: close", "", ""]
+    assert lines[4:] == ["content-length: 12", "connection: close", "x-headrace-pass: "]
 
 
 async def wait_for(condition: Callable[[], object], what: str) -> None:
@@ -309,6 +310,78 @@ async def test_an_open_request_is_finished_after_the_word_to_stop(tmp_path: Path
         await is_asked.wait()
         asyncio.get_running_loop().call_later(0.3, may_answer.set)
     assert await answer == ANSWER
+
+
+def waiting_post() -> bytes:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-headrace-wait: 20.0\r\nx-headrace-model: chat\r\n"
+    return head + b"content-length: 4\r\n\r\nbody"
+
+
+async def test_a_stream_that_fronts_refuse_is_sent_again_in_passes_of_its_own_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_passes, "AGAIN_S", 0.001)
+    monkeypatch.setattr(waiting_answer, "COMMENT_EVERY_S", 0.0)
+    names: list[bytes] = []
+
+    async def refuse_thrice(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert await reader.readexactly(4) == b"body"
+        names.append(head.partition(b"x-headrace-pass: ")[2].split(b"\r\n")[0])
+        if len(names) < 4:
+            writer.write(b"HTTP/1.1 503 X\r\nx-headrace-again: refu")
+            await writer.drain()
+            writer.write(b"sed\r\ncontent-length: 7\r\n\r\nleaving")
+        else:
+            await asyncio.sleep(0.6)  # two sweeps: the client is told that it waits
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 12\r\n\r\ndata: word\n\n")
+        await writer.drain()
+
+    async with running_relay(tmp_path, refuse_thrice) as rig:
+        answer = await rig.exchange(waiting_post())
+    assert names == [b"2", b"3", b"4", b"5"]
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert answer.endswith(b"data: word\n\n\r\n0\r\n\r\n")
+    assert b"leaving" not in answer
+    assert answer.count(b": waiting for a replica") >= 2
+
+
+async def test_the_last_pass_says_so_and_its_refusal_is_one_error_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_passes, "AGAIN_S", 0.001)
+    heads: list[bytes] = []
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        again = b"" if b"x-headrace-pass: last\r\n" in heads[-1] else b"x-headrace-again: refused\r\n"
+        writer.write(b'HTTP/1.1 503 X\r\n%bcontent-length: 13\r\n\r\n{"error": {}}' % again)
+        await writer.drain()
+
+    async with running_relay(tmp_path, refuse) as rig:
+        answer = await rig.exchange(waiting_post())
+    assert len(heads) == relay_passes.MAX_REFUSED + 1
+    assert answer.endswith(b'data: {"error": {}}\n\n\r\n0\r\n\r\n')
+    assert answer.count(b"data: ") == 1
+
+
+async def test_a_client_that_leaves_between_two_passes_ends_them(tmp_path: Path) -> None:
+    num_passes = 0
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_passes
+        await reader.readuntil(b"\r\n\r\n")
+        num_passes += 1
+        writer.write(b"HTTP/1.1 503 X\r\nx-headrace-again: refused\r\ncontent-length: 0\r\n\r\n")
+        await writer.drain()
+
+    async with running_relay(tmp_path, refuse) as rig:
+        _, writer = await asyncio.open_unix_connection(str(tmp_path / "relay.sock"))
+        writer.write(waiting_post())
+        await wait_for(lambda: num_passes == 1, "the first pass is refused")
+        writer.transport.abort()
+        await rig.wait_until_it_holds(0, 0)
+        assert num_passes == 1
 
 
 def test_wrong_arguments_end_the_process_with_a_word(capsys: pytest.CaptureFixture[str]) -> None:
