@@ -174,7 +174,8 @@ async def test_a_stream_that_leaving_fronts_refuse_in_turn_is_served_by_the_next
         await wait_for(lambda: records(gateway), "its line is written")
         (record,) = records(gateway)
         assert (record["state"], record["replica"], record["status"]) == ("finished", "chat-ready", 200)
-        assert record["held_ms"] <= record["first_byte_ms"] <= record["total_ms"]
+        whole_ms = 1  # HAProxy's times are cut to milliseconds, and begin a moment earlier or later than ours
+        assert record["held_ms"] - whole_ms <= record["first_byte_ms"] <= record["total_ms"]
 
 
 async def test_a_stream_that_nobody_takes_ends_in_one_error_event_at_its_limit() -> None:
