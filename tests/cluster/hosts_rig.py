@@ -144,6 +144,11 @@ class Host:
         for process in (self._process, *self._begun):
             process.wait(LIMIT_S)
 
+    def unplug(self) -> None:
+        """Take its cable away. The kernel does so, too, when it has cleared its namespace, some time later."""
+        with contextlib.suppress(OSError):
+            _ip("link", "delete", self._cable)
+
     def _enter(self) -> list[str]:
         return ["nsenter", f"--target={self.pid}", *KINDS, f"--wd={REPOSITORY}"]
 
@@ -190,6 +195,7 @@ def hosts_on_a_bridge(count: int) -> Iterator[Hosts]:
     finally:
         for host in hosts.hosts:
             host.kill()
+            host.unplug()
         _ip("link", "delete", BRIDGE)
         shutil.rmtree(directory, ignore_errors=True)
 
