@@ -71,8 +71,8 @@ class RequestRecorder:
     def arrived(
         self, request_id: str, endpoint: str, tenant: str, path: str, now_s: float, model: str = ""
     ) -> None:
-        """HAProxy announced a request, or one of its later passes. model: the adapter that it asks for;
-        empty: the endpoint's model."""
+        """HAProxy announced a request that has not ended: of one that has, the line may be written. model:
+        the adapter that it asks for; empty: the endpoint's model."""
         if request_id not in self._open:
             wall_s = self._clock.wall_s()
             self._open[request_id] = _Parts(endpoint, model or endpoint, tenant, path, now_s, wall_s)

@@ -205,7 +205,10 @@ class Router:
             return
         tenant = text_argument(arguments, b"tenant")
         path, adapter = text_argument(arguments, b"path"), self._adapter(endpoint, arguments)
-        self.recorder.arrived(request_id, endpoint, tenant, path, now_s, adapter)
+        if self.dispatcher.knows(request_id):  # its line may be written: HAProxy's log overtook this pass
+            self.recorder.parked(request_id, now_s)
+        else:
+            self.recorder.arrived(request_id, endpoint, tenant, path, now_s, adapter)
         client = (arguments.get(b"client"), arguments.get(b"client_port"))
         head, size = arguments.get(b"head"), arguments.get(b"size")
         prompt = read_prompt(

@@ -82,7 +82,6 @@ class CarriedStream:
         "lost_reason",
         "num_attempts",
         "num_crashes",
-        "num_moves",
         "num_tokens",
         "path",
         "stranded_at_s",
@@ -100,7 +99,6 @@ class CarriedStream:
         self.path = ""
         self.engine_id = stream.request.request_id
         """Its id in the engine that has it."""
-        self.num_moves = 0
         self.num_attempts = 0
         self.num_crashes = 0
         self.num_tokens = 0

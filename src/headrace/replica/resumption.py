@@ -92,6 +92,8 @@ class StreamKeeper:
         """Streams sent to each sibling since it was last heard of."""
         self._carried: dict[str, CarriedStream] = {}
         """By the request id of the answer's choice."""
+        self._num_moves = 0
+        """Of all streams: an answer that is sent here again has the id of the one that was broken off."""
         self._tick: asyncio.TimerHandle | None = None
         self.moves = Moves()
         """Of what routers placed."""
@@ -333,8 +335,8 @@ class StreamKeeper:
     def _new_engine_id(self, carried: CarriedStream) -> str:
         """A client may have chosen an id that looks like this."""
         while True:
-            carried.num_moves += 1
-            engine_id = f"{carried.stream.request.request_id}@{carried.num_moves}"
+            self._num_moves += 1
+            engine_id = f"{carried.stream.request.request_id}@{self._num_moves}"
             if not self.has_request(engine_id):
                 return engine_id
 

@@ -43,6 +43,7 @@ from headrace.sim.passage import Announcement, Parked, Verdict
 from headrace.sim.timeline import Timer
 
 MIN_GAP_S = 0.01
+PATH = "/v1/chat/completions"
 MAX_PARKED = 8
 """Few, so that there are more who would be."""
 
@@ -213,7 +214,10 @@ class RouterProcess(Process):
             self.dispatcher.passes.own(request_id, end, request.pass_name)
             parked.rejoin(lambda decision: self._tell(end, call, request_id, decision))
             return
-        self.recorder.arrived(request_id, request.endpoint, request.tenant, "/v1/chat/completions", now_s)
+        if self.dispatcher.knows(request_id):
+            self.recorder.parked(request_id, now_s)
+        else:
+            self.recorder.arrived(request_id, request.endpoint, request.tenant, PATH, now_s)
         body = request.question.body()
         waiting = Waiting(
             lambda decision: self._tell(end, call, request_id, decision),

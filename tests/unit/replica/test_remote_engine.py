@@ -146,7 +146,7 @@ async def test_a_stream_without_a_token_may_begin_in_another_version_and_one_wit
     world.peers.give("/b", StepOutput(request.request_id, [5]))
     world.know("c", stream_class="B")
     world.peers.die("/b")
-    assert [each.request_id for each in world.peers.at("/c")] == ["fresh@2"]
+    assert [each.request_id for each in world.peers.at("/c")] == ["fresh@3"]
     assert world.peers.at("/c")[0].stream_class == "B"
     assert (fresh.error, begun.error, world.keeper.num_waiting) == (None, None, 1)
     world.close()
@@ -174,6 +174,19 @@ async def test_a_client_that_leaves_takes_its_stream_from_the_host() -> None:
     world.engine.abort("unknown")
     assert world.peers.aborted == [("/b", "r@1")]
     assert (stream.error, world.keeper.has_request("r")) == (None, False)
+    world.close()
+
+
+async def test_a_request_that_is_sent_again_gets_nothing_of_its_try_that_was_broken_off() -> None:
+    world = World()
+    world.start("b")
+    [broken_off] = world.peers.at("/b")
+    world.engine.abort("r")  # HAProxy's connection broke, and it sends the request again
+    again = world.start("b")
+    world.peers.give("/b", StepOutput(broken_off.request_id, [91]))  # of the step that ran meanwhile
+    assert again.token_ids == []
+    world.give("/b", 91)
+    assert again.token_ids == [91]
     world.close()
 
 

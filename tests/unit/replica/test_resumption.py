@@ -181,7 +181,7 @@ async def test_a_client_that_leaves_takes_its_stream_back_wherever_it_is() -> No
     world.engine.state = "ready"
     world.tick()
     world.keeper.abort("own")
-    assert world.engine.aborted == ["own@1"]
+    assert world.engine.aborted == ["own@2"]
     for name in ("hosted", "waiting", "own"):
         world.keeper.abort(name)
     assert (len(world.peers.aborted), len(world.engine.aborted), world.keeper.num_waiting) == (1, 1, 0)
@@ -423,7 +423,7 @@ async def test_without_siblings_it_waits_for_its_engine_and_for_no_longer_than_a
     world.keeper.abort("left")
     world.engine.state = "ready"
     world.tick()
-    assert set(world.engine.streams) == {"r@1", "late@1"}
+    assert set(world.engine.streams) == {"r@1", "late@2"}
     world.engine.give("r@1", output("r@1", 5, finish_reason="stop"))
     assert (served.token_ids, left.error) == ([5], None)
     world.lose()
