@@ -201,7 +201,7 @@ async def test_ends_that_follow_each_other_closely_share_a_report(world: World) 
             await asyncio.sleep(0)
         num_gaps = int((asyncio.get_running_loop().time() - began_s) / report.MIN_GAP_S)
         await world.wait(lambda: len(router.finished_ids) == 100)
-        assert len(router.reports) <= 3 + num_gaps, "the first, one at once, one for the rest, one per gap"
+        assert len(router.reports) <= 3 + num_gaps, "one per gap, and the ends"
 
 
 def test_a_listener_that_ends_in_the_moment_of_a_report_ends_no_reports_to_others(
