@@ -145,7 +145,7 @@ class Host:
             process.wait(LIMIT_S)
 
     def unplug(self) -> None:
-        """Take its cable away. The kernel does so, too, when it has cleared its namespace, some time later."""
+        """Take its cable away. The kernel does so, too, when it has cleared its namespace, a while later."""
         with contextlib.suppress(OSError):
             _ip("link", "delete", self._cable)
 

@@ -13,6 +13,8 @@ FOUND: dict[int, str] = {
     1674: "a paused rollout, which keeps replicas of both versions, was taken for too many (the check)",
     2215: "who came before a request that waited for its version was held until the next tick, beside room",
     4086: "the slot of a parked request whose client left as it was bound was given to nobody until a tick",
+    6635: "a controller whose clock jumped took all durable fronts for hung before it read their reports",
+    6676: "a controller that was stopped for a while took all fronts for hung before it read their reports",
     6946: "a later pass announced after its line gave its request a second line of the request log",
     7074: "a request that came again at a durable front got a token of its aborted try, and so one twice",
 }

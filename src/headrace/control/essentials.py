@@ -15,6 +15,8 @@ GATEWAY_GRACE_S = 2.0
 """For routers, relays and HAProxies that have nothing open: nothing that they hold can still succeed."""
 HUNG_AFTER_S = 10.0
 """A live process that has not answered for this long is killed and started again."""
+STOOD_STILL_S = 2.0
+"""Between two ticks: a controller that did not run for longer has heard nobody."""
 
 
 @dataclass(slots=True)

@@ -11,8 +11,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from headrace.api.messages import LoadReport, ProcessState, is_same_process
+from headrace.control.essentials import STOOD_STILL_S
 from headrace.control.node_drains import NodeDrains
 from headrace.control.notices import MachineNotices
+from headrace.control.process_ends import describe_end
 from headrace.control.reconciler import StartReplica, StopReplica
 from headrace.control.slots import ObservedReplica, Phase, Role, count_failures, phase_of, slot_prefix
 from headrace.control.start_times import StartTimes
@@ -46,6 +48,7 @@ class Slot:
     pid: int = 0
     report: LoadReport | None = None
     lease_ends_s: float = 0.0
+    silent_from_s: float = -math.inf
     ready_since_s: float | None = None
     ended_s: float = 0.0
     failures: int = 0
@@ -91,6 +94,7 @@ class Fleet:
         self._adopted: set[str] = set()
         """Taken over, and not heard of yet."""
         self._adopted_s = 0.0
+        self._observed_s = math.inf
         self._with_standby: frozenset[str] = frozenset()
         self._start_times: dict[str, StartTimes] = {}
         """By endpoint; bounded by the endpoints that there were."""
@@ -183,7 +187,7 @@ class Fleet:
             return
         has_said_why = slot.report is not None and slot.report.state == "failed" and slot.last_error
         if not slot.keeps_slot and not has_said_why:
-            slot.last_error = _describe_end(process)
+            slot.last_error = describe_end(process)
         self._fail(slot, now_s)
 
     def on_refused(self, name: str, error: str, now_s: float) -> None:
@@ -200,8 +204,7 @@ class Fleet:
     def _fail(self, slot: Slot, now_s: float) -> None:
         slot.failures = count_failures(_observe(slot, now_s), now_s)
         slot.is_alive = slot.is_stopping = slot.keeps_slot = False
-        slot.ended_s = now_s
-        slot.pid = 0
+        slot.ended_s, slot.pid = now_s, 0
         slot.node = slot.node_address = slot.waiting_for = ""
         slot.report = None
         slot.ready_since_s = None
@@ -309,6 +312,7 @@ class Fleet:
     def observe(self, now_s: float) -> list[ObservedReplica]:
         """Return all slots as the reconciler sees them."""
         observed = []
+        self._excuse_silence(now_s)
         for slot in self.slots.values():
             limit_s = REST_LIMIT_S if slot.role == "standby" else WAKE_LIMIT_S
             if slot.change_since_s is not None and now_s - slot.change_since_s > limit_s:
@@ -319,6 +323,13 @@ class Fleet:
                 slot.phase, slot.phase_since_s = phase, now_s
             observed.append(replica)
         return observed
+
+    def _excuse_silence(self, now_s: float) -> None:
+        """After a look that came late nobody's silence has grown: it was the controller that stood still."""
+        late_s, self._observed_s = now_s - self._observed_s, now_s
+        if late_s > STOOD_STILL_S:
+            for slot in self.slots.values():
+                slot.silent_from_s = min(now_s, max(slot.lease_ends_s, slot.silent_from_s) + late_s)
 
 
 def _observe(slot: Slot, now_s: float) -> ObservedReplica:
@@ -331,6 +342,7 @@ def _observe(slot: Slot, now_s: float) -> ObservedReplica:
         is_stopping=slot.is_stopping,
         started_s=slot.started_s,
         lease_ends_s=slot.lease_ends_s,
+        silent_from_s=slot.silent_from_s,
         report_state=report.state if report is not None else None,
         ready_since_s=slot.ready_since_s,
         num_open=report.num_open + report.num_guests if report is not None else 0,
@@ -386,15 +398,3 @@ def _lost_tokens(slot: Slot, now_s: float) -> float:
         return 0.0
     num_used = max(0, report.engine.num_total_blocks - report.engine.num_free_blocks)
     return num_used * report.engine_info.block_size + _faded_hits(slot, now_s)
-
-
-def _describe_end(process: ProcessState) -> str:
-    code = process.exit_code
-    if code is None and process.last_output:
-        return process.last_output  # it was not seen to end: what held it is gone
-    if code is not None and code < 0:
-        ending = f"ended by signal {-code}"
-    else:
-        ending = f"exited with {code}"
-    last_line = process.last_output.splitlines()[-1].strip() if process.last_output else ""
-    return f"{ending}: {last_line}" if last_line else ending

@@ -19,15 +19,13 @@ from headrace.api.messages import (
     relay_name,
     router_name,
 )
-from headrace.control.essentials import HUNG_AFTER_S, Essential
+from headrace.control.essentials import HUNG_AFTER_S, STOOD_STILL_S, Essential
 from headrace.control.version_counts import VersionCounts
 
 DEMAND_FRESH_S = 2.0
 """A Demand older than this says nothing about now."""
 MAX_SILENCES = 2
 """A HAProxy that kept silent so often in a row hangs. Each takes two limits of a probe: 8 s in all."""
-STOOD_STILL_S = 2.0
-"""Between two ticks: a controller that did not run for longer has heard nobody."""
 
 
 @dataclass(slots=True)

@@ -221,7 +221,7 @@ class _Turn:
             if not self._is_running(replica) or phase not in ("lost", "failed"):
                 continue
             if phase == "lost":
-                reason = f"no load report for {self.now_s - replica.lease_ends_s:.0f} s after its lease"
+                reason = f"no load report for {replica.silent_s(self.now_s):.0f} s after its lease"
             else:
                 reason = replica.last_error or "failed without saying why"
             self.slots[index] = replace(replica, is_stopping=True, keeps_slot=True)

@@ -71,6 +71,12 @@ class ObservedReplica:
     """The cluster wants its node empty."""
     is_told_to_leave: bool = False
     """For that reason, by this controller."""
+    silent_from_s: float = -math.inf
+    """If later than its lease's end, its silence counts from here: the controller itself stood still."""
+
+    def silent_s(self, now_s: float) -> float:
+        """How long it could have been heard since its lease ended, and was not; negative before that."""
+        return now_s - max(self.lease_ends_s, self.silent_from_s)
 
 
 def phase_of(replica: ObservedReplica, now_s: float) -> Phase:
@@ -79,7 +85,7 @@ def phase_of(replica: ObservedReplica, now_s: float) -> Phase:
         return "failed" if is_failed(replica) else "pending"
     if replica.is_stopping:
         return "failed" if replica.keeps_slot else "draining"
-    if now_s > replica.lease_ends_s + LOST_AFTER_S:
+    if replica.silent_s(now_s) > LOST_AFTER_S:
         return "lost"
     return replica.report_state or "starting"
 

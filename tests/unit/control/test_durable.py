@@ -98,6 +98,18 @@ def test_one_that_dies_is_started_again_and_nothing_else() -> None:
     assert world.launcher.num_started == num_started + 1
 
 
+def test_a_controller_that_stood_still_stops_none() -> None:
+    """Their reports are on the way, and so may be streams."""
+    world = World(config(replicas={"min": 1}))
+    world.settle(3)
+    world.clock.advance(60.0)
+    assert world.state.plan(world.clock.now_s()) == []
+    num_started = world.launcher.num_started
+    world.settle(100)
+    assert world.is_ready
+    assert world.launcher.num_started == num_started
+
+
 @pytest.mark.parametrize("who", ["a durable front", "a replica"])
 def test_on_a_machine_with_a_notice_none_is_started_until_it_is_clear_that_it_stays(who: str) -> None:
     world = World(config(replicas={"min": 1}))

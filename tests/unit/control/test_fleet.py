@@ -7,6 +7,7 @@ from typing import Any
 from headrace.api.messages import LoadReport, ProcessState
 from headrace.control.fleet import ADOPTION_LIMIT_S, Fleet
 from headrace.control.reconciler import StartReplica, StopReplica
+from headrace.control.slots import LOST_AFTER_S, phase_of
 
 
 def report(replica_id: str = "chat-1", *, pid: int = 7, **fields: Any) -> LoadReport:
@@ -166,3 +167,30 @@ def test_a_replica_whose_host_is_gone_says_why() -> None:
     fleet.on_started(ProcessState("chat-1", 7, True, node="there"))
     fleet.on_ended(ProcessState("chat-1", 7, False, None, "its node is gone", "there"), 1.0)
     assert (fleet.slots["chat-1"].last_error, fleet.slots["chat-1"].node) == ("its node is gone", "")
+
+
+def test_nobody_is_lost_because_the_controller_stood_still() -> None:
+    """Reports that came meanwhile are read after the first look."""
+    fleet = started()
+    fleet.on_report(report(lease_s=3.0), 1.0)
+    fleet.observe(1.2)
+    woke_s = 100.0
+    (replica,) = fleet.observe(woke_s)
+    assert phase_of(replica, woke_s) == "ready"
+    assert woke_s > replica.lease_ends_s, "nor does it count as heard"
+    fleet.on_report(report(lease_s=3.0), woke_s)
+    assert _phases(fleet, woke_s, woke_s + 3.0 + LOST_AFTER_S) == {"ready"}
+
+
+def test_who_hangs_is_lost_though_the_controller_stood_still() -> None:
+    fleet = started()
+    fleet.on_report(report(lease_s=3.0), 1.0)
+    assert _phases(fleet, 1.0, 10.0) == {"ready"}  # silent for 6 s of its own
+    assert _phases(fleet, 50.0, 50.0 + LOST_AFTER_S - 6.1) == {"ready"}
+    assert _phases(fleet, 50.0 + LOST_AFTER_S - 5.9, 60.0) == {"lost"}
+
+
+def _phases(fleet: Fleet, from_s: float, to_s: float) -> set[str]:
+    """Look five times a second."""
+    moments = [from_s + 0.2 * number for number in range(int((to_s - from_s) / 0.2) + 1)]
+    return {phase_of(replica, now_s) for now_s in moments for replica in fleet.observe(now_s)}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from headrace.api.messages import Demand, ProcessState, VersionDemand
-from headrace.control.essentials import HUNG_AFTER_S, Essential
-from headrace.control.gateway_state import MAX_SILENCES, STOOD_STILL_S, GatewayState
+from headrace.control.essentials import HUNG_AFTER_S, STOOD_STILL_S, Essential
+from headrace.control.gateway_state import MAX_SILENCES, GatewayState
 
 
 @pytest.fixture

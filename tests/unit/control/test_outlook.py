@@ -132,7 +132,8 @@ def test_siblings_are_the_others_of_the_same_endpoint_that_offer_their_engines()
     assert (sibling.num_open, sibling.max_open, sibling.state) == (3, 8, "ready")
     fleet.stop(StopReplica("chat-2", "chat", 5.0, "test"))
     assert siblings_of(fleet.slots.values())["chat-1"][0].state == "draining"
-    fleet.observe(30.0)
+    for now_s in range(2, 31):
+        fleet.observe(float(now_s))
     assert siblings_of(fleet.slots.values())["chat-2"][0].state == "failed", "its word is too old"
 
 
