@@ -17,6 +17,7 @@ FOUND: dict[int, str] = {
     6676: "a controller that was stopped for a while took all fronts for hung before it read their reports",
     6946: "a later pass announced after its line gave its request a second line of the request log",
     7074: "a request that came again at a durable front got a token of its aborted try, and so one twice",
+    7455: "a request that came again from the relay was parked for a call that HAProxy had given up",
 }
 
 

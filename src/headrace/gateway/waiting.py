@@ -56,6 +56,10 @@ class Waiting:
         answer, self._answer = self._answer, None
         answer(decision)
 
+    def stay(self) -> None:
+        """HAProxy gave its call up: the request waits in a later pass now, and this is to do nothing more."""
+        self._answer = self._park = None
+
     def park(self) -> None:
         """Send the request to the relay."""
         assert self._park is not None
@@ -78,6 +82,8 @@ class WaitingRoom:
     def __init__(self, max_parked: int) -> None:
         self._max_parked = max_parked
         self._candidates: list[tuple[float, str, Waiting]] = []
+        self._may_park: dict[str, Waiting] = {}
+        """Candidates by request; one that is not here any more was overtaken."""
         self._parked: dict[str, Waiting] = {}
         self._ended_s: dict[str, float] = {}
         """When a parked request was first seen to have ended."""
@@ -90,8 +96,12 @@ class WaitingRoom:
         return len(self._parked)
 
     def held(self, request_id: str, waiting: Waiting, due_s: float) -> None:
-        """A request is held, and to be parked at `due_s` if it still is."""
+        """A request is held, and to be parked at `due_s` if it still is. Whatever pass of it waited before
+        waits no more."""
+        if (older := self._may_park.pop(request_id, None)) is not None:
+            older.stay()
         if waiting.can_park:
+            self._may_park[request_id] = waiting
             heapq.heappush(self._candidates, (due_s, request_id, waiting))
 
     def due(self, now_s: float, is_held: Callable[[str], bool]) -> list[Waiting]:
@@ -100,12 +110,14 @@ class WaitingRoom:
         due: list[Waiting] = []
         for _ in range(min(MAX_SCANNED, len(self._candidates))):
             due_s, request_id, waiting = self._candidates[0]
-            if is_held(request_id):
+            if is_held(request_id) and waiting.can_park:
                 if now_s < due_s or len(self._parked) >= self._max_parked:
                     break
                 self._parked[request_id] = waiting
                 due.append(waiting)
             heapq.heappop(self._candidates)
+            if self._may_park.get(request_id) is waiting:
+                del self._may_park[request_id]
         return due
 
     def get(self, request_id: str) -> Waiting | None:

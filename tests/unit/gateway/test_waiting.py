@@ -57,6 +57,16 @@ def test_requests_are_parked_when_they_are_due_while_they_are_held_and_there_is_
     assert (room.get("d"), room.get("c"), len(room)) == (waitings["d"], None, 2)
 
 
+def test_a_request_that_comes_again_by_itself_is_not_parked_for_the_call_that_was_given_up() -> None:
+    room, told, parked = WaitingRoom(max_parked=2), list[Decision](), list[str]()
+    first, again = make_waiting(told, parked), make_waiting([], [], can_park=False)
+    room.held("a", first, 1.0)
+    room.held("a", again, 1.0)
+    assert room.due(2.0, {"a"}.__contains__) == []
+    first.decide(Bound("s1"))
+    assert (told, parked, room.get("a")) == ([], [], None)
+
+
 def test_what_cannot_be_parked_is_no_candidate() -> None:
     room = WaitingRoom(max_parked=2)
     room.held("a", make_waiting([], [], can_park=False), 0.0)
