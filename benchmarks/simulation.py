@@ -82,6 +82,26 @@ FOUND = (
         "fixed: whoever is next is bound at once",
     ),
     (
+        "seeds 6635 and 6676",
+        "a controller that was stopped, or whose clock jumped, took fronts for hung before reading their words",
+        "fixed: time in which it did not look is nobody's silence",
+    ),
+    (
+        "seed 6946",
+        "a pass that was announced after its line gave its request a second line of the request log",
+        "fixed: what the router knows is not opened again",
+    ),
+    (
+        "seed 7074",
+        "a request that came again at a durable front got a token of its aborted try, and so one twice",
+        "fixed: ids in engines are new for a whole front",
+    ),
+    (
+        "seed 7455",
+        "a request that came again by itself was parked for a call that had been given up, and waited for ever",
+        "fixed: a later pass overtakes the earlier one's waiting",
+    ),
+    (
         "a property test of the reconciler",
         "a second turn at one moment started one more standby, while versions changed without surge",
         "fixed: a standby that starts stays one while no serving replica may be started",
