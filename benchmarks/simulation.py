@@ -83,7 +83,7 @@ FOUND = (
     ),
     (
         "seeds 6635 and 6676",
-        "a controller that was stopped, or whose clock jumped, took fronts for hung before reading their words",
+        "a controller that was stopped, or whose clock jumped, took fronts for hung before it read",
         "fixed: time in which it did not look is nobody's silence",
     ),
     (
@@ -98,7 +98,7 @@ FOUND = (
     ),
     (
         "seed 7455",
-        "a request that came again by itself was parked for a call that had been given up, and waited for ever",
+        "a request that came again by itself was parked for a lost call, and waited for ever",
         "fixed: a later pass overtakes the earlier one's waiting",
     ),
     (
