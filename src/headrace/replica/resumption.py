@@ -41,7 +41,8 @@ TICK_S = 0.02
 REFUSED_PAUSE_S = 0.25
 """A sibling that did not take a stream is not asked again for so long."""
 LOST_PAUSE_S = 1.0
-"""The same for one that was lost with it, of a front without an engine: what comes back has the same name."""
+"""The same for one that was lost with it, of a front that has no engine, or has none any more because it
+leaves: what comes back has the same name, and there may be no other place."""
 _log = logging.getLogger(__name__)
 
 
@@ -173,7 +174,8 @@ class StreamKeeper:
         carried.num_crashes += 1
         carried.cause, carried.lost_reason = "engine_lost", reason
         if host:
-            pause_s = LOST_PAUSE_S if self._own().state == "none" else self._limits.max_wait_s
+            has_own = self._own().state not in ("none", "gone")
+            pause_s = self._limits.max_wait_s if has_own else LOST_PAUSE_S
             carried.avoided[host] = now_s + pause_s
         self._place(carried, now_s)
 

@@ -122,6 +122,25 @@ async def test_a_sibling_that_dies_in_turn_is_followed_by_the_next_and_attempts_
     world.close()
 
 
+async def test_a_front_without_an_engine_of_its_own_comes_back_to_hosts_that_died_with_a_stream() -> None:
+    """It leaves, and both siblings' engines are killed: what they start again is the only place there is."""
+    world = World(max_attempts=6)
+    stream = world.start()
+    world.lose()
+    world.engine.state = "failed"
+    for path in ("/a", "/b"):
+        assert world.peers.at(path)
+        world.peers.die(path)
+    assert world.keeper.num_waiting == 1
+    world.tick(0.9)
+    assert world.keeper.num_waiting == 1, "they need a moment to start again"
+    world.tick(0.2)
+    [request] = world.peers.at("/a")
+    world.peers.give("/a", output(request.request_id, 5, finish_reason="length"))
+    assert (stream.token_ids, stream.error) == ([5], None)
+    world.close()
+
+
 async def test_without_attempts_a_lost_engine_ends_the_stream_at_once() -> None:
     world = World(max_attempts=0)
     stream = world.start()
