@@ -223,3 +223,16 @@ def ray_hosts(count: int, *, has_store: bool = False) -> Iterator[RayHosts]:
         for host in cluster.hosts:
             wait_for_ray(host)
         yield cluster
+
+
+@contextlib.contextmanager
+def serving_hosts(
+    endpoints: Mapping[str, object], gateway: Mapping[str, object] | None = None
+) -> Iterator[RayHosts]:
+    """Three hosts with Ray, and a system on them that leaves nothing behind; a dead one has nothing."""
+    with ray_hosts(3) as cluster:
+        cluster.up(endpoints, gateway)
+        yield cluster
+        cluster.down()
+        for host in cluster.hosts:
+            wait_for(f"nothing is left on {host}", lambda host=host: not host.titles("headrace"))

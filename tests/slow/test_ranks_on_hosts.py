@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.cluster.hosts_rig import Host, wait_for
-from tests.slow.ray_hosts import KEY, RayHosts, Status, ray_hosts
+from tests.slow.ray_hosts import KEY, RayHosts, Status, serving_hosts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 NATIVE = {"dtype": "int8", "max_context_tokens": 512, "kv_cache_mb": 32}
@@ -33,12 +33,8 @@ NUM_TOKENS = 48
 
 @pytest.fixture
 def cluster() -> Iterator[RayHosts]:
-    with ray_hosts(3) as cluster:
-        cluster.up(ENDPOINTS)
+    with serving_hosts(ENDPOINTS) as cluster:
         yield cluster
-        cluster.down()
-        for host in cluster.hosts:
-            wait_for(f"nothing is left on {host}", lambda host=host: not host.titles("headrace"))
 
 
 def answer(cluster: RayHosts, model: str) -> str:

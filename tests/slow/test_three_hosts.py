@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 from benchmarks.watched_streams import Ask, SteadyLoad, StreamResult, ask_all
 from tests.cluster.hosts_rig import Host, wait_for
-from tests.slow.ray_hosts import EDGE, GATEWAY_PORT, KEY, RayHosts, Status, ray_hosts
+from tests.slow.ray_hosts import EDGE, GATEWAY_PORT, KEY, RayHosts, Status, ray_hosts, serving_hosts
 
 from headrace.fabric.host_link import LOST_AFTER_S
 
@@ -52,12 +52,8 @@ GIVEN_UP_AFTER_S = 12.0
 @pytest.fixture
 def cluster() -> Iterator[RayHosts]:
     """A fresh one for each test: what one does to hosts moves replicas, and Ray remembers it for a minute."""
-    with ray_hosts(3) as cluster:
-        cluster.up(ENDPOINTS)
+    with serving_hosts(ENDPOINTS) as cluster:
         yield cluster
-        cluster.down()
-        for host in cluster.hosts:  # at one that is dead nothing is
-            wait_for(f"nothing is left on {host}", lambda host=host: not host.titles("headrace"))
 
 
 @pytest.fixture
@@ -68,12 +64,8 @@ def right(cluster: RayHosts) -> list[StreamResult]:
 @pytest.fixture
 def edged() -> Iterator[RayHosts]:
     """A fresh cluster whose two gateways are on the hosts beside the head."""
-    with ray_hosts(3) as cluster:
-        cluster.up(ENDPOINTS, EDGE_GATEWAYS)
+    with serving_hosts(ENDPOINTS, EDGE_GATEWAYS) as cluster:
         yield cluster
-        cluster.down()
-        for host in cluster.hosts:
-            wait_for(f"nothing is left on {host}", lambda host=host: not host.titles("headrace"))
 
 
 @contextlib.contextmanager
