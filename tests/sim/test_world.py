@@ -19,7 +19,8 @@ from headrace.engine.kv_cache.block_pool import BlockPool
 from headrace.gateway.flights import InFlight
 from headrace.replica.ledger import Ledger
 from headrace.sim import __main__ as command
-from headrace.sim.scenario import Fault, Scenario, draw
+from headrace.sim.draws import draw
+from headrace.sim.scenario import Fault, Scenario
 from headrace.sim.shrink import Shrinker, describe
 from headrace.sim.streams import FrontStream
 from headrace.sim.summary import Record
@@ -27,7 +28,7 @@ from headrace.sim.world import Outcome, World
 
 PRINT_HISTORIES = """
 import logging
-from headrace.sim.scenario import draw
+from headrace.sim.draws import draw
 from headrace.sim.world import World
 
 logging.disable(logging.CRITICAL)

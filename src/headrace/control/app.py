@@ -42,7 +42,7 @@ from headrace.api.messages import (
 )
 from headrace.api.run_paths import ADMIN_HTTP_SOCKET, CONTROLLER_SOCKET
 from headrace.clock import Clock
-from headrace.control.applied import RolloutsFile, parse_applied, write_config
+from headrace.control.applied import RolloutsFile, is_ending, keep_ending, parse_applied, write_config
 from headrace.control.connections import Connections
 from headrace.control.custom_metrics import CustomMetrics
 from headrace.control.drain import drain
@@ -147,6 +147,9 @@ class Controller:
             if isinstance(event, Processes):
                 break
         self._state.adopt(event.processes, self._clock.now_s())
+        if is_ending(self._run_directory):
+            _log.info("an earlier controller was told to end the system")
+            self.stop()
         _log.info("found %s", ", ".join(process.name for process in event.processes) or "nothing running")
 
     # ---- loops ----------------
@@ -350,8 +353,9 @@ class Controller:
             case ExplainEndpoint(endpoint):
                 return AdminReply(explanation=self._state.explain(endpoint, self._clock.now_s()))
             case Shutdown():
+                problem = keep_ending(self._run_directory)
                 self.stop()
-                return AdminReply(notes=["draining"])
+                return AdminReply(notes=["draining", *([problem] if problem else [])])
             case SleepReplica(replica_id, level):
                 return AdminReply(notes=[self._set_sleep(replica_id, level)])
             case CreateKey() | ListKeys() | RevokeKey():

@@ -1,6 +1,7 @@
-"""What a restarted controller starts from: the applied config, and the rollouts, in the run directory.
+"""What a restarted controller starts from, in the run directory: the applied config, the rollouts, and
+whether the system was told to end.
 
-Owns both files, which are whole after a crash at any moment. Must not know what is in them.
+Owns these files, which are whole after a crash at any moment. Must not know what is in them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from headrace.api.config import Config
 from headrace.api.config_loader import parse_config
 from headrace.control.rollouts import KeptRollout, Rollouts
-from headrace.control.specs import CONFIG_FILE, ROLLOUTS_FILE
+from headrace.control.specs import CONFIG_FILE, ENDING_FILE, ROLLOUTS_FILE
 from headrace.errors import ConfigError
 
 
@@ -39,6 +40,20 @@ def parse_applied(text: str) -> Config:
     except msgspec.DecodeError as error:
         raise ConfigError(f"the config that was sent is not JSON: {error}") from error
     return parse_config(tree, source="applied config")
+
+
+def keep_ending(run_directory: Path) -> str:
+    """Keep that the system was told to end. Returns why that cannot be; empty: it is kept."""
+    try:
+        _write(run_directory / ENDING_FILE, b"")
+    except OSError as error:
+        return f"a restarted controller will not know of this: {ENDING_FILE}: {error}"
+    return ""
+
+
+def is_ending(run_directory: Path) -> bool:
+    """Whether an earlier controller was told to end the system."""
+    return (run_directory / ENDING_FILE).exists()
 
 
 class RolloutsFile:

@@ -1,4 +1,4 @@
-"""The end of a system: gateways take no more and refuse what they hold, replicas finish what is open.
+"""The end of a system: gateways take no more, replicas finish what is open, what is still held is refused.
 
 Owns the order and its limits. Must not know: how processes are stopped, or what they do meanwhile.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 from headrace.clock import Clock
 from headrace.control.essentials import GATEWAY_GRACE_S, Essential
+from headrace.control.fleet import Slot
 from headrace.control.system_state import SystemState
 from headrace.fabric.launcher import Launcher
 
@@ -24,8 +25,8 @@ async def drain(launcher: Launcher, state: SystemState, wake: asyncio.Event, clo
     """Stop everything that the launcher runs for us. `wake` is set whenever an event was taken.
 
     The HAProxies first stop listening and go on relaying what is open; they go last. Relays pass on what
-    HAProxy sends them until then. The routers stay while fronts leave, because they wait for their word, and
-    refuse at once what they hold.
+    HAProxy sends them until then. The routers stay while fronts leave, because they wait for their word; what
+    they hold is refused when they end.
     """
     slots = state.slots
     longest_s = max((slot.drain_grace_s for slot in slots), default=0.0) + MARGIN_S
@@ -47,14 +48,19 @@ async def drain(launcher: Launcher, state: SystemState, wake: asyncio.Event, clo
     for slot in slots:
         if slot.is_alive:
             slot.is_stopping, slot.keeps_slot = True, False
-            has_streams = slot.report is not None and slot.report.num_open > 0
-            is_serving = slot.phase in ("ready", "draining") or has_streams
-            launcher.stop(slot.replica_id, slot.drain_grace_s + MARGIN_S if is_serving else 1.0)
+            launcher.stop(slot.replica_id, slot.drain_grace_s + MARGIN_S if _may_serve(slot) else 1.0)
     await _wait_while(has_replicas, longest_s + 1.0, launcher, wake, clock)
     stop((pair.router for pair in pairs), GATEWAY_GRACE_S)
     stop((pair.relay for pair in pairs), GATEWAY_GRACE_S)
     stop((pair.haproxy for pair in pairs), GATEWAY_GRACE_S)
     await _wait_while(has_gateway, GATEWAY_GRACE_S + MARGIN_S, launcher, wake, clock)
+
+
+def _may_serve(slot: Slot) -> bool:
+    """Whether it may have streams. One that an earlier controller started, and that has not been heard of
+    yet, may have served for days."""
+    has_streams = slot.is_adopted if slot.report is None else slot.report.num_open > 0
+    return has_streams or slot.phase in ("ready", "draining")
 
 
 async def _wait_while(

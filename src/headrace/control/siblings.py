@@ -60,4 +60,5 @@ def _sibling(slot: Slot) -> Sibling | None:
         report.text_class,
         info.vocab_size if info is not None else 0,
         info.max_context_tokens if info is not None else 0,
+        report.kv_place,
     )

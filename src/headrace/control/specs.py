@@ -44,6 +44,8 @@ from headrace.units import MIB
 ADMIN_SOCKET = "admin.sock"
 CONFIG_FILE = "config.json"
 ROLLOUTS_FILE = "rollouts.json"
+ENDING_FILE = "ending"
+"""There is one once the system was told to end."""
 MAX_DURABLE_OPEN = 4000
 """Requests of one durable front: its server takes a few connections more."""
 MAX_OPEN = 65_536

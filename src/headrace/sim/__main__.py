@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from headrace.sim.scenario import draw
+from headrace.sim.draws import draw
 from headrace.sim.shrink import Shrinker, describe
 from headrace.sim.summary import Summary
 from headrace.sim.world import World

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from headrace.sim.answers import Question, expected_tokens
-from headrace.sim.http import HttpAnswer, HttpError, HttpRequest
+from headrace.sim.http import HttpAnswer, HttpError, HttpRequest, public_address
 from headrace.sim.invariants import Violation
 from headrace.sim.machine import Host, Process, Registry
 from headrace.sim.network import End, Weather, connect
@@ -49,6 +49,8 @@ class ClientState:
     front_id: str = ""
     """Who answers it, and under which id; empty: nobody does yet."""
     request_id: str = ""
+    gateway: str = ""
+    """Whose connection it has."""
 
 
 class Crowd(Process):
@@ -61,15 +63,15 @@ class Crowd(Process):
         weather: Weather,
         kind_of: Callable[[str], str],
         gateways: list[str],
-        why_not_cut: Callable[[str], str],
+        judge_cut: Callable[[ClientState], Violation | None],
     ) -> None:
-        """kind_of: which engine an endpoint has, for the right answer. why_not_cut: why the stream of a front
-        cannot have been cut; empty: it may have been."""
+        """kind_of: which engine an endpoint has, for the right answer. judge_cut: what is wrong with it
+        that a client's stream was cut."""
         super().__init__(registry, "clients", host)
         self._weather = weather
         self._kind_of = kind_of
-        self._why_not_cut = why_not_cut
-        self._addresses_public = [f"public-{gateway}" for gateway in gateways]
+        self._judge_cut = judge_cut
+        self._addresses_public = [public_address(gateway) for gateway in gateways]
         self.states: dict[int, ClientState] = {}
         self.outcomes: Counter[str] = Counter()
 
@@ -88,10 +90,12 @@ class Crowd(Process):
         if not living:
             self._finish(state, "unreachable")
             return
+        address = self.random.choice(living)
+        state.gateway = address.removeprefix(public_address(""))
         connect(
             self,
             self._weather,
-            self.random.choice(living),
+            address,
             lambda end: self._on_connected(state, end),
             lambda: self._finish(state, "unreachable"),
         )
@@ -139,11 +143,9 @@ class Crowd(Process):
     def _on_close(self, state: ClientState) -> None:
         if state.outcome is None:
             self._finish(state, "cut")
-            problem = self._why_not_cut(state.front_id) if state.front_id else ""
-            if problem:
-                raise Violation(
-                    64, "a durable stream outlives replicas", f"client {state.plan.number}: {problem}"
-                )
+            violation = self._judge_cut(state) if state.front_id else None
+            if violation is not None:
+                raise violation
 
     def _leave(self, state: ClientState) -> None:
         if state.outcome is None:

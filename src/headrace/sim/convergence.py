@@ -9,6 +9,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from headrace.policy.placement import load_of
+from headrace.sim.cluster_supervisor import gateway_of_process
+
 if TYPE_CHECKING:
     from headrace.sim.world import World
 
@@ -30,6 +33,9 @@ def unsettled(world: World) -> Problem | None:
         or _open_routers(world)
         or _fleet(world)
         or _durable_fronts(world)
+        or _gateways(world)
+        or _told_loads(world)
+        or _counts(world)
     )
 
 
@@ -136,4 +142,54 @@ def _durable_fronts(world: World) -> Problem | None:
     if len(running) != state.durable.num_wanted:
         wanted = state.durable.num_wanted
         return Problem(11, "durable fronts are as wanted", f"{running} run, {wanted} are wanted")
+    return None
+
+
+def _gateways(world: World) -> Problem | None:
+    """All of each runs, each on a machine of its own where they have some."""
+    assert world.controller is not None
+    state = world.controller.state
+    assert state is not None
+    missing = [name for name in state.gateway.processes if name not in world.supervisor.children]
+    if missing:
+        return Problem(11, "gateways are as wanted", f"{missing} do not run")
+    if world.nodes is None:
+        return None
+    hosts = {
+        name: {
+            child.host.name
+            for child in world.supervisor.children.values()
+            if gateway_of_process(child.name) == name
+        }
+        for name in state.gateway.pairs
+    }
+    if any(len(names) != 1 for names in hosts.values()) or len(set().union(*hosts.values())) != len(hosts):
+        return Problem(73, "a node is one gateway's", f"they are on {hosts}")
+    return None
+
+
+def _told_loads(world: World) -> Problem | None:
+    """A router counts nothing against a replica: no slots, and nothing that it says of others' requests."""
+    for router in world.routers.values():
+        for replica in router.replicas.replicas.values() if router.is_alive else ():
+            if load_of(replica):
+                return Problem(
+                    29, "slots come free", f"{router.name} counts {load_of(replica)} at {replica.replica_id}"
+                )
+    return None
+
+
+def _counts(world: World) -> Problem | None:
+    """Without requests as many replicas are wanted as custom metrics ask for, within the bounds."""
+    assert world.controller is not None
+    state = world.controller.state
+    assert state is not None
+    for desired in state.desired(world.controller.host.now_s()):
+        endpoint = state.config.endpoints[desired.name]
+        asked = world.metrics.count_of(endpoint.scaling.metrics)
+        count = min(endpoint.replicas.max, max(endpoint.replicas.min, asked))
+        if endpoint.scaling.metrics and desired.count != count:
+            return Problem(
+                11, "metrics are followed", f"{desired.name}: {desired.count} wanted, {asked} are asked for"
+            )
     return None

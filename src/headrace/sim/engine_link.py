@@ -13,6 +13,7 @@ from headrace.api.messages import EngineCommand, EngineEvent, EngineSpec
 from headrace.replica.engine_client import EngineClient
 from headrace.replica.engine_process import EngineProcess as RealEngineProcess
 from headrace.replica.engine_silence import EngineTimeLimits
+from headrace.replica.kept_memory import KeptMemory
 from headrace.replica.prefix_digest import PrefixDigest
 from headrace.replica.restart import RestartPolicy
 from headrace.sim.engines import EngineBehaviour, EngineProcess
@@ -96,6 +97,7 @@ class EngineLink(EngineClient):
         super().__init__(
             spec, front.name, front.host, on_change, TIME_LIMITS, RestartPolicy(), digest, is_untimely
         )
+        self.kv_memory = KeptMemory(is_wanted=False)  # processes of a simulation have no memory of their own
         self.front = front
         self.weather = weather
         self.behaviour = behaviour

@@ -16,6 +16,7 @@ from headrace.sim.controller import ControllerProcess
 from headrace.sim.front import FrontProcess
 from headrace.sim.machine import Process
 from headrace.sim.network import Connection
+from headrace.sim.node_faults import NodeFaults
 from headrace.sim.scenario import Fault, FaultKind
 
 if TYPE_CHECKING:
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
 
 CALM_LATENCY_S = 0.0003
 STEERING: tuple[Literal["pause", "resume", "promote", "undo"], ...] = ("pause", "resume", "promote", "undo")
-CUTTING: frozenset[FaultKind] = frozenset(
-    {"haproxy killed", "relay killed", "durable front killed", "durable front paused", "link cut"}
-)
-"""What may cut a stream that a durable front has begun: it breaks what the stream goes through."""
 MENDED_AFTER_S = 240.0
 """A version that cannot start is to be taken back by itself; only where there is none before it, the user
 must help: then this long after the faults."""
@@ -68,6 +65,10 @@ class Breaker:
             "notice given": self._give_notice,
             "front refuses": self._refuse_requests,
         }
+        self._acts["system ended"] = world.ending.begin
+        self._acts["metric said"] = world.metrics.say
+        self._nodes = NodeFaults(world)
+        self._acts.update(self._nodes.acts())
 
     def expect(self, faults: Sequence[Fault]) -> None:
         for fault in faults:
@@ -81,6 +82,9 @@ class Breaker:
         world.supervisor.refusals_left = 0
         for process in self._everything():
             process.resume()
+        self._nodes.mend()
+        if world.ending.is_asked:
+            return
         world.timeline.after(MENDED_AFTER_S, self._mend_version, "mend")
         self._wake_all()
 

@@ -15,7 +15,7 @@ from headrace.gateway.completions import Completion
 from headrace.gateway.haproxy_runtime import ServerState
 from headrace.gateway.names import backend_name
 from headrace.gateway.server import Server
-from headrace.sim.http import HttpRequest
+from headrace.sim.http import HttpRequest, public_address
 from headrace.sim.machine import Host, Process, Registry
 from headrace.sim.network import End, Weather, connect
 from headrace.sim.passage import Announcement, Passage, ServerEntry, Verdict
@@ -54,12 +54,15 @@ class HaproxyProcess(Process):
         self._run_dir = run_dir
         self._num_requests = 0
         self._missed_checks = 0
+        self._is_started = False
+        self.is_leaving = False
+        """It takes no more connections, and ends when it has none."""
         self._spoe: End | None = None
         self._log: End | None = None
         self._lines: deque[Completion] = deque(maxlen=MAX_KEPT_LINES)
         self._passages: dict[int, Passage] = {}
         self.servers: dict[str, ServerEntry] = {}
-        self.public = f"public-{gateway}"
+        self.public = public_address(gateway)
         self.internal = internal_address(run_dir, gateway)
         self.relay_address = f"{run_dir}/{gateway}/relay.sock"
 
@@ -67,6 +70,7 @@ class HaproxyProcess(Process):
         self.after(self.random.uniform(0.05, 0.3), self._start, "haproxy start")
 
     def _start(self) -> None:
+        self._is_started = True
         for server in self._disk.servers:
             self.servers[server.path] = ServerEntry(server, is_in_maintenance=False)
         self.listen(self.public)
@@ -78,6 +82,15 @@ class HaproxyProcess(Process):
     def accept(self, address: str, connection: object) -> None:
         assert isinstance(connection, End)
         connection.on_message = lambda request: self._on_request(request, connection)
+
+    def terminate(self) -> None:
+        """SIGUSR1: stop listening, and end when nothing is open."""
+        if self.is_leaving:
+            return
+        self.is_leaving = True
+        self.stop_listening()
+        if not self._is_started or not self._passages:
+            self.exit(0)
 
     # ---- requests
 
@@ -112,11 +125,17 @@ class HaproxyProcess(Process):
         return min(able, key=lambda server: (server.server.is_backup, server.num_open), default=None)
 
     def forget(self, passage: Passage) -> None:
+        """It is over, and its line is written."""
         self._passages.pop(passage.call, None)
+        if self.is_leaving and not self._passages:
+            self.after(0.0, self._end_if_idle, "haproxy ends")
+
+    def _end_if_idle(self) -> None:
+        if not self._passages:
+            self.exit(0)
 
     def log(self, passage: Passage, cause: str, status: int, server: Server | None) -> None:
         """Write the request's line."""
-        self.forget(passage)
         if not passage.is_internal:
             self.closed_clients.discard(passage.request_id)
         name = "relay" if passage.is_relayed else server.name if server is not None else "<NOSRV>"
@@ -136,6 +155,7 @@ class HaproxyProcess(Process):
             self._log.send(line)
         else:
             self._lines.append(line)
+        self.forget(passage)
 
     @property
     def num_open(self) -> int:

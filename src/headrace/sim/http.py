@@ -13,6 +13,11 @@ from headrace.replica.relay_passes import Word
 from headrace.sim.answers import Question
 
 
+def public_address(gateway: str) -> str:
+    """Return where clients find a gateway."""
+    return f"public-{gateway}"
+
+
 class HttpRequest(msgspec.Struct, frozen=True):
     """One generation request. The id is set by the gateway."""
 

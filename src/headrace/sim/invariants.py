@@ -17,6 +17,7 @@ from headrace.control.reconciler import (
     StartReplica,
     StopReplica,
 )
+from headrace.control.system_state import SystemState
 from headrace.gateway.endpoint_state import EndpointState
 from headrace.policy.placement import has_room, load_of
 from headrace.policy.traffic import choose_version, own_wait_s
@@ -170,6 +171,18 @@ def check_actions(actions: Sequence[Action], before: PlanView) -> None:
             )
 
 
+def check_counts(state: SystemState, now_s: float) -> None:
+    """Look at how many replicas are wanted. Raises Violation."""
+    for desired in state.desired(now_s):
+        replicas = state.config.endpoints[desired.name].replicas
+        if not replicas.min <= desired.count <= replicas.max:
+            raise Violation(
+                11,
+                "counts are within their bounds",
+                f"{desired.name}: {desired.count} are wanted, {replicas.min} to {replicas.max} allowed",
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class EndpointView:
     """One endpoint before a turn: what is wanted, and what is true."""
@@ -190,4 +203,13 @@ class PlanView:
     endpoints: dict[str, EndpointView]
 
 
-__all__ = ["CHECKS", "Check", "EndpointView", "PlanView", "Violation", "check", "check_actions"]
+__all__ = [
+    "CHECKS",
+    "Check",
+    "EndpointView",
+    "PlanView",
+    "Violation",
+    "check",
+    "check_actions",
+    "check_counts",
+]

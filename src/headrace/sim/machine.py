@@ -142,6 +142,12 @@ class Process:
         self.registry.listeners[address] = self
         self._addresses.append(address)
 
+    def stop_listening(self) -> None:
+        """Take no more connections, at any of its addresses."""
+        for address in self._addresses:
+            if self.registry.listeners.get(address) is self:
+                del self.registry.listeners[address]
+
     def accept(self, address: str, connection: object) -> None:
         """A connection came to one of its addresses."""
         raise NotImplementedError
@@ -176,9 +182,7 @@ class Process:
             return
         self.is_alive = False
         self._backlog.clear()
-        for address in self._addresses:
-            if self.registry.listeners.get(address) is self:
-                del self.registry.listeners[address]
+        self.stop_listening()
         held, self.held = self.held, {}
         for thing in held:
             thing.owner_died(self)

@@ -25,11 +25,26 @@ class RelayProcess(Process):
         self.internal = internal_address(run_dir, gateway)
         self._address = f"{run_dir}/{gateway}/relay.sock"
         self.passes: dict[_LaterPasses, None] = {}
+        self.is_leaving = False
         self.num_refused = 0
         """Passes that came again because fronts refused them."""
 
     def begin(self) -> None:
-        self.after(self.random.uniform(0.1, 0.5), lambda: self.listen(self._address), "relay start")
+        self.after(self.random.uniform(0.1, 0.5), self._start, "relay start")
+
+    def _start(self) -> None:
+        if not self.is_leaving:
+            self.listen(self._address)
+
+    def terminate(self) -> None:
+        """SIGTERM: take nothing more, and end with the last request."""
+        self.is_leaving = True
+        self.stop_listening()
+        self.end_if_idle()
+
+    def end_if_idle(self) -> None:
+        if self.is_leaving and not self.passes:
+            self.exit(0)
 
     def accept(self, address: str, connection: object) -> None:
         assert isinstance(connection, End)
@@ -123,3 +138,5 @@ class _LaterPasses:
         self._owner.passes.pop(self, None)
         self._drop_far()
         self._client.close()
+        if self._owner.is_leaving:
+            self._owner.after(0.0, self._owner.end_if_idle, "relay ends")

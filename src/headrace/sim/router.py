@@ -27,6 +27,7 @@ from headrace.gateway.haproxy_runtime import HaproxyRefused, HaproxyRuntime, Hap
 from headrace.gateway.membership import Membership
 from headrace.gateway.names import endpoint_of_backend
 from headrace.gateway.outlooks import Outlooks
+from headrace.gateway.placed import localized
 from headrace.gateway.replicas import ReplicaTable
 from headrace.gateway.request_recorder import RequestRecorder
 from headrace.gateway.rounds import RETRY_PERIOD_S
@@ -364,6 +365,7 @@ class RouterProcess(Process):
         return Demand(
             router_id=self.gateway,
             pid=self.pid,
+            node_address=self.spec.node,
             endpoints=self.dispatcher.demand(now_s),
             replicas=replicas,
             tenants=self.dispatcher.tenant_demands(now_s),
@@ -373,10 +375,12 @@ class RouterProcess(Process):
     def _on_word(self, message: object) -> None:
         if isinstance(message, Outlook):
             self.outlooks.take(message.endpoints, self.host.now_s())
-        elif isinstance(message, GatewaySpec) and message != self.spec:
-            self.spec = message
-            self.dispatcher.set_tenants(message.tenants, self.host.now_s())
-            self.membership.set_rules(message.endpoints)
+        elif isinstance(message, GatewaySpec):
+            spec = localized(message, self.spec.run_dir, self.spec.node)
+            if spec != self.spec:
+                self.spec = spec
+                self.dispatcher.set_tenants(spec.tenants, self.host.now_s())
+                self.membership.set_rules(spec.endpoints)
 
     def num_ended(self) -> dict[TerminalState, int]:
         """Requests by end, of all endpoints."""

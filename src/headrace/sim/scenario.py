@@ -1,7 +1,7 @@
 """What one seed means: a config, clients, and faults, all drawn before anything runs.
 
-Owns the draw. A scenario is plain data, so that a failing one can be run again with parts left out. Must not
-know the world in which it happens.
+Owns what every world has; `draws` adds what some have. A scenario is plain data, so that a failing one can be
+run again with parts left out. Must not know the world in which it happens.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ FaultKind = Literal[
     "durable front killed",
     "durable front paused",
     "front refuses",
+    "gateway lost",
+    "gateway drained",
+    "system ended",
+    "metric said",
 ]
 WEIGHTS: dict[FaultKind, int] = {
     "engine killed": 6,
@@ -92,6 +96,18 @@ PAUSES = frozenset(
         "durable front paused",
     }
 )
+ENDING_NOTHING: frozenset[FaultKind] = frozenset(
+    {
+        "system ended",
+        "router paused",
+        "controller killed",
+        "engine killed",
+        "scaled",
+        "reports doubled",
+        "metric said",
+    }
+)
+"""Beside these a stream has no reason to end before its grace is over."""
 CALM_S = 15.0
 """Without faults at the beginning, so that there is something to break."""
 
@@ -128,6 +144,8 @@ class Scenario:
     slower, and so many reports cost a third of a seed's time."""
     start_s: float
     """Mean start of an engine."""
+    node_skews: tuple[float, ...] = ()
+    """Of the machines that gateways are on; empty: they are beside the controller."""
 
     def behaviour(self, model: str) -> EngineBehaviour:
         """What engines of a model do: its name says it."""
@@ -136,8 +154,9 @@ class Scenario:
         return EngineBehaviour(self.start_s, step_factor=2.0 if model.startswith("slow") else 1.0)
 
 
-def draw(seed: int, hours: float = 0.0) -> Scenario:
-    """Return the scenario of a seed. hours: how long it goes on, 0: some minutes."""
+def draw_basis(seed: int, hours: float = 0.0) -> Scenario:
+    """Return the scenario of a seed, without what only some worlds have (`draws`). hours: how long it goes
+    on, 0: some minutes."""
     random = Random(f"scenario {seed}")  # noqa: S311, not a secret
     # Of their own, so that what is drawn beside them stays what it was.
     further = Random(f"further {seed}")  # noqa: S311, not a secret

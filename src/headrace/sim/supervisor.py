@@ -21,12 +21,13 @@ from headrace.api.messages import (
     StopProcess,
 )
 from headrace.fabric.restarts import count_failures, restart_delay_s
-from headrace.fabric.supervisor import CONTROLLER_NAME
+from headrace.fabric.supervisor import CONTROLLER_NAME, CONTROLLER_SILENCE_S, STOP_GRACE_S
 from headrace.sim.machine import Host, Process, Registry
 from headrace.sim.network import End
 from headrace.sim.timeline import Timer
 
 ADDRESS = "supervisor.sock"
+WATCH_INTERVAL_S = 0.25
 Spawn = Callable[[ProcessSpec], Process]
 """Makes and starts a process. Raises OSError if it cannot be started."""
 
@@ -43,6 +44,10 @@ class SupervisorProcess(Process):
         self._controller_started_s = 0.0
         self.children: dict[str, Process] = {}
         self.num_started = 0
+        self.is_stopping = False
+        self.has_stopped_alone = False
+        """It ended all by itself, since its controller was away or said nothing."""
+        self._last_word_s = 0.0
         self.refusals_left = 0
         """Starts that fail, as on a machine without memory."""
         self.listen(ADDRESS)
@@ -55,27 +60,68 @@ class SupervisorProcess(Process):
         end = connection
         self._ends[end] = None
         end.on_message = lambda command: self._on_command(end, command)
-        end.on_close = lambda: self._ends.pop(end, None)
+        end.on_close = lambda: self._on_closed(end)
+
+    def _on_closed(self, end: End) -> None:
+        self._ends.pop(end, None)
+
+    def stop(self) -> None:
+        """SIGTERM: let the controller drain everything and end."""
+        if self.is_stopping:
+            return
+        self.is_stopping, self._last_word_s = True, self.timeline.now_s
+        controller = self.children.get(CONTROLLER_NAME)
+        if controller is None:
+            self._stop_all()
+        else:
+            controller.run(controller.terminate)
+            self._watch_controller()
+
+    def _watch_controller(self) -> None:
+        if CONTROLLER_NAME not in self.children:
+            return
+        if self.timeline.now_s - self._last_word_s > CONTROLLER_SILENCE_S:
+            self._stop_all()
+        else:
+            self.after(WATCH_INTERVAL_S, self._watch_controller, "supervisor watch")
+
+    def _stop_all(self, *, is_alone: bool = True) -> None:
+        """Stop everything without the controller. is_alone: it has not drained."""
+        self.has_stopped_alone = self.has_stopped_alone or is_alone
+        self.is_stopping = True
+        for name, child in list(self.children.items()):
+            if name == CONTROLLER_NAME:
+                child.kill()
+            else:
+                self._stop_child(name, STOP_GRACE_S)
 
     def _start_controller(self) -> None:
+        if self.is_stopping:
+            return
         self._controller_started_s = self.timeline.now_s
         self._start(ProcessSpec(CONTROLLER_NAME, []))
 
     def _on_command(self, end: End, command: LauncherCommand) -> None:
+        self._last_word_s = self.timeline.now_s
         match command:
             case StartProcess(spec):
-                if spec.name in self.children:
-                    end.send(LauncherError(spec.name, "a process of this name is running"))
-                elif self.refusals_left > 0:
-                    self.refusals_left -= 1
-                    end.send(LauncherError(spec.name, "cannot be started: no memory"))
-                else:
-                    end.send(ProcessStarted(self._state(self._start(spec))))
+                self._on_start(end, spec)
             case StopProcess(name, grace_s):
                 if name == CONTROLLER_NAME or not self._stop_child(name, grace_s):
                     end.send(LauncherError(name, "no such process"))
             case ListProcesses():
                 end.send(Processes([self._state(child) for child in self.children.values()]))
+
+    def _on_start(self, end: End, spec: ProcessSpec) -> None:
+        if self.is_stopping:
+            end.send(LauncherError(spec.name, "the system is stopping"))
+        elif spec.name in self.children:
+            end.send(LauncherError(spec.name, "a process of this name is running"))
+        elif self.refusals_left > 0:
+            self.refusals_left -= 1
+            end.send(LauncherError(spec.name, "cannot be started: no memory"))
+        else:
+            end.send(ProcessStarted(self._state(self._start(spec))))
 
     def _start(self, spec: ProcessSpec) -> Process:
         self.num_started += 1
@@ -105,7 +151,8 @@ class SupervisorProcess(Process):
             delay_s = self.random.uniform(0.01, 3.0)  # another machine's end is heard of late
         self.after(delay_s, lambda: self._reap(child, code), "supervisor reaps")
 
-    def _reap(self, child: Process, code: int) -> None:
+    def _reap(self, child: Process, code: int | None, last_output: str = "") -> None:
+        """code: None, nobody saw it end: what held it is gone."""
         if self.children.get(child.name) is not child:
             return
         del self.children[child.name]
@@ -113,10 +160,12 @@ class SupervisorProcess(Process):
         pending = self._kills.pop(child.name, None)
         if pending is not None:
             pending[1].cancel()
-        state = ProcessState(child.name, child.pid, is_alive=False, exit_code=code)
+        state = ProcessState(child.name, child.pid, False, code, last_output)
         for end in self._ends:
             end.send(ProcessEnded(state))
-        if child.name == CONTROLLER_NAME:
+        if child.name == CONTROLLER_NAME and (self.is_stopping or code == 0):
+            self._stop_all(is_alone=code != 0)
+        elif child.name == CONTROLLER_NAME:
             lived_s = self.timeline.now_s - self._controller_started_s
             self._controller_failures = count_failures(self._controller_failures, lived_s)
             self.after(

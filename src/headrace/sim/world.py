@@ -18,16 +18,22 @@ from headrace.control.fleet import Slot
 from headrace.control.reconciler import Action, StopReplica
 from headrace.control.specs import gateway_ids, gateway_specs
 from headrace.control.system_state import SystemState
+from headrace.gateway.placed import localized
 from headrace.sim.clients import Crowd
+from headrace.sim.cluster_supervisor import ClusterSupervisor, gateway_of_process
 from headrace.sim.controller import ControllerProcess, RunDirectory
 from headrace.sim.convergence import miscounted, unsettled
+from headrace.sim.cuts import cut_without_cause
 from headrace.sim.durable_front import DurableFrontProcess
-from headrace.sim.faults import CUTTING, Breaker
+from headrace.sim.ending import Ending
+from headrace.sim.faults import Breaker
 from headrace.sim.front import FrontProcess
 from headrace.sim.front_base import ServingFront
+from headrace.sim.gateway_nodes import GatewayNodes, Node
 from headrace.sim.haproxy import ConfigOnDisk, HaproxyProcess
-from headrace.sim.invariants import EndpointView, PlanView, Violation, check, check_actions
+from headrace.sim.invariants import EndpointView, PlanView, Violation, check, check_actions, check_counts
 from headrace.sim.machine import Host, Process, Registry
+from headrace.sim.metric_sources import MetricSources
 from headrace.sim.network import Weather
 from headrace.sim.relay import RelayProcess
 from headrace.sim.router import RouterProcess
@@ -71,23 +77,30 @@ class World:
         self.registry = Registry(self.timeline, check)
         names = ["control", *(f"node-{number}" for number in range(scenario.num_hosts))]
         self.hosts = [Host(self.timeline, n, skew) for n, skew in zip(names, scenario.skews, strict=True)]
-        self.run_directory = RunDirectory(RUN_DIR, scenario.config)
+        self.metrics = MetricSources(scenario.config, self.hosts[0])
+        self.run_directory = RunDirectory(RUN_DIR, scenario.config, self.metrics)
         gateways = gateway_ids(scenario.config)
-        self.disks = {gateway: ConfigOnDisk() for gateway in gateways}
+        self.nodes = (
+            GatewayNodes(self.timeline, scenario.node_skews, self.hosts) if scenario.node_skews else None
+        )
+        """Machines that gateways are on; None: they are beside the controller."""
+        self._disks: dict[tuple[str, int], ConfigOnDisk] = {}
+        """By gateway and its placement."""
         self.haproxies: dict[str, HaproxyProcess] = {}
         self.routers: dict[str, RouterProcess] = {}
         self.fronts: dict[str, FrontProcess] = {}
         self.controller: ControllerProcess | None = None
         self.history: deque[str] = deque(maxlen=HISTORY)
-        self.supervisor = SupervisorProcess(self.registry, self.hosts[0], self._spawn)
+        self.supervisor = self._make_supervisor()
         self.crowd = Crowd(
             self.registry,
             self.hosts[0],
             self.weather,
             lambda name: scenario.config.endpoints[name].engine,
             gateways,
-            self._why_not_cut,
+            lambda client: cut_without_cause(self, client),
         )
+        self.ending = Ending(self)
         self.breaker = Breaker(self)
         self.all_fronts: list[FrontProcess] = []
         """Also those that are gone."""
@@ -95,8 +108,8 @@ class World:
         self.all_durable: list[DurableFrontProcess] = []
         self.relays: dict[str, RelayProcess] = {}
         self.all_routers: list[RouterProcess] = []
-        self._stopped_fronts: set[str] = set()
-        """Durable fronts that were told to leave: those end what they cannot finish in their grace."""
+        self.stopped_fronts: set[str] = set()
+        """Fronts that were told to leave: those end what they cannot finish in their grace."""
 
     # ---- running
 
@@ -109,7 +122,7 @@ class World:
         try:
             self._run_until(scenario.ends_s)
             self.breaker.mend()
-            converged_s = self._converge()
+            converged_s = self._end() if self.ending.is_asked else self._converge()
         except Violation as found:
             violation = found
         except AssertionError as error:
@@ -151,52 +164,86 @@ class World:
             if elapsed_s > CONVERGES_WITHIN_S:
                 raise Violation(problem.number, f"convergence: {problem.name}", problem.message)
 
+    def _end(self) -> float:
+        """Run on until the system that was told to end has ended. Raises Violation if something is wrong."""
+        began_s = self.timeline.now_s
+        while not self.ending.is_over:
+            self._run_until(self.timeline.now_s + LOOK_EVERY_S)
+        problem = self.ending.problem()
+        if problem is not None:
+            raise problem
+        if miscount := miscounted(self):
+            raise Violation(miscount.number, miscount.name, miscount.message)
+        return self.timeline.now_s - began_s
+
     def note(self, text: str) -> None:
         """Remember what happened, for people."""
         self.history.append(f"{self.timeline.now_s:9.3f} {text}")
 
     # ---- processes
 
+    def _make_supervisor(self) -> SupervisorProcess:
+        control = self.hosts[0]
+        if self.nodes is None:
+            return SupervisorProcess(self.registry, control, self._spawn)
+        return ClusterSupervisor(self.registry, control, self._spawn, self.nodes)
+
+    def lose_node(self, node: Node, noticed_after_s: float) -> int:
+        """Let a gateway's machine go. Return how many processes were on it."""
+        assert isinstance(self.supervisor, ClusterSupervisor)
+        return self.supervisor.lose_node(node, noticed_after_s)
+
+    def _place_of(self, gateway: str) -> tuple[Host, ConfigOnDisk]:
+        """Where a gateway is, and what was written there for it."""
+        host, number = self.hosts[0], 0
+        if self.nodes is not None:
+            placement = self.nodes.placements[gateway]
+            host, number = placement.host, placement.number
+        return host, self._disks.setdefault((gateway, number), ConfigOnDisk())
+
     def _spawn(self, spec: ProcessSpec) -> Process:
+        self.ending.judge_start(spec.name)
         process = self._make(spec)
         self.note(f"start {spec.name} (pid {process.pid}) on {process.host.name}")
         return process
 
     def _make(self, spec: ProcessSpec) -> Process:
-        kind, _, gateway = spec.name.partition("-")
-        control = self.hosts[0]
+        kind, gateway = spec.name.partition("-")[0], gateway_of_process(spec.name)
         if spec.argv:
             front = msgspec.json.decode(spec.argv[-1], type=ReplicaSpec)
             return self._make_durable(front) if front.gateway_id else self._make_front(front)
         if kind == "router":
             return self._make_router(gateway)
         if kind == "haproxy":
-            haproxy = HaproxyProcess(
-                self.registry, control, gateway, RUN_DIR, self.weather, self.disks[gateway]
-            )
+            host, disk = self._place_of(gateway)
+            haproxy = HaproxyProcess(self.registry, host, gateway, RUN_DIR, self.weather, disk)
             self.haproxies[gateway] = haproxy
             haproxy.begin()
             return haproxy
         if kind == "relay":
-            relay = RelayProcess(self.registry, control, gateway, RUN_DIR, self.weather)
+            host, _ = self._place_of(gateway)
+            relay = RelayProcess(self.registry, host, gateway, RUN_DIR, self.weather)
             self.relays[gateway] = relay
             relay.begin()
             return relay
         self.controller = ControllerProcess(
-            self.registry, control, self.run_directory, self.weather, self._answers, self._plan, self.note
+            self.registry,
+            self.hosts[0],
+            self.run_directory,
+            self.weather,
+            self._answers,
+            self._plan,
+            self.note,
         )
         self.controller.begin()
         return self.controller
 
     def _make_router(self, gateway: str) -> RouterProcess:
         spec = gateway_specs(self.run_directory.config, Path(RUN_DIR))[gateway]
+        host, disk = self._place_of(gateway)
+        spec = localized(spec, RUN_DIR, host.name)
         router = RouterProcess(
-            self.registry,
-            self.hosts[0],
-            spec,
-            self.weather,
-            self.disks[gateway],
-            lambda: self.haproxies.get(gateway),
+            self.registry, host, spec, self.weather, disk, lambda: self.haproxies.get(gateway)
         )
         self.routers[gateway] = router
         self.all_routers.append(router)
@@ -216,23 +263,18 @@ class World:
 
     def _make_durable(self, spec: ReplicaSpec) -> DurableFrontProcess:
         interval_s = self.scenario.busy_interval_s
-        front = DurableFrontProcess(self.registry, self.hosts[0], spec, self.weather, interval_s)
+        host, _ = self._place_of(spec.gateway_id)
+        front = DurableFrontProcess(self.registry, host, spec, self.weather, interval_s)
         self.durable[spec.replica_id] = front
         self.all_durable.append(front)
-        self._stopped_fronts.discard(spec.replica_id)
+        self.stopped_fronts.discard(spec.replica_id)
         front.begin()
         return front
 
-    def _why_not_cut(self, front_id: str) -> str:
-        """Say why a stream of this front cannot have been cut; empty: it may have been."""
-        if front_id not in self.durable or front_id in self._stopped_fronts:
-            return ""
-        if any(self.breaker.counts[kind] for kind in CUTTING):
-            return ""
-        return f"its stream from {front_id} was cut, and only replicas were lost"
-
     def _answers(self, name: str) -> bool:
         process = self.supervisor.children.get(name)
+        if isinstance(process, HaproxyProcess) and process.is_leaving:
+            return False  # it does not listen
         return process is not None and process.is_alive and not process.is_paused
 
     # ---- the controller's decisions
@@ -247,10 +289,11 @@ class World:
             for slots in (state.fleet.of(name),)
         }
         actions = state.plan(now_s)
+        check_counts(state, now_s)
         for action in actions:
             self.note(f"controller: {type(action).__name__} {action.replica_id}: {action.reason}")
             if isinstance(action, StopReplica) and not action.is_failure:
-                self._stopped_fronts.add(action.replica_id)
+                self.stopped_fronts.add(action.replica_id)
         if actions:
             views = {}
             for desired in state.desired(now_s):
