@@ -22,6 +22,7 @@ from headrace.bench.load import LoadSpec
 from headrace.clock import SystemClock
 from headrace.engine.channel import FrontChannel
 from headrace.engine.fused_sampling import load_fused_sampling
+from headrace.engine.kv_file import KvFile
 from headrace.engine.native import NativeEngine
 from headrace.engine.protocol import StepInput
 from headrace.engine.sampler import Sampler
@@ -55,6 +56,7 @@ class CannedRunner:
     architecture = path = "canned"
     vocab_size, block_size = VOCAB_SIZE, BLOCK_SIZE
     eos_token_ids: frozenset[int] = frozenset()
+    kv_file: KvFile | None = None
 
     def __init__(self, max_context_tokens: int) -> None:
         self.max_context_tokens = max_context_tokens

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
+import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -160,7 +163,16 @@ def measure_storm(config: dict[str, Any], num_streams: int, duration_s: float) -
         storm.outcomes, storm.wrong = load.outcomes(), load.wrong()
         storm.gaps_s = sorted(result.longest_gap_s for result in load.results)
         storm.kill_gaps_s = sorted(_kill_gaps_s(storm, load.results))
+        if storm.wrong:
+            _keep_logs(system, storm)
     return storm
+
+
+def _keep_logs(system: System, storm: Storm) -> None:
+    """Copy what the processes said out of the run directory: it goes with the system."""
+    kept = tempfile.mkdtemp(prefix="headrace-survive-")
+    shutil.copytree(system.run_directory / "logs", kept, dirs_exist_ok=True)
+    print("\n".join([*storm.wrong, f"the system's logs are kept in {kept}"]), file=sys.stderr)
 
 
 def kill_engine(system: System, storm: Storm) -> None:

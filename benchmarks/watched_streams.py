@@ -69,6 +69,8 @@ class StreamResult:
     """When each text came."""
     replica_id: str = ""
     """Whose front answers."""
+    request_id: str = ""
+    """As the request log has it."""
 
     def gap_after_s(self, moment_s: float) -> float | None:
         """Return the time from a moment to the next text. None: none came any more."""
@@ -101,6 +103,7 @@ async def ask(
         async with client.stream("POST", f"{url}/chat/completions", json=request.body()) as answer:
             result.status = answer.status_code
             result.replica_id = answer.headers.get("x-headrace-replica", "")
+            result.request_id = answer.headers.get("x-request-id", "")
             if answer.status_code != 200:
                 result.error = (await answer.aread()).decode(errors="replace")[:300]
                 return result
@@ -210,7 +213,8 @@ class SteadyLoad:
     def wrong(self) -> list[str]:
         """Return a line for each stream that was not the same."""
         return [
-            f"request {result.ask.number}: {outcome}: {result.status} {result.error or result.text[-80:]!r}"
+            f"request {result.ask.number} ({result.request_id}): {outcome}: {result.status} "
+            f"{result.error or result.text[-80:]!r}"
             for result in self.results
             if (outcome := result.outcome(self._right[result.ask.number])) != "same"
         ]
