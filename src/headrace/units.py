@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+PAGE_BYTES = 4096
 KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
@@ -24,3 +25,8 @@ def format_seconds(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def whole_pages(num_bytes: int) -> int:
+    """Return bytes rounded up to pages of memory."""
+    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES

@@ -78,6 +78,7 @@ class Fronts:
                         report.num_open + report.num_guests,
                         report.max_open,
                         report.leave_by_s,
+                        kv_place=report.kv_place,
                     )
                 )
         for replica_id, controller in self.controllers.items():

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import msgspec
@@ -83,12 +83,14 @@ class EngineUnderTest:
 
 
 @contextmanager
-def start_engine(spec: EngineSpec | str, *arguments: str) -> Iterator[EngineUnderTest]:
+def start_engine(
+    spec: EngineSpec | str, *arguments: str, pass_fds: Sequence[int] = ()
+) -> Iterator[EngineUnderTest]:
     ours, theirs = socket.socketpair()
     text = spec if isinstance(spec, str) else msgspec.json.encode(spec).decode()
     process = subprocess.Popen(
         [sys.executable, "-m", "headrace.engine", "--fd", str(theirs.fileno()), "--spec", text, *arguments],
-        pass_fds=[theirs.fileno()],
+        pass_fds=[theirs.fileno(), *pass_fds],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         stderr=subprocess.PIPE,
     )

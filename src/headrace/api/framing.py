@@ -5,6 +5,7 @@ Must not know: sockets, or which messages a channel carries.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +17,8 @@ MessageT = TypeVar("MessageT")
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 FRAME_HEADER_BYTES = 4
 _encoder = msgspec.msgpack.Encoder()
+_building = threading.Lock()
+"""Threads that make decoders of the same structs at once, for the first time, can crash (msgspec 0.22)."""
 
 
 def encode_frame(message: Any) -> bytes:
@@ -33,7 +36,8 @@ class FrameDecoder(Generic[MessageT]):
     """
 
     def __init__(self, message_type: Any, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
-        self._decoder = msgspec.msgpack.Decoder(message_type)
+        with _building:
+            self._decoder = msgspec.msgpack.Decoder(message_type)
         self._max_frame_bytes = max_frame_bytes
         self._buffer = bytearray()
 

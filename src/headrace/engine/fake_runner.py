@@ -15,6 +15,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
+from headrace.engine.kv_file import KvFile, KvLayout, identity_of
 from headrace.engine.protocol import StepInput
 
 
@@ -42,7 +43,9 @@ class FakeRunner:
         vocab_size: int = 61,
         max_context_tokens: int = 4096,
         eos_token_ids: frozenset[int] = frozenset({0}),
+        kv_descriptor: int = -1,
     ) -> None:
+        """kv_descriptor: a file in which the slots are to outlive this runner; negative: none."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.vocab_size = vocab_size
@@ -51,6 +54,10 @@ class FakeRunner:
         self.poison_token = -1
         """A context that holds this token gives NaN logits."""
         self.num_computed_tokens = 0
+        self.kv_file: KvFile | None = None
+        if kv_descriptor >= 0:
+            layout = KvLayout(identity_of(["fake", block_size]), num_blocks, 2, block_size * 8)
+            self.kv_file = KvFile(kv_descriptor, layout)
         self.sleep_level = 0
         self.wake_error: Exception | None = None
         """Raised by the next wake."""
@@ -63,12 +70,21 @@ class FakeRunner:
         """Forget all slots; a step would break."""
         self.sleep_level = level
         self._slot_tokens = self._slot_positions = np.empty(0, np.int64)
+        if self.kv_file is not None:
+            self.kv_file.close()
 
     def wake(self) -> None:
         """Have empty slots again."""
         if self.wake_error is not None:
             error, self.wake_error = self.wake_error, None
             raise error
+        if self.kv_file is not None:
+            if self.sleep_level:
+                self.kv_file.open()
+            self._slot_tokens = np.frombuffer(self.kv_file.layer(0), np.int64)
+            self._slot_positions = np.frombuffer(self.kv_file.layer(1), np.int64)
+            self.sleep_level = 0
+            return
         self.sleep_level = 0
         self._slot_tokens = np.full(self.num_blocks * self.block_size, -1, np.int64)
         self._slot_positions = np.full(self.num_blocks * self.block_size, -1, np.int64)

@@ -32,12 +32,13 @@ def longest_context(spec: EngineSpec, h: Hyperparameters) -> int:
     return min(spec.max_context_tokens or h.context_length, h.context_length)
 
 
-def plan_kv_blocks(spec: EngineSpec, h: Hyperparameters, bytes_per_token: int) -> int:
+def plan_kv_blocks(spec: EngineSpec, h: Hyperparameters, bytes_per_token: int, held_bytes: int = 0) -> int:
     """Decide the number of KV blocks for `spec` on this machine. Raises ConfigError when it cannot fit.
 
     On standby, what was asked for need not be free yet: it is taken, and looked for, when the engine wakes.
+    held_bytes: what it has from the engine before it.
     """
-    free_bytes = free_memory_bytes()
+    free_bytes = free_memory_bytes() + held_bytes
     if spec.is_standby:
         free_bytes = max(free_bytes, spec.kv_cache_bytes)
     return choose_num_blocks(spec, h.context_length, bytes_per_token, free_bytes)

@@ -16,12 +16,14 @@ from headrace.api.messages import (
     EngineReady,
     EngineSpec,
     GenerationRequest,
+    KvPlace,
     StepBatch,
     StepOutput,
 )
 from headrace.clock import Clock
 from headrace.engine.grammar_queue import GrammarQueue
 from headrace.engine.kv_cache.block_pool import BlockPool
+from headrace.engine.kv_import import import_prefix
 from headrace.engine.prompt_budget import Streams, prompt_budget
 from headrace.engine.protocol import ModelRunner, StepInput
 from headrace.engine.request import EngineRequest, check_request
@@ -58,7 +60,10 @@ class NativeEngine:
         if spec.max_context_tokens:
             self._max_context_tokens = min(self._max_context_tokens, spec.max_context_tokens)
         self._scheduler = Scheduler(
-            BlockPool(runner.num_blocks), runner.block_size, spec.max_running, spec.token_budget
+            BlockPool(runner.num_blocks, runner.kv_file),
+            runner.block_size,
+            spec.max_running,
+            spec.token_budget,
         )
         self._builder = StepInputBuilder(runner.block_size, spec.token_budget, spec.max_running)
         self._sampler = sampler or Sampler()
@@ -67,6 +72,7 @@ class NativeEngine:
         self._arrivals = count()
         self._steps = 0
         self._step_s = 0.0
+        self._num_imported_tokens = 0
         self._work = WorkAccount(clock.now_ns())
         self._sleep_level = 0
 
@@ -95,17 +101,20 @@ class NativeEngine:
         """Compute one step before anyone waits for it. Raises ModelError if its logits are not finite."""
         num_tokens = min(self._runner.block_size, self._spec.token_budget)
         places = np.arange(num_tokens, dtype=np.int32)
+        pool = self._scheduler.pool
+        block = pool.allocate()
         logits_SV = self._runner.execute(
             StepInput(
                 token_ids_T=np.zeros(num_tokens, np.int32),
                 positions_T=places,
-                slots_T=places,
+                slots_T=places + block * self._runner.block_size,
                 query_starts=np.array([0, num_tokens], np.int32),
                 context_lengths_R=np.array([num_tokens], np.int32),
-                block_tables=[[0]],
+                block_tables=[[block]],
                 sampled_rows_S=places[-1:],
             )
         )
+        pool.release([block])
         if not bool(logits_SV.isfinite().all()):
             raise ModelError(
                 "the model's first step gave logits that are not finite; its file is damaged, or its numbers "
@@ -128,6 +137,7 @@ class NativeEngine:
         accepted = EngineRequest(
             request, next(self._arrivals), self._runner.eos_token_ids, self._max_context_tokens
         )
+        self._import_prefix(accepted, request.kv_place)
         if grammars is not None and request.grammar:
             grammars.add(accepted, request.grammar, self._clock.now_s())
         else:
@@ -164,6 +174,14 @@ class NativeEngine:
         if self._speculator is not None:
             self._speculator.observe(verified)
         return StepBatch(failures + outputs, self.load(), self._scheduler.pool.take_forgotten())
+
+    def _import_prefix(self, request: EngineRequest, place: KvPlace | None) -> None:
+        """Have what another engine computed of it, as far as it can be had: the scheduler finds it cached."""
+        file = self._runner.kv_file
+        if place is not None and file is not None:
+            hashes = self._scheduler.prefix_hashes(request)
+            num_blocks = import_prefix(place, hashes, self._scheduler.pool, file)
+            self._num_imported_tokens += num_blocks * self._runner.block_size
 
     def _prompt_budget(self, streams: Streams) -> int:
         return prompt_budget(self._work.fit.coefficients, streams, self._spec.token_budget)
@@ -210,6 +228,7 @@ class NativeEngine:
             idle_ns=work.idle_ns,
             step_model=work.fit.model,
             sleep_level=self._sleep_level,
+            num_imported_tokens=self._num_imported_tokens,
         )
 
     def sleep(self, level: Literal[1, 2]) -> list[bytes]:

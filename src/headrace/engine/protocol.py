@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.api.messages import EngineLoad, EngineReady, GenerationRequest, StepBatch
+from headrace.engine.kv_file import KvFile
 
 Int32Array = NDArray[np.int32]
 
@@ -105,6 +106,8 @@ class ModelRunner(Protocol):
     architecture: str
     path: str
     """Which arithmetic runs, for people: `bfloat16 mkldnn, 2 threads`."""
+    kv_file: KvFile | None
+    """Where its keys and values outlive it; None: they end with it."""
 
     def execute(self, batch: StepInput) -> Any:
         """Compute one step, writing keys and values into their slots.

@@ -7,13 +7,15 @@ sockets or processes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from headrace import __version__
 from headrace.api.messages import EngineSpec
+from headrace.engine.kv_file import KvFile, KvLayout, held_bytes, identity_of
 from headrace.engine.kv_memory import does_not_fit, free_memory_bytes, longest_context, plan_kv_blocks
 from headrace.engine.model_files.metadata import Hyperparameters, ModelMetadata, read_metadata
 from headrace.engine.model_files.resolve import ModelFiles
@@ -21,7 +23,7 @@ from headrace.engine.models.decoder import Decoder
 from headrace.engine.operations.exchange import Exchange
 from headrace.engine.operations.interface import Operations
 from headrace.engine.operations.kernels import Team
-from headrace.engine.operations.memory import give_back
+from headrace.engine.operations.memory import LayerMemory, give_back, own_memory
 from headrace.engine.operations.select import select_operations
 from headrace.engine.operations.shard import num_kv_heads_of_all
 from headrace.engine.protocol import StepInput
@@ -59,8 +61,10 @@ class DecoderRunner:
         operations: Operations,
         on_phase: Callable[[str], None] = lambda _phase: None,
         seat: Seat | None = None,
+        kv_traits: Sequence[Any] = (),
     ) -> None:
-        """With `seat`, one rank of spec.tensor_parallel."""
+        """With `seat`, one rank of spec.tensor_parallel. `kv_traits`: what decides the content of KV memory,
+        apart from its sizes, where it is to outlive the engine (spec.kv_descriptor)."""
         h = metadata.hyperparameters
         self.vocab_size = h.vocab_size
         self.block_size = spec.block_size
@@ -69,7 +73,7 @@ class DecoderRunner:
 
         def plan() -> int:
             all_bytes = block_bytes * num_kv_heads // operations.num_kv_heads(h)
-            return plan_kv_blocks(spec, h, -(-all_bytes // spec.block_size))
+            return plan_kv_blocks(spec, h, -(-all_bytes // spec.block_size), held_bytes(spec.kv_descriptor))
 
         self.num_blocks = plan() if seat is None else seat.agree_on_blocks(plan)
         self._kv_bytes = self.num_blocks * block_bytes
@@ -82,8 +86,15 @@ class DecoderRunner:
         self._load_decoder = load_decoder
         self._decoder: Decoder | None = load_decoder()
         on_phase("allocating KV memory")
+        self.kv_file: KvFile | None = None
+        """Where keys and values outlive the engine; None: they end with it."""
         try:
-            self._caches = self._decoder.new_kv_caches(self.num_blocks, self.block_size)
+            if spec.kv_descriptor >= 0:
+                layer_block_bytes = block_bytes // h.num_layers
+                identity = identity_of([*kv_traits, spec.block_size, h.num_layers, layer_block_bytes])
+                layout = KvLayout(identity, self.num_blocks, h.num_layers, layer_block_bytes)
+                self.kv_file = KvFile(spec.kv_descriptor, layout)
+            self._caches = self._new_caches(self._decoder)
         except MemoryError as error:  # a limit that free memory does not show, such as ulimit -v
             raise does_not_fit(self._kv_bytes, free_memory_bytes(), block_bytes) from error
 
@@ -104,6 +115,8 @@ class DecoderRunner:
     def sleep(self, level: Literal[1, 2]) -> None:
         """Give memory back to the system: 1: of keys and values, whose content is lost; 2: and of weights."""
         self._caches = []
+        if self.kv_file is not None:
+            self.kv_file.close()
         if level == 2:
             self._decoder = None
         give_back()
@@ -113,8 +126,15 @@ class DecoderRunner:
         """Take the memory again. Raises OutOfMemory, and what loading raises; then it sleeps as before."""
         check_free(self._kv_bytes, "keys and values")
         decoder = self._decoder or self._load_decoder()
-        self._caches = decoder.new_kv_caches(self.num_blocks, self.block_size)
+        if self.kv_file is not None:
+            self.kv_file.open()
+        self._caches = self._new_caches(decoder)
         self._decoder = decoder
+
+    def _new_caches(self, decoder: Decoder) -> list[Tensor]:
+        file = self.kv_file
+        memory: LayerMemory = own_memory if file is None else lambda layer, _num_bytes: file.layer(layer)
+        return decoder.new_kv_caches(self.num_blocks, self.block_size, memory)
 
 
 def load_runner(
@@ -148,5 +168,6 @@ def load_runner(
         on_phase("loading weights")
         return Decoder(h.num_layers, operations.load(h, tensors, longest_context(spec, h)))
 
+    kv_traits = (__version__, operations.kv_content, stamps)
     with torch.inference_mode():
-        return DecoderRunner(metadata, load_decoder, spec, operations, on_phase, seat)
+        return DecoderRunner(metadata, load_decoder, spec, operations, on_phase, seat, kv_traits)

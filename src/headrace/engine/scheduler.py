@@ -15,7 +15,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from headrace.engine.kv_cache.block_pool import BlockPool
-from headrace.engine.kv_cache.prefix_cache import extend_hashes
+from headrace.engine.kv_cache.prefix_cache import BlockHash, extend_hashes
 from headrace.engine.prompt_budget import Streams
 from headrace.engine.request import EngineRequest
 
@@ -220,6 +220,13 @@ class Scheduler:
         self.pool.release(request.block_table[num_needed:])
         del request.block_table[num_needed:]
 
+    def prefix_hashes(self, request: EngineRequest) -> list[BlockHash]:
+        """Return the hashes of the blocks that a request need not compute if they are cached. The last token
+        is always computed: its logits are needed."""
+        num_useful = (len(request.token_ids) - 1) >> self._block_shift
+        self._extend_hashes(request, num_useful)
+        return request.block_hashes[:num_useful]
+
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens to compute until every request here decodes; what the cache will spare counts, too."""
@@ -304,10 +311,8 @@ class Scheduler:
         return max(1, self._num_blocks(len(request.token_ids) + 1) - len(request.block_table))
 
     def _find_cached(self, request: EngineRequest) -> list[int]:
-        """Return cached blocks of its prefix. The last token is always computed: its logits are needed."""
-        num_useful = (len(request.token_ids) - 1) >> self._block_shift
-        self._extend_hashes(request, num_useful)
-        return self.pool.find_prefix(request.block_hashes[:num_useful])
+        """Return cached blocks of its prefix."""
+        return self.pool.find_prefix(self.prefix_hashes(request))
 
     def _start(self, request: EngineRequest, cached: list[int]) -> None:
         request.num_admissions += 1

@@ -128,6 +128,11 @@ class FrontMetrics:
             ("engine_restarts", "Engine processes started after a death", self.num_engine_restarts),
             ("engine_preemptions", "Preemptions in this engine process", load.num_preemptions),
             ("engine_steps", "Steps of this engine process", load.steps),
+            (
+                "engine_imported_tokens",
+                "Tokens whose keys and values this engine process copied from another's memory",
+                load.num_imported_tokens,
+            ),
             ("request_engine_seconds", "Engine time measured for ended requests", self.engine_s),
             ("engine_busy_seconds", "Time in which this engine had requests", load.busy_ns * 1e-9),
             ("engine_idle_seconds", "Time in which it had none", load.idle_ns * 1e-9),

@@ -10,11 +10,11 @@ from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
-from headrace.api.messages import GenerationRequest, StepOutput
+from headrace.api.messages import GenerationRequest, KvPlace, StepOutput
 from headrace.errors import RequestError
 from headrace.observability.front_metrics import ResumeCause
 from headrace.policy.resumption import SUSPECT_CRASHES, Stranded
-from headrace.replica.engine_client import EngineStream
+from headrace.replica.engine_users import EngineStream
 
 
 @runtime_checkable
@@ -79,6 +79,7 @@ class CarriedStream:
         "engine_id",
         "gap_from_s",
         "host",
+        "kv_source",
         "lost_reason",
         "num_attempts",
         "num_crashes",
@@ -97,6 +98,8 @@ class CarriedStream:
         self.stream_class = stream_class
         self.host: str | None = ""
         self.path = ""
+        self.kv_source: KvPlace | None = None
+        """Where what the engine before computed of it can be read."""
         self.engine_id = stream.request.request_id
         """Its id in the engine that has it."""
         self.num_attempts = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from typing import Literal, Protocol
+from typing import Literal
 
 import msgspec
 
@@ -24,9 +24,9 @@ from headrace.api.messages import (
     EngineSpec,
     EngineStarting,
     GenerationRequest,
+    KvPlace,
     Sleep,
     StepBatch,
-    StepOutput,
     Submit,
     Wake,
 )
@@ -35,48 +35,13 @@ from headrace.errors import Overloaded
 from headrace.replica.aborted_ids import AbortedIds
 from headrace.replica.engine_process import EngineProcess
 from headrace.replica.engine_silence import EngineTimeLimits, SilenceWatch
+from headrace.replica.engine_users import CacheWatcher, EngineStream
+from headrace.replica.kept_memory import KeptMemory, can_keep
 from headrace.replica.restart import START_HOLD_S, START_HOLD_TICK_S, EngineEnd, RestartPolicy
 from headrace.replica.sleep_change import SleepChange, sleep_phase
 
 _log = logging.getLogger(__name__)
 EngineState = Literal["starting", "ready", "asleep", "failed", "stopped"]
-
-
-class EngineStream(Protocol):
-    """One request inside the engine, as its owner sees it."""
-
-    def on_output(self, output: StepOutput, now_s: float) -> bool:
-        """Take what one step gave; say whether it wants to be flushed. After an output with a finish_reason
-        nothing comes any more."""
-        ...
-
-    def flush(self) -> None:
-        """The step's outputs are complete: write what is to be written, once."""
-        ...
-
-    def on_engine_lost(self, reason: str) -> None:
-        """The engine is gone and with it this request; nothing comes any more."""
-        ...
-
-    def on_broken(self) -> None:
-        """`on_output` raised: a bug of ours. End this request without harming others."""
-        ...
-
-
-class CacheWatcher(Protocol):
-    """Who follows the engine's prefix cache. Must not raise."""
-
-    def on_ready(self, block_size: int) -> None:
-        """An engine is ready, its cache empty."""
-        ...
-
-    def on_step(self, batch: StepBatch) -> None: ...
-
-    def on_abort(self, request_id: str) -> None: ...
-
-    def on_lost(self) -> None:
-        """The engine is gone, and its cache with it."""
-        ...
 
 
 class EngineClient:
@@ -103,6 +68,7 @@ class EngineClient:
         self._cache_watcher = cache_watcher
         self._is_untimely = is_untimely
         self._is_sleep_wanted = spec.is_standby
+        self.kv_memory = KeptMemory(can_keep(spec))
         self._streams: dict[str, EngineStream] = {}
         self._aborted = AbortedIds()
         self._process: EngineProcess | None = None
@@ -130,6 +96,11 @@ class EngineClient:
     @property
     def pid(self) -> int:
         return 0 if self._process is None else self._process.pid
+
+    @property
+    def kv_place(self) -> KvPlace | None:
+        """Where its keys and values can be read, now and when it is gone."""
+        return self.kv_memory.place
 
     @property
     def num_requests(self) -> int:
@@ -223,6 +194,7 @@ class EngineClient:
         for task in list(self._tasks):
             await asyncio.wait([task], timeout=grace_s)
         if self._process is None:
+            self.kv_memory.close()
             return
         self._process.send(Drain())
         self._process.terminate()
@@ -255,7 +227,8 @@ class EngineClient:
     async def _run_start(self, process: EngineProcess) -> None:
         try:
             # An engine that is started again is as its replica was: a woken standby stays awake.
-            spec = msgspec.structs.replace(self._spec, is_standby=self._is_sleep_wanted)
+            kv = self.kv_memory.open()
+            spec = msgspec.structs.replace(self._spec, is_standby=self._is_sleep_wanted, kv_descriptor=kv)
             await process.start(spec, self._title)
         except OSError as error:
             if process.pid:
@@ -377,6 +350,9 @@ class EngineClient:
     def on_exit(self, description: str) -> None:
         self._process = None
         self._ended.set()
+        if self._ready_at_s is None or self.state in ("stopped", "failed"):
+            # Also so that no engine breaks again and again on what it begins with.
+            self.kv_memory.close()
         if self.state in ("stopped", "failed"):
             return
         self._ended.clear()
@@ -387,6 +363,7 @@ class EngineClient:
         _log.warning("engine: %s", decision.reason)
         if decision.delay_s is None:
             self._set_state("failed", "", error=error, is_retryable=self._is_retryable_end)
+            self.kv_memory.close()
             return
         self.num_restarts += 1
         self._set_state("starting", "restarting the engine", error=error)

@@ -72,7 +72,7 @@ class EngineProcess(asyncio.Protocol):
                     *("--spec", msgspec.json.encode(spec).decode(), "--title", title),
                 ],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(), *([spec.kv_descriptor] if spec.kv_descriptor >= 0 else [])),
                 process_group=0,
             )
         except OSError:

@@ -30,7 +30,7 @@ from headrace.api.messages import (
 from headrace.errors import Overloaded, ProtocolError
 from headrace.private_socket import bind_private_socket
 from headrace.replica.carried_stream import num_on_trial
-from headrace.replica.engine_client import EngineStream
+from headrace.replica.engine_users import EngineStream
 from headrace.replica.placed_guests import PlacedGuests
 
 HEARTBEAT_S = 1.0

@@ -13,12 +13,12 @@ from typing import Literal
 
 import msgspec
 
-from headrace.api.messages import EngineReady, EngineSpec, GenerationRequest, Placed, Sibling
+from headrace.api.messages import EngineReady, EngineSpec, GenerationRequest, KvPlace, Placed, Sibling
 from headrace.errors import Overloaded
 from headrace.policy.prompt import HEAD_BYTES, prompt_salt, read_prompt
 from headrace.policy.resumption import OwnEngine
 from headrace.replica.carried_stream import Continuable
-from headrace.replica.engine_client import EngineStream
+from headrace.replica.engine_users import EngineStream
 from headrace.replica.ledger import RequestRecord
 from headrace.replica.resumption import StreamKeeper
 from headrace.replica.stream_class import text_class_of
@@ -32,6 +32,7 @@ class NoEngine:
     """What a durable front has in an engine's place."""
 
     streams: Mapping[str, EngineStream] = {}
+    kv_place: KvPlace | None = None
 
     def __repr__(self) -> str:
         return "NoEngine()"

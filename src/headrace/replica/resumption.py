@@ -16,7 +16,7 @@ from typing import Protocol
 
 import msgspec
 
-from headrace.api.messages import GenerationRequest, Placed, Sibling
+from headrace.api.messages import GenerationRequest, KvPlace, Placed, Sibling
 from headrace.clock import Clock
 from headrace.errors import Overloaded, ReplicaLost
 from headrace.observability.front_metrics import FrontMetrics
@@ -32,7 +32,8 @@ from headrace.policy.resumption import (
     may_hold,
 )
 from headrace.replica.carried_stream import CarriedStream, Continuable, num_on_trial
-from headrace.replica.engine_client import EngineStream
+from headrace.replica.engine_users import EngineStream
+from headrace.replica.local_siblings import is_leaving, view_of
 from headrace.replica.moves import Moves
 from headrace.replica.peer_link import HostedStream
 
@@ -59,6 +60,9 @@ class OwnEngineClient(Protocol):
 
     @property
     def streams(self) -> Mapping[str, EngineStream]: ...
+
+    @property
+    def kv_place(self) -> KvPlace | None: ...
 
 
 class Peers(Protocol):
@@ -170,6 +174,7 @@ class StreamKeeper:
 
     def on_carried_lost(self, carried: CarriedStream, reason: str) -> None:
         now_s, host = self._clock.now_s(), carried.host
+        carried.kv_source = self._kv_place_of(host)
         self._strand(carried, now_s)
         carried.num_crashes += 1
         carried.cause, carried.lost_reason = "engine_lost", reason
@@ -217,7 +222,7 @@ class StreamKeeper:
         for carried in list(self._carried.values()):
             if carried.host is None:
                 self._place(carried, now_s)
-            elif carried.host and _is_leaving(self._siblings.get(carried.host)):
+            elif carried.host and is_leaving(self._siblings.get(carried.host)):
                 self._move_on(carried, now_s)
 
     def has_room_elsewhere(self) -> bool:
@@ -261,6 +266,7 @@ class StreamKeeper:
             self._hand_to(carried, target, now_s)
 
     def _hand_to(self, carried: CarriedStream, target: ContinueAt, now_s: float) -> None:
+        carried.kv_source = self._kv_place_of(carried.host)
         self._strand(carried, now_s)
         carried.cause, carried.lost_reason = "handover", ""
         self._continue(carried, target, now_s)
@@ -293,12 +299,15 @@ class StreamKeeper:
         carried.engine_id = self._new_engine_id(carried)
         if not carried.stream_class:
             carried.stream_class = self._siblings[target.replica_id].stream_class
+        is_suspect = carried.as_stranded(now_s).is_suspect
         request = msgspec.structs.replace(
             stream.request,
             request_id=carried.engine_id,
             resume_from=list(stream.token_ids),
             stream_class=carried.stream_class,
-            is_suspect=carried.as_stranded(now_s).is_suspect,
+            is_suspect=is_suspect,
+            # Whatever broke its engines, it is not to come along.
+            kv_place=None if is_suspect else carried.kv_source,
             placed=self._placed(stream.request, target.replica_id, now_s),
         )
         carried.host = target.replica_id
@@ -334,6 +343,13 @@ class StreamKeeper:
         self.moves.note(placed.request_id, placed.replica_id, replica_id, now_s)
         return msgspec.structs.replace(placed, replica_id=replica_id)
 
+    def _kv_place_of(self, host: str | None) -> KvPlace | None:
+        """Where the keys and values of the engine at `host` can be read."""
+        if not host:
+            return self._engine.kv_place if host is not None else None
+        sibling = self._siblings.get(host)
+        return None if sibling is None else sibling.kv_place
+
     def _new_engine_id(self, carried: CarriedStream) -> str:
         """A client may have chosen an id that looks like this."""
         while True:
@@ -360,16 +376,8 @@ class StreamKeeper:
     def _views(self) -> list[SiblingView]:
         suspects = Counter([each.host for each in self._carried.values() if each.is_on_trial()])
         return [
-            SiblingView(
-                sibling.replica_id,
-                sibling.stream_class,
-                is_ready=sibling.state == "ready" and bool(sibling.peer_socket) and sibling.leave_by_s < 0,
-                may_become_ready=sibling.state == "starting",
-                num_open=sibling.num_open + self._sent[sibling.replica_id],
-                max_open=sibling.max_open,
-                num_suspects=suspects[sibling.replica_id],
-            )
-            for sibling in self._siblings.values()
+            view_of(sibling, self._sent[replica_id], suspects[replica_id])
+            for replica_id, sibling in self._siblings.items()
         ]
 
     def close(self) -> None:
@@ -383,7 +391,3 @@ class StreamKeeper:
             assert carried.stream.request.request_id == request_id, f"{carried!r} under {request_id}"
             if carried.host == "":
                 assert self._engine.has_request(carried.engine_id), f"{carried!r} is not in the engine"
-
-
-def _is_leaving(sibling: Sibling | None) -> bool:
-    return sibling is not None and (sibling.state in ("draining", "standby") or sibling.leave_by_s >= 0)

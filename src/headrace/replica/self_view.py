@@ -15,6 +15,7 @@ from headrace.api.messages import (
     EngineReady,
     FinishedRequest,
     GenerationRequest,
+    KvPlace,
     LeaveBy,
     LoadReport,
     ReplicaSpec,
@@ -48,6 +49,9 @@ class EngineFacts(Protocol):
 
     @property
     def pid(self) -> int: ...
+
+    @property
+    def kv_place(self) -> KvPlace | None: ...
 
     def why_not_ready(self) -> str: ...
 
@@ -316,6 +320,7 @@ class SelfView(FrontView[ReplicaParts]):
             num_hosted=parts.keeper.num_hosted,
             leave_by_s=parts.departure.left_s(),
             text_class=text_class_of(spec.engine),
+            kv_place=engine.kv_place,
         )
 
     def _phase(self) -> str:

@@ -18,6 +18,7 @@ from headrace.engine.model_files.resolve import ModelFiles, resolve_model
 from headrace.engine.naive import NaiveModel
 from headrace.engine.operations import mkldnn_linear, select
 from headrace.engine.operations.kernels import KernelsMissing, Library, load_kernels
+from headrace.engine.operations.memory import LayerMemory
 from headrace.engine.operations.select import select_operations
 from headrace.engine.runner import DecoderRunner, load_runner
 from headrace.engine.weights.names import expected_shapes, huggingface_name
@@ -60,7 +61,7 @@ def test_memory_refused_by_the_system_is_the_same_error_as_memory_that_is_not_fr
     class FullMachine:
         """A decoder where the system gives no memory, though some is free (ulimit -v)."""
 
-        def new_kv_caches(self, num_blocks: int, block_size: int) -> list[torch.Tensor]:
+        def new_kv_caches(self, num_blocks: int, block_size: int, memory: LayerMemory) -> list[torch.Tensor]:
             raise MemoryError
 
     files = gguf_file(tmp_path / "m.gguf")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from headrace.api.messages import EngineLoad, GenerationRequest, SamplingParams, Sibling, StepOutput
+from headrace.api.messages import EngineLoad, GenerationRequest, KvPlace, SamplingParams, Sibling, StepOutput
 from headrace.errors import Overloaded, RequestError
-from headrace.replica.engine_client import EngineState, EngineStream
+from headrace.replica.engine_client import EngineState
+from headrace.replica.engine_users import EngineStream
 from headrace.replica.peer_link import HostedStream
 
 
@@ -57,6 +58,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.state: EngineState = "ready"
         self.load: EngineLoad | None = EngineLoad()
+        self.kv_place: KvPlace | None = KvPlace(1, 10)
         self.requests: dict[str, GenerationRequest] = {}
         self._streams: dict[str, EngineStream] = {}
         self.aborted: list[str] = []

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.replica.fake_streams import FakeEngine, FakePeers, FakeStream, make_sibling
 
-from headrace.api.messages import SamplingParams, StepOutput
+from headrace.api.messages import KvPlace, SamplingParams, StepOutput
 from headrace.clock import VirtualClock
 from headrace.errors import Overloaded
 from headrace.observability.front_metrics import FrontMetrics
@@ -84,6 +84,37 @@ async def test_a_lost_stream_goes_on_at_a_sibling_from_its_tokens() -> None:
     assert world.metrics.num_resumed == {"engine_lost": 1, "handover": 0}
     assert (world.metrics.num_resumed_tokens, world.metrics.resume_gap.total) == (2, 0.25)
     assert not world.keeper.has_request("r")
+    world.close()
+
+
+async def test_each_engine_is_told_where_the_one_before_left_what_it_computed() -> None:
+    """Not that of a stream which may be what breaks them."""
+    world = World(max_attempts=6)
+    world.keeper.set_siblings([make_sibling("a", kv_place=KvPlace(2, 20)), make_sibling("b", 1)])
+    stream = world.start()
+    assert world.engine.requests["r"].kv_place is None
+    world.lose()
+    [request] = world.peers.at("/a")
+    assert request.kv_place == world.engine.kv_place
+    world.peers.give("/a", output(request.request_id, 5))
+    world.peers.die("/a")
+    [request] = world.peers.at("/b")
+    assert request.kv_place == KvPlace(2, 20)
+    world.peers.give("/b", output(request.request_id, 6))
+    world.engine.state = "ready"
+    world.peers.die("/b")
+    [request] = [each for each in world.engine.requests.values() if each.resume_from == [5, 6]]
+    assert request.kv_place is None, "b has none"
+    world.engine.die()
+    world.engine.state = "ready"
+    for _ in range(200):
+        world.tick(0.1)
+    suspects = [each for each in world.peers.at("/a") if each.is_suspect]
+    suspects += [each for each in world.engine.requests.values() if each.is_suspect]
+    assert suspects
+    assert all(each.kv_place is None for each in suspects)
+    assert stream.error is None
+    world.keeper.abort("r")
     world.close()
 
 

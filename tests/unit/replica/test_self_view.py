@@ -13,6 +13,7 @@ from headrace.api.messages import (
     EngineReady,
     EngineSpec,
     GenerationRequest,
+    KvPlace,
     LeaveBy,
     Placed,
     ReplicaSpec,
@@ -40,6 +41,7 @@ class FakeEngine:
     last_error: str = ""
     is_retryable: bool = True
     pid: int = 77
+    kv_place: KvPlace | None = None
 
     def why_not_ready(self) -> str:
         return f"the engine is {self.state}"

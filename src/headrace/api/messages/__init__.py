@@ -48,6 +48,7 @@ from headrace.api.messages.base import (
     is_same_process,
 )
 from headrace.api.messages.engine import (
+    KV_MEMORY_NAME,
     Abort,
     Drain,
     EngineCommand,
@@ -59,6 +60,7 @@ from headrace.api.messages.engine import (
     EngineStarting,
     FinishReason,
     GenerationRequest,
+    KvPlace,
     PeerCommand,
     PeerEvent,
     Placed,
@@ -121,6 +123,7 @@ from headrace.api.messages.replica import (
 )
 
 __all__ = [
+    "KV_MEMORY_NAME",
     "PROTOCOL_VERSION",
     "Abort",
     "AdminCommand",
@@ -151,6 +154,7 @@ __all__ = [
     "GenerationRequest",
     "GetStatus",
     "KeyInfo",
+    "KvPlace",
     "LauncherCommand",
     "LauncherError",
     "LauncherEvent",

@@ -48,6 +48,19 @@ class Placed(Record, frozen=True):
     num_prompt_bytes: int = 0
 
 
+KV_MEMORY_NAME = "headrace-kv"
+"""By which the system calls memory for keys and values that outlives its engine (memfd_create(2))."""
+
+
+class KvPlace(Record, frozen=True):
+    """Where an engine's keys and values can be read by processes of its machine, also when the engine is
+    gone: memory that its front holds, as a descriptor of the front's. Whoever reads there checks what it
+    finds; elsewhere the numbers mean nothing."""
+
+    pid: int
+    descriptor: int
+
+
 class GenerationRequest(Record, frozen=True):
     """One generation: token ids in. `resume_from` are tokens already emitted elsewhere: the next token has
     index len(resume_from), and max_tokens counts them."""
@@ -74,6 +87,8 @@ class GenerationRequest(Record, frozen=True):
     """Of a guest: engines were lost with it, so a host tries one such stream at a time."""
     placed: Placed | None = None
     """Of a durable front's guest. Engines do not see it."""
+    kv_place: KvPlace | None = None
+    """Of the engine that had it last: what it computed need not be computed again."""
 
 
 class TokenLogprobs(Record, frozen=True):
@@ -154,6 +169,8 @@ class EngineLoad(Record, frozen=True):
     """0: awake. 1: without KV memory. 2: also without weights. A sleeping engine refuses requests."""
     sleep_error: str = ""
     """After a Sleep or Wake that could not be done: why. In one message only."""
+    num_imported_tokens: int = 0
+    """Tokens whose keys and values were copied from another engine's memory since the start."""
 
 
 class EngineSpec(msgspec.Struct, frozen=True):
@@ -194,6 +211,9 @@ class EngineSpec(msgspec.Struct, frozen=True):
     """Added to a step per uncached prompt token in it."""
     vllm_args: dict[str, Any] = {}
     """Of kind vllm: arguments of its engine, by vLLM's names. What is above does not concern it."""
+    kv_descriptor: int = -1
+    """Inherited: memory for keys and values that outlives this engine, a file that may have content from the
+    one before it; negative: it has memory of its own."""
     lora: dict[str, str] = {}
     """Of kind vllm: adapters by their public names, and the directory of each."""
 

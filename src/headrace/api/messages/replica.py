@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from headrace.api.messages.base import Message, Record, TerminalState
-from headrace.api.messages.engine import EngineLoad, EngineReady, EngineSpec
+from headrace.api.messages.engine import EngineLoad, EngineReady, EngineSpec, KvPlace
 
 ReplicaState = Literal["starting", "ready", "draining", "failed", "standby"]
 """standby: everything is there, but the engine sleeps or is about to. It takes no requests until it is
@@ -98,6 +98,8 @@ class LoadReport(Message, frozen=True):
     """Of a durable front: open requests whose place changed lately, and the replica that has them now."""
     node_address: str = ""
     """Of the node that it is on, by which the cluster knows it; empty: there is this machine only."""
+    kv_place: KvPlace | None = None
+    """Of its engines' keys and values; None: they end with each engine."""
 
 
 class ReportAck(Message, frozen=True):
@@ -140,6 +142,7 @@ class Sibling(Record, frozen=True):
     vocab_size: int = 0
     """Of its engine, as far as it is known; what a durable front checks requests against."""
     max_context_tokens: int = 0
+    kv_place: KvPlace | None = None
 
 
 class Siblings(Message, frozen=True):

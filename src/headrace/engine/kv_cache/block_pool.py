@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from headrace.engine.kv_cache.kept import KeptBlocks
 from headrace.engine.kv_cache.prefix_cache import BlockHash, PrefixCache
 
 
 class BlockPool:
     """Hands out blocks. Free blocks go first, then the cached ones that were released longest ago."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, kept: KeptBlocks | None = None) -> None:
+        """`kept`: what hears of each cached block. What it found is cached from the beginning."""
         assert num_blocks >= 1, f"a block pool needs blocks, got {num_blocks}"
         self.num_blocks = num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
         self._references = [0] * num_blocks
-        self._cache = PrefixCache()
+        self._cache = PrefixCache(kept)
+        self._free = [block for block in range(num_blocks - 1, -1, -1) if block not in self._cache]
 
     def __repr__(self) -> str:
         return (
@@ -49,6 +51,10 @@ class BlockPool:
         for block_hash in hashes:
             block = self._cache.find(block_hash)
             if block is None:
+                break
+            if not self._cache.is_intact(block):
+                self._cache.forget(block)
+                self._free.append(block)
                 break
             blocks.append(block)
         return blocks

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import xxhash
 
+from headrace.engine.kv_cache.kept import KeptBlocks, NothingKept
+
 BlockHash = bytes
 _TOKEN_BYTES = 4
 
@@ -65,12 +67,18 @@ def extend_hashes(
 class PrefixCache:
     """Block hash to block, and back. A block is evictable while no request refers to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: KeptBlocks | None = None) -> None:
+        """Begin with the blocks that `kept` found; it is told of each change."""
+        self._kept = kept or NothingKept()
         self._block_of: dict[BlockHash, int] = {}
         self._hash_of: dict[int, BlockHash] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()
         """Least recently released first."""
         self._forgotten: list[BlockHash] = []
+        for block, block_hash in self._kept.found().items():
+            self._block_of[block_hash] = block
+            self._hash_of[block] = block_hash
+            self._evictable[block] = None
 
     def __len__(self) -> int:
         """All cached blocks, referenced or not."""
@@ -93,6 +101,10 @@ class PrefixCache:
         """Return the block that holds this prefix."""
         return self._block_of.get(block_hash)
 
+    def is_intact(self, block: int) -> bool:
+        """False: it was found, unused since, and does not hold what it should."""
+        return self._kept.is_intact(block)
+
     def add(self, block: int, block_hash: BlockHash) -> bool:
         """Make a referenced block findable. False: another block holds the same prefix, nothing changes."""
         if block_hash in self._block_of:
@@ -100,6 +112,7 @@ class PrefixCache:
         assert block not in self._hash_of, f"block {block} is cached under another hash"
         self._block_of[block_hash] = block
         self._hash_of[block] = block_hash
+        self._kept.note(block, block_hash)
         return True
 
     def set_evictable(self, block: int, is_evictable: bool) -> None:
@@ -115,20 +128,26 @@ class PrefixCache:
         block_hash = self._hash_of.pop(block)
         del self._block_of[block_hash]
         self._forgotten.append(block_hash)
+        self._kept.forget(block)
         return block
 
     def forget(self, block: int) -> None:
-        """Make a referenced block unfindable (its content is not to be trusted)."""
+        """Make a block unfindable (its content is not to be trusted), and not evictable: it is in use, or
+        free from now on."""
         block_hash = self._hash_of.pop(block, None)
         if block_hash is not None:
             del self._block_of[block_hash]
+            self._evictable.pop(block, None)
             self._forgotten.append(block_hash)
+            self._kept.forget(block)
 
     def forget_all(self) -> list[int]:
         """Forget every block; all must be evictable. Return them."""
         assert len(self._evictable) == len(self._hash_of), f"cached blocks are in use: {self!r}"
         blocks = list(self._evictable)
         self._forgotten.extend(self._hash_of.values())
+        for block in blocks:
+            self._kept.forget(block)
         self._block_of.clear()
         self._hash_of.clear()
         self._evictable.clear()

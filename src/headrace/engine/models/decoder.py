@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headrace.engine.operations.interface import Blocks
+from headrace.engine.operations.memory import LayerMemory, own_memory
 from headrace.engine.protocol import StepInput
 
 
@@ -20,9 +21,11 @@ class Decoder:
         self._num_layers = num_layers
         self._blocks = blocks
 
-    def new_kv_caches(self, num_blocks: int, block_size: int) -> list[Tensor]:
+    def new_kv_caches(
+        self, num_blocks: int, block_size: int, memory: LayerMemory = own_memory
+    ) -> list[Tensor]:
         """One cache per layer, for `forward`."""
-        return self._blocks.new_kv_caches(num_blocks, block_size)
+        return self._blocks.new_kv_caches(num_blocks, block_size, memory)
 
     def forward(self, batch: StepInput, caches: list[Tensor]) -> Tensor:
         """Compute one step, writing keys and values into `caches`. Returns float32 logits [S, vocab_size]."""

@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from headrace.engine.model_files.metadata import Activation
 from headrace.engine.operations.cpu_attention import AttentionPlan, Scratch, attend, plan_attention
-from headrace.engine.operations.memory import lazy_zeros
 from headrace.engine.operations.mkldnn_linear import MkldnnGatedLinear, MkldnnLinear
 from headrace.engine.operations.reference import PlainGatedLinear, PlainLinear
 from headrace.engine.operations.torch_blocks import AttentionShape, GatedLinear, Linear, StepLayout
@@ -44,8 +43,8 @@ class CpuPrimitives:
         swapped = torch.roll(x_THD, x_THD.shape[-1] // 2, -1)
         return torch.addcmul(x_THD * cos_T1D, swapped, sin_T1D)
 
-    def kv_cache(self, num_blocks: int, block_size: int, shape: AttentionShape) -> Tensor:
-        return lazy_zeros((num_blocks, 2, shape.num_kv_heads, block_size, shape.head_dim), self.dtype)
+    def kv_shape(self, num_blocks: int, block_size: int, shape: AttentionShape) -> tuple[int, ...]:
+        return num_blocks, 2, shape.num_kv_heads, block_size, shape.head_dim
 
     def plan(
         self, layout: StepLayout, slots_T: Tensor, block_size: int, shape: AttentionShape

@@ -28,7 +28,7 @@ from headrace.engine.operations.kernel_structures import (
     MlpBlock,
 )
 from headrace.engine.operations.kernels import Library
-from headrace.engine.operations.memory import lazy_zeros
+from headrace.engine.operations.memory import LayerMemory, lazy_cache, own_memory
 from headrace.engine.operations.shard import Shard, whole
 from headrace.engine.protocol import StepInput, padded_tables
 
@@ -76,6 +76,7 @@ class Int8Operations:
         self.shard_name = "" if exchange is None else exchange.shard.name
         self.packed_version = f"1-{library.built_from}"
         self._kv_kind = kv_kind
+        self.kv_content = f"int8 {library.isa} {kv_kind} {library.built_from}"
         self._kv_block_bytes = library.function("headrace_kv_block_bytes", [c_void_p, c_int], c_size_t)
         self.team = library.start_team(num_threads)
         threads = f"{num_threads} thread{'s' if num_threads != 1 else ''}"
@@ -293,11 +294,13 @@ class Int8Blocks:
             h.activation == "gelu_tanh",
         )
 
-    def new_kv_caches(self, num_blocks: int, block_size: int) -> list[Tensor]:
+    def new_kv_caches(
+        self, num_blocks: int, block_size: int, memory: LayerMemory = own_memory
+    ) -> list[Tensor]:
         h = self._h
         self._block_size = block_size
         num_bytes = num_blocks * self._operations.kv_layer_block_bytes(h, block_size)
-        return [lazy_zeros((num_bytes,), torch.uint8) for _ in range(h.num_layers)]
+        return [lazy_cache(memory, layer, (num_bytes,), torch.uint8) for layer in range(h.num_layers)]
 
     def prepare(self, batch: StepInput) -> _Step:
         tables = padded_tables(batch.block_tables)

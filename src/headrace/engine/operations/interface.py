@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from headrace.engine.model_files.metadata import Hyperparameters
+from headrace.engine.operations.memory import LayerMemory, own_memory
 from headrace.engine.operations.shard import Shard
 from headrace.engine.protocol import StepInput
 from headrace.errors import ModelError
@@ -29,8 +30,11 @@ Read = Callable[[str, torch.dtype], Tensor]
 class Blocks(Protocol):
     """A model ready to compute. One caller, one thread. A step's values are valid until the next one."""
 
-    def new_kv_caches(self, num_blocks: int, block_size: int) -> list[Tensor]:
-        """One cache per layer, zeroed lazily: pages become resident when they are first written."""
+    def new_kv_caches(
+        self, num_blocks: int, block_size: int, memory: LayerMemory = own_memory
+    ) -> list[Tensor]:
+        """One cache per layer in its memory, zeroed lazily: pages become resident when they are first
+        written. In each, blocks are one after another, all of the same bytes."""
         ...
 
     def prepare(self, batch: StepInput) -> Any:
@@ -64,6 +68,8 @@ class Operations(Protocol):
     """`int8`, `bfloat16`, `float32`: names what `pack` returns, together with packed_version."""
     packed_version: str
     """Changes when what `pack` returns does."""
+    kv_content: str
+    """Names what decides the bytes of keys and values in memory, apart from the model and sizes."""
     bytes_per_weight: float
     """About, once packed; of the whole model, also where this rank has a part of it."""
     shard_name: str

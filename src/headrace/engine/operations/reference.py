@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from headrace.engine.model_files.metadata import Activation
-from headrace.engine.operations.memory import lazy_zeros
 from headrace.engine.operations.torch_blocks import AttentionShape, GatedLinear, Linear, StepLayout
 
 
@@ -75,8 +74,8 @@ class ReferencePrimitives:
         first, second = x_THD.chunk(2, dim=-1)
         return x_THD * cos_T1D + torch.cat((second, first), dim=-1) * sin_T1D
 
-    def kv_cache(self, num_blocks: int, block_size: int, shape: AttentionShape) -> Tensor:
-        return lazy_zeros((num_blocks * block_size, 2, shape.num_kv_heads, shape.head_dim), self.dtype)
+    def kv_shape(self, num_blocks: int, block_size: int, shape: AttentionShape) -> tuple[int, ...]:
+        return num_blocks * block_size, 2, shape.num_kv_heads, shape.head_dim
 
     def plan(
         self, layout: StepLayout, slots_T: Tensor, block_size: int, shape: AttentionShape

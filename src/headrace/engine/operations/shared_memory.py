@@ -16,9 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.errors import OutOfMemory
-from headrace.units import format_bytes
-
-_PAGE_BYTES = 4096
+from headrace.units import format_bytes, whole_pages
 
 
 class SharedMemory:
@@ -33,7 +31,7 @@ class SharedMemory:
         end = 0
         for name, size in sizes.items():
             self._offsets[name] = (end, size)
-            end += -(-size // _PAGE_BYTES) * _PAGE_BYTES
+            end += whole_pages(size)
         self.num_bytes = end
         self.descriptor = os.memfd_create("headrace-ranks") if descriptor is None else descriptor
         try:

@@ -21,6 +21,7 @@ from headrace.engine.model_files.metadata import Activation, Hyperparameters
 from headrace.engine.models.rotary import RotaryTable
 from headrace.engine.operations.exchange import Exchange
 from headrace.engine.operations.interface import Read, check_packed, read_rows
+from headrace.engine.operations.memory import LayerMemory, lazy_cache, own_memory
 from headrace.engine.operations.shard import Shard, whole
 from headrace.engine.protocol import StepInput
 from headrace.engine.weights.names import expected_shapes
@@ -91,8 +92,8 @@ class Primitives(Protocol):
         half of `sin` is negated already."""
         ...
 
-    def kv_cache(self, num_blocks: int, block_size: int, shape: AttentionShape) -> Tensor:
-        """One layer's KV memory."""
+    def kv_shape(self, num_blocks: int, block_size: int, shape: AttentionShape) -> tuple[int, ...]:
+        """Of one layer's KV memory, in numbers of `dtype`; blocks are one after another."""
         ...
 
     def plan(self, layout: StepLayout, slots_T: Tensor, block_size: int, shape: AttentionShape) -> Any:
@@ -115,6 +116,7 @@ class TorchOperations:
         self.description = primitives.description
         self.arithmetic = str(primitives.dtype).removeprefix("torch.")
         self.packed_version = "2"
+        self.kv_content = f"{self.arithmetic} {type(primitives).__name__}"
         self.bytes_per_weight = float(primitives.dtype.itemsize)
 
     def pack(self, h: Hyperparameters, read: Read) -> dict[str, Tensor]:
@@ -228,9 +230,13 @@ class TorchBlocks:
             post_mlp_norm=tensors.get(at + "post_mlp_norm"),
         )
 
-    def new_kv_caches(self, num_blocks: int, block_size: int) -> list[Tensor]:
+    def new_kv_caches(
+        self, num_blocks: int, block_size: int, memory: LayerMemory = own_memory
+    ) -> list[Tensor]:
         self._block_size = block_size
-        return [self._primitives.kv_cache(num_blocks, block_size, self._shape) for _ in self._layers]
+        shape = self._primitives.kv_shape(num_blocks, block_size, self._shape)
+        dtype = self._primitives.dtype
+        return [lazy_cache(memory, layer, shape, dtype) for layer in range(len(self._layers))]
 
     def prepare(self, batch: StepInput) -> _Step:
         starts, contexts = batch.query_starts.tolist(), batch.context_lengths_R.tolist()

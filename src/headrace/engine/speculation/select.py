@@ -58,6 +58,7 @@ def _load_draft_model(
         kv_cache_bytes=0,
         max_context_tokens=0,
         max_running=-(-num_tokens // longest),
+        kv_descriptor=-1,
     )
     draft_runner = load_runner(draft_spec, draft_files, lambda phase: on_phase(f"draft model: {phase}"))
     if draft_runner.num_blocks < runner.num_blocks:

@@ -21,6 +21,7 @@ import msgspec
 import xxhash
 
 from headrace.errors import HeadraceError
+from headrace.units import whole_pages
 
 FORMAT = 1
 _MAGIC = b"hrpack" + struct.pack("<H", FORMAT)
@@ -28,7 +29,6 @@ _HEAD = struct.Struct("<8sQ16s")
 """Magic, bytes of the header, xxh3-128 of the header."""
 _MAX_HEADER_BYTES = 64 << 20
 _MAX_DIMENSIONS = 8
-_PAGE_BYTES = 4096
 ALIGNMENT_BYTES = 64
 """Of each tensor in memory, too: the mapping begins at a page. A cache line, and the widest vector
 register."""
@@ -145,7 +145,7 @@ def _aligned(size: int) -> int:
 
 
 def _data_start(header_bytes: int) -> int:
-    return -(-(_HEAD.size + header_bytes) // _PAGE_BYTES) * _PAGE_BYTES
+    return whole_pages(_HEAD.size + header_bytes)
 
 
 def _checked_size(descriptor: int) -> int:

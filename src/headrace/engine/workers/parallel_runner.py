@@ -34,6 +34,7 @@ class ParallelRunner:
         self.architecture = runner.architecture
         self.path = f"{runner.path} in each of {group.num_ranks} ranks{' over TCP' * group.is_linked}"
         self.team = runner.team
+        self.kv_file = runner.kv_file
 
     def __repr__(self) -> str:
         return f"<ParallelRunner {self._runner!r}, {self._group!r}>"
