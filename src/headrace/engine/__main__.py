@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
 from headrace.engine.process import main
+from headrace.lifetime import exit_whole
 
-sys.exit(main())
+exit_whole(main)  # grammars may be compiled meanwhile
