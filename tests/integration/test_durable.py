@@ -199,6 +199,14 @@ def test_a_new_router_learns_from_replicas_what_they_have_cached(ready: System) 
     os.kill(router.pid, signal.SIGKILL)
     until(lambda: any(p.name == "router-g1" and p.restarts for p in ready.status().processes), "a new router")
     ready.wait_until_ready(LIMIT_S)
+
+    def is_asked() -> bool:
+        """Whether HAProxy asks the new router. Until a check has found it, it chooses replicas by itself."""
+        other = Ask(ready.url, headers, prompt="Something else", max_tokens=1)
+        other.text()
+        return "x-headrace-route" in other.headers
+
+    until(is_asked, "HAProxy asks the new router")
     options = {"include_usage": True}
     again = Ask(ready.url, headers, prompt=prompt, max_tokens=8, stream_options=options)
     assert '"cached_tokens":2' in again.text()

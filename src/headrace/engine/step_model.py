@@ -18,6 +18,11 @@ _MEMORY_STEPS = 512
 """A step counts half of its weight after about 355 further ones."""
 _ERROR_MEMORY_STEPS = 256
 _SOLVE_EVERY = 16
+"""Steps. Each of the first ones is solved for: what is told of a new engine decides where prompts go."""
+_TELLING_TOKENS = 256
+"""Prompt tokens of one step whose time is mostly theirs. Of smaller ones alone the fixed part is unknown."""
+_TELLING_SQUARES = 0.05
+"""Sum over steps of (P / 256)^2 from which on the pull towards no cost no longer matters: one step of 64."""
 _SIZE = 5
 _UNITS = (1.0, 256.0, 256.0 * 512.0, 8.0, 8.0 * 512.0)
 """Of 1, P, P*C, D and KV, so that the unknowns are of about the same size."""
@@ -60,6 +65,10 @@ class StepModelFit:
         """Sums over recent steps of P, P*C, D, KV, and of the steps that decode."""
         self._num_of_kind = [0, 0]
         """Steps without and with prompt tokens."""
+        self._least_prompt, self._most_prompt = math.inf, 0
+        """Prompt tokens of a step."""
+        self._squares = 0.0
+        """Of P, in its unit, over all steps."""
         self._num_unsolved = 0
         self._solution = [0.0] * _SIZE
         self._is_solved = False
@@ -102,7 +111,7 @@ class StepModelFit:
         sums[3] += seconds
         sums[4] += seconds * kv
         self._num_steps += 1
-        if not self._is_solved:
+        if self._num_steps <= _SOLVE_EVERY:
             self._add_run()
 
     # ---- what was found
@@ -127,7 +136,11 @@ class StepModelFit:
 
     @property
     def prefill_token_s(self) -> float:
-        """Engine time per uncached prompt token at the usual context; 0: not measured yet."""
+        """Engine time per uncached prompt token at the usual context; 0: not measured yet. That is so, too,
+        after a few small steps: their tokens would seem to cost nothing, and attract all prompts."""
+        is_apart = self._most_prompt >= min(_TELLING_TOKENS, 2 * self._least_prompt)
+        if not is_apart or self._squares < _TELLING_SQUARES:
+            return 0.0
         num_prompt, num_attended = self._recent[:2]
         _, b, q, _, _ = self.coefficients
         return b + q * num_attended / num_prompt if num_prompt > 0 else b
@@ -187,8 +200,11 @@ class StepModelFit:
         recent = (n * num_prompt, n * num_attended, n * num_decoded, kv * _UNITS[4], n * (num_decoded > 0))
         self._recent = [old * keep + new for old, new in zip(self._recent, recent)]
         self._num_of_kind[num_prompt > 0] += int(n)
+        self._least_prompt = min(self._least_prompt, num_prompt)
+        self._most_prompt = max(self._most_prompt, num_prompt)
+        self._squares += np * p
         self._num_unsolved += int(n)
-        if self._num_unsolved >= _SOLVE_EVERY or not self._is_solved:
+        if self._num_unsolved >= _SOLVE_EVERY or self._num_steps <= _SOLVE_EVERY:
             self._solution = self._solve()
             self._num_unsolved = 0
             self._is_solved = any(self._solution)

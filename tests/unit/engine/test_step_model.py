@@ -124,6 +124,29 @@ def test_one_prompt_is_enough_for_a_first_estimate() -> None:
     assert fit.decode_token_s == 0.0
 
 
+def test_a_short_prompt_alone_says_nothing_of_what_prompts_cost() -> None:
+    """Its time is the step's fixed part. Told as the price of its tokens, it made a new engine look thirty
+    times as fast as its siblings, and took the prompts that those had cached."""
+    fit = StepModelFit()
+    contents = prompt_part(14, 0)
+    for _ in range(100):
+        fit.observe(MACHINE.step_s(contents), contents)
+        assert fit.prefill_token_s == 0.0, "what is fixed and what each takes cannot be told apart"
+    fit = StepModelFit()
+    for step in range(100):
+        for each in (contents, decode_part(1, 15)):
+            fit.observe(MACHINE.step_s(each), each)
+        assert fit.prefill_token_s == 0.0 or step > 5
+    assert 4e-5 < fit.prefill_token_s < 1.6e-4
+
+
+def test_each_of_the_first_steps_counts_at_once() -> None:
+    fit = StepModelFit()
+    for contents in (prompt_part(14, 0), decode_part(1, 15), prompt_part(500, 0)):
+        fit.observe(MACHINE.step_s(contents), contents)
+    assert fit.prefill_token_s == pytest.approx(MACHINE.b + MACHINE.q * 250, rel=0.2)
+
+
 def test_the_same_batch_for_ever_gives_the_cost_of_its_tokens() -> None:
     fit = StepModelFit()
     for _ in range(500):
