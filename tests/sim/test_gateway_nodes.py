@@ -1,4 +1,4 @@
-"""Gateways on machines of their own: lost, drained, there again; and what is broken on purpose is found."""
+"""Gateways on machines of their own: lost, cut off, drained, there again; and breaks that are found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from headrace.api.node_config import GatewayPlacement
 from headrace.control.gateway_state import GatewayState
 from headrace.sim.cluster_supervisor import ClusterSupervisor, gateway_of_process
-from headrace.sim.draws import draw
+from headrace.sim.draws import LONGEST_CUT_S, draw
 from headrace.sim.scenario import Fault, Scenario
 from headrace.sim.world import World
 
@@ -102,18 +102,44 @@ def test_a_drained_gateway_leaves_without_a_cut_stream_and_starts_elsewhere() ->
         assert len(set(routers)) == 2, f"seed {scenario.seed}: {routers}"
 
 
-@pytest.mark.slow
-def test_a_loss_that_cuts_streams_of_other_gateways_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = ClusterSupervisor.lose_node
+def _cut_off(scenario: Scenario) -> tuple[Fault, ...]:
+    """A gateway that reaches nothing but its clients for a while, while streams are open."""
+    moments = [client.arrives_s + 0.7 for client in scenario.clients[2:4]]
+    return tuple(Fault(moment, "gateway cut off", 0.0, LONGEST_CUT_S) for moment in moments)
 
-    def lose_node(self: ClusterSupervisor, *arguments: Any) -> int:
+
+@pytest.mark.slow
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_gateway_that_is_cut_off_pauses_its_streams_and_is_not_replaced(durable: bool) -> None:
+    num_done = 0
+    for scenario in islice(_calm_worlds(2, 3, durable=durable), 4):
+        world = World(replace(scenario, faults=_cut_off(scenario)))
+        outcome = world.run()
+        assert outcome.violation is None, f"seed {scenario.seed}: {outcome.violation}"
+        assert outcome.faults["gateway cut off"], f"seed {scenario.seed}"
+        assert not outcome.requests["cut"], f"seed {scenario.seed}: {outcome.requests}"
+        assert len(world.all_routers) == 2, f"seed {scenario.seed}: {world.all_routers}"
+        num_done += outcome.requests["done"]
+    assert num_done > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["lose_node", "cut_off_node"])
+def test_a_break_that_cuts_streams_of_other_gateways_is_found(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    real = getattr(ClusterSupervisor, what)
+
+    def act(self: ClusterSupervisor, *arguments: Any) -> int:
         for name in [name for name in self.children if name.startswith("haproxy")]:
             self.children[name].kill()
-        return real(self, *arguments)
+        found: int = real(self, *arguments)
+        return found
 
-    monkeypatch.setattr(ClusterSupervisor, "lose_node", lose_node)
+    monkeypatch.setattr(ClusterSupervisor, what, act)
     for scenario in islice(_calm_worlds(2, 2), 12):
-        outcome = World(replace(scenario, faults=_loss(scenario, 20.0, pick=0.9))).run()
+        faults = _loss(scenario, 20.0, pick=0.9) if what == "lose_node" else _cut_off(scenario)
+        outcome = World(replace(scenario, faults=faults)).run()
         if outcome.violation is not None:
             assert outcome.violation.number == 26, outcome.violation
             return

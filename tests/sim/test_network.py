@@ -115,3 +115,33 @@ def test_one_source_of_randomness_per_name_and_seed() -> None:
     draws = [Timeline(seed).random(name).random() for seed in (1, 2) for name in ("a", "b")]
     assert len(set(draws)) == 4
     assert Timeline(1).random("a").random() == draws[0]
+
+
+def test_a_machine_that_is_cut_off_is_tried_for_a_second_and_its_own_processes_reach_each_other() -> None:
+    timeline, registry = make_world()
+    weather = Weather()
+    client, server = Reader(registry, "a"), Reader(registry, "b")
+    neighbour, outside = Reader(registry, "c"), Reader(registry, "d")
+    server.host = neighbour.host = Host(timeline, "apart", 0.0)
+    outside.is_outside = True  # as clients are
+    server.listen("there")
+    outcomes: list[tuple[str, str, float]] = []
+
+    def go(process: Reader) -> None:
+        def note(outcome: str) -> None:
+            outcomes.append((process.name, outcome, round(timeline.now_s, 2)))
+
+        connect(process, weather, "there", lambda _: note("connected"), lambda: note("refused"))
+
+    weather.cut_off(server.host, 3.0)
+    for process in (client, neighbour, outside):
+        go(process)
+    run(timeline, 2.5)
+    go(client)
+    run(timeline, 5.0)
+    assert outcomes == [
+        ("c", "connected", 0.0),
+        ("d", "connected", 0.0),
+        ("a", "refused", 1.0),
+        ("a", "connected", 3.0),
+    ]

@@ -56,6 +56,8 @@ class ClientState:
 class Crowd(Process):
     """All clients, as one process that never breaks."""
 
+    is_outside = True
+
     def __init__(
         self,
         registry: Registry,

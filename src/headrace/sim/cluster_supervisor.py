@@ -18,7 +18,7 @@ from headrace.api.messages import (
     ProcessState,
     ProcessWaiting,
 )
-from headrace.fabric.host_link import SILENT_AFTER_S
+from headrace.fabric.host_link import LOST_AFTER_S, SILENT_AFTER_S
 from headrace.fabric.place_search import WAITING_PERIOD_S
 from headrace.sim.gateway_nodes import MAX_LATE_S, GatewayNodes, Node
 from headrace.sim.machine import Host, Process, Registry
@@ -98,6 +98,10 @@ class ClusterSupervisor(SupervisorProcess):
         placement = self._nodes.placements.get(gateway)
         if placement is None or placement.node.is_lost:
             return  # it was lost meanwhile: whoever notices that says so of all that wait
+        if (left_s := self._nodes.unreachable_s(placement.host)) > 0:
+            self._beginning.add(gateway)
+            self.after(left_s, lambda: self._begin_waiting(gateway), "cluster start")
+            return
         for name in self._waiting_of(gateway):
             self._tell(ProcessStarted(self._state(self._start(self._waiting.pop(name)))))
         self._give_back_if_empty(gateway)
@@ -111,7 +115,25 @@ class ClusterSupervisor(SupervisorProcess):
                 ProcessEnded(ProcessState(name, 0, is_alive=False, last_output="it never had a place"))
             )
             return True
+        child = self.children.get(name)
+        if child is not None and (left_s := self._nodes.unreachable_s(child.host)) > 0:
+            self.after(left_s, lambda: self._stop_later(child, grace_s), "cluster stop")
+            return True
         return super()._stop_child(name, grace_s)
+
+    def _stop_later(self, child: Process, grace_s: float) -> None:
+        """Its machine is reached again: what it was told arrives."""
+        if self.children.get(child.name) is child:
+            self._stop_child(child.name, grace_s)
+
+    def _on_exit(self, child: Process, code: int) -> None:
+        left_s = self._nodes.unreachable_s(child.host)
+        if left_s > 0:
+            self.after(
+                left_s, lambda: super(ClusterSupervisor, self)._on_exit(child, code), "cluster notices"
+            )
+        else:
+            super()._on_exit(child, code)
 
     def _reap(self, child: Process, code: int | None, last_output: str = "") -> None:
         super()._reap(child, code, last_output)
@@ -146,6 +168,19 @@ class ClusterSupervisor(SupervisorProcess):
         self.after(noticed_after_s, lambda: self._give_up(node, victims), "cluster notices")
         return len(victims)
 
+    def cut_off_node(self, node: Node, duration_s: float) -> int:
+        """A machine reaches no other one for a while, but its clients. duration_s: shorter than what would
+        have it given up. Return how many processes are on it."""
+        assert duration_s < LOST_AFTER_S
+        self._nodes.cut(node, duration_s)
+        there = [child for child in self.children.values() if child.host is node.host]
+        for child in there:
+            for thing in child.held:
+                if isinstance(thing, Connection) and _is_far(thing) and not _is_clients(thing):
+                    thing.stall(duration_s)
+        self._say_silent(there, self.timeline.now_s + duration_s)
+        return len(there)
+
     def _say_silent(self, victims: list[Process], until_s: float) -> None:
         if self.timeline.now_s + SILENT_AFTER_S < until_s:
             self.after(SILENT_AFTER_S, lambda: self._say_silent(victims, until_s), "cluster waits")
@@ -170,3 +205,7 @@ class ClusterSupervisor(SupervisorProcess):
 def _is_far(connection: Connection) -> bool:
     one, other = connection.ends
     return one.process.host is not other.process.host
+
+
+def _is_clients(connection: Connection) -> bool:
+    return any(end.process.is_outside for end in connection.ends)

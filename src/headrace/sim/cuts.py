@@ -23,6 +23,7 @@ CUTTING: frozenset[FaultKind] = frozenset(
 CUTTING_NOTHING: frozenset[FaultKind] = frozenset(
     {
         "gateway lost",
+        "gateway cut off",
         "gateway drained",
         "router killed",
         "router paused",
@@ -37,7 +38,7 @@ CUTTING_NOTHING: frozenset[FaultKind] = frozenset(
         "metric said",
     }
 )
-"""What cuts no stream of any front. A lost gateway cuts those of its own clients."""
+"""What cuts no stream of any front. A gateway that is lost or cut off cuts those of its own clients."""
 HURRY_S = 1.0
 """Before a drained node's deadline, beside the margin: the stops of what is left are on their way."""
 
@@ -47,6 +48,8 @@ def cut_without_cause(world: World, client: ClientState) -> Violation | None:
     if world.ending.began_s >= 0:
         return None  # judged when all is over
     if _has_lost_gateway(world, client.gateway) or client.front_id in world.stopped_fronts:
+        return None
+    if _was_cut_off(world, client):
         return None
     counts = world.breaker.counts
     if client.front_id in world.durable:
@@ -59,6 +62,14 @@ def cut_without_cause(world: World, client: ClientState) -> Violation | None:
         number, name, otherwise = 26, "gateways share nothing", "no front, and not its gateway"
     stream = f"client {client.plan.number}: its stream from {client.front_id} through {client.gateway}"
     return Violation(number, name, f"{stream} was cut, and {otherwise} were lost")
+
+
+def _was_cut_off(world: World, client: ClientState) -> bool:
+    """Whether its gateway was cut off, and something else went wrong. That alone is a pause: connections
+    outlive it. A durable front resumes elsewhere meanwhile, for as long as it may."""
+    if world.nodes is None or client.gateway not in world.nodes.cut_off:
+        return False
+    return client.front_id in world.durable or set(world.breaker.counts) != {"gateway cut off"}
 
 
 def _has_lost_gateway(world: World, gateway: str) -> bool:

@@ -13,9 +13,13 @@ from typing import Literal
 
 from headrace.api.endpoint_config import CustomMetric
 from headrace.api.node_config import GatewayPlacement
+from headrace.fabric.host_link import LOST_AFTER_S
 from headrace.sim.scenario import ENDING_NOTHING, Fault, Scenario, draw_basis
 
-Part = Literal["gateway nodes", "end", "metrics"]
+Part = Literal["gateway nodes", "cut off", "end", "metrics"]
+CUT_OFF_RATIO = 0.5
+"""Of the seeds with gateways on machines of their own, cut some of those off."""
+LONGEST_CUT_S = LOST_AFTER_S - 1.0
 END_RATIO = 0.15
 METRICS_RATIO = 0.15
 NODES_RATIO = 0.2
@@ -69,6 +73,23 @@ def _with_nodes(random: Random, scenario: Scenario) -> Scenario:
     )
 
 
+def _with_cuts(random: Random, scenario: Scenario) -> Scenario:
+    """Let machines of gateways be cut off, for less time than has them given up."""
+    if not scenario.node_skews or random.random() >= CUT_OFF_RATIO:
+        return scenario
+    cuts = [
+        Fault(
+            random.uniform(0.15, 1.0) * scenario.ends_s,
+            "gateway cut off",
+            random.random(),
+            LONGEST_CUT_S * random.choice((0.05, 0.2, 0.6, 1.0)) * random.uniform(0.5, 1.0),
+        )
+        for _ in range(random.choice((1, 3, 8)))
+    ]
+    others = () if random.random() < 0.4 else scenario.faults  # alone, they cut nobody else's streams
+    return replace(scenario, faults=tuple(sorted((*others, *cuts), key=lambda fault: fault.at_s)))
+
+
 def _with_end(random: Random, scenario: Scenario) -> Scenario:
     """Let the whole system be told to end at some moment, also in the middle of faults."""
     if random.random() >= END_RATIO:
@@ -115,6 +136,7 @@ def _with_metrics(random: Random, scenario: Scenario) -> Scenario:
 
 PARTS: Mapping[Part, Callable[[Random, Scenario], Scenario]] = {
     "gateway nodes": _with_nodes,
+    "cut off": _with_cuts,
     "end": _with_end,
     "metrics": _with_metrics,
 }

@@ -1,4 +1,4 @@
-"""The machines that gateways may be on: one on each; lost whole, drained, and there again.
+"""The machines that gateways may be on: one on each; lost whole, cut off, drained, and there again.
 
 Owns the machines and which gateway is where. Stands for a cluster's view of its nodes and for its places that
 are apart. Must not know what gateways do, or who starts their processes.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from headrace.api.messages import Nodes, NodeState
 from headrace.sim.machine import Host
+from headrace.sim.network import Weather
 from headrace.sim.timeline import Timeline
 
 MAX_LATE_S = 8.0
@@ -46,9 +47,12 @@ class Placement:
 class GatewayNodes:
     """All machines for gateways of one world."""
 
-    def __init__(self, timeline: Timeline, skews: Sequence[float], others: Sequence[Host]) -> None:
+    def __init__(
+        self, timeline: Timeline, weather: Weather, skews: Sequence[float], others: Sequence[Host]
+    ) -> None:
         """skews: one per machine. others: the controller's machine, then those of replicas."""
         self._timeline = timeline
+        self._weather = weather
         self._others = tuple(others)
         self._num_placements = 0
         self.nodes = [
@@ -58,6 +62,8 @@ class GatewayNodes:
         """By gateway."""
         self.lost_s: dict[str, float] = {}
         """When each gateway's machine was lost last, in true time."""
+        self.cut_off: set[str] = set()
+        """Gateways whose machine was cut off from all others at some time."""
         self.deadlines_s: dict[str, float] = {}
         """When the last drained node of each gateway was to go, on the controller's wall clock."""
         self.on_change: Callable[[], None] = lambda: None
@@ -73,7 +79,8 @@ class GatewayNodes:
         assert gateway not in self.placements
         taken = {id(place.node) for place in self.placements.values()}
         for node in self.nodes:
-            if not (node.is_lost or node.is_draining or id(node) in taken):
+            is_silent = self.unreachable_s(node.host) > 0
+            if not (node.is_lost or node.is_draining or is_silent or id(node) in taken):
                 self._num_placements += 1
                 self.placements[gateway] = Placement(self._num_placements, node)
                 return True
@@ -82,6 +89,10 @@ class GatewayNodes:
     def give_back(self, gateway: str) -> None:
         """Nothing of a gateway is where it was any more."""
         self.placements.pop(gateway, None)
+
+    def unreachable_s(self, host: Host) -> float:
+        """Return how long the controller's machine and `host` will not reach each other."""
+        return self._weather.unreachable_s(self._others[0], host, self._timeline.now_s)
 
     def on_node(self, node: Node) -> list[str]:
         """Return the gateways on a machine: one, or none."""
@@ -94,6 +105,11 @@ class GatewayNodes:
         node.is_lost = True
         for gateway in self.on_node(node):
             self.lost_s[gateway] = self._timeline.now_s
+
+    def cut(self, node: Node, duration_s: float) -> None:
+        """All on it lives, and reaches no other machine for a while. The cluster waits that long for it."""
+        self._weather.cut_off(node.host, self._timeline.now_s + duration_s)
+        self.cut_off.update(self.on_node(node))
 
     def drain(self, node: Node, left_s: float) -> None:
         """The cluster wants it empty, and takes it away in left_s."""

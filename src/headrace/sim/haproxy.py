@@ -212,7 +212,7 @@ class HaproxyProcess(Process):
             listener = self.registry.listeners.get(server.server.socket_path)
             if listener is None:
                 server.is_up = False
-            elif not listener.is_paused:
+            elif not (listener.is_paused or self._is_unreachable(listener)):
                 server.is_up = True
         spoe = self._spoe
         if spoe is not None:
@@ -221,6 +221,9 @@ class HaproxyProcess(Process):
             if self._missed_checks >= HUNG_ROUTER_CHECKS:
                 spoe.close()
                 self._on_router_lost()
+
+    def _is_unreachable(self, listener: Process) -> bool:
+        return self.weather.unreachable_s(self.host, listener.host, self.timeline.now_s) > 0
 
     # ---- runtime commands
 

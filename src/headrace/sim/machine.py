@@ -83,6 +83,9 @@ class ProcessTimer(Timer):
 class Process:
     """One process of the world. Subclasses are its program."""
 
+    is_outside = False
+    """It belongs to no machine of the system, and reaches all of them whatever is between those."""
+
     def __init__(self, registry: Registry, name: str, host: Host) -> None:
         self.registry = registry
         self.timeline = registry.timeline

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from headrace.sim.machine import Process, Registry
+from headrace.sim.machine import Host, Process, Registry
 
 MAX_UNREAD = 512
 """Messages in a socket's buffer; a sender of more has waited too long for its reader."""
+CONNECT_LIMIT_S = 1.0
+"""Longest wait for a connection to a machine that cannot be reached: HAProxy's `timeout connect`."""
 OnMessage = Callable[[Any], None]
 OnClose = Callable[[], None]
 
@@ -26,6 +28,18 @@ class Weather:
         self.latency_s = 0.0003
         self.duplicate_ratio = 0.0
         """Of load reports: sent twice."""
+        self._cut_off_until_s: dict[Host, float] = {}
+
+    def cut_off(self, host: Host, until_s: float) -> None:
+        """Let nothing travel between `host` and other machines until then, in true time."""
+        self._cut_off_until_s[host] = until_s
+
+    def unreachable_s(self, one: Host, other: Host, now_s: float) -> float:
+        """Return how long nothing travels between two machines."""
+        if one is other:
+            return 0.0
+        until_s = [self._cut_off_until_s.get(host, now_s) for host in (one, other)]
+        return max(0.0, *(moment - now_s for moment in until_s))
 
 
 class End:
@@ -124,7 +138,8 @@ def connect(
     on_connected: Callable[[End], None],
     on_refused: Callable[[], None],
 ) -> None:
-    """Connect to whoever listens at `address` in a moment. A stopped process's kernel accepts, too."""
+    """Connect to whoever listens at `address` in a moment. A stopped process's kernel accepts, too. A machine
+    that is cut off is tried until it is reached, or the limit is over."""
     registry = client.registry
 
     def arrive() -> None:
@@ -132,6 +147,14 @@ def connect(
         if server is None or not server.is_alive:
             on_refused()
             return
+        if not (client.is_outside or server.is_outside):
+            wait_s = weather.unreachable_s(client.host, server.host, registry.timeline.now_s)
+            if wait_s > CONNECT_LIMIT_S:
+                client.after(CONNECT_LIMIT_S, on_refused, "connect")
+                return
+            if wait_s > 0:
+                client.after(wait_s, arrive, "connect")
+                return
         connection = Connection(registry, weather, client, server)
         # Told in the order of a stream: the acceptance is the first thing that the server reads.
         far = connection.ends[1]

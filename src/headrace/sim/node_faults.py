@@ -1,4 +1,6 @@
-"""Breaks the machines that gateways are on: lost whole, or drained and then gone; and lets them come back.
+"""Breaks the machines that gateways are on: lost whole, cut off for a while, or drained and then gone.
+
+Lets those that went come back.
 
 Owns when which machine goes and comes. Must not know what should follow.
 """
@@ -27,7 +29,7 @@ class NodeFaults:
 
     def acts(self) -> dict[FaultKind, Callable[[Fault], str]]:
         """Return what each kind of fault does."""
-        return {"gateway lost": self._lose, "gateway drained": self._drain}
+        return {"gateway lost": self._lose, "gateway cut off": self._cut_off, "gateway drained": self._drain}
 
     def mend(self) -> None:
         """Machines that are gone come back as soon as the cluster knows that they were; others stay."""
@@ -49,6 +51,14 @@ class NodeFaults:
     def _lose(self, fault: Fault) -> str:
         node = self._occupied(fault)
         return self._take(node, fault) if node is not None else ""
+
+    def _cut_off(self, fault: Fault) -> str:
+        node = self._occupied(fault)
+        world = self._world
+        if node is None or world.nodes is None or world.nodes.unreachable_s(node.host) > 0:
+            return ""
+        num_processes = world.cut_off_node(node, fault.duration_s)
+        return f"{node.host.name} with {num_processes} processes of {world.nodes.on_node(node)}"
 
     def _take(self, node: Node, fault: Fault) -> str:
         """Let it go now; it is there again after the fault's duration, or when its end was noticed."""

@@ -44,6 +44,7 @@ FaultKind = Literal[
     "durable front paused",
     "front refuses",
     "gateway lost",
+    "gateway cut off",
     "gateway drained",
     "system ended",
     "metric said",

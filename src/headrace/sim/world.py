@@ -81,7 +81,9 @@ class World:
         self.run_directory = RunDirectory(RUN_DIR, scenario.config, self.metrics)
         gateways = gateway_ids(scenario.config)
         self.nodes = (
-            GatewayNodes(self.timeline, scenario.node_skews, self.hosts) if scenario.node_skews else None
+            GatewayNodes(self.timeline, self.weather, scenario.node_skews, self.hosts)
+            if scenario.node_skews
+            else None
         )
         """Machines that gateways are on; None: they are beside the controller."""
         self._disks: dict[tuple[str, int], ConfigOnDisk] = {}
@@ -193,6 +195,11 @@ class World:
         assert isinstance(self.supervisor, ClusterSupervisor)
         return self.supervisor.lose_node(node, noticed_after_s)
 
+    def cut_off_node(self, node: Node, duration_s: float) -> int:
+        """Let a gateway's machine reach no other one. Return how many processes are on it."""
+        assert isinstance(self.supervisor, ClusterSupervisor)
+        return self.supervisor.cut_off_node(node, duration_s)
+
     def _place_of(self, gateway: str) -> tuple[Host, ConfigOnDisk]:
         """Where a gateway is, and what was written there for it."""
         host, number = self.hosts[0], 0
@@ -275,6 +282,8 @@ class World:
         process = self.supervisor.children.get(name)
         if isinstance(process, HaproxyProcess) and process.is_leaving:
             return False  # it does not listen
+        if process is not None and self.nodes is not None and self.nodes.unreachable_s(process.host) > 0:
+            return False
         return process is not None and process.is_alive and not process.is_paused
 
     # ---- the controller's decisions

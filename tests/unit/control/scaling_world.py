@@ -50,6 +50,8 @@ class ScalingWorld:
         self.started: list[float] = []
         self.standby: list[float] = []
         self.is_measured = is_measured
+        self.num_open = 0
+        """At each replica, by its own word."""
         self.random = random.Random(seed)
         self.decision = ScalingDecision(0, 0, "")
         self.counts: list[int] = []
@@ -68,6 +70,7 @@ class ScalingWorld:
             report = LoadReport(
                 replica_id=f"chat-{index}", endpoint="chat", model="m", address="", pid=1, sequence=1,
                 lease_s=3.0, state="ready" if is_ready else "starting", engine=load, engine_info=info,
+                num_open=self.num_open,
             )  # fmt: skip
             phase = "ready" if is_ready else "starting"
             replicas.append(ScaledReplica(f"chat-{index}", phase, started_s, report))  # type: ignore[arg-type]

@@ -115,6 +115,19 @@ def test_zero_comes_only_by_idleness_in_the_gateways_view() -> None:
     assert world.tick().count == 0
 
 
+def test_a_request_that_only_its_replica_told_of_yet_keeps_the_endpoint_from_zero() -> None:
+    config = endpoint(replicas={"min": 0, "max": 4}, scaling={"idle_to_zero_s": 30, "down_after_s": 1})
+    world = ScalingWorld(config)
+    world.run(60, world.replicas_worth(1.0), noise=False)
+    world.run(29, 0.0)
+    world.num_open = 1  # bound after the router's last word
+    assert 0 not in world.run(5, 0.0)
+    assert world.decision.reason == "had requests 0 s ago"
+    world.num_open = 0
+    assert 0 not in world.run(29, 0.0)
+    assert 0 in world.run(2, 0.0)
+
+
 def test_before_anything_is_measured_open_requests_ask_by_the_engines_batch() -> None:
     world = ScalingWorld(is_measured=False)
     world.demand = msgspec.structs.replace(world.demand, num_held=40, num_in_flight=BATCH)
