@@ -155,4 +155,4 @@ def describe_connect_error(url: str, error: Exception) -> str:
         )
     if isinstance(error, httpx.TimeoutException):
         return f"{url} did not answer within {CHECK_TIMEOUT_S:g} s."
-    return f"{url} could not be used: {error or type(error).__name__}"
+    return f"{url} could not be used: {str(error) or type(error).__name__}"

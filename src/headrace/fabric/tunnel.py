@@ -214,7 +214,7 @@ class TunnelHost:
                     host, port, ssl=self._client_tls, ssl_handshake_timeout=CONNECT_LIMIT_S
                 )
         except OSError as error:
-            raise ConnectionError(f"{where}: {error or type(error).__name__}") from error
+            raise ConnectionError(f"{where}: {str(error) or type(error).__name__}") from error
         try:
             _notice_silence(far[1])
             far[1].write(encode_frame(Greeting(name)))
