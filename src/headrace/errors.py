@@ -24,6 +24,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def text_of(error: BaseException) -> str:
+    """Return what an error says; its kind where it says nothing, as those of time limits do."""
+    return str(error) or type(error).__name__
+
+
 class HeadraceError(Exception):
     """Base of all errors that headrace raises on purpose."""
 

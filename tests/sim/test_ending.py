@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import islice
 
 import pytest
+from tests.sim.outcomes import first_failure
 
 from headrace.sim.draws import draw
 from headrace.sim.scenario import Fault, FaultKind, Scenario
@@ -62,12 +63,10 @@ def test_a_controller_that_is_lost_while_the_system_ends_does_not_keep_it(
 @pytest.mark.slow
 def test_a_system_that_cuts_its_streams_as_it_ends_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headrace.control.drain._may_serve", lambda slot: False)
-    for scenario in islice(_calm_worlds(20.0), 8):
-        outcome = _ended(scenario, DOWN)
-        if outcome.violation is not None:
-            assert "ends its streams" in outcome.violation.name, outcome.violation
-            return
-    pytest.fail("no cut stream was found")
+    outcomes = (_ended(scenario, DOWN) for scenario in islice(_calm_worlds(20.0), 8))
+    outcome = first_failure(outcomes, "a cut stream")
+    assert outcome.violation is not None
+    assert "ends its streams" in outcome.violation.name, outcome.violation
 
 
 @pytest.mark.slow

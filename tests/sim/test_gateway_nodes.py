@@ -8,13 +8,14 @@ from itertools import islice
 from typing import Any
 
 import pytest
+from tests.sim.outcomes import first_failure
 
 from headrace.api.node_config import GatewayPlacement
 from headrace.control.gateway_state import GatewayState
 from headrace.sim.cluster_supervisor import ClusterSupervisor, gateway_of_process
 from headrace.sim.draws import LONGEST_CUT_S, draw
 from headrace.sim.scenario import Fault, Scenario
-from headrace.sim.world import World
+from headrace.sim.world import Outcome, World
 
 
 def _calm_worlds(num_gateways: int, num_nodes: int, *, durable: bool = False) -> Iterator[Scenario]:
@@ -137,13 +138,14 @@ def test_a_break_that_cuts_streams_of_other_gateways_is_found(
         return found
 
     monkeypatch.setattr(ClusterSupervisor, what, act)
-    for scenario in islice(_calm_worlds(2, 2), 12):
+
+    def run(scenario: Scenario) -> Outcome:
         faults = _loss(scenario, 20.0, pick=0.9) if what == "lose_node" else _cut_off(scenario)
-        outcome = World(replace(scenario, faults=faults)).run()
-        if outcome.violation is not None:
-            assert outcome.violation.number == 26, outcome.violation
-            return
-    pytest.fail("no cut stream was found")
+        return World(replace(scenario, faults=faults)).run()
+
+    outcome = first_failure(map(run, islice(_calm_worlds(2, 2), 12)), "a cut stream")
+    assert outcome.violation is not None
+    assert outcome.violation.number == 26, outcome.violation
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.sim.outcomes import first_failure
 
 from headrace.api.config import Config
 from headrace.api.messages import StepOutput, TerminalState
@@ -40,11 +41,7 @@ for seed in (2, 7, 23):
 
 def run_until_failure(seeds: range) -> Outcome:
     """Run seeds until one fails."""
-    for seed in seeds:
-        outcome = World(draw(seed)).run()
-        if outcome.violation is not None:
-            return outcome
-    pytest.fail(f"none of {seeds} found it")
+    return first_failure((World(draw(seed)).run() for seed in seeds), f"what {seeds} are to find")
 
 
 @pytest.mark.slow
@@ -250,13 +247,14 @@ def test_a_durable_stream_that_is_cut_by_a_lost_machine_is_found(monkeypatch: py
         carried.stream._on_client_gone()
 
     monkeypatch.setattr("headrace.replica.resumption.StreamKeeper.on_carried_lost", on_carried_lost)
-    for scenario in _durable_worlds():
+
+    def run(scenario: Scenario) -> Outcome:
         losses = tuple(Fault(plan.arrives_s + 1.0, "host lost", 0.0) for plan in scenario.clients[:8])
-        outcome = World(replace(scenario, faults=losses)).run()
-        if outcome.violation is not None:
-            assert outcome.violation.number == 64, outcome.violation
-            return
-    pytest.fail("no cut stream was found")
+        return World(replace(scenario, faults=losses)).run()
+
+    outcome = first_failure(map(run, _durable_worlds()), "a cut stream")
+    assert outcome.violation is not None
+    assert outcome.violation.number == 64, outcome.violation
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from headrace.bench.answer import describe_error
-from headrace.errors import HeadraceError
+from headrace.errors import HeadraceError, text_of
 
 KEY_VARIABLES = ("HEADRACE_API_KEY", "OPENAI_API_KEY")
 CHECK_TIMEOUT_S = 30.0
@@ -155,4 +155,4 @@ def describe_connect_error(url: str, error: Exception) -> str:
         )
     if isinstance(error, httpx.TimeoutException):
         return f"{url} did not answer within {CHECK_TIMEOUT_S:g} s."
-    return f"{url} could not be used: {str(error) or type(error).__name__}"
+    return f"{url} could not be used: {text_of(error)}"

@@ -345,7 +345,7 @@ def _observe(slot: Slot, now_s: float) -> ObservedReplica:
         silent_from_s=slot.silent_from_s,
         report_state=report.state if report is not None else None,
         ready_since_s=slot.ready_since_s,
-        num_open=report.num_open + report.num_guests if report is not None else 0,
+        num_open=report.num_streams if report is not None else 0,
         keeps_slot=slot.keeps_slot,
         drain_grace_s=slot.drain_grace_s,
         ended_s=slot.ended_s,

@@ -179,7 +179,8 @@ class EndpointScaler:
                 self._observe_work(*sample)
         self._observe_waiting(observation.demands)
         # A router tells of what it has just bound a moment later than the replica itself.
-        num_open = max(self._waiting.num_in_flight, _num_open(observation.replicas))
+        ready = [each.report for each in observation.replicas if each.phase == "ready" and each.report]
+        num_open = max(self._waiting.num_in_flight, sum(report.num_streams for report in ready))
         self._use.observe(num_arrived, self._waiting.num_held, num_open, self._time.now_s)
         self._observe_replicas(observation.replicas)
         if is_first:
@@ -376,11 +377,6 @@ class EndpointScaler:
 def _demand(capacity: Capacity, rate: tuple[float, float]) -> float:
     """Return the full replicas that so many requests and prompt tokens per second keep busy."""
     return rate[0] * capacity.request_s + rate[1] * capacity.prompt_token_s
-
-
-def _num_open(replicas: Sequence[ScaledReplica]) -> int:
-    ready = [each.report for each in replicas if each.phase == "ready" and each.report is not None]
-    return sum(max(0, report.num_open) + max(0, report.num_guests) for report in ready)
 
 
 def scaling_limits(endpoint: Endpoint) -> ScalingLimits:

@@ -48,13 +48,12 @@ def _sibling(slot: Slot) -> Sibling | None:
     if slot.phase == "lost":
         state = "failed"  # its last word is too old to be believed
     info = report.engine_info
-    num_open = max(0, report.num_open) + max(0, report.num_guests)
     return Sibling(
         slot.replica_id,
         report.peer_socket,
         report.stream_class,
         state,
-        num_open,
+        report.num_streams,
         max(0, report.max_open),
         report.leave_by_s,
         report.text_class,

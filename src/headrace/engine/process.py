@@ -44,7 +44,15 @@ from headrace.engine.protocol import Engine
 from headrace.engine.simulated import SimulatedEngine
 from headrace.engine.start_phases import StartPhases, describe_phases, process_age_s
 from headrace.engine.threads import limit_spinning
-from headrace.errors import ConfigError, HeadraceError, ModelChanged, ModelError, Overloaded, RequestError
+from headrace.errors import (
+    ConfigError,
+    HeadraceError,
+    ModelChanged,
+    ModelError,
+    Overloaded,
+    RequestError,
+    text_of,
+)
 from headrace.lifetime import die_with_parent
 
 if TYPE_CHECKING:
@@ -161,7 +169,7 @@ class EngineLoop:
                 raise Overloaded("the engine is draining")
             change()
         except (HeadraceError, MemoryError) as error:
-            self._sleep_error = str(error) or type(error).__name__
+            self._sleep_error = text_of(error)
         level = self._engine.load().sleep_level
         what = f"asleep at level {level}" if level else "awake"
         spent = f" after {describe_phases(self._phases.finish())}" if self._phases is not None else ""

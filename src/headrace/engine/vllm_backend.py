@@ -32,7 +32,7 @@ from headrace.engine.lora import adapter_arguments
 from headrace.engine.model_files.resolve import resolve_model
 from headrace.engine.threads import limit_spinning
 from headrace.engine.vllm_blocks import BlockNames
-from headrace.errors import ConfigError, EngineDead, HeadraceError, InvalidRequest
+from headrace.errors import ConfigError, EngineDead, HeadraceError, InvalidRequest, text_of
 
 OWN_ARGUMENTS: Mapping[str, str] = {
     "model": "it is the endpoint's model",
@@ -383,7 +383,7 @@ def _dead(error: BaseException) -> HeadraceError:
 
 
 def _brief(error: BaseException) -> str:
-    text = " ".join((str(error) or type(error).__name__).split())
+    text = " ".join(text_of(error).split())
     return text if len(text) <= _MAX_ERROR_CHARACTERS else f"{text[:_MAX_ERROR_CHARACTERS]}…"
 
 

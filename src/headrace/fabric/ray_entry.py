@@ -11,6 +11,7 @@ import os
 import socket
 
 from headrace.api.notation import split_host_port
+from headrace.errors import text_of
 from headrace.fabric.cluster import ClusterUnavailable
 
 RAY_VERSION = "2.60"
@@ -20,7 +21,7 @@ _MAX_REASON_CHARACTERS = 400
 
 def reason_of(error: BaseException) -> str:
     """Return what matters of one of Ray's errors, in one line: they have many."""
-    text = str(error) or type(error).__name__
+    text = text_of(error)
     for mark in ("The actor is dead because ", "ModuleNotFoundError: ", "Version mismatch: "):
         if mark in text:
             text = mark + text.split(mark, 1)[1]

@@ -25,7 +25,7 @@ from headrace.api.framing import FRAME_HEADER_BYTES, FrameDecoder, encode_frame
 from headrace.api.messages import Message
 from headrace.api.notation import split_address
 from headrace.cluster_tls import client_context, server_context
-from headrace.errors import ProtocolError
+from headrace.errors import ProtocolError, text_of
 from headrace.private_socket import bind_private_socket
 
 TUNNEL_VERSION = 1
@@ -172,7 +172,7 @@ class TunnelHost:
         try:
             await connection
         except (OSError, TimeoutError, ProtocolError, asyncio.IncompleteReadError) as error:
-            _log.info("tunnel: %s", error or type(error).__name__)
+            _log.info("tunnel: %s", text_of(error))
         except asyncio.CancelledError:
             pass  # cut, by `forget`, `reach` or `close`; nobody else knows this task
         finally:
@@ -214,7 +214,7 @@ class TunnelHost:
                     host, port, ssl=self._client_tls, ssl_handshake_timeout=CONNECT_LIMIT_S
                 )
         except OSError as error:
-            raise ConnectionError(f"{where}: {str(error) or type(error).__name__}") from error
+            raise ConnectionError(f"{where}: {text_of(error)}") from error
         try:
             _notice_silence(far[1])
             far[1].write(encode_frame(Greeting(name)))

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from headrace.errors import HeadraceError
+from headrace.errors import HeadraceError, text_of
 from headrace.gateway.server import Server
 
 MAX_REPLY_BYTES = 4 * 1024 * 1024
@@ -129,7 +129,7 @@ class HaproxyRuntime:
                 async with asyncio.timeout(timeout_s):
                     return await _exchange(socket or self._runtime_socket, command)
             except (OSError, TimeoutError) as error:
-                reason = str(error) or type(error).__name__
+                reason = text_of(error)
                 is_gone = isinstance(error, ConnectionRefusedError | FileNotFoundError)
                 kind = HaproxyGone if is_gone else HaproxyUnavailable
                 raise kind(f"{command.split()[0]}: {reason}") from error

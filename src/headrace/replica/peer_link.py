@@ -23,7 +23,7 @@ from headrace.api.messages import (
     Submit,
 )
 from headrace.clock import Clock
-from headrace.errors import ProtocolError
+from headrace.errors import ProtocolError, text_of
 
 CONNECT_LIMIT_S = 1.0
 SILENCE_LIMIT_S = 5.0
@@ -138,7 +138,7 @@ class PeerLink(asyncio.Protocol):
             async with asyncio.timeout(CONNECT_LIMIT_S):
                 await asyncio.get_running_loop().create_unix_connection(lambda: self, self.path)
         except (OSError, TimeoutError) as error:
-            for stream in self._end(f"it cannot be reached: {str(error) or type(error).__name__}"):
+            for stream in self._end(f"it cannot be reached: {text_of(error)}"):
                 stream.on_given_back("it cannot be reached")
 
     def submit(self, request: GenerationRequest, stream: HostedStream) -> None:

@@ -17,7 +17,7 @@ from typing import Generic, Protocol, TypeVar
 
 from headrace.api.framing import FrameDecoder, encode_frame
 from headrace.api.messages import FinishedRequest, LeaveBy, LoadReport, ReportAck, SetSleep, Siblings
-from headrace.errors import ProtocolError
+from headrace.errors import ProtocolError, text_of
 from headrace.replica.prefix_digest import PrefixDigest, PrefixFeed, PrefixNews
 
 MIN_RETRY_S = 0.05
@@ -95,7 +95,7 @@ class ReportSink:
                 await self._serve(reader, writer)
                 retry_s = MIN_RETRY_S
             except (OSError, TimeoutError, ProtocolError) as error:
-                _log.info("reports to %s: %s", self._path, error or type(error).__name__)
+                _log.info("reports to %s: %s", self._path, text_of(error))
             finally:
                 self.is_connected = self.is_released = False
                 writer.transport.abort()

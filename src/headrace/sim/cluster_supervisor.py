@@ -7,6 +7,8 @@ is started.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 from headrace.api.messages import (
@@ -116,24 +118,23 @@ class ClusterSupervisor(SupervisorProcess):
             )
             return True
         child = self.children.get(name)
-        if child is not None and (left_s := self._nodes.unreachable_s(child.host)) > 0:
-            self.after(left_s, lambda: self._stop_later(child, grace_s), "cluster stop")
-            return True
-        return super()._stop_child(name, grace_s)
-
-    def _stop_later(self, child: Process, grace_s: float) -> None:
-        """Its machine is reached again: what it was told arrives."""
-        if self.children.get(child.name) is child:
-            self._stop_child(child.name, grace_s)
+        stop = super()._stop_child
+        if child is None:
+            return False
+        self._when_reached(child, lambda: self.children.get(name) is child and stop(name, grace_s))
+        return True
 
     def _on_exit(self, child: Process, code: int) -> None:
+        notice = super()._on_exit
+        self._when_reached(child, lambda: notice(child, code))
+
+    def _when_reached(self, child: Process, call: Callable[[], object]) -> None:
+        """Do it now, or as soon as what passes between a process's machine and this one arrives."""
         left_s = self._nodes.unreachable_s(child.host)
         if left_s > 0:
-            self.after(
-                left_s, lambda: super(ClusterSupervisor, self)._on_exit(child, code), "cluster notices"
-            )
+            self.after(left_s, call, "cluster reached")
         else:
-            super()._on_exit(child, code)
+            call()
 
     def _reap(self, child: Process, code: int | None, last_output: str = "") -> None:
         super()._reap(child, code, last_output)
@@ -155,14 +156,13 @@ class ClusterSupervisor(SupervisorProcess):
 
     def lose_node(self, node: Node, noticed_after_s: float) -> int:
         """A machine is gone: at once for what is on it, late for others. Return how many processes were."""
-        victims = [child for child in self.children.values() if child.host is node.host]
+        victims = self._on_node(node)
         self._nodes.lose(node)
         for child in victims:
             child.on_exit = None
-            for thing in list(child.held):
-                if isinstance(thing, Connection) and _is_far(thing):
-                    late_s = self.random.uniform(0.05, MAX_LATE_S)
-                    thing.cut((late_s, late_s))
+            for connection in _far_connections(child):
+                late_s = self.random.uniform(0.05, MAX_LATE_S)
+                connection.cut((late_s, late_s))
             child.kill()
         self._say_silent(victims, self.timeline.now_s + noticed_after_s)
         self.after(noticed_after_s, lambda: self._give_up(node, victims), "cluster notices")
@@ -173,13 +173,16 @@ class ClusterSupervisor(SupervisorProcess):
         have it given up. Return how many processes are on it."""
         assert duration_s < LOST_AFTER_S
         self._nodes.cut(node, duration_s)
-        there = [child for child in self.children.values() if child.host is node.host]
+        there = self._on_node(node)
         for child in there:
-            for thing in child.held:
-                if isinstance(thing, Connection) and _is_far(thing) and not _is_clients(thing):
-                    thing.stall(duration_s)
+            for connection in _far_connections(child):
+                if not any(end.process.is_outside for end in connection.ends):
+                    connection.stall(duration_s)
         self._say_silent(there, self.timeline.now_s + duration_s)
         return len(there)
+
+    def _on_node(self, node: Node) -> list[Process]:
+        return [child for child in self.children.values() if child.host is node.host]
 
     def _say_silent(self, victims: list[Process], until_s: float) -> None:
         if self.timeline.now_s + SILENT_AFTER_S < until_s:
@@ -202,10 +205,7 @@ class ClusterSupervisor(SupervisorProcess):
         self._nodes.on_change()
 
 
-def _is_far(connection: Connection) -> bool:
-    one, other = connection.ends
-    return one.process.host is not other.process.host
-
-
-def _is_clients(connection: Connection) -> bool:
-    return any(end.process.is_outside for end in connection.ends)
+def _far_connections(process: Process) -> list[Connection]:
+    """Return those to other machines."""
+    connections = [thing for thing in process.held if isinstance(thing, Connection)]
+    return [each for each in connections if any(end.process.host is not process.host for end in each.ends)]

@@ -280,11 +280,11 @@ class World:
 
     def _answers(self, name: str) -> bool:
         process = self.supervisor.children.get(name)
+        if process is None or not process.is_alive or process.is_paused:
+            return False
         if isinstance(process, HaproxyProcess) and process.is_leaving:
             return False  # it does not listen
-        if process is not None and self.nodes is not None and self.nodes.unreachable_s(process.host) > 0:
-            return False
-        return process is not None and process.is_alive and not process.is_paused
+        return not self.weather.unreachable_s(self.hosts[0], process.host, self.timeline.now_s)
 
     # ---- the controller's decisions
 

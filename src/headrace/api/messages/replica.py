@@ -101,6 +101,11 @@ class LoadReport(Message, frozen=True):
     kv_place: KvPlace | None = None
     """Of its engines' keys and values; None: they end with each engine."""
 
+    @property
+    def num_streams(self) -> int:
+        """Its own open requests and its guests. Numbers that cannot be count as none."""
+        return max(0, self.num_open) + max(0, self.num_guests)
+
 
 class ReportAck(Message, frozen=True):
     """Answers the reports of a draining or standby replica; others may go unanswered.

@@ -26,7 +26,7 @@ from headrace.engine.workers.messages import (
     RankListens,
     RankReady,
 )
-from headrace.errors import EngineDead, HeadraceError
+from headrace.errors import EngineDead, HeadraceError, text_of
 from headrace.lifetime import die_with_parent
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _error_of(change: Callable[[], None]) -> str:
     try:
         change()
     except (HeadraceError, MemoryError) as error:
-        return str(error) or type(error).__name__
+        return text_of(error)
     return ""
 
 
