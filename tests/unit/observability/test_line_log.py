@@ -48,11 +48,13 @@ class StuckSink:
     """A disk that hangs until it is let go, and refuses the first write."""
 
     def __init__(self) -> None:
+        self.is_entered = threading.Event()
         self.is_free = threading.Event()
         self.data = b""
         self.num_writes = 0
 
     def write(self, data: bytes, /) -> None:
+        self.is_entered.set()
         self.is_free.wait(10)
         self.num_writes += 1
         if self.num_writes == 1:
@@ -67,9 +69,7 @@ def test_a_hanging_or_full_disk_costs_lines_but_no_time_and_no_memory() -> None:
     sink = StuckSink()
     log = BackgroundLog(sink, "test", stops_at_end=False)
     log.write({"n": -1})
-    deadline_s = time.monotonic() + 5
-    while log._lines.qsize() and time.monotonic() < deadline_s:
-        time.sleep(0.005)
+    assert sink.is_entered.wait(5), "the line is not on its way"
     began_s = time.monotonic()
     for number in range(line_log.MAX_WAITING_LINES + 500):
         log.write({"n": number})
